@@ -1,0 +1,180 @@
+"""PPO without a memory (Schulman et al. 2017): the blind policy, or the oracle when it is shown the task.
+
+The blind policy is domain randomisation: one behaviour for all tasks. The oracle is the upper reference: the same
+network with the task's encoding beside the observation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metarobot.agent import AgentKind, Context, Shapes, agents, pack, unpack
+from metarobot.nets import RunningNorm, log_prob, mlp
+from metarobot.returns import discounted, explained_variance, gae
+from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Settings of PPO, those of RL² wherever they mean the same, so that the three are compared fairly."""
+
+    sees_task: bool = False
+    """Show the policy the task: the oracle."""
+    worlds: int = 64
+    """Tasks an iteration, one a world."""
+    episodes: int = 2
+    """Episodes a task."""
+    width: int = 128
+    """Width of the two hidden layers of actor and critic."""
+    lr: float = 1e-3
+    """Adam's learning rate at the start."""
+    lr_end: float = 0.05
+    """Fraction of it that is left at the end; linear between."""
+    epochs: int = 8
+    """Passes over an iteration's steps."""
+    minibatches: int = 16
+    """Gradient steps a pass."""
+    gamma: float = 0.97
+    """Discount a control step."""
+    lam: float = 0.95
+    """GAE's trace decay."""
+    clip: float = 0.2
+    """PPO's bound on the probability ratio."""
+    kl_stop: float = 0.045
+    """Approximate KL divergence from the collecting policy at which an iteration's learning stops."""
+    value: float = 0.5
+    """Weight of the critic's squared error."""
+    grad_norm: float = 1.0
+    """Bound on the gradient's norm."""
+    std: float = 0.6
+    """Standard deviation of the first policy's actions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleConfig(PPOConfig):
+    """Settings of PPO that is shown the task."""
+
+    sees_task: bool = True
+
+
+class PPOAgent(nn.Module):
+    """Two perceptrons over the normalised observation, and the task for an oracle."""
+
+    def __init__(self, shapes: Shapes, config: PPOConfig) -> None:
+        super().__init__()
+        self.privileged = config.sees_task
+        inputs = shapes.obs + (shapes.task if config.sees_task else 0)
+        self.norm = RunningNorm(shapes.obs)
+        self.actor = mlp(inputs, (config.width, config.width), shapes.act, gain=0.01)
+        self.critic = mlp(inputs, (config.width, config.width), 1)
+        self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
+
+    def features(self, obs: Tensor, task: Tensor | None) -> Tensor:
+        """Join normalised observation ``(..., obs)`` and, for an oracle, the task ``(world, parameter)``."""
+        x: Tensor = self.norm(obs)
+        return x if task is None else torch.cat([x, task.expand(*x.shape[:-1], -1)], -1)
+
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Return nothing, or the task for an oracle."""
+        return (task,) if self.privileged and task is not None else ()
+
+    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+        """Act on what is seen now."""
+        mean = self.actor(self.features(percept.obs, context[0] if context else None))
+        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), context
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Do nothing."""
+        return context
+
+
+class PPO:
+    """Trains a ``PPOAgent``."""
+
+    def __init__(self, config: PPOConfig, shapes: Shapes) -> None:
+        self.config = config
+        self.agent = PPOAgent(shapes, config)
+        self.spread = RunningNorm(1)
+        self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
+
+    def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
+        """Learn from one set of episodes."""
+        c, seq = self.config, sequence(trials.episodes)
+        self.agent.norm.update(seq.percept.obs[seq.valid])
+        self.spread.update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
+        x, value, target, advantage, old = (v[seq.valid] for v in self._targets(seq, trials.task))
+        action = seq.action[seq.valid]
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
+        generator = torch.Generator().manual_seed(seed)
+        kl, steps, sums = 0.0, 0, torch.zeros(4)
+        for _ in range(c.epochs):
+            for rows in torch.randperm(len(x), generator=generator).chunk(c.minibatches):
+                losses = self._step(x[rows], action[rows], old[rows], advantage[rows], target[rows])
+                sums, steps, kl = sums + losses, steps + 1, float(losses[2])
+                if kl > c.kl_stop:
+                    break
+            if kl > c.kl_stop:
+                break
+        names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction")
+        metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
+        spread = float(self.agent.log_std.detach().exp().mean())
+        extra = {"std": spread, "explained_variance": float(explained_variance(value, target))}
+        extra |= {"gradient_steps": float(steps), "learning_rate": float(self.optimiser.param_groups[0]["lr"])}
+        return metrics | {f"train/{k}": v for k, v in extra.items()}
+
+    @torch.no_grad()
+    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return inputs, values, value targets, normalised advantages and log-probabilities, ``(time, world, ...)``.
+
+        Every episode stands alone: a fall ends it, a time limit bootstraps from its final observation.
+        """
+        shown = task if self.agent.privileged else None
+        x = self.agent.features(seq.percept.obs, shown)
+        value = self.agent.critic(x)[..., 0]
+        next_value = self.agent.critic(self.agent.features(seq.next_obs, shown))[..., 0]
+        reward = seq.reward * self.spread.scale
+        advantage = gae(
+            reward, value, next_value, seq.terminated, seq.truncated, self.config.gamma, self.config.lam
+        )
+        target, lived = advantage + value, advantage[seq.valid]
+        advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
+        return x, value, target, advantage, log_prob(self.agent.actor(x), self.agent.log_std, seq.action)
+
+    def _step(self, x: Tensor, action: Tensor, old: Tensor, advantage: Tensor, target: Tensor) -> Tensor:
+        """Take one gradient step; return the losses, the KL divergence and the clipped fraction."""
+        c = self.config
+        log_ratio = log_prob(self.agent.actor(x), self.agent.log_std, action) - old
+        ratio = log_ratio.exp()
+        # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
+        policy_loss = -surrogate.mean()
+        value_loss = (self.agent.critic(x)[:, 0] - target).square().mean()
+        self.optimiser.zero_grad()
+        (policy_loss + c.value * value_loss).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.agent.parameters(), c.grad_norm)
+        self.optimiser.step()
+        with torch.no_grad():
+            kl = (ratio - 1 - log_ratio).mean()
+            clipped = ((ratio - 1).abs() > c.clip).float().mean()
+            return torch.stack([policy_loss, value_loss, kl, clipped])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights, normalisers and optimiser."""
+        return pack(self.optimiser, agent=self.agent, spread=self.spread)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        unpack(state, self.optimiser, agent=self.agent, spread=self.spread)
+
+
+for _name, _config, _doc in (
+    ("ppo", PPOConfig, "PPO without a memory: the blind policy."),
+    ("blind", PPOConfig, "The same as ppo: one behaviour for all tasks, the lower reference."),
+    ("oracle", OracleConfig, "PPO that is shown the task: the upper reference."),
+):
+    agents.register(_name, AgentKind(name=_name, doc=_doc, config=_config, build=PPO))

@@ -1,0 +1,222 @@
+"""RL²: a recurrent policy whose memory does the learning (Duan et al. 2016; Wang et al. 2016).
+
+The memory survives the ends of episodes inside a trial and is cleared between tasks. PPO (Schulman et al. 2017) over
+whole trials; a linear belief head, in training only, makes the memory predict the task it is in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from metarobot.agent import AgentKind, Context, Shapes, agents, pack, unpack
+from metarobot.nets import RunningNorm, log_prob, memory, orthogonal
+from metarobot.returns import discounted, explained_variance, gae
+from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class RL2Config:
+    """Settings of RL²; the defaults reach the results in the README on 2 CPU cores."""
+
+    worlds: int = 64
+    """Trials an iteration, one a world."""
+    episodes: int = 2
+    """Episodes a trial."""
+    memory: str = "linear"
+    """linear (trains in parallel over time), gru or lstm."""
+    width: int = 128
+    """Width of the memory, and of the actor's and the critic's hidden layer."""
+    lr: float = 2e-3
+    """Adam's learning rate at the start."""
+    lr_end: float = 0.05
+    """Fraction of it that is left at the end; linear between."""
+    epochs: int = 8
+    """Passes over an iteration's trials."""
+    minibatches: int = 8
+    """Gradient steps a pass, each on whole trials."""
+    gamma: float = 0.97
+    """Discount a control step."""
+    lam: float = 0.95
+    """GAE's trace decay."""
+    clip: float = 0.2
+    """PPO's bound on the probability ratio."""
+    kl_stop: float = 0.045
+    """Approximate KL divergence from the collecting policy at which an iteration's learning stops."""
+    value: float = 0.5
+    """Weight of the critic's squared error."""
+    belief: float = 0.5
+    """Weight of the belief head's squared error; 0 removes its influence."""
+    grad_norm: float = 1.0
+    """Bound on the gradient's norm."""
+    std: float = 0.6
+    """Standard deviation of the first policy's actions."""
+
+
+class RL2Agent(nn.Module):
+    """Memory, then one hidden layer each for actor and critic over the memory's output and the input."""
+
+    privileged = False
+
+    def __init__(self, shapes: Shapes, config: RL2Config) -> None:
+        super().__init__()
+        inputs = shapes.obs + 1 + shapes.act + 2
+        self.norm = RunningNorm(shapes.obs + 1)
+        self.memory = memory(config.memory, inputs, config.width)
+        self.recall = orthogonal(nn.Linear(config.width, 2 * config.width), math.sqrt(2))
+        self.sense = orthogonal(nn.Linear(inputs, 2 * config.width, bias=False), math.sqrt(2))
+        self.actor = orthogonal(nn.Linear(config.width, shapes.act), 0.01)
+        self.critic = orthogonal(nn.Linear(config.width, 1), 1.0)
+        self.belief = orthogonal(nn.Linear(config.width, shapes.task), 0.1)
+        self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
+
+    def features(self, percept: Percept) -> Tensor:
+        """Normalise observation and reward, and join the whole percept into one input ``(..., input)``."""
+        seen = self.norm(torch.cat([percept.obs, percept.reward[..., None]], -1))
+        return torch.cat([seen, percept.action, percept.done[..., None], percept.first[..., None]], -1)
+
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Return an empty memory a world."""
+        context: Context = self.memory.begin(worlds)
+        return context
+
+    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+        """Step the memory and act on what it holds."""
+        x = self.features(percept)
+        h, context = self.memory.step(x, context)
+        half = self.actor.in_features
+        hidden = torch.tanh(self.recall(h)[:, :half] + self.sense(x)[:, :half])
+        mean = self.actor(hidden)
+        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), context
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Do nothing: the memory adapted while acting."""
+        return context
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run whole trials of inputs ``(time, world, input)``: mean action, value and belief at every step."""
+        h = self.memory.sequence(x)
+        actor, critic = torch.tanh(self.recall(h) + self.sense(x)).chunk(2, -1)
+        return self.actor(actor), self.critic(critic)[..., 0], self.belief(h)
+
+
+class RL2:
+    """Trains an ``RL2Agent`` by PPO over trials."""
+
+    def __init__(self, config: RL2Config, shapes: Shapes) -> None:
+        if config.worlds % config.minibatches:
+            raise MetarobotError(f"worlds = {config.worlds} is not a multiple of minibatches = {config.minibatches}")
+        self.config = config
+        self.agent = RL2Agent(shapes, config)
+        self.spread = RunningNorm(1)
+        self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
+
+    def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
+        """Learn from one set of trials."""
+        c, seq = self.config, sequence(trials.episodes)
+        self._normalise(seq)
+        x, value, target, advantage, old = self._targets(seq)
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
+        generator = torch.Generator().manual_seed(seed)
+        kl, steps, sums = 0.0, 0, torch.zeros(5)
+        for _ in range(c.epochs):
+            for rows in torch.randperm(c.worlds, generator=generator).chunk(c.minibatches):
+                batch = (x[:, rows], seq.action[:, rows], old[:, rows], advantage[:, rows], target[:, rows])
+                losses = self._step(*batch, trials.task[rows], seq.valid[:, rows].float())
+                sums, steps, kl = sums + losses, steps + 1, float(losses[3])
+                if kl > c.kl_stop:
+                    break
+            if kl > c.kl_stop:
+                break
+        names = ("policy_gradient_loss", "value_loss", "belief_loss", "approx_kl", "clip_fraction")
+        metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
+        spread = float(self.agent.log_std.detach().exp().mean())
+        explained = float(explained_variance(value[seq.valid], target[seq.valid]))
+        extra = {"std": spread, "explained_variance": explained, "gradient_steps": float(steps)}
+        extra["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
+        return metrics | {f"train/{k}": v for k, v in extra.items()}
+
+    def _normalise(self, seq: Sequence) -> None:
+        seen = torch.cat([seq.percept.obs, seq.percept.reward[..., None]], -1)
+        self.agent.norm.update(seen[seq.valid])
+        self.spread.update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
+
+    @torch.no_grad()
+    def _targets(self, seq: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return inputs, values, value targets, normalised advantages and log-probabilities, ``(time, world, ...)``.
+
+        A fall ends the trace; a time limit inside the trial leads on into the next episode, which the memory will
+        live through too; the trial's own end bootstraps from the value of the final observation.
+        """
+        x = self.agent.features(_with_final(seq))
+        mean, value, _ = self.agent(x)
+        cut = torch.zeros_like(seq.valid)
+        cut[_last(seq), torch.arange(cut.shape[1])] = True
+        reward = seq.reward * self.spread.scale
+        advantage = gae(reward, value[:-1], value[1:], seq.terminated, cut, self.config.gamma, self.config.lam)
+        target = advantage + value[:-1]
+        lived = advantage[seq.valid]
+        advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
+        return x[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
+
+    def _step(
+        self, x: Tensor, action: Tensor, old: Tensor, advantage: Tensor, target: Tensor, task: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
+        c, weight = self.config, valid / valid.sum()
+        mean, value, belief = self.agent(x)
+        log_ratio = log_prob(mean, self.agent.log_std, action) - old
+        ratio = log_ratio.exp()
+        # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
+        policy_loss = -(weight * surrogate).sum()
+        value_loss = (weight * (value - target).square()).sum()
+        belief_loss = (weight * (belief - task).square().mean(-1)).sum()
+        self.optimiser.zero_grad()
+        (policy_loss + c.value * value_loss + c.belief * belief_loss).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.agent.parameters(), c.grad_norm)
+        self.optimiser.step()
+        with torch.no_grad():
+            kl = (weight * (ratio - 1 - log_ratio)).sum()
+            clipped = (weight * ((ratio - 1).abs() > c.clip)).sum()
+            return torch.stack([policy_loss, value_loss, belief_loss, kl, clipped])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights, normalisers and optimiser."""
+        return pack(self.optimiser, agent=self.agent, spread=self.spread)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        unpack(state, self.optimiser, agent=self.agent, spread=self.spread)
+
+
+def _last(seq: Sequence) -> Tensor:
+    return seq.valid.sum(0) - 1
+
+
+def _with_final(seq: Sequence) -> Percept:
+    """Append to each trial the percept its last step led to, as if the episode went on: what the critic bootstraps."""
+    p, last = seq.percept, _last(seq)
+    rows = torch.arange(len(last))
+    final = (seq.next_obs, seq.action, seq.reward, torch.zeros_like(p.done), torch.zeros_like(p.first))
+    extended = []
+    for told, after in zip(p, final, strict=True):
+        longer = torch.cat([told, torch.zeros_like(told[:1])])
+        longer[last + 1, rows] = after[last, rows]
+        extended.append(longer)
+    return Percept(*extended)
+
+
+agents.register(
+    "rl2",
+    AgentKind(
+        name="rl2",
+        doc="A recurrent policy that adapts while it acts; PPO over trials.",
+        config=RL2Config,
+        build=RL2,
+    ),
+)

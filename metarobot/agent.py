@@ -1,0 +1,96 @@
+"""What an agent is, for everything that uses one: three verbs over a context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metarobot.registry import Registry
+from metarobot.types import Percept, Rollout, Trials
+
+Context = tuple[Tensor, ...]
+"""All that an agent carries from step to step and from episode to episode: tensors ``(world, ...)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Sizes of what an agent sees and does."""
+
+    obs: int
+    act: int
+    task: int
+    """Length of the task's encoding; only privileged agents and training losses see it."""
+    episodes: int
+    """Episodes a trial."""
+
+
+class Agent(Protocol):
+    """A meta-learner at work. Kinds of meta-learner differ only in what their context is."""
+
+    privileged: bool
+    """Whether the agent is shown the task: an oracle, never a result."""
+
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Return the context of a new trial in each world; ``task`` ``(world, parameter)`` goes to oracles alone."""
+
+    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+        """Choose actions ``(world, act)``; ``noise``, standard normal of that shape, explores, None is the mean."""
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Learn from the episode just lived; pure: a new context comes out, the old one is left as it was."""
+
+
+class Learner(Protocol):
+    """Owns an agent's weights and turns collected trials into updates of them."""
+
+    agent: Any
+    """The agent, an ``nn.Module``."""
+
+    def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
+        """Learn from trials; ``progress`` in [0, 1) drives schedules. Return metrics under SB3's names."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that the next update depends on, as flat named tensors."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore what ``state`` returned, exactly."""
+
+
+def pack(optimiser: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Tensor]:
+    """Flatten modules and an Adam optimiser's moments into named tensors, copies of what they hold now."""
+    flat = {f"{name}.{k}": v.detach().clone() for name, m in modules.items() for k, v in m.state_dict().items()}
+    for i, moments in optimiser.state_dict()["state"].items():
+        flat |= {f"optimiser.{i}.{k}": v.clone() for k, v in moments.items()}
+    return flat
+
+
+def unpack(flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules: nn.Module) -> None:
+    """Restore exactly what ``pack`` flattened."""
+    for name, m in modules.items():
+        m.load_state_dict({k.removeprefix(f"{name}."): v for k, v in flat.items() if k.startswith(f"{name}.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        if key.startswith("optimiser."):
+            _, i, k = key.split(".")
+            moments.setdefault(int(i), {})[k] = value.clone()
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentKind:
+    """A registered algorithm: its configuration, and how a learner is built from it."""
+
+    name: str
+    doc: str
+    config: type[Any]
+    """Frozen dataclass; its defaults work. Holds at least ``worlds`` and ``episodes``."""
+    build: Callable[[Any, Shapes], Learner]
+    """(configuration, shapes) -> learner; initial weights come from torch's seeded generator."""
+
+
+agents: Registry[AgentKind] = Registry("agent", "metarobot.agents")
+"""Name -> ``AgentKind``."""

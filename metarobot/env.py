@@ -1,0 +1,211 @@
+"""The one step loop: a family's tasks in many worlds of batched physics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarobot.model import ModelFactory
+from metarobot.registry import Registry
+from metarobot.sim import Sim
+from metarobot.sim.cpu import CpuSim
+from metarobot.tasks import Floats, Task, TaskSpace
+from metarobot.types import MetarobotError
+
+
+class State(NamedTuple):
+    """Joint positions ``(world, nq)`` and velocities ``(world, nv)`` in generalised coordinates, SI units, float64."""
+
+    qpos: Tensor
+    qvel: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A task family: a robot, what varies, and what is observed and rewarded, as plain functions on batched tensors."""
+
+    name: str
+    doc: str
+    """One sentence: what the agent must find out."""
+    space: TaskSpace
+    horizon: int
+    """Control steps an episode lasts at most."""
+    substeps: int
+    """Physics steps a control step."""
+    spec: Callable[[], mujoco.MjSpec]
+    """Builds the nominal robot and floor."""
+    observations: tuple[str, ...]
+    """One name an element of the observation, with its unit."""
+    observe: Callable[[State], Tensor]
+    """State -> observation ``(world, obs)``."""
+    reward: Callable[[State, State, Tensor, Mapping[str, Tensor], float], dict[str, Tensor]]
+    """(state before, state after, clipped action, task values by name, control period s) -> terms ``(world,)``."""
+    weights: Mapping[str, float]
+    """Reward term -> its weight in the sum; the same names as ``reward`` returns."""
+    start: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]
+    """Draws the initial joint positions and velocities of one world."""
+    terminate: Callable[[State], Tensor] | None = None
+    """State -> ``(world,)``, true where the episode has failed; None if it never does."""
+    readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
+    """(before, after, control period s) -> quantities worth showing on a video frame, name with unit -> ``(world,)``."""
+
+
+families: Registry[Family] = Registry("family", "metarobot.families")
+"""Name -> ``Family``."""
+
+
+class Step(NamedTuple):
+    """What one control step gave. Shapes ``(world, ...)``.
+
+    ``obs`` is the observation to act on next, after the reset where one happened; ``final_obs`` the one the step led
+    to, before any reset. ``terminated``: the episode failed; ``truncated``: its time is up; ``faulted``: the physics
+    broke down, which terminates too, with reward zero and the last sound observation.
+    """
+
+    obs: Tensor
+    reward: Tensor
+    terms: dict[str, Tensor]
+    terminated: Tensor
+    truncated: Tensor
+    faulted: Tensor
+    final_obs: Tensor
+
+
+class Env:
+    """Worlds of one family, each with its own task, stepped together.
+
+    Every world's starts are drawn from a stream of its own, keyed by (seed, world, episode): what happens in one world
+    never reaches another. ``resample``, if given, draws a new task for a world at each autoreset.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        tasks: Sequence[Task | Mapping[str, float]],
+        *,
+        seed: int = 0,
+        threads: int = 0,
+        resample: Callable[[int, int], Task] | None = None,
+        make_sim: Callable[[Sequence[mujoco.MjModel], int], Sim] = CpuSim,
+    ) -> None:
+        if not tasks:
+            raise MetarobotError("an environment needs at least one task")
+        self.family, self.resample = family, resample
+        self._edits = [(i, e) for i, p in enumerate(family.space.params) for e in p.edits]
+        self._factory = ModelFactory(family.spec, [e for _, e in self._edits])
+        self._models: dict[tuple[float, ...], mujoco.MjModel] = {}
+        self.tasks = [family.space.coerce(t) for t in tasks]
+        self.sim = make_sim([self.model(t) for t in self.tasks], threads)
+        self.worlds = len(self.tasks)
+        self._nominal = self.model(self.tasks[0])
+        self.dt = self._nominal.opt.timestep * family.substeps
+        bounds = torch.from_numpy(self._nominal.actuator_ctrlrange.T.copy())
+        self.action_low, self.action_high = bounds
+        self._state = State(self.sim.bind("qpos"), self.sim.bind("qvel"))
+        self._ctrl = self.sim.bind("ctrl")
+        self._values = family.space.values(self.tasks)
+        self._never = torch.zeros(self.worlds, dtype=torch.bool)
+        self.elapsed = torch.zeros(self.worlds, dtype=torch.int64)
+        self.reset(seed)
+
+    @property
+    def control_hz(self) -> float:
+        """Control steps a second."""
+        return 1.0 / self.dt
+
+    @property
+    def act_dim(self) -> int:
+        """Number of actuators."""
+        return len(self.action_low)
+
+    @property
+    def obs_dim(self) -> int:
+        """Length of the observation."""
+        return len(self.family.observations)
+
+    def model(self, task: Task) -> mujoco.MjModel:
+        """Compile the task's model, or take the one of a task that differs in nothing the model holds."""
+        row = [v for _, v in task.values]
+        key = tuple(row[i] for i, _ in self._edits)
+        if key not in self._models:
+            if len(self._models) >= 4 * max(64, len(self.tasks)):
+                self._models.clear()
+            self._models[key] = self._factory.compile(key)
+        return self._models[key]
+
+    def set_tasks(self, tasks: Sequence[Task], ids: Sequence[int] | None = None) -> None:
+        """Give worlds (default: all) new tasks; they take effect in full at those worlds' next reset."""
+        rows = list(range(self.worlds)) if ids is None else list(ids)
+        for i, task in zip(rows, tasks, strict=True):
+            self.tasks[i] = task
+        self.sim.set_models([self.model(t) for t in tasks], rows)
+        self._values[rows] = self.family.space.values(tasks)
+
+    def reset(self, seed: int | None = None) -> Tensor:
+        """Start an episode in every world and return the observations; a seed restarts the count of episodes."""
+        if seed is not None:
+            self.seed, self._episode = seed, np.full(self.worlds, -1)
+        self._restart(range(self.worlds))
+        return self.family.observe(self._state)
+
+    def restart(self) -> Tensor:
+        """Start an episode in every world whose last one is under way; return the observations ``(world, obs)``."""
+        under_way = torch.nonzero(self.elapsed)[:, 0].tolist()
+        if under_way:
+            self._restart(under_way)
+        return self.family.observe(self._state)
+
+    def _restart(self, ids: Sequence[int]) -> None:
+        starts = []
+        for i in ids:
+            self._episode[i] += 1
+            stream = np.random.Philox(key=[self.seed, i], counter=[0, 0, 0, int(self._episode[i])])
+            starts.append(self.family.start(np.random.Generator(stream), self._nominal))
+        qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
+        self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
+        self.elapsed[list(ids)] = 0
+
+    @property
+    def task_values(self) -> dict[str, Tensor]:
+        """Each task parameter over the worlds, name -> ``(world,)``, float64."""
+        return dict(zip(self.family.space.names, self._values.unbind(1), strict=True))
+
+    def step(self, action: Tensor) -> Step:
+        """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset."""
+        family, state = self.family, self._state
+        clipped = torch.clamp(action.double(), self.action_low, self.action_high)
+        self._ctrl.copy_(clipped)
+        before = State(state.qpos.clone(), state.qvel.clone())
+        faulted = self.sim.step(family.substeps)
+        self.elapsed += 1
+        if bool(faulted.any()):
+            state.qpos[faulted], state.qvel[faulted] = before.qpos[faulted], before.qvel[faulted]
+            clipped[faulted] = 0.0
+        terms = family.reward(before, state, clipped, self.task_values, self.dt)
+        reward = sum((w * terms[k] for k, w in family.weights.items()), start=torch.zeros(())).float()
+        self.readout = family.readout(before, state, self.dt) if self.watched else {}
+        obs = final_obs = family.observe(state)
+        terminated = self._never if family.terminate is None else family.terminate(state)
+        if bool(faulted.any()):
+            reward = torch.where(faulted, 0.0, reward)
+            terms = {k: torch.where(faulted, 0.0, v) for k, v in terms.items()}
+            terminated = terminated | faulted
+        truncated = (self.elapsed >= family.horizon) & ~terminated
+        if bool((terminated | truncated).any()):
+            obs = self._autoreset(torch.nonzero(terminated | truncated)[:, 0].tolist())
+        return Step(obs, reward, terms, terminated, truncated, faulted, final_obs)
+
+    watched = False
+    """Set to compute ``readout`` at each step: only a video looks at it."""
+
+    def _autoreset(self, ids: list[int]) -> Tensor:
+        if self.resample is not None:
+            self.set_tasks([self.resample(i, int(self._episode[i]) + 1) for i in ids], ids)
+        self._restart(ids)
+        return self.family.observe(self._state)

@@ -1,0 +1,218 @@
+"""Networks: normalisers, perceptrons, and three memories under one interface."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metarobot.types import MetarobotError
+
+State = tuple[Tensor, ...]
+
+
+class RunningNorm(nn.Module):
+    """Normalise features by their running mean and deviation; buffers, so checkpoints and exports carry them.
+
+    Merges batches by Chan et al. (1979). Accumulates in float64, applies in float32, clips to ±``limit``.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, limit: float = 10.0) -> None:
+        super().__init__()
+        self.limit = limit
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("m2", torch.zeros(features, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in samples ``(sample, feature)``."""
+        x = x.double()
+        n, mean = len(x), x.mean(0)
+        total, gap = self.count + n, mean - self.mean
+        self.m2 += (x - mean).square().sum(0) + gap.square() * self.count * n / total
+        self.mean += gap * n / total
+        self.count.fill_(total)
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.m2 / self.count).clamp_min(1e-8).rsqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(..., feature)``."""
+        return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
+
+
+def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, gain: float = 1.0) -> nn.Sequential:
+    """Build a tanh perceptron with orthogonal weights and zero biases; ``gain`` scales the last layer."""
+    sizes = (inputs, *hidden, outputs)
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        last = i == len(sizes) - 2
+        layers.append(orthogonal(nn.Linear(a, b), gain if last else math.sqrt(2)))
+        if not last:
+            layers.append(nn.Tanh())
+    return nn.Sequential(*layers)
+
+
+def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
+    """Set orthogonal weights of the given gain and a zero bias."""
+    nn.init.orthogonal_(layer.weight, gain)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
+    """Log-density of ``action`` under a diagonal Gaussian, summed over the action axis."""
+    z = (action - mean) * torch.exp(-log_std)
+    return -0.5 * z.square().sum(-1) - log_std.sum(-1) - 0.5 * math.log(2 * math.pi) * action.shape[-1]
+
+
+class Memory(Protocol):
+    """A recurrent layer: the same function step by step (acting) and over a whole sequence (learning)."""
+
+    def begin(self, worlds: int) -> State:
+        """Return the empty memory of each world, tensors ``(world, ...)``."""
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one input ``(world, input)``; return the output ``(world, width)`` and the new state."""
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Run over ``(time, world, input)`` from the empty memory; return ``(time, world, width)``."""
+
+
+class Linear(nn.Module):
+    """A gated linear recurrence that trains in parallel over time (minGRU, Feng et al. 2024).
+
+    ``h_t = (1 − z_t) h_{t−1} + z_t c_t`` with gate z and candidate c from the input alone, so one matrix product serves
+    all time steps. Gate biases spread from −6 to 0, so that time scales from two steps to hundreds are there at birth.
+    """
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.project = orthogonal(nn.Linear(inputs, 2 * width), 1.0)
+        with torch.no_grad():
+            self.project.bias[:width] = torch.linspace(-6.0, 0.0, width)
+
+    def begin(self, worlds: int) -> State:
+        """Return zeros ``(world, width)``."""
+        return (self.project.weight.new_zeros(worlds, self.width),)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Advance by one input."""
+        gate, candidate = self.project(x).chunk(2, -1)
+        h = torch.lerp(state[0], torch.tanh(candidate), torch.sigmoid(gate))
+        return h, (h,)
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Advance by all inputs at once."""
+        gate, candidate = self.project(x).chunk(2, -1)
+        z = torch.sigmoid(gate)
+        h: Tensor = scan(1.0 - z, z * torch.tanh(candidate))
+        return h
+
+
+class Gated(nn.Module):
+    """``nn.GRU`` or ``nn.LSTM`` under the memory interface."""
+
+    def __init__(self, kind: type[nn.GRU] | type[nn.LSTM], inputs: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.cell = kind(inputs, width)
+        self.tensors = 2 if kind is nn.LSTM else 1
+        for name, p in self.cell.named_parameters():
+            nn.init.orthogonal_(p) if "weight" in name else nn.init.zeros_(p)
+
+    def begin(self, worlds: int) -> State:
+        """Return zeros ``(world, width)``, twice for an LSTM."""
+        return tuple(self.cell.weight_hh_l0.new_zeros(worlds, self.width) for _ in range(self.tensors))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Advance by one input."""
+        packed = tuple(s[None] for s in state)
+        h, after = self.cell(x[None], packed if self.tensors == 2 else packed[0])
+        return h[0], tuple(s[0] for s in (after if self.tensors == 2 else (after,)))
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Advance by all inputs, one after the other."""
+        h: Tensor = self.cell(x)[0]
+        return h
+
+
+MEMORIES: dict[str, Callable[[int, int], Any]] = {
+    "linear": Linear,
+    "gru": lambda inputs, width: Gated(nn.GRU, inputs, width),
+    "lstm": lambda inputs, width: Gated(nn.LSTM, inputs, width),
+}
+
+
+def memory(kind: str, inputs: int, width: int) -> Any:
+    """Build the memory called ``kind``."""
+    if kind not in MEMORIES:
+        raise MetarobotError(f"no memory called {kind!r}; there are: {', '.join(MEMORIES)}")
+    return MEMORIES[kind](inputs, width)
+
+
+class _Scan(torch.autograd.Function):
+    """``h_t = a_t h_{t−1} + b_t`` from ``h_{−1} = 0``, with its hand-written backward, the same recurrence reversed.
+
+    Both run in ~2√T vectorised steps: all chunks of √T steps at once, then the chunks' ends in order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        h, decay = torch.empty_like(b), torch.empty_like(a)
+        hs, decays, gates, inputs = h.unbind(1), decay.unbind(1), a.unbind(1), b.unbind(1)
+        hs[0].copy_(inputs[0])
+        decays[0].copy_(gates[0])
+        for t in range(1, len(hs)):
+            torch.addcmul(inputs[t], gates[t], hs[t - 1], out=hs[t])
+            torch.mul(gates[t], decays[t - 1], out=decays[t])
+        start = torch.zeros_like(h[:, 0])
+        for c in range(1, len(h)):
+            torch.addcmul(h[c - 1, -1], decay[c - 1, -1], start[c - 1], out=start[c])
+        h.addcmul_(decay, start[:, None])
+        ctx.save_for_backward(a, h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        # g_t = ∂L/∂h_t + a_{t+1} g_{t+1};   ∂L/∂b_t = g_t;   ∂L/∂a_t = g_t h_{t−1}
+        a, h = ctx.saved_tensors
+        g, decay = torch.empty_like(h), torch.empty_like(a)
+        gs, decays, gates, outer = g.unbind(1), decay.unbind(1), a.unbind(1), grads[0].unbind(1)
+        gs[-1].copy_(outer[-1])
+        decays[-1].fill_(1.0)
+        for t in range(len(gs) - 2, -1, -1):
+            torch.addcmul(outer[t], gates[t + 1], gs[t + 1], out=gs[t])
+            torch.mul(gates[t + 1], decays[t + 1], out=decays[t])
+        start = torch.zeros_like(g[:, 0])
+        for c in range(len(g) - 2, -1, -1):
+            torch.addcmul(g[c + 1, 0], decay[c + 1, 0], start[c + 1], out=start[c]).mul_(a[c + 1, 0])
+        g.addcmul_(decay, start[:, None])
+        grad_a = torch.zeros_like(a)
+        torch.mul(g.flatten(0, 1)[1:], h.flatten(0, 1)[:-1], out=grad_a.flatten(0, 1)[1:])
+        return grad_a, g
+
+
+def scan(a: Tensor, b: Tensor) -> Tensor:
+    """Solve ``h_t = a_t h_{t−1} + b_t``, ``(time, ...)``, differentiable in both."""
+    time, rest = len(a), a.shape[1:]
+    chunk = max(1, round(math.sqrt(time)))
+    pad = -time % chunk
+    if pad:
+        a, b = (torch.cat([x, x.new_zeros(pad, *rest)]) for x in (a, b))
+    chunks = (x.reshape(-1, chunk, *rest).contiguous() for x in (a, b))
+    h: Tensor = _Scan.apply(*chunks)  # type: ignore[no-untyped-call]
+    return h.reshape(-1, *rest)[:time]

@@ -1,0 +1,36 @@
+"""Batched physics behind one protocol: many worlds, each on its own task's model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mujoco
+from torch import Tensor
+
+
+class Sim(Protocol):
+    """Many worlds of the same layout, each with its own model and state. The world axis is axis 0."""
+
+    @property
+    def worlds(self) -> int:
+        """Number of worlds."""
+
+    def set_models(self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None) -> None:
+        """Put each world of ``ids`` (default: all) on its model; its state is kept until the next reset."""
+
+    def bind(self, field: str) -> Tensor:
+        """Return the live tensor ``(world, ...)`` of an ``MjData`` field, float64 in MuJoCo's units.
+
+        State fields (qpos, qvel, ctrl, ...) are read and written in place; derived ones (xpos, sensordata, ...) lag the
+        state by one substep after ``step``.
+        """
+
+    def step(self, substeps: int) -> Tensor:
+        """Advance every world; return ``(world,)``, true where the physics broke down (NaN, warning or error)."""
+
+    def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
+        """Put the worlds of ``ids`` into a fresh state with these joint positions and velocities ``(id, ...)``."""
+
+    def snapshot(self, world: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        """Return one world's model and a copy of its data, forward kinematics computed: for pictures."""

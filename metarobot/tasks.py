@@ -1,0 +1,373 @@
+"""Tasks as data: what varies, by which distribution, in which split, and where it enters the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metarobot.model import Edit
+from metarobot.types import MetarobotError
+
+Floats = NDArray[np.float64]
+SPLITS = ("train", "test", "interpolate", "extrapolate")
+
+
+class TaskError(MetarobotError):
+    """An unknown parameter or split, or a value outside its bounds."""
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform on [low, high]."""
+
+    low: float
+    high: float
+
+    def sample(self, rng: np.random.Generator) -> float:
+        """Draw one value."""
+        return float(rng.uniform(self.low, self.high))
+
+    def contains(self, x: float) -> bool:
+        """Say whether ``x`` can be drawn."""
+        return self.low <= x <= self.high
+
+    def describe(self) -> str:
+        """Say it in a few characters."""
+        return f"U[{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """Log-uniform on [low, high], both positive: as likely to halve as to double."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.high:
+            raise TaskError(f"a log-uniform range needs 0 < low <= high, not [{self.low:g}, {self.high:g}]")
+
+    def sample(self, rng: np.random.Generator) -> float:
+        """Draw one value."""
+        x = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        return min(max(x, self.low), self.high)
+
+    def contains(self, x: float) -> bool:
+        """Say whether ``x`` can be drawn."""
+        return self.low <= x <= self.high
+
+    def describe(self) -> str:
+        """Say it in a few characters."""
+        return f"logU[{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values, equally likely."""
+
+    values: tuple[float, ...]
+
+    def sample(self, rng: np.random.Generator) -> float:
+        """Draw one value."""
+        return float(self.values[int(rng.integers(len(self.values)))])
+
+    def contains(self, x: float) -> bool:
+        """Say whether ``x`` can be drawn."""
+        return x in self.values
+
+    @property
+    def low(self) -> float:
+        """The smallest value."""
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        """The largest value."""
+        return max(self.values)
+
+    def describe(self) -> str:
+        """Say it in a few characters."""
+        return "{" + ", ".join(f"{v:g}" for v in self.values) + "}"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One of several distributions, drawn by weight: most motors healthy, some dead, some reversed."""
+
+    weights: tuple[float, ...]
+    parts: tuple[Uniform | LogUniform | Choice, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.parts) or min(self.weights) <= 0:
+            raise TaskError(f"a mixture needs one positive weight a part, not {self.weights} for {len(self.parts)}")
+
+    def sample(self, rng: np.random.Generator) -> float:
+        """Draw one value."""
+        edges = np.cumsum(self.weights) / sum(self.weights)
+        part = min(int(np.searchsorted(edges, rng.uniform(), side="right")), len(self.parts) - 1)
+        return self.parts[part].sample(rng)
+
+    def contains(self, x: float) -> bool:
+        """Say whether ``x`` can be drawn."""
+        return any(p.contains(x) for p in self.parts)
+
+    @property
+    def low(self) -> float:
+        """The smallest value of any part."""
+        return min(p.low for p in self.parts)
+
+    @property
+    def high(self) -> float:
+        """The largest value of any part."""
+        return max(p.high for p in self.parts)
+
+    def describe(self) -> str:
+        """Say it in a few characters."""
+        total = sum(self.weights)
+        return " + ".join(f"{w / total:.0%} {p.describe()}" for w, p in zip(self.weights, self.parts, strict=True))
+
+
+Distribution = Uniform | LogUniform | Choice | Mixture
+_KINDS: dict[str, Any] = {"uniform": Uniform, "log_uniform": LogUniform, "choice": Choice, "mixture": Mixture}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Param:
+    """One hidden parameter of a task."""
+
+    name: str
+    train: Distribution
+    """What training and test tasks are drawn from."""
+    hole: tuple[float, float] | None = None
+    """An open interval cut out of ``train``: training and test never draw it, ``interpolate`` draws nothing else."""
+    beyond: Distribution | None = None
+    """What ``extrapolate`` draws, outside of ``train``."""
+    edits: tuple[Edit, ...] = ()
+    """Where the value enters the model; empty if the family's reward reads it instead."""
+    unit: str = ""
+    doc: str = ""
+
+    def contains(self, x: float) -> bool:
+        """Say whether any split can draw ``x``."""
+        return self.train.contains(x) or (self.beyond is not None and self.beyond.contains(x))
+
+    def in_hole(self, x: float) -> bool:
+        """Say whether ``x`` lies in the hole."""
+        return self.hole is not None and self.hole[0] < x < self.hole[1]
+
+    def draw(self, rng: np.random.Generator, *, hole: bool = False) -> float:
+        """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every machine."""
+        for _ in range(100_000):
+            x = _round(self.train.sample(rng))
+            if self.in_hole(x) == hole:
+                return x
+        raise TaskError(f"{self.name}: nothing can be drawn {'inside' if hole else 'outside'} the hole {self.hole}")
+
+    def bounds(self) -> str:
+        """Say what values are allowed."""
+        beyond = "" if self.beyond is None else f", or {self.beyond.describe()} to extrapolate"
+        return self.train.describe() + beyond + (f" {self.unit}" if self.unit else "")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One draw of the hidden parameters. Compares and hashes by value."""
+
+    space: str
+    values: tuple[tuple[str, float], ...] = field(default=())
+
+    def __getitem__(self, name: str) -> float:
+        return self.as_dict()[name]
+
+    def as_dict(self) -> dict[str, float]:
+        """Return name -> value."""
+        return dict(self.values)
+
+    def describe(self) -> str:
+        """Say the values in one line."""
+        return ", ".join(f"{k} {v:.3g}" for k, v in self.values)
+
+
+@dataclass(frozen=True)
+class TaskSpace:
+    """What varies from task to task in a family, and the splits tasks are drawn from."""
+
+    name: str
+    params: tuple[Param, ...]
+
+    def __post_init__(self) -> None:
+        names = self.names
+        for name in names:
+            if names.count(name) > 1:
+                raise TaskError(f"{self.name} has two parameters called {name!r}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters, in order."""
+        return tuple(p.name for p in self.params)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits this space can draw from: no hole, no ``interpolate``; nothing beyond, no ``extrapolate``."""
+        has = {"train": True, "test": True}
+        has["interpolate"] = any(p.hole for p in self.params)
+        has["extrapolate"] = any(p.beyond for p in self.params)
+        return tuple(s for s in SPLITS if has[s])
+
+    @property
+    def finite(self) -> tuple[Task, ...] | None:
+        """Every task, if there are finitely many (all parameters a choice), else None."""
+        tasks = [{}] if all(isinstance(p.train, Choice) for p in self.params) else None  # type: list[dict[str, float]] | None
+        if tasks is None:
+            return None
+        for p in self.params:
+            values = p.train.values if isinstance(p.train, Choice) else ()
+            tasks = [{**t, p.name: v} for t in tasks for v in values if not p.in_hole(v)]
+        return tuple(self.task(**t) for t in tasks)
+
+    def sample(self, split: str, n: int, seed: int | Sequence[int] = 0) -> list[Task]:
+        """Draw ``n`` tasks; the same split, n and seed give the same tasks on every machine.
+
+        ``interpolate`` puts every parameter that has a hole inside it; ``extrapolate`` puts one parameter at a time
+        beyond its training range. A finite space is gone through evenly in every split but ``train``.
+        """
+        self.check_split(split)
+        if n < 1:
+            raise TaskError(f"the number of tasks must be at least 1, not {n}")
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        rng = np.random.Generator(np.random.PCG64([zlib.crc32(self.name.encode()), SPLITS.index(split), *seeds]))
+        if split == "test" and (all_tasks := self.finite) is not None:
+            return [all_tasks[i % len(all_tasks)] for i in range(n)]
+        return [self._draw(split, rng) for _ in range(n)]
+
+    def _draw(self, split: str, rng: np.random.Generator) -> Task:
+        values = {p.name: p.draw(rng, hole=split == "interpolate" and p.hole is not None) for p in self.params}
+        if split == "extrapolate":
+            far = [p for p in self.params if p.beyond is not None]
+            chosen = far[int(rng.integers(len(far)))]
+            assert chosen.beyond is not None
+            values[chosen.name] = _round(chosen.beyond.sample(rng))
+        return Task(self.name, tuple(values.items()))
+
+    def check_split(self, split: str) -> None:
+        """Raise unless this space has that split."""
+        if split not in self.splits:
+            raise TaskError(f"{self.name} has no split {split!r}; it has: {', '.join(self.splits)}")
+
+    def task(self, **values: float) -> Task:
+        """Make a task from named values, checking names, bounds and finiteness."""
+        for name in values:
+            if name not in self.names:
+                raise TaskError(f"{self.name} has no parameter {name!r}; it has: {', '.join(self.names)}")
+        for p in self.params:
+            if p.name not in values:
+                raise TaskError(f"a {self.name} task needs a value for {p.name!r}")
+            x = values[p.name]
+            if isinstance(x, bool) or not isinstance(x, int | float | np.floating | np.integer) or not math.isfinite(x):
+                raise TaskError(f"{p.name} = {x!r} is not a finite number")
+            if not p.contains(float(x)):
+                raise TaskError(f"{p.name} = {x:g} is outside its bounds: {p.bounds()}")
+        return Task(self.name, tuple((n, float(values[n])) for n in self.names))
+
+    def coerce(self, task: Task | Mapping[str, float]) -> Task:
+        """Check a task, given as a Task or as name -> value."""
+        return self.task(**(task.as_dict() if isinstance(task, Task) else dict(task)))
+
+    def values(self, tasks: Iterable[Task]) -> Tensor:
+        """Stack tasks as ``(task, parameter)`` float64, in the parameters' own units."""
+        return torch.tensor([[t[n] for n in self.names] for t in tasks], dtype=torch.float64)
+
+    def encode(self, tasks: Iterable[Task]) -> Tensor:
+        """Stack tasks as ``(task, parameter)`` float32, each training range mapped to [−1, 1]."""
+        x = self.values(tasks)
+        for i, p in enumerate(self.params):
+            low, high, column = p.train.low, p.train.high, x[:, i]
+            if isinstance(p.train, LogUniform):
+                low, high, column = math.log(low), math.log(high), column.log()
+            x[:, i] = (2 * column - low - high) / max(high - low, 1e-9)
+        return x.float()
+
+    def describe(self) -> str:
+        """Lay out for people what varies, where it enters, and what each split draws."""
+        lines = [f"{self.name}: splits {', '.join(self.splits)}"]
+        for p in self.params:
+            unit = f" {p.unit}" if p.unit else ""
+            lines.append(f"  {p.name}{unit}: {p.train.describe()}" + (f"  ({p.doc})" if p.doc else ""))
+            for label, value in (
+                ("enters", "; ".join(e.describe() for e in p.edits) or "the reward"),
+                ("interpolate", f"inside ({p.hole[0]:g}, {p.hole[1]:g}), cut out of training" if p.hole else ""),
+                ("extrapolate", p.beyond.describe() if p.beyond else ""),
+            ):
+                if value:
+                    lines.append(f"    {label}: {value}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the space as plain JSON data, with its hash."""
+        params = [
+            {**asdict(p), "train": _dump(p.train), "beyond": None if p.beyond is None else _dump(p.beyond)}
+            for p in self.params
+        ]
+        plain = json.loads(json.dumps({"name": self.name, "params": params}))
+        return {**plain, "hash": _digest(plain)}
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits that change whenever anything in the space does."""
+        return str(self.to_json()["hash"])
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskSpace:
+        """Read a space back; raise if its hash does not match what it holds."""
+        try:
+            plain = {"name": data["name"], "params": data["params"]}
+            if _digest(plain) != data["hash"]:
+                raise TaskError(f"the task space {data['name']!r} was changed after it was written: its hash differs")
+            return cls(data["name"], tuple(_load_param(p) for p in data["params"]))
+        except (KeyError, TypeError, ValueError) as e:
+            raise TaskError(f"not a task space: {e!r}") from e
+
+
+def _round(x: float) -> float:
+    return float(f"{x:.9g}")
+
+
+def _digest(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _dump(d: Distribution) -> dict[str, Any]:
+    kind = next(k for k, c in _KINDS.items() if c is type(d))
+    if isinstance(d, Mixture):
+        return {"kind": kind, "weights": d.weights, "parts": [_dump(p) for p in d.parts]}
+    return {"kind": kind, **asdict(d)}
+
+
+def _load(data: Mapping[str, Any]) -> Any:
+    if data["kind"] not in _KINDS:
+        raise TaskError(f"no distribution called {data['kind']!r}; there are: {', '.join(_KINDS)}")
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
+    if "parts" in args:
+        args["parts"] = tuple(_load(p) for p in args["parts"])
+    return _KINDS[data["kind"]](**args)
+
+
+def _load_param(data: Mapping[str, Any]) -> Param:
+    rest = {k: v for k, v in data.items() if k not in ("train", "beyond", "hole", "edits")}
+    return Param(
+        train=_load(data["train"]),
+        beyond=None if data["beyond"] is None else _load(data["beyond"]),
+        hole=None if data["hole"] is None else tuple(data["hole"]),
+        edits=tuple(Edit(**e) for e in data["edits"]),
+        **rest,
+    )

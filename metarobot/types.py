@@ -1,0 +1,125 @@
+"""The shapes that travel between rooms: percepts, rollouts and trials.
+
+Axes: the world axis comes first, ``(world, ...)``; only a rollout puts time before it, ``(time, world, ...)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MetarobotError(Exception):
+    """A mistake the user can mend: one line that names the bad value and what would be right."""
+
+
+class Percept(NamedTuple):
+    """What an agent is given at one step, all of it known to a real robot too.
+
+    Shapes: obs ``(world, obs)``; action ``(world, act)``, the one sent last; reward ``(world,)``, the one it earned;
+    done ``(world,)``, 1.0 on the first step of every episode but the trial's first; first ``(world,)``, 1.0 on the
+    first step of a trial.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    done: Tensor
+    first: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One episode in every world, padded to the longest; ``valid`` marks the steps that were really lived.
+
+    Shapes: obs ``(time, world, obs)``; action ``(time, world, act)``, as chosen, before the clip to its bounds;
+    reward, terminated, truncated, valid ``(time, world)``; final_obs ``(world, obs)``, the observation after each
+    world's last valid step, before any reset; terms, name -> ``(world,)``, each reward term's sum over the episode;
+    faulted ``(world,)``, true where the physics broke down.
+    """
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+    final_obs: Tensor
+    faulted: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+    def returns(self) -> Tensor:
+        """Undiscounted return of the episode, ``(world,)``."""
+        return (self.reward * self.valid).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """One trial in every world: its K episodes in order, and the task it was lived in.
+
+    ``task`` ``(world, parameter)`` is the task space's encoding: labels for training, shown only to privileged agents.
+    """
+
+    episodes: tuple[Rollout, ...]
+    task: Tensor
+
+    def returns(self) -> Tensor:
+        """Return of each episode of the trial, ``(episode, world)``."""
+        return torch.stack([e.returns() for e in self.episodes])
+
+    def steps(self) -> int:
+        """Environment steps really lived, over all worlds and episodes."""
+        return int(sum(int(e.valid.sum()) for e in self.episodes))
+
+    def faults(self) -> int:
+        """Episodes ended by broken physics."""
+        return int(sum(int(e.faulted.sum()) for e in self.episodes))
+
+
+class Sequence(NamedTuple):
+    """A trial as one sequence a world, padding moved to the end: what a recurrent learner trains on.
+
+    Shapes: percepts ``(time, world, ...)`` each; action ``(time, world, act)``; reward, terminated, truncated, valid
+    ``(time, world)``; next_obs ``(time, world, obs)``, the observation the step led to, before any reset.
+    """
+
+    percept: Percept
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+    next_obs: Tensor
+
+
+def sequence(episodes: tuple[Rollout, ...]) -> Sequence:
+    """Join the episodes of a trial into one sequence a world, in the order they were lived."""
+    obs, action = (torch.cat([getattr(e, k) for e in episodes]) for k in ("obs", "action"))
+    reward, valid = (torch.cat([getattr(e, k) for e in episodes]) for k in ("reward", "valid"))
+    terminated, truncated = (torch.cat([getattr(e, k) for e in episodes]) for k in ("terminated", "truncated"))
+    next_obs = torch.cat([_next_obs(e) for e in episodes])
+    if not bool(valid.all()):
+        order = torch.argsort((~valid).int(), dim=0, stable=True)
+        rows = torch.arange(valid.shape[1], device=valid.device)
+        obs, action, reward, valid, terminated, truncated, next_obs = (
+            x[order, rows] for x in (obs, action, reward, valid, terminated, truncated, next_obs)
+        )
+    done = (terminated | truncated).to(reward.dtype)
+    first = torch.zeros_like(reward)
+    first[0] = 1.0
+    percept = Percept(obs, shift(action), shift(reward), shift(done), first)
+    return Sequence(percept, action, reward, terminated, truncated, valid, next_obs)
+
+
+def shift(x: Tensor) -> Tensor:
+    """Delay by one step along time, zeros first: what the agent knew of ``x`` when it acted."""
+    return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
+def _next_obs(episode: Rollout) -> Tensor:
+    following = torch.cat([episode.obs[1:], episode.final_obs[None]])
+    ended = (episode.terminated | episode.truncated)[..., None]
+    return torch.where(ended, episode.final_obs, following)
