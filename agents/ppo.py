@@ -7,12 +7,12 @@ network with the task's encoding beside the observation.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Context, Shapes, agents, pack, unpack
+from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.nets import RunningNorm, log_prob, mlp
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
@@ -111,7 +111,7 @@ class PPO:
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        kl, steps, sums = 0.0, 0, torch.zeros(4)
+        kl, steps, sums = 0.0, 0, x.new_zeros(4)
         for _ in range(c.epochs):
             for rows in torch.randperm(len(x), generator=generator).chunk(c.minibatches):
                 losses = self._step(x[rows], action[rows], old[rows], advantage[rows], target[rows])
@@ -138,9 +138,7 @@ class PPO:
         value = self.agent.critic(x)[..., 0]
         next_value = self.agent.critic(self.agent.features(seq.next_obs, shown))[..., 0]
         reward = seq.reward * self.spread.scale
-        advantage = gae(
-            reward, value, next_value, seq.terminated, seq.truncated, self.config.gamma, self.config.lam
-        )
+        advantage = gae(reward, value, next_value, seq.terminated, seq.truncated, self.config.gamma, self.config.lam)
         target, lived = advantage + value, advantage[seq.valid]
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x, value, target, advantage, log_prob(self.agent.actor(x), self.agent.log_std, seq.action)
@@ -155,7 +153,7 @@ class PPO:
         policy_loss = -surrogate.mean()
         value_loss = (self.agent.critic(x)[:, 0] - target).square().mean()
         self.optimiser.zero_grad()
-        (policy_loss + c.value * value_loss).backward()  # type: ignore[no-untyped-call]
+        (policy_loss + c.value * value_loss).backward()
         nn.utils.clip_grad_norm_(self.agent.parameters(), c.grad_norm)
         self.optimiser.step()
         with torch.no_grad():
@@ -172,9 +170,6 @@ class PPO:
         unpack(state, self.optimiser, agent=self.agent, spread=self.spread)
 
 
-for _name, _config, _doc in (
-    ("ppo", PPOConfig, "PPO without a memory: the blind policy."),
-    ("blind", PPOConfig, "The same as ppo: one behaviour for all tasks, the lower reference."),
-    ("oracle", OracleConfig, "PPO that is shown the task: the upper reference."),
-):
-    agents.register(_name, AgentKind(name=_name, doc=_doc, config=_config, build=PPO))
+ppo = AgentKind(name="ppo", doc="PPO without a memory: the blind policy.", config=PPOConfig, build=PPO)
+blind = replace(ppo, name="blind", doc="The same as ppo: one behaviour for all tasks, the lower reference.")
+oracle = replace(ppo, name="oracle", doc="PPO that is shown the task: the upper reference.", config=OracleConfig)

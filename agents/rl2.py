@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Context, Shapes, agents, pack, unpack
+from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.nets import RunningNorm, log_prob, memory, orthogonal
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, sequence
@@ -34,9 +34,9 @@ class RL2Config:
     """Adam's learning rate at the start."""
     lr_end: float = 0.05
     """Fraction of it that is left at the end; linear between."""
-    epochs: int = 8
+    epochs: int = 5
     """Passes over an iteration's trials."""
-    minibatches: int = 8
+    minibatches: int = 16
     """Gradient steps a pass, each on whole trials."""
     gamma: float = 0.97
     """Discount a control step."""
@@ -122,7 +122,7 @@ class RL2:
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        kl, steps, sums = 0.0, 0, torch.zeros(5)
+        kl, steps, sums = 0.0, 0, x.new_zeros(5)
         for _ in range(c.epochs):
             for rows in torch.randperm(c.worlds, generator=generator).chunk(c.minibatches):
                 batch = (x[:, rows], seq.action[:, rows], old[:, rows], advantage[:, rows], target[:, rows])
@@ -155,7 +155,7 @@ class RL2:
         x = self.agent.features(_with_final(seq))
         mean, value, _ = self.agent(x)
         cut = torch.zeros_like(seq.valid)
-        cut[_last(seq), torch.arange(cut.shape[1])] = True
+        cut[_last(seq), torch.arange(cut.shape[1], device=cut.device)] = True
         reward = seq.reward * self.spread.scale
         advantage = gae(reward, value[:-1], value[1:], seq.terminated, cut, self.config.gamma, self.config.lam)
         target = advantage + value[:-1]
@@ -177,7 +177,7 @@ class RL2:
         value_loss = (weight * (value - target).square()).sum()
         belief_loss = (weight * (belief - task).square().mean(-1)).sum()
         self.optimiser.zero_grad()
-        (policy_loss + c.value * value_loss + c.belief * belief_loss).backward()  # type: ignore[no-untyped-call]
+        (policy_loss + c.value * value_loss + c.belief * belief_loss).backward()
         nn.utils.clip_grad_norm_(self.agent.parameters(), c.grad_norm)
         self.optimiser.step()
         with torch.no_grad():
@@ -201,7 +201,7 @@ def _last(seq: Sequence) -> Tensor:
 def _with_final(seq: Sequence) -> Percept:
     """Append to each trial the percept its last step led to, as if the episode went on: what the critic bootstraps."""
     p, last = seq.percept, _last(seq)
-    rows = torch.arange(len(last))
+    rows = torch.arange(len(last), device=last.device)
     final = (seq.next_obs, seq.action, seq.reward, torch.zeros_like(p.done), torch.zeros_like(p.first))
     extended = []
     for told, after in zip(p, final, strict=True):
@@ -211,12 +211,6 @@ def _with_final(seq: Sequence) -> Percept:
     return Percept(*extended)
 
 
-agents.register(
-    "rl2",
-    AgentKind(
-        name="rl2",
-        doc="A recurrent policy that adapts while it acts; PPO over trials.",
-        config=RL2Config,
-        build=RL2,
-    ),
+rl2 = AgentKind(
+    name="rl2", doc="A recurrent policy that adapts while it acts; PPO over trials.", config=RL2Config, build=RL2
 )

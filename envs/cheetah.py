@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.env import Family, State, families
+from metarobot.env import Family, State
 from metarobot.tasks import Choice, Floats, Param, TaskSpace, Uniform
 
 JOINTS = ("bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot")
@@ -121,6 +121,3 @@ cheetah_dir_100 = replace(
     space=replace(cheetah_dir.space, name="CheetahDir100"),
     horizon=100,
 )
-
-for _family in (cheetah_vel, cheetah_vel_100, cheetah_dir, cheetah_dir_100):
-    families.register(_family.name, _family)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import mujoco
 from torch import Tensor
 
-from metarobot.env import State, families
+from metarobot.env import State
 from metarobot.envs.cheetah import JOINTS, cheetah, cheetah_vel, effort, speed
 from metarobot.model import Edit, compile_spec
 from metarobot.tasks import Choice, LogUniform, Mixture, Param, TaskSpace, Uniform
@@ -88,14 +88,11 @@ SPACE = TaskSpace(
     ),
 )
 
-cheetah_terrain = families.register(
-    "CheetahTerrain",
-    replace(
-        cheetah_vel,
-        name="CheetahTerrain",
-        doc="Run on unknown ground, under an unknown load, with weak, dead or reversed motors: horizon 200.",
-        space=SPACE,
-        spec=loaded_cheetah,
-        reward=run,
-    ),
+cheetah_terrain = replace(
+    cheetah_vel,
+    name="CheetahTerrain",
+    doc="Run on unknown ground, under an unknown load, with weak, dead or reversed motors: horizon 200.",
+    space=SPACE,
+    spec=loaded_cheetah,
+    reward=run,
 )

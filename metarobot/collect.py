@@ -31,7 +31,7 @@ def collect(
     noise; ``between`` tampers with the context after each episode (the controls of an evaluation); ``watch`` is called
     after every step with (episode, env, step), for pictures.
     """
-    env.set_tasks([env.family.space.coerce(t) for t in tasks])
+    env.set_tasks(tasks)
     obs = env.reset(seed)
     noise = torch.Generator().manual_seed(seed)
     task = env.family.space.encode(tasks)

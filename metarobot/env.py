@@ -53,7 +53,7 @@ class Family:
     terminate: Callable[[State], Tensor] | None = None
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
     readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
-    """(before, after, control period s) -> quantities worth showing on a video frame, name with unit -> ``(world,)``."""
+    """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
 
 
 families: Registry[Family] = Registry("family", "metarobot.families")
@@ -107,17 +107,16 @@ class Env:
         self.dt = self._nominal.opt.timestep * family.substeps
         bounds = torch.from_numpy(self._nominal.actuator_ctrlrange.T.copy())
         self.action_low, self.action_high = bounds
-        self._state = State(self.sim.bind("qpos"), self.sim.bind("qvel"))
+        self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"))
         self._ctrl = self.sim.bind("ctrl")
         self._values = family.space.values(self.tasks)
-        self._never = torch.zeros(self.worlds, dtype=torch.bool)
         self.elapsed = torch.zeros(self.worlds, dtype=torch.int64)
         self.reset(seed)
 
     @property
     def control_hz(self) -> float:
         """Control steps a second."""
-        return 1.0 / self.dt
+        return float(1.0 / self.dt)
 
     @property
     def act_dim(self) -> int:
@@ -139,27 +138,30 @@ class Env:
             self._models[key] = self._factory.compile(key)
         return self._models[key]
 
-    def set_tasks(self, tasks: Sequence[Task], ids: Sequence[int] | None = None) -> None:
+    def set_tasks(self, tasks: Sequence[Task | Mapping[str, float]], ids: Sequence[int] | None = None) -> None:
         """Give worlds (default: all) new tasks; they take effect in full at those worlds' next reset."""
         rows = list(range(self.worlds)) if ids is None else list(ids)
-        for i, task in zip(rows, tasks, strict=True):
+        checked = [self.family.space.coerce(t) for t in tasks]
+        if len(checked) != len(rows):
+            raise MetarobotError(f"{len(checked)} tasks were given for {len(rows)} worlds")
+        for i, task in zip(rows, checked, strict=True):
             self.tasks[i] = task
-        self.sim.set_models([self.model(t) for t in tasks], rows)
-        self._values[rows] = self.family.space.values(tasks)
+        self.sim.set_models([self.model(t) for t in checked], rows)
+        self._values[rows] = self.family.space.values(checked)
 
     def reset(self, seed: int | None = None) -> Tensor:
         """Start an episode in every world and return the observations; a seed restarts the count of episodes."""
         if seed is not None:
             self.seed, self._episode = seed, np.full(self.worlds, -1)
         self._restart(range(self.worlds))
-        return self.family.observe(self._state)
+        return self.family.observe(self.state)
 
     def restart(self) -> Tensor:
         """Start an episode in every world whose last one is under way; return the observations ``(world, obs)``."""
         under_way = torch.nonzero(self.elapsed)[:, 0].tolist()
         if under_way:
             self._restart(under_way)
-        return self.family.observe(self._state)
+        return self.family.observe(self.state)
 
     def _restart(self, ids: Sequence[int]) -> None:
         starts = []
@@ -178,7 +180,9 @@ class Env:
 
     def step(self, action: Tensor) -> Step:
         """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset."""
-        family, state = self.family, self._state
+        if tuple(action.shape) != (self.worlds, self.act_dim):
+            raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
+        family, state = self.family, self.state
         clipped = torch.clamp(action.double(), self.action_low, self.action_high)
         self._ctrl.copy_(clipped)
         before = State(state.qpos.clone(), state.qvel.clone())
@@ -191,7 +195,7 @@ class Env:
         reward = sum((w * terms[k] for k, w in family.weights.items()), start=torch.zeros(())).float()
         self.readout = family.readout(before, state, self.dt) if self.watched else {}
         obs = final_obs = family.observe(state)
-        terminated = self._never if family.terminate is None else family.terminate(state)
+        terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(state)
         if bool(faulted.any()):
             reward = torch.where(faulted, 0.0, reward)
             terms = {k: torch.where(faulted, 0.0, v) for k, v in terms.items()}
@@ -208,4 +212,4 @@ class Env:
         if self.resample is not None:
             self.set_tasks([self.resample(i, int(self._episode[i]) + 1) for i in ids], ids)
         self._restart(ids)
-        return self.family.observe(self._state)
+        return self.family.observe(self.state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -56,7 +57,7 @@ def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, gain: float = 1.0) -
     """Build a tanh perceptron with orthogonal weights and zero biases; ``gain`` scales the last layer."""
     sizes = (inputs, *hidden, outputs)
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
         layers.append(orthogonal(nn.Linear(a, b), gain if last else math.sqrt(2)))
         if not last:
@@ -129,7 +130,7 @@ class Gated(nn.Module):
     def __init__(self, kind: type[nn.GRU] | type[nn.LSTM], inputs: int, width: int) -> None:
         super().__init__()
         self.width = width
-        self.cell = kind(inputs, width)
+        self.cell: Any = kind(inputs, width)
         self.tensors = 2 if kind is nn.LSTM else 1
         for name, p in self.cell.named_parameters():
             nn.init.orthogonal_(p) if "weight" in name else nn.init.zeros_(p)

@@ -281,7 +281,13 @@ class TaskSpace:
 
     def coerce(self, task: Task | Mapping[str, float]) -> Task:
         """Check a task, given as a Task or as name -> value."""
-        return self.task(**(task.as_dict() if isinstance(task, Task) else dict(task)))
+        if isinstance(task, Task):
+            if task.space != self.name:
+                raise TaskError(f"that is a task of {task.space}, not of {self.name}")
+            return self.task(**task.as_dict())
+        if not isinstance(task, Mapping) or not all(isinstance(k, str) for k in task):
+            raise TaskError(f"a task is name -> value, not {task!r}")
+        return self.task(**task)
 
     def values(self, tasks: Iterable[Task]) -> Tensor:
         """Stack tasks as ``(task, parameter)`` float64, in the parameters' own units."""

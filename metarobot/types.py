@@ -6,7 +6,7 @@ Axes: the world axis comes first, ``(world, ...)``; only a rollout puts time bef
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class Rollout:
     faulted: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: str) -> Rollout:
+        """Move to a device."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Rollout(**moved, terms={k: v.to(device) for k, v in self.terms.items()})
+
     def returns(self) -> Tensor:
         """Undiscounted return of the episode, ``(world,)``."""
         return (self.reward * self.valid).sum(0)
@@ -65,6 +70,12 @@ class Trials:
 
     episodes: tuple[Rollout, ...]
     task: Tensor
+
+    def to(self, device: str) -> Trials:
+        """Move to a device."""
+        if self.task.device.type == device:
+            return self
+        return Trials(episodes=tuple(e.to(device) for e in self.episodes), task=self.task.to(device))
 
     def returns(self) -> Tensor:
         """Return of each episode of the trial, ``(episode, world)``."""

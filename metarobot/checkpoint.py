@@ -1,0 +1,208 @@
+"""Run folders and checkpoints: safetensors and JSON, written atomically, loaded without running any code.
+
+A run folder holds ``config.json`` (what was asked), ``tasks.json`` (the task space), ``metrics.jsonl``, and
+``checkpoint.json``, which names the weights file that belongs to it and its SHA-256. The JSON is replaced last, so at
+any moment the folder holds one complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from metarobot.agent import Learner, Shapes, agents
+from metarobot.env import Family, families
+from metarobot.model import ModelFactory
+from metarobot.tasks import TaskSpace
+from metarobot.types import MetarobotError
+
+FORMAT = 1
+PRETRAINED = Path(__file__).parent / "agents" / "pretrained"
+
+
+class CheckpointError(MetarobotError):
+    """A run folder that is not one, is damaged, or cannot be written."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; it takes its place if the block succeeds and vanishes if it does not."""
+    temporary = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        temporary.chmod(0o644)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as e:
+        raise CheckpointError(f"cannot write {path}: {e.strerror or e}") from e
+    finally:
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or say in one line why not."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror or e}") from e
+    except ValueError as e:
+        raise CheckpointError(f"{path} is damaged: {e}") from e
+
+
+def save(folder: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+    """Write a checkpoint: named tensors, and the counters that training continues from."""
+    data = safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    weights = folder / f"checkpoint-{digest[:12]}.safetensors"
+    with replacing(weights) as temporary:
+        temporary.write_bytes(data)
+    write_json(folder / "checkpoint.json", {**counters, "weights": weights.name, "sha256": digest})
+    for old in folder.glob("checkpoint-*.safetensors"):
+        if old != weights:
+            with suppress(OSError):
+                old.unlink()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that has been checked: it is ours, readable, and its family still is what it was."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.resolve().name
+
+    @property
+    def agent(self) -> str:
+        """Name of the agent's kind."""
+        return str(self.config["agent"])
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read tensors and counters, checking that they are whole."""
+        counters = read_json(self.folder / "checkpoint.json")
+        try:
+            weights = self.folder / Path(counters["weights"]).name
+            data = weights.read_bytes()
+            if hashlib.sha256(data).hexdigest() != counters["sha256"]:
+                raise CheckpointError(f"{weights} is damaged: its SHA-256 is not the one checkpoint.json names")
+            return safetensors.torch.load(data), counters
+        except OSError as e:
+            raise CheckpointError(f"cannot read {weights}: {e.strerror or e}") from e
+        except (KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
+            raise CheckpointError(f"{self.folder / 'checkpoint.json'} is damaged: {e!r}") from e
+
+    def learner(self) -> Learner:
+        """Build the untrained learner this run configures; the same seed gives the same initial weights."""
+        try:
+            config = agents.get(self.agent).config(**self.config["agent_config"])
+        except TypeError as e:
+            raise CheckpointError(f"{self.folder / 'config.json'} does not fit agent {self.agent!r}: {e}") from e
+        return build_learner(self.agent, config, self.family, int(self.config["seed"]))
+
+    def load_agent(self) -> Any:
+        """Build the trained agent, ready to act."""
+        agent, (tensors, _) = self.learner().agent, self.checkpoint()
+        weights = {k.removeprefix("agent."): v for k, v in tensors.items() if k.startswith("agent.")}
+        try:
+            agent.load_state_dict(weights)
+        except RuntimeError as e:
+            raise CheckpointError(f"{self.folder} holds other weights than its config.json says: {_line(e)}") from e
+        return agent
+
+
+def build_learner(agent: str, config: Any, family: Family, seed: int) -> Learner:
+    """Build an untrained learner for a family; torch's global generator is left as it was."""
+    actuators = int(ModelFactory(family.spec, ()).compile(()).nu)
+    shapes = Shapes(
+        obs=len(family.observations), act=actuators, task=len(family.space.params), episodes=config.episodes
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return agents.get(agent).build(config, shapes)
+
+
+def create(folder: Path, config: dict[str, Any]) -> Run:
+    """Start a run folder, which must not hold a run yet."""
+    if (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
+    family: Family = families.get(config["family"])
+    write_json(folder / "tasks.json", family.space.to_json())
+    write_json(folder / "config.json", {"format": FORMAT, "kind": "metarobot-run", **config})
+    return open_run(folder)
+
+
+def open_run(where: str | Path) -> Run:
+    """Open a run folder, or a pretrained agent by its name."""
+    folder = Path(where)
+    if not folder.exists() and (PRETRAINED / str(where)).is_dir():
+        folder = PRETRAINED / str(where)
+    if not folder.is_dir():
+        raise CheckpointError(f"no run folder {str(where)!r}, and no pretrained agent; there are: {_listing()}")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("kind") != "metarobot-run":
+        raise CheckpointError(f"{folder} is not a metarobot run: its config.json does not say so")
+    if config["format"] > FORMAT:
+        raise CheckpointError(
+            f"{folder} is of format {config['format']}, this metarobot reads up to {FORMAT}: upgrade metarobot"
+        )
+    try:
+        family: Family = families.get(config["family"])
+        agents.get(config["agent"])
+    except KeyError as e:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: it has no {e}") from e
+    space = TaskSpace.from_json(read_json(folder / "tasks.json"))
+    if space.hash != family.space.hash:
+        raise CheckpointError(
+            f"{folder} was trained on task space {space.hash}, but {family.name}'s is {family.space.hash} now"
+        )
+    return Run(folder, config, family)
+
+
+def pretrained() -> list[str]:
+    """Name the agents in the box."""
+    return sorted(p.name for p in PRETRAINED.glob("*") if (p / "config.json").exists())
+
+
+def publish(run: Run, folder: Path, card: dict[str, Any]) -> None:
+    """Copy a run's agent without its optimiser, with a card of how it was made: a pretrained agent."""
+    tensors, counters = run.checkpoint()
+    save(folder, {k: v for k, v in tensors.items() if k.startswith("agent.")}, counters)
+    for name in ("config.json", "tasks.json"):
+        write_json(folder / name, read_json(run.folder / name))
+    write_json(folder / "card.json", card)
+
+
+def _listing() -> str:
+    return ", ".join(pretrained()) or "none"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,334 @@
+"""The command line: each subcommand is a few lines over the rooms it names."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from metarobot.types import MetarobotError
+
+
+def families() -> None:
+    """List the task families: what varies, over which ranges, and the splits tasks are drawn from."""
+    from metarobot.env import families as registry
+
+    for name in registry.names():
+        family = registry.get(name)
+        print(f"{name}\n  {family.doc}\n  horizon {family.horizon} steps, {len(family.observations)} observations")
+        print("\n".join("  " + line for line in family.space.describe().splitlines()) + "\n")
+
+
+def agents() -> None:
+    """List the kinds of agent that can be trained, and the trained agents in the box."""
+    from metarobot.agent import agents as registry
+    from metarobot.checkpoint import PRETRAINED, pretrained, read_json
+
+    for name in registry.names():
+        print(f"{name}: {registry.get(name).doc}")
+    for name in pretrained():
+        card = read_json(PRETRAINED / name / "card.json")
+        print(f"{name}: {card['summary']}")
+
+
+def evaluate(
+    runs: Positional[tuple[str, ...]],
+    /,
+    split: str = "test",
+    tasks: int = 40,
+    episodes: int = 2,
+    seed: int = 0,
+    threads: int = 0,
+    oracle: tuple[str, ...] = (),
+    blind: tuple[str, ...] = (),
+    controls: bool = False,
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Measure how runs adapt on held-out tasks: return after 0, 1, … episodes, beside oracle and blind.
+
+    Args:
+        runs: Run folders or trained agents in the box; several of one family are training seeds of one method.
+        split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
+        tasks: Number of tasks.
+        episodes: Episodes lived in each task.
+        seed: Draws the tasks and the starts.
+        threads: Physics threads; 0 takes all there are.
+        oracle: Runs of the upper reference, shown the task.
+        blind: Runs of the lower reference, which cannot adapt.
+        controls: Also play with the context cleared, or swapped for another task's, between episodes.
+        json: Where to write the report.
+        plot: Where to draw the curves (.png, .svg or .pdf).
+    """
+    from metarobot import checkpoint
+    from metarobot import plot as drawing
+    from metarobot.evaluate import Protocol
+    from metarobot.evaluate import evaluate as measure
+
+    if plot is not None:
+        drawing.check_suffix(plot)
+    protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, threads=threads)
+    opened = [[checkpoint.open_run(r) for r in group] for group in (runs, oracle, blind)]
+    report = measure(opened[0], protocol, oracle=opened[1], blind=opened[2], controls=controls)
+    _show(report)
+    if json is not None:
+        checkpoint.write_json(json, report)
+    if plot is not None:
+        drawing.adaptation(report, plot)
+
+
+def render(
+    run: Positional[str],
+    /,
+    out: Path,
+    split: str = "test",
+    tasks: int = 1,
+    episodes: int = 2,
+    seed: int = 0,
+    task: tuple[str, ...] = (),
+) -> None:
+    """Film an agent adapting: one task a row, its episodes side by side.
+
+    Args:
+        run: Run folder or trained agent in the box.
+        out: Video to write (.mp4 or .gif).
+        split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
+        tasks: Number of tasks, a row each.
+        episodes: Episodes of each task, side by side.
+        seed: Draws the tasks and the starts.
+        task: One task of your own instead, as name=value for each parameter.
+    """
+    from metarobot.checkpoint import open_run
+    from metarobot.evaluate import Protocol
+    from metarobot.video import film
+
+    Protocol(split=split, tasks=tasks, episodes=episodes)
+    opened = open_run(run)
+    space = opened.family.space
+    chosen = [space.task(**_assignments(task))] if task else space.sample(split, tasks, seed)
+    film(opened.load_agent(), opened.family, chosen, out=out, episodes=episodes, seed=seed)
+    print(f"wrote {out}")
+
+
+def bench(
+    what: Positional[Literal["sim"]],
+    family: Positional[str],
+    /,
+    worlds: int = 512,
+    seconds: float = 10.0,
+    threads: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Measure the speed of an environment against the bare physics engine.
+
+    Args:
+        what: sim, the environment's step loop with a model of its own in each world.
+        family: Task family.
+        worlds: Number of worlds.
+        seconds: How long to measure.
+        threads: Physics threads; 0 takes all there are.
+        json: Where to write the figures.
+    """
+    from metarobot.bench import bench_sim
+    from metarobot.checkpoint import write_json
+    from metarobot.env import families as registry
+
+    report = bench_sim(registry.get(family), worlds=worlds, seconds=seconds, threads=threads)
+    print(
+        f"{report['family']}, {worlds} worlds: {report['steps_per_s']:,.0f} control steps/s; "
+        f"bare engine {report['engine_steps_per_s']:,.0f}; ratio {report['ratio']:.3f}"
+    )
+    if json is not None:
+        write_json(json, report)
+
+
+def plot(runs: Positional[tuple[str, ...]], /, out: Path) -> None:
+    """Draw the learning curves of runs, over wall time and over steps.
+
+    Args:
+        runs: Run folders.
+        out: Picture to write (.png, .svg or .pdf).
+    """
+    from metarobot.checkpoint import open_run
+    from metarobot.plot import learning
+
+    learning([open_run(r) for r in runs], out)
+    print(f"wrote {out}")
+
+
+def publish(run: Positional[str], /, out: Path, summary: str, command: str) -> None:
+    """Copy a run's agent, without its optimiser, with a card of how it was made.
+
+    Args:
+        run: Run folder.
+        out: Folder to write.
+        summary: What the agent is, in a sentence.
+        command: The command that made it.
+    """
+    from metarobot.checkpoint import open_run
+    from metarobot.checkpoint import publish as copy
+    from metarobot.log import read_metrics
+
+    opened = open_run(run)
+    last = read_metrics(opened.folder / "metrics.jsonl")[-1]
+    facts = {"steps": last["time/total_timesteps"], "wall_s": round(last["time/time_elapsed"], 1)}
+    facts |= {"seed": opened.config["seed"], "return_last_episode": round(last["meta/post_adapt_return"], 1)}
+    copy(opened, out, {"summary": summary, "command": command, **facts})
+
+
+def _train_command(agent: str) -> Callable[..., None]:
+    """Make the train command for one agent, so that ``--help`` shows that agent's own settings."""
+    from metarobot.agent import agents as registry
+    from metarobot.train import TrainConfig, reopen, start
+    from metarobot.train import train as run_training
+
+    kind = registry.get(agent).config
+    usual = TrainConfig(family="")
+
+    def train(
+        family: Positional[str],
+        /,
+        out: Path,
+        config: Annotated[Any, tyro.conf.arg(name="")],
+        agent: str = "rl2",
+        steps: float = float(usual.steps),
+        seed: int = usual.seed,
+        device: str = usual.device,
+        threads: int = usual.threads,
+        save_every: int = usual.save_every,
+        resume: bool = False,
+    ) -> None:
+        """Meta-train an agent over a family's training tasks.
+
+        Ctrl-C saves; ``--resume`` continues, bit for bit as if never interrupted. Progress goes to the terminal,
+        metrics.jsonl and TensorBoard. The flags below that are not listed here are the chosen agent's own settings.
+
+        Args:
+            family: Task family; ``metarobot families`` lists them.
+            out: Run folder to write.
+            config: Settings of the agent.
+            agent: Kind of agent; ``metarobot agents`` lists them.
+            steps: Environment steps to train for, e.g. 2e6.
+            seed: The same seed, settings and thread count give the same weights.
+            device: Where learning happens, cpu or cuda; physics runs on the CPU.
+            threads: CPU threads; 0 takes all there are.
+            save_every: Iterations between checkpoints.
+            resume: Continue the run in ``out``.
+        """
+        settings = TrainConfig(
+            family=family,
+            agent=agent,
+            steps=int(steps) if steps == steps and abs(steps) < 1e15 else -1,
+            seed=seed,
+            device=device,
+            threads=threads,
+            save_every=save_every,
+        )
+        run = reopen(settings, config, out) if resume else start(settings, config, out)
+        if run_training(run, resume=resume):
+            print(f"done: {out}; now: metarobot evaluate {out}")
+        else:
+            print(f"stopped and saved; continue with: metarobot {_again()}", file=sys.stderr)
+            sys.exit(130)
+
+    train.__annotations__["config"] = Annotated[kind, tyro.conf.arg(name="")]
+    return train
+
+
+def _check_gl() -> None:
+    """MuJoCo does not import under a ``MUJOCO_GL`` it cannot load: say so in a line, not a traceback."""
+    try:
+        import mujoco
+    except (RuntimeError, AttributeError) as e:
+        if "MUJOCO_GL" not in os.environ or hasattr(sys.modules.get("mujoco"), "MjModel"):
+            raise
+        raise MetarobotError(
+            f"MUJOCO_GL={os.environ['MUJOCO_GL']} does not work here ({e}); unset it, or use egl, osmesa or disabled"
+        ) from e
+    del mujoco
+
+
+def _again() -> str:
+    arguments = sys.argv[1:]
+    return " ".join(arguments if "--resume" in arguments else [*arguments, "--resume"])
+
+
+def _agent_in(argv: Sequence[str]) -> str:
+    """Find the agent's name among the arguments, before they are parsed: it decides which flags there are."""
+    for i, word in enumerate(argv):
+        if word.startswith("--agent="):
+            return word.removeprefix("--agent=")
+        if word == "--agent" and i + 1 < len(argv):
+            return argv[i + 1]
+    return "rl2"
+
+
+def _assignments(words: Sequence[str]) -> dict[str, float]:
+    values = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise MetarobotError(f"{word!r} is not name=value with a number") from None
+    return values
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Print an evaluation as a table."""
+    rows = report["episodes"]
+    title = f"{report['family']}, {report['tasks']} {report['split']} tasks, training seeds {report['seeds']}"
+    table = Table(title=title, title_justify="left")
+    extra = [k for k in ("blind", "oracle", "score") if k in rows[0]]
+    for column in ("episodes seen", "mean", "95 % interval", "IQM", "worst tenth", *extra):
+        table.add_column(column, justify="right")
+    for r in rows:
+        low, high = r["ci95"]
+        more = [f"{r[k]:.2f}" if k == "score" else f"{r[k]:.1f}" for k in extra]
+        shown = (f"{r['mean']:.1f}", f"{low:.1f} … {high:.1f}", f"{r['iqm']:.1f}", f"{r['worst10']:.1f}")
+        table.add_row(str(r["episode"]), *shown, *more)
+    for name, control in report.get("controls", {}).items():
+        for r in control[1:]:
+            low, high = r["ci95"]
+            shown = (f"{r['mean']:.1f}", f"{low:.1f} … {high:.1f}", f"{r['iqm']:.1f}", f"{r['worst10']:.1f}")
+            table.add_row(f"{r['episode']}, context {name}", *shown, *[""] * len(extra), style="dim")
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[..., Any]] = {
+        "families": families,
+        "agents": agents,
+        "evaluate": evaluate,
+        "render": render,
+        "bench": bench,
+        "plot": plot,
+        "publish": publish,
+    }
+    try:
+        _check_gl()
+        commands["train"] = _train_command(_agent_in(arguments))
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="metarobot", description="Meta-train robots that adapt.", args=arguments
+        )
+        sys.stdout.flush()
+    except MetarobotError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Meta-training: sample tasks, collect trials, update, log, save; resumable bit for bit.
+
+Every iteration's tasks, starts, noise and minibatches are keyed by (seed, iteration), so the state of a run is its
+learner and two counters: what a checkpoint holds is all there is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mujoco
+import numpy as np
+import torch
+
+import metarobot
+from metarobot.agent import Learner, agents
+from metarobot.checkpoint import CheckpointError, Run, build_learner, create, open_run, save
+from metarobot.collect import collect
+from metarobot.env import Env, families
+from metarobot.log import Log
+from metarobot.types import MetarobotError, Trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, and where; an agent's own settings are its configuration's."""
+
+    family: str
+    agent: str = "rl2"
+    steps: int = 2_000_000
+    """Environment steps to train for."""
+    seed: int = 0
+    """The same seed, settings and thread count give the same weights."""
+    device: str = "cpu"
+    """Where learning happens: cpu or cuda. Physics runs on the CPU."""
+    threads: int = 0
+    """CPU threads; 0 takes all there are."""
+    save_every: int = 20
+    """Iterations between checkpoints."""
+
+
+def check(config: TrainConfig) -> None:
+    """Raise for settings that cannot work."""
+    families.get(config.family)
+    agents.get(config.agent)
+    for name, least in (("steps", 1), ("seed", 0), ("threads", 0), ("save_every", 1)):
+        if getattr(config, name) < least:
+            raise MetarobotError(f"{name} must be at least {least}, not {getattr(config, name)}")
+    if config.device not in ("cpu", "cuda"):
+        raise MetarobotError(f"no device called {config.device!r}; there are: cpu, cuda")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise MetarobotError("--device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
+
+
+def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
+    """Make the run folder of a new training."""
+    check(config)
+    for name, value in asdict(agent_config).items():
+        if type(value) is int and value < 1:
+            raise MetarobotError(f"{name} must be at least 1, not {value}")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise MetarobotError(f"{name} must be a finite number of at least 0, not {value}")
+    versions = {"metarobot": metarobot.__version__, "mujoco": mujoco.__version__, "torch": torch.__version__}
+    versions |= {"numpy": np.__version__, "python": platform.python_version()}
+    plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions}
+    build_learner(config.agent, agent_config, families.get(config.family), config.seed)
+    return create(out, plain)
+
+
+def reopen(config: TrainConfig, agent_config: Any, out: Path) -> Run:
+    """Open a run to continue it, refusing settings other than those it was started with."""
+    run = open_run(out)
+    asked = {**asdict(config), **{f"agent_config.{k}": v for k, v in asdict(agent_config).items()}}
+    usual = {**asdict(TrainConfig(family="")), **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()}}
+    held = {**run.config, **{f"agent_config.{k}": v for k, v in run.config["agent_config"].items()}}
+    for name, value in asked.items():
+        required = name in ("family", "agent")
+        if value != held.get(name) and (required or value != usual.get(name)):
+            shown = name.removeprefix("agent_config.")
+            raise MetarobotError(f"cannot resume {out} with {shown} {value!r}: it was trained with {held.get(name)!r}")
+    return run
+
+
+def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
+    """Train until the steps are done; return False if a signal stopped it first, with everything saved."""
+    learner, config = run.learner(), TrainConfig(**{k: run.config[k] for k in TrainConfig.__dataclass_fields__})
+    check(config)
+    counters: dict[str, Any] = {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
+    if resume:
+        counters = _restore(run, learner)
+    steady_heap()
+    learner.agent.to(config.device)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    worlds = run.config["agent_config"]["worlds"]
+    env = Env(run.family, run.family.space.sample("train", worlds), threads=threads)
+    with (
+        Log(run.folder, config.steps, counters["steps"], counters["iteration"], show=show) as log,
+        deferred_signals() as stopped,
+        threads_restored(),
+    ):
+        while counters["steps"] < config.steps and not stopped:
+            log.write(_iterate(run, learner, env, counters, threads))
+            if counters["iteration"] % config.save_every == 0 or stopped or counters["steps"] >= config.steps:
+                save(run.folder, learner.state(), counters)
+    return bool(counters["steps"] >= config.steps)
+
+
+def _iterate(run: Run, learner: Learner, env: Env, counters: dict[str, Any], threads: int) -> dict[str, float]:
+    """Collect trials and learn from them once; advance the counters and return the metrics."""
+    began, config = time.monotonic(), run.config
+    device, i = config["device"], counters["iteration"]
+    seed = int(np.random.SeedSequence([config["seed"], i]).generate_state(1)[0])
+    tasks = run.family.space.sample("train", env.worlds, [config["seed"], i])
+    learner.agent.to("cpu")
+    # torch's worker threads would spin against the physics threads: one is faster while collecting
+    torch.set_num_threads(1)
+    trials = collect(learner.agent, env, tasks, episodes=config["agent_config"]["episodes"], seed=seed)
+    collected = time.monotonic()
+    torch.set_num_threads(threads)
+    learner.agent.to(device)
+    metrics = learner.update(trials.to(device), counters["steps"] / config["steps"], seed)
+    now = time.monotonic()
+    lived = trials.steps()
+    counters["iteration"] += 1
+    counters["steps"] += lived
+    counters["elapsed_s"] += now - began
+    speed = {
+        "time/fps": lived / (now - began),
+        "time/collect_fps": lived / (collected - began),
+        "time/learn_fps": lived / (now - collected),
+        "time/iterations": counters["iteration"],
+        "time/total_timesteps": counters["steps"],
+        "time/time_elapsed": counters["elapsed_s"],
+    }
+    return {**rollout_metrics(trials), **metrics, **speed}
+
+
+def rollout_metrics(trials: Trials) -> dict[str, float]:
+    """Summarise trials: returns by episode, adaptation gain, reward terms and broken episodes."""
+    returns = trials.returns().mean(1)
+    metrics = {
+        "rollout/ep_rew_mean": float(returns.mean()),
+        "rollout/ep_len_mean": trials.steps() / trials.returns().numel(),
+        "meta/pre_adapt_return": float(returns[0]),
+        "meta/post_adapt_return": float(returns[-1]),
+        "meta/adaptation_gain": float(returns[-1] - returns[0]),
+        "sim/faults": float(trials.faults()),
+    }
+    metrics |= {f"meta/return_episode_{k + 1}": float(r) for k, r in enumerate(returns)}
+    for name in trials.episodes[0].terms:
+        metrics[f"reward/{name}"] = float(torch.stack([e.terms[name].mean() for e in trials.episodes]).mean())
+    return metrics
+
+
+def _restore(run: Run, learner: Learner) -> dict[str, Any]:
+    if not (run.folder / "checkpoint.json").exists():
+        return {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
+    tensors, counters = run.checkpoint()
+    try:
+        learner.load(tensors)
+        return {k: counters[k] for k in ("iteration", "steps", "elapsed_s")}
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise CheckpointError(f"{run.folder} holds no checkpoint to continue from: {' '.join(str(e).split())}") from e
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that an iteration ends before training stops; a second one is final."""
+    stopped: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield stopped
+        return
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """Leave torch's thread count as it was found."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def steady_heap() -> None:
+    """Tell glibc to keep freed tensors' pages: without it a fifth of the learning time goes into page faults."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 27)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
+            libc.mallopt(option, value)
+
+
+def _defaults(agent: str) -> dict[str, Any]:
+    return asdict(agents.get(agent).config())

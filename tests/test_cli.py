@@ -1,0 +1,138 @@
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metarobot.cli import main
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_families_says_what_varies_over_which_ranges_and_splits(capsys) -> None:
+    code, out, _ = run(capsys, "families")
+    assert code == 0
+    for expected in ("CheetahVel", "CheetahTerrain", "target_speed", "U[0, 3]", "payload kg", "extrapolate", "scale"):
+        assert expected in out
+
+
+def test_agents_lists_kinds_and_the_box(capsys) -> None:
+    code, out, _ = run(capsys, "agents")
+    assert code == 0
+    assert {"rl2", "ppo", "blind", "oracle"} <= set(re.findall(r"^(\S+):", out, re.MULTILINE))
+
+
+def test_train_evaluate_plot_and_bench_from_end_to_end(capsys, tmp_path: Path) -> None:
+    x = str(tmp_path / "x")
+    small = ("--worlds", "4", "--minibatches", "2", "--epochs", "1", "--threads", "1")
+    assert run(capsys, "train", "CheetahVel100", "--steps", "1e3", "--out", x, *small)[0] == 0
+    report, picture = tmp_path / "e.json", tmp_path / "e.png"
+    code, out, _ = run(capsys, "evaluate", x, "--split", "extrapolate", "--tasks", "3", "--episodes", "3",
+                       "--json", str(report), "--plot", str(picture))  # fmt: skip
+    assert code == 0
+    assert "worst tenth" in out
+    data = json.loads(report.read_text())
+    assert {"family", "split", "seeds", "tasks", "episodes"} <= set(data)
+    assert len(data["episodes"]) == 3
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert run(capsys, "plot", x, "--out", str(tmp_path / "curve.svg"))[0] == 0
+    assert "<svg" in (tmp_path / "curve.svg").read_text()
+
+
+def test_bench_writes_the_agreed_keys(capsys, tmp_path: Path) -> None:
+    target = tmp_path / "b.json"
+    assert (
+        run(capsys, "bench", "sim", "CheetahVel100", "--worlds", "8", "--seconds", "0.1", "--json", str(target))[0] == 0
+    )
+    data = json.loads(target.read_text())
+    assert {"steps_per_s", "engine_steps_per_s", "ratio"} <= set(data)
+    assert 0 < data["ratio"] < 2
+
+
+def test_help_shows_the_chosen_agents_own_settings(capsys) -> None:
+    assert "--memory" in run(capsys, "train", "--help")[1]
+    out = run(capsys, "train", "--agent", "oracle", "--help")[1]
+    assert "--memory" not in out
+    assert "--lr" in out
+
+
+BAD = {
+    "unknown family": (("train", "CheetahFly", "--out", "{tmp}/a"), "no family called 'CheetahFly'; there are: Cheetah"),
+    "unknown agent": (("train", "CheetahVel", "--agent", "dqn", "--out", "{tmp}/a"), "no agent called 'dqn'; there are:"),
+    "unknown memory": (("train", "CheetahVel", "--memory", "tape", "--out", "{tmp}/a"), "no memory called 'tape'; there are:"),
+    "unknown split": (("evaluate", "{run}", "--split", "dev"), "has no split 'dev'; it has: train, test"),
+    "no interpolation": (("evaluate", "{run}", "--split", "interpolate"), "has no split 'interpolate'; it has:"),
+    "unknown run": (("evaluate", "{tmp}/nowhere"), "no run folder"),
+    "zero steps": (("train", "CheetahVel", "--steps", "0", "--out", "{tmp}/a"), "steps must be at least 1, not 0"),
+    "negative steps": (("train", "CheetahVel", "--steps", "-5", "--out", "{tmp}/a"), "steps must be at least 1"),
+    "nan steps": (("train", "CheetahVel", "--steps", "nan", "--out", "{tmp}/a"), "steps must be at least 1"),
+    "zero worlds": (("train", "CheetahVel", "--worlds", "0", "--out", "{tmp}/a"), "worlds must be at least 1, not 0"),
+    "nan rate": (("train", "CheetahVel", "--lr", "nan", "--out", "{tmp}/a"), "lr must be a finite number"),
+    "odd minibatches": (("train", "CheetahVel", "--worlds", "9", "--out", "{tmp}/a"), "not a multiple of minibatches"),
+    "zero tasks": (("evaluate", "{run}", "--tasks", "0"), "tasks must be at least 1, not 0"),
+    "negative episodes": (("render", "{run}", "--episodes", "-1", "--out", "{tmp}/v.mp4"), "episodes must be at least 1"),
+    "bench of no worlds": (("bench", "sim", "CheetahVel", "--worlds", "0"), "must be positive"),
+    "no cuda": (("train", "CheetahVel", "--device", "cuda", "--out", "{tmp}/a"), "torch finds no CUDA device here"),
+    "unwritable": (("train", "CheetahVel", "--out", "/proc/x"), "cannot write /proc/x/"),
+    "unwritable json": (("evaluate", "{run}", "--tasks", "2", "--json", "/proc/x.json"), "cannot write /proc/x.json"),
+    "unknown plot": (("evaluate", "{run}", "--plot", "{tmp}/x.bmp"), "must end in one of .png, .svg, .pdf"),
+    "unknown video": (("render", "{run}", "--out", "{tmp}/x.avi"), ".mp4"),
+    "unknown parameter": (("render", "{run}", "--task", "speed=1", "--out", "{tmp}/v.mp4"), "has no parameter 'speed'; it has: direction"),
+    "out of bounds": (("render", "{run}", "--task", "direction=7", "--out", "{tmp}/v.mp4"), "direction = 7 is outside its bounds: {1, -1}"),
+    "nan task": (("render", "{run}", "--task", "direction=nan", "--out", "{tmp}/v.mp4"), "direction = nan is not a finite number"),
+    "not a value": (("render", "{run}", "--task", "direction", "--out", "{tmp}/v.mp4"), "'direction' is not name=value"),
+    "used folder": (("train", "CheetahDir100", "--out", "{run}"), "holds a run already: continue it with --resume"),
+    "resume nothing": (("train", "CheetahVel", "--out", "{tmp}/none", "--resume"), "no run folder"),
+    "resume another family": (("train", "CheetahVel", "--out", "{run}", "--resume"), "with family 'CheetahVel': it was trained with 'CheetahDir100'"),
+    "resume another agent": (("train", "CheetahDir100", "--agent", "oracle", "--out", "{run}", "--resume"), "with agent 'oracle': it was trained with 'rl2'"),
+    "resume another seed": (("train", "CheetahDir100", "--seed", "5", "--out", "{run}", "--resume"), "with seed 5: it was trained with 0"),
+    "resume another width": (("train", "CheetahDir100", "--width", "64", "--out", "{run}", "--resume"), "with width 64: it was trained with 128"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_exit_code_two(case: str, capsys, runs, tmp_path: Path) -> None:
+    argv, message = BAD[case]
+    words = [w.replace("{tmp}", str(tmp_path)).replace("{run}", str(runs["rl2"].folder)) for w in argv]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.strip().count("\n") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def small_files_only() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_written(tmp_path: Path) -> None:
+    """The kernel refuses to let a file grow past 100 kB, which a checkpoint does."""
+    argv = [sys.executable, "-m", "metarobot.cli", "train", "CheetahVel100", "--steps", "1e3", "--worlds", "4",
+            "--minibatches", "2", "--out", str(tmp_path / "x")]  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True, preexec_fn=small_files_only)
+    assert done.returncode == 2
+    assert re.search(r"error: cannot write .*safetensors: File too large", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "x").glob("*.safetensors"))
+    assert not list((tmp_path / "x").glob(".*"))
+
+
+def test_a_gl_backend_that_does_not_exist_is_one_line() -> None:
+    argv = [sys.executable, "-m", "metarobot.cli", "families"]
+    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "MUJOCO_GL": "bogus"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: MUJOCO_GL=bogus does not work here")
