@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.nets import RunningNorm, log_prob, mlp
+from metarobot.parallel import gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
 
@@ -92,6 +95,17 @@ class PPOAgent(nn.Module):
         return context
 
 
+class Batch(NamedTuple):
+    """What an update learns from, ``(step, ...)``."""
+
+    x: Tensor
+    value: Tensor
+    target: Tensor
+    advantage: Tensor
+    old: Tensor
+    action: Tensor
+
+
 class PPO:
     """Trains a ``PPOAgent``."""
 
@@ -106,15 +120,14 @@ class PPO:
         c, seq = self.config, sequence(trials.episodes)
         self.agent.norm.update(seq.percept.obs[seq.valid])
         self.spread.update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
-        x, value, target, advantage, old = (v[seq.valid] for v in self._targets(seq, trials.task))
-        action = seq.action[seq.valid]
+        batch = Batch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action)))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        kl, steps, sums = 0.0, 0, x.new_zeros(4)
+        kl, steps, sums = 0.0, 0, batch.x.new_zeros(4)
         for _ in range(c.epochs):
-            for rows in torch.randperm(len(x), generator=generator).chunk(c.minibatches):
-                losses = self._step(x[rows], action[rows], old[rows], advantage[rows], target[rows])
+            for rows in torch.randperm(len(batch.x), generator=generator).chunk(c.minibatches):
+                losses = self._step(batch, rows)
                 sums, steps, kl = sums + losses, steps + 1, float(losses[2])
                 if kl > c.kl_stop:
                     break
@@ -123,7 +136,7 @@ class PPO:
         names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction")
         metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
         spread = float(self.agent.log_std.detach().exp().mean())
-        extra = {"std": spread, "explained_variance": float(explained_variance(value, target))}
+        extra = {"std": spread, "explained_variance": float(explained_variance(batch.value, batch.target))}
         extra |= {"gradient_steps": float(steps), "learning_rate": float(self.optimiser.param_groups[0]["lr"])}
         return metrics | {f"train/{k}": v for k, v in extra.items()}
 
@@ -143,23 +156,26 @@ class PPO:
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x, value, target, advantage, log_prob(self.agent.actor(x), self.agent.log_std, seq.action)
 
-    def _step(self, x: Tensor, action: Tensor, old: Tensor, advantage: Tensor, target: Tensor) -> Tensor:
+    def _step(self, batch: Batch, rows: Tensor) -> Tensor:
         """Take one gradient step; return the losses, the KL divergence and the clipped fraction."""
-        c = self.config
-        log_ratio = log_prob(self.agent.actor(x), self.agent.log_std, action) - old
+        statistics = gradients(partial(self._loss, batch, 1.0 / len(rows)), rows, self.agent.parameters())
+        nn.utils.clip_grad_norm_(self.agent.parameters(), self.config.grad_norm)
+        self.optimiser.step()
+        return statistics
+
+    def _loss(self, batch: Batch, weight: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss of some steps, and its parts."""
+        c, x, advantage = self.config, batch.x[rows], batch.advantage[rows]
+        log_ratio = log_prob(self.agent.actor(x), self.agent.log_std, batch.action[rows]) - batch.old[rows]
         ratio = log_ratio.exp()
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
-        policy_loss = -surrogate.mean()
-        value_loss = (self.agent.critic(x)[:, 0] - target).square().mean()
-        self.optimiser.zero_grad()
-        (policy_loss + c.value * value_loss).backward()
-        nn.utils.clip_grad_norm_(self.agent.parameters(), c.grad_norm)
-        self.optimiser.step()
+        policy_loss = -weight * surrogate.sum()
+        value_loss = weight * (self.agent.critic(x)[:, 0] - batch.target[rows]).square().sum()
         with torch.no_grad():
-            kl = (ratio - 1 - log_ratio).mean()
-            clipped = ((ratio - 1).abs() > c.clip).float().mean()
-            return torch.stack([policy_loss, value_loss, kl, clipped])
+            kl = weight * (ratio - 1 - log_ratio).sum()
+            clipped = weight * ((ratio - 1).abs() > c.clip).sum()
+        return policy_loss + c.value * value_loss, torch.stack([policy_loss, value_loss, kl, clipped])
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""

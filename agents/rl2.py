@@ -1,19 +1,23 @@
 """RL²: a recurrent policy whose memory does the learning (Duan et al. 2016; Wang et al. 2016).
 
 The memory survives the ends of episodes inside a trial and is cleared between tasks. PPO (Schulman et al. 2017) over
-whole trials; a linear belief head, in training only, makes the memory predict the task it is in.
+whole trials. In training only, a linear belief head makes the memory predict the task it is in, and the critic is shown
+the task: the simulator knows it, so let it teach.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.nets import RunningNorm, log_prob, memory, orthogonal
+from metarobot.nets import RunningNorm, log_prob, memory, mlp, orthogonal
+from metarobot.parallel import gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, sequence
 
@@ -29,14 +33,14 @@ class RL2Config:
     memory: str = "linear"
     """linear (trains in parallel over time), gru or lstm."""
     width: int = 128
-    """Width of the memory, and of the actor's and the critic's hidden layer."""
+    """Width of the memory, and of the actor's and the critic's two hidden layers."""
     lr: float = 2e-3
     """Adam's learning rate at the start."""
     lr_end: float = 0.05
     """Fraction of it that is left at the end; linear between."""
     epochs: int = 5
     """Passes over an iteration's trials."""
-    minibatches: int = 16
+    minibatches: int = 8
     """Gradient steps a pass, each on whole trials."""
     gamma: float = 0.97
     """Discount a control step."""
@@ -57,7 +61,7 @@ class RL2Config:
 
 
 class RL2Agent(nn.Module):
-    """Memory, then one hidden layer each for actor and critic over the memory's output and the input."""
+    """Memory, then two hidden layers each for actor and critic over the memory's output and the input."""
 
     privileged = False
 
@@ -68,8 +72,8 @@ class RL2Agent(nn.Module):
         self.memory = memory(config.memory, inputs, config.width)
         self.recall = orthogonal(nn.Linear(config.width, 2 * config.width), math.sqrt(2))
         self.sense = orthogonal(nn.Linear(inputs, 2 * config.width, bias=False), math.sqrt(2))
-        self.actor = orthogonal(nn.Linear(config.width, shapes.act), 0.01)
-        self.critic = orthogonal(nn.Linear(config.width, 1), 1.0)
+        self.actor = mlp(config.width, (config.width,), shapes.act, gain=0.01)
+        self.critic = mlp(config.width + shapes.task, (config.width,), 1)
         self.belief = orthogonal(nn.Linear(config.width, shapes.task), 0.1)
         self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
 
@@ -87,7 +91,7 @@ class RL2Agent(nn.Module):
         """Step the memory and act on what it holds."""
         x = self.features(percept)
         h, context = self.memory.step(x, context)
-        half = self.actor.in_features
+        half = self.recall.out_features // 2
         hidden = torch.tanh(self.recall(h)[:, :half] + self.sense(x)[:, :half])
         mean = self.actor(hidden)
         return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), context
@@ -96,11 +100,28 @@ class RL2Agent(nn.Module):
         """Do nothing: the memory adapted while acting."""
         return context
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run whole trials of inputs ``(time, world, input)``: mean action, value and belief at every step."""
+    def forward(self, x: Tensor, task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run whole trials of inputs ``(time, world, input)``: mean action, value and belief at every step.
+
+        ``task`` ``(world, parameter)`` reaches the critic alone, which acting does without.
+        """
         h = self.memory.sequence(x)
         actor, critic = torch.tanh(self.recall(h) + self.sense(x)).chunk(2, -1)
-        return self.actor(actor), self.critic(critic)[..., 0], self.belief(h)
+        told = torch.cat([critic, task.expand(len(x), -1, -1)], -1)
+        return self.actor(actor), self.critic(told)[..., 0], self.belief(h)
+
+
+class Batch(NamedTuple):
+    """What an update learns from, ``(time, world, ...)``, but for the task, ``(world, parameter)``."""
+
+    x: Tensor
+    value: Tensor
+    target: Tensor
+    advantage: Tensor
+    old: Tensor
+    action: Tensor
+    task: Tensor
+    valid: Tensor
 
 
 class RL2:
@@ -118,15 +139,14 @@ class RL2:
         """Learn from one set of trials."""
         c, seq = self.config, sequence(trials.episodes)
         self._normalise(seq)
-        x, value, target, advantage, old = self._targets(seq)
+        batch = Batch(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float())
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        kl, steps, sums = 0.0, 0, x.new_zeros(5)
+        kl, steps, sums = 0.0, 0, batch.x.new_zeros(5)
         for _ in range(c.epochs):
             for rows in torch.randperm(c.worlds, generator=generator).chunk(c.minibatches):
-                batch = (x[:, rows], seq.action[:, rows], old[:, rows], advantage[:, rows], target[:, rows])
-                losses = self._step(*batch, trials.task[rows], seq.valid[:, rows].float())
+                losses = self._step(batch, rows)
                 sums, steps, kl = sums + losses, steps + 1, float(losses[3])
                 if kl > c.kl_stop:
                     break
@@ -135,7 +155,7 @@ class RL2:
         names = ("policy_gradient_loss", "value_loss", "belief_loss", "approx_kl", "clip_fraction")
         metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
         spread = float(self.agent.log_std.detach().exp().mean())
-        explained = float(explained_variance(value[seq.valid], target[seq.valid]))
+        explained = float(explained_variance(batch.value[seq.valid], batch.target[seq.valid]))
         extra = {"std": spread, "explained_variance": explained, "gradient_steps": float(steps)}
         extra["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
         return metrics | {f"train/{k}": v for k, v in extra.items()}
@@ -146,14 +166,14 @@ class RL2:
         self.spread.update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
 
     @torch.no_grad()
-    def _targets(self, seq: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return inputs, values, value targets, normalised advantages and log-probabilities, ``(time, world, ...)``.
 
         A fall ends the trace; a time limit inside the trial leads on into the next episode, which the memory will
         live through too; the trial's own end bootstraps from the value of the final observation.
         """
         x = self.agent.features(_with_final(seq))
-        mean, value, _ = self.agent(x)
+        mean, value, _ = self.agent(x, task)
         cut = torch.zeros_like(seq.valid)
         cut[_last(seq), torch.arange(cut.shape[1], device=cut.device)] = True
         reward = seq.reward * self.spread.scale
@@ -163,27 +183,30 @@ class RL2:
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
 
-    def _step(
-        self, x: Tensor, action: Tensor, old: Tensor, advantage: Tensor, target: Tensor, task: Tensor, valid: Tensor
-    ) -> Tensor:
+    def _step(self, batch: Batch, rows: Tensor) -> Tensor:
         """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
-        c, weight = self.config, valid / valid.sum()
-        mean, value, belief = self.agent(x)
-        log_ratio = log_prob(mean, self.agent.log_std, action) - old
+        weight = batch.valid / batch.valid[:, rows].sum()
+        statistics = gradients(partial(self._loss, batch, weight), rows, self.agent.parameters())
+        nn.utils.clip_grad_norm_(self.agent.parameters(), self.config.grad_norm)
+        self.optimiser.step()
+        return statistics
+
+    def _loss(self, batch: Batch, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss of some trials, and its parts."""
+        c, weight, advantage = self.config, weight[:, rows], batch.advantage[:, rows]
+        mean, value, belief = self.agent(batch.x[:, rows], batch.task[rows])
+        log_ratio = log_prob(mean, self.agent.log_std, batch.action[:, rows]) - batch.old[:, rows]
         ratio = log_ratio.exp()
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -(weight * surrogate).sum()
-        value_loss = (weight * (value - target).square()).sum()
-        belief_loss = (weight * (belief - task).square().mean(-1)).sum()
-        self.optimiser.zero_grad()
-        (policy_loss + c.value * value_loss + c.belief * belief_loss).backward()
-        nn.utils.clip_grad_norm_(self.agent.parameters(), c.grad_norm)
-        self.optimiser.step()
+        value_loss = (weight * (value - batch.target[:, rows]).square()).sum()
+        belief_loss = (weight * (belief - batch.task[rows]).square().mean(-1)).sum()
         with torch.no_grad():
             kl = (weight * (ratio - 1 - log_ratio)).sum()
             clipped = (weight * ((ratio - 1).abs() > c.clip)).sum()
-            return torch.stack([policy_loss, value_loss, belief_loss, kl, clipped])
+        statistics = torch.stack([policy_loss, value_loss, belief_loss, kl, clipped])
+        return policy_loss + c.value * value_loss + c.belief * belief_loss, statistics
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""

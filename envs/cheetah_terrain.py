@@ -23,6 +23,7 @@ def loaded_cheetah() -> mujoco.MjSpec:
     spec = cheetah()
     nominal = compile_spec(spec)
     spec.compiler.settotalmass = -1.0
+    spec.compiler.inertiafromgeom = mujoco.mjtInertiaFromGeom.mjINERTIAFROMGEOM_AUTO
     for body in spec.bodies[1:]:
         row = nominal.body(body.name)
         body.explicitinertial = True
@@ -50,8 +51,8 @@ def motor(name: str) -> Param:
     """Build the strength of one motor, a factor on its torque: healthy, reversed or dead."""
     return Param(
         name=f"{name}_motor",
-        train=Mixture((0.55, 0.35, 0.1), (Uniform(0.7, 1.1), Uniform(-1.1, -0.7), Choice((0.0,)))),
-        beyond=Mixture((0.5, 0.5), (Uniform(0.4, 0.7), Uniform(-0.7, -0.4))),
+        train=Mixture((0.7, 0.25, 0.05), (Uniform(0.8, 1.2), Uniform(-1.2, -0.8), Choice((0.0,)))),
+        beyond=Mixture((0.5, 0.5), (Uniform(0.5, 0.8), Uniform(-0.8, -0.5))),
         edits=(Edit(element="actuator", name=name, field="gear", index=0, op="scale"),),
         doc="torque factor; negative is reversed, 0 is dead",
     )
@@ -62,24 +63,24 @@ SPACE = TaskSpace(
     (
         Param(
             name="friction",
-            train=LogUniform(0.3, 1.2),
-            beyond=LogUniform(0.15, 0.3),
+            train=LogUniform(0.4, 1.2),
+            beyond=LogUniform(0.2, 0.4),
             edits=(Edit(element="geom", name="floor", field="friction", index=0),),
             doc="sliding friction of the floor",
         ),
         Param(
             name="slope",
-            train=Uniform(-8, 8),
-            hole=(2.0, 4.0),
-            beyond=Uniform(8, 14),
+            train=Uniform(-5, 5),
+            hole=(1.0, 2.0),
+            beyond=Uniform(5, 10),
             edits=(Edit(element="option", field="gravity", op="rotate_y"),),
             unit="deg",
             doc="positive is uphill; x and height are along and across the slope",
         ),
         Param(
             name="payload",
-            train=Uniform(0.1, 5),
-            beyond=Uniform(5, 8),
+            train=Uniform(0.1, 4),
+            beyond=Uniform(4, 7),
             edits=(Edit(element="geom", name="payload", field="mass"),),
             unit="kg",
             doc="on the back of the 14 kg robot",

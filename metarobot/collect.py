@@ -101,7 +101,7 @@ def _episode(
         faulted=faulted,
         terms={k: v.float() for k, v in sums.items()},
     )
-    return rollout, last._replace(obs=env.restart()), context
+    return rollout, last._replace(obs=env.restart(k + 1)), context
 
 
 def keep(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -103,9 +103,9 @@ class Env:
         self.tasks = [family.space.coerce(t) for t in tasks]
         self.sim = make_sim([self.model(t) for t in self.tasks], threads)
         self.worlds = len(self.tasks)
-        self._nominal = self.model(self.tasks[0])
-        self.dt = self._nominal.opt.timestep * family.substeps
-        bounds = torch.from_numpy(self._nominal.actuator_ctrlrange.T.copy())
+        first = self.model(self.tasks[0])
+        self.dt = first.opt.timestep * family.substeps
+        bounds = torch.from_numpy(first.actuator_ctrlrange.T.copy())
         self.action_low, self.action_high = bounds
         self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"))
         self._ctrl = self.sim.bind("ctrl")
@@ -156,11 +156,15 @@ class Env:
         self._restart(range(self.worlds))
         return self.family.observe(self.state)
 
-    def restart(self) -> Tensor:
-        """Start an episode in every world whose last one is under way; return the observations ``(world, obs)``."""
-        under_way = torch.nonzero(self.elapsed)[:, 0].tolist()
-        if under_way:
-            self._restart(under_way)
+    def restart(self, episode: int) -> Tensor:
+        """Put every world at the start of its episode of that number; return the observations ``(world, obs)``.
+
+        The number keys the start, so a world that lived through many short episodes meanwhile starts as any other.
+        """
+        elsewhere = (self.elapsed > 0).numpy() | (self._episode != episode)
+        if elsewhere.any():
+            self._episode[elsewhere] = episode - 1
+            self._restart(np.flatnonzero(elsewhere).tolist())
         return self.family.observe(self.state)
 
     def _restart(self, ids: Sequence[int]) -> None:
@@ -168,7 +172,7 @@ class Env:
         for i in ids:
             self._episode[i] += 1
             stream = np.random.Philox(key=[self.seed, i], counter=[0, 0, 0, int(self._episode[i])])
-            starts.append(self.family.start(np.random.Generator(stream), self._nominal))
+            starts.append(self.family.start(np.random.Generator(stream), self.model(self.tasks[i])))
         qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
         self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
         self.elapsed[list(ids)] = 0
@@ -189,7 +193,7 @@ class Env:
         faulted = self.sim.step(family.substeps)
         self.elapsed += 1
         if bool(faulted.any()):
-            state.qpos[faulted], state.qvel[faulted] = before.qpos[faulted], before.qvel[faulted]
+            state.qpos[faulted], state.qvel[faulted] = (torch.nan_to_num(x[faulted]) for x in before)
             clipped[faulted] = 0.0
         terms = family.reward(before, state, clipped, self.task_values, self.dt)
         reward = sum((w * terms[k] for k, w in family.weights.items()), start=torch.zeros(())).float()

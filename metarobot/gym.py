@@ -71,20 +71,13 @@ def check_options(options: Mapping[str, Any] | None, known: Sequence[str]) -> di
     return options
 
 
-def as_task(space: TaskSpace, value: object) -> Task:
-    """Check a task given as name -> value or as a ``Task``."""
-    if isinstance(value, Task) or (isinstance(value, Mapping) and all(isinstance(k, str) for k in value)):
-        return space.coerce(value)
-    raise TaskError(f"a {space.name} task maps {', '.join(space.names)} to values, unlike {value!r}")
-
-
 def as_tasks(space: TaskSpace, value: object, worlds: int) -> list[Task]:
     """Check tasks given as one for all worlds or as a list of one a world."""
     if isinstance(value, Task | Mapping):
-        return [as_task(space, value)] * worlds
+        return [space.coerce(value)] * worlds
     if not isinstance(value, Sequence) or len(value) != worlds:
         raise TaskError(f"{worlds} worlds take one {space.name} task or a list of {worlds}, not {value!r}")
-    return [as_task(space, v) for v in value]
+    return [space.coerce(v) for v in value]
 
 
 def as_actions(action: object, shape: tuple[int, ...]) -> Tensor:
@@ -136,7 +129,7 @@ class GymEnv(gymnasium.Env[Array, Array]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start an episode; options: ``task``."""
         options = check_options(options, ("task",))
-        given = as_task(self.draw.space, options["task"]) if "task" in options else None
+        given = self.draw.space.coerce(options["task"]) if "task" in options else None
         super().reset(seed=seed)
         task_seed, start_seed = (int(s) for s in self.np_random.integers(2**63, size=2))
         self.env.set_tasks([given or self.draw(task_seed)])

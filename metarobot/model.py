@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mujoco
+import numpy as np
 
 from metarobot.types import MetarobotError
 
@@ -75,10 +76,11 @@ class _Slot:
     def __init__(self, spec: mujoco.MjSpec, edit: Edit) -> None:
         self.edit = edit
         self.target = find(spec, edit.element, edit.name)
-        if not hasattr(self.target, edit.field):
-            raise ModelError(f"{edit.element} {edit.name!r} has no field {edit.field!r}")
-        nominal = getattr(self.target, edit.field)
-        self.nominal: Any = nominal.copy() if hasattr(nominal, "copy") else nominal
+        fields = _fields(self.target)
+        if edit.field not in fields:
+            raise ModelError(f"{edit.element} {edit.name!r} has no field {edit.field!r}; it has: {', '.join(fields)}")
+        self.nominal: Any = fields[edit.field]
+        _check_index(edit, np.shape(self.nominal))
 
     def write(self, value: float) -> None:
         edit = self.edit
@@ -93,13 +95,30 @@ class _Slot:
             getattr(self.target, edit.field)[edit.index] = new
 
 
+def _fields(target: Any) -> dict[str, Any]:
+    """Return the numeric fields of an element of a spec, vectors as copies."""
+    values = {n: getattr(target, n) for n in dir(target) if not n.startswith("_")}
+    return {n: np.copy(v) if np.ndim(v) else v for n, v in values.items() if isinstance(v, np.ndarray | float | int)}
+
+
+def _check_index(edit: Edit, shape: tuple[int, ...]) -> None:
+    if edit.op == "rotate_y":
+        if shape != (3,) or edit.index is not None:
+            raise ModelError(f"{edit.describe()}: only a whole 3-vector turns")
+    elif not shape and edit.index is not None:
+        raise ModelError(f"{edit.describe()}: {edit.field} is a single number and takes no index")
+    elif shape and (edit.index is None or not 0 <= edit.index < shape[0]):
+        raise ModelError(f"{edit.describe()}: {edit.field} needs an index from 0 to {shape[0] - 1}")
+
+
 def find(spec: mujoco.MjSpec, element: str, name: str) -> Any:
     """Return the element of that name, or raise with the names that exist."""
     if element == "option":
         return spec.option
     found = getattr(spec, element)(name)
     if found is None:
-        names = ", ".join(e.name for e in getattr(spec, element + "s") if e.name)
+        every = spec.bodies if element == "body" else getattr(spec, element + "s")
+        names = ", ".join(e.name for e in every if e.name)
         raise ModelError(f"no {element} called {name!r}; there are: {names}")
     return found
 

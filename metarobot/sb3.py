@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from metarobot.env import Env, Family
-from metarobot.gym import Array, Draw, as_task, camera, check_options, check_render_mode, family_of, spaces
+from metarobot.gym import Array, Draw, camera, check_options, check_render_mode, family_of, spaces
 from metarobot.tasks import Task
 from metarobot.types import MetarobotError
 
@@ -139,7 +139,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
     def _first_task(self, world: int, options: dict[str, Any]) -> Task:
         options = check_options(options, ("task",))
         space = self.draw.space
-        return as_task(space, options["task"]) if "task" in options else self.draw(self._seed, world, 0)
+        return space.coerce(options["task"]) if "task" in options else self.draw(self._seed, world, 0)
 
     def _next_task(self, world: int, episode: int) -> Task:
         return self.draw(self._seed, world, episode) if self.resample else self.env.tasks[world]

@@ -168,7 +168,7 @@ class Param:
     def draw(self, rng: np.random.Generator, *, hole: bool = False) -> float:
         """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every machine."""
         for _ in range(100_000):
-            x = _round(self.train.sample(rng))
+            x = _draw(self.train, rng)
             if self.in_hole(x) == hole:
                 return x
         raise TaskError(f"{self.name}: nothing can be drawn {'inside' if hole else 'outside'} the hole {self.hole}")
@@ -256,7 +256,7 @@ class TaskSpace:
             far = [p for p in self.params if p.beyond is not None]
             chosen = far[int(rng.integers(len(far)))]
             assert chosen.beyond is not None
-            values[chosen.name] = _round(chosen.beyond.sample(rng))
+            values[chosen.name] = _draw(chosen.beyond, rng)
         return Task(self.name, tuple(values.items()))
 
     def check_split(self, split: str) -> None:
@@ -286,7 +286,7 @@ class TaskSpace:
                 raise TaskError(f"that is a task of {task.space}, not of {self.name}")
             return self.task(**task.as_dict())
         if not isinstance(task, Mapping) or not all(isinstance(k, str) for k in task):
-            raise TaskError(f"a task is name -> value, not {task!r}")
+            raise TaskError(f"a {self.name} task maps {', '.join(self.names)} to values, unlike {task!r}")
         return self.task(**task)
 
     def values(self, tasks: Iterable[Task]) -> Tensor:
@@ -344,8 +344,11 @@ class TaskSpace:
             raise TaskError(f"not a task space: {e!r}") from e
 
 
-def _round(x: float) -> float:
-    return float(f"{x:.9g}")
+def _draw(distribution: Distribution, rng: np.random.Generator) -> float:
+    """Draw to nine digits, or in full where rounding would leave the distribution, as it does for a choice of 1/3."""
+    x = distribution.sample(rng)
+    rounded = float(f"{x:.9g}")
+    return rounded if distribution.contains(rounded) else x
 
 
 def _digest(plain: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ def test_weights_of_another_agent_are_refused(run: Path, edit_json) -> None:
     edit_json(run / "config.json", "agent", "oracle")
     config = json.loads((run / "config.json").read_text())["agent_config"]
     edit_json(run / "config.json", "agent_config", {k: v for k, v in config.items() if k not in ("memory", "belief")})
-    with pytest.raises(CheckpointError, match="holds other weights than its config.json says"):
+    with pytest.raises(CheckpointError, match=r"holds other weights than its config\.json says"):
         open_run(run).load_agent()
 
 

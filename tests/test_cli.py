@@ -69,43 +69,133 @@ def test_help_shows_the_chosen_agents_own_settings(capsys) -> None:
 
 
 BAD = {
-    "unknown family": (("train", "CheetahFly", "--out", "{tmp}/a"), "no family called 'CheetahFly'; there are: Cheetah"),
-    "unknown agent": (("train", "CheetahVel", "--agent", "dqn", "--out", "{tmp}/a"), "no agent called 'dqn'; there are:"),
-    "unknown memory": (("train", "CheetahVel", "--memory", "tape", "--out", "{tmp}/a"), "no memory called 'tape'; there are:"),
-    "unknown split": (("evaluate", "{run}", "--split", "dev"), "has no split 'dev'; it has: train, test"),
-    "no interpolation": (("evaluate", "{run}", "--split", "interpolate"), "has no split 'interpolate'; it has:"),
-    "unknown run": (("evaluate", "{tmp}/nowhere"), "no run folder"),
-    "zero steps": (("train", "CheetahVel", "--steps", "0", "--out", "{tmp}/a"), "steps must be at least 1, not 0"),
-    "negative steps": (("train", "CheetahVel", "--steps", "-5", "--out", "{tmp}/a"), "steps must be at least 1"),
-    "nan steps": (("train", "CheetahVel", "--steps", "nan", "--out", "{tmp}/a"), "steps must be at least 1"),
-    "zero worlds": (("train", "CheetahVel", "--worlds", "0", "--out", "{tmp}/a"), "worlds must be at least 1, not 0"),
-    "nan rate": (("train", "CheetahVel", "--lr", "nan", "--out", "{tmp}/a"), "lr must be a finite number"),
-    "odd minibatches": (("train", "CheetahVel", "--worlds", "9", "--out", "{tmp}/a"), "not a multiple of minibatches"),
-    "zero tasks": (("evaluate", "{run}", "--tasks", "0"), "tasks must be at least 1, not 0"),
-    "negative episodes": (("render", "{run}", "--episodes", "-1", "--out", "{tmp}/v.mp4"), "episodes must be at least 1"),
-    "bench of no worlds": (("bench", "sim", "CheetahVel", "--worlds", "0"), "must be positive"),
-    "no cuda": (("train", "CheetahVel", "--device", "cuda", "--out", "{tmp}/a"), "torch finds no CUDA device here"),
-    "unwritable": (("train", "CheetahVel", "--out", "/proc/x"), "cannot write /proc/x/"),
-    "unwritable json": (("evaluate", "{run}", "--tasks", "2", "--json", "/proc/x.json"), "cannot write /proc/x.json"),
-    "unknown plot": (("evaluate", "{run}", "--plot", "{tmp}/x.bmp"), "must end in one of .png, .svg, .pdf"),
-    "unknown video": (("render", "{run}", "--out", "{tmp}/x.avi"), ".mp4"),
-    "unknown parameter": (("render", "{run}", "--task", "speed=1", "--out", "{tmp}/v.mp4"), "has no parameter 'speed'; it has: direction"),
-    "out of bounds": (("render", "{run}", "--task", "direction=7", "--out", "{tmp}/v.mp4"), "direction = 7 is outside its bounds: {1, -1}"),
-    "nan task": (("render", "{run}", "--task", "direction=nan", "--out", "{tmp}/v.mp4"), "direction = nan is not a finite number"),
-    "not a value": (("render", "{run}", "--task", "direction", "--out", "{tmp}/v.mp4"), "'direction' is not name=value"),
-    "used folder": (("train", "CheetahDir100", "--out", "{run}"), "holds a run already: continue it with --resume"),
-    "resume nothing": (("train", "CheetahVel", "--out", "{tmp}/none", "--resume"), "no run folder"),
-    "resume another family": (("train", "CheetahVel", "--out", "{run}", "--resume"), "with family 'CheetahVel': it was trained with 'CheetahDir100'"),
-    "resume another agent": (("train", "CheetahDir100", "--agent", "oracle", "--out", "{run}", "--resume"), "with agent 'oracle': it was trained with 'rl2'"),
-    "resume another seed": (("train", "CheetahDir100", "--seed", "5", "--out", "{run}", "--resume"), "with seed 5: it was trained with 0"),
-    "resume another width": (("train", "CheetahDir100", "--width", "64", "--out", "{run}", "--resume"), "with width 64: it was trained with 128"),
-}  # fmt: skip
+    "unknown family": (
+        "train CheetahFly --out {tmp}/a",
+        "no family called 'CheetahFly'; there are: Cheetah",
+    ),
+    "unknown agent": (
+        "train CheetahVel --agent dqn --out {tmp}/a",
+        "no agent called 'dqn'; there are:",
+    ),
+    "unknown memory": (
+        "train CheetahVel --memory tape --out {tmp}/a",
+        "no memory called 'tape'; there are:",
+    ),
+    "unknown split": (
+        "evaluate {run} --split dev",
+        "has no split 'dev'; it has: train, test",
+    ),
+    "no interpolation": (
+        "evaluate {run} --split interpolate",
+        "has no split 'interpolate'; it has:",
+    ),
+    "unknown run": (
+        "evaluate {tmp}/nowhere",
+        "no run folder",
+    ),
+    "zero steps": (
+        "train CheetahVel --steps 0 --out {tmp}/a",
+        "steps must be at least 1, not 0",
+    ),
+    "negative steps": (
+        "train CheetahVel --steps -5 --out {tmp}/a",
+        "steps must be at least 1",
+    ),
+    "nan steps": (
+        "train CheetahVel --steps nan --out {tmp}/a",
+        "steps must be at least 1",
+    ),
+    "zero worlds": (
+        "train CheetahVel --worlds 0 --out {tmp}/a",
+        "worlds must be at least 1, not 0",
+    ),
+    "nan rate": (
+        "train CheetahVel --lr nan --out {tmp}/a",
+        "lr must be a finite number",
+    ),
+    "odd minibatches": (
+        "train CheetahVel --worlds 9 --out {tmp}/a",
+        "not a multiple of minibatches",
+    ),
+    "zero tasks": (
+        "evaluate {run} --tasks 0",
+        "tasks must be at least 1, not 0",
+    ),
+    "negative episodes": (
+        "render {run} --episodes -1 --out {tmp}/v.mp4",
+        "episodes must be at least 1",
+    ),
+    "bench of no worlds": (
+        "bench sim CheetahVel --worlds 0",
+        "must be positive",
+    ),
+    "no cuda": (
+        "train CheetahVel --device cuda --out {tmp}/a",
+        "torch finds no CUDA device here",
+    ),
+    "unwritable": (
+        "train CheetahVel --out /proc/x",
+        "cannot write /proc/x/",
+    ),
+    "unwritable json": (
+        "evaluate {run} --tasks 2 --json /proc/x.json",
+        "cannot write /proc/x.json",
+    ),
+    "unknown plot": (
+        "evaluate {run} --plot {tmp}/x.bmp",
+        "must end in one of .png, .svg, .pdf",
+    ),
+    "unknown video": (
+        "render {run} --out {tmp}/x.avi",
+        ".mp4",
+    ),
+    "unknown parameter": (
+        "render {run} --task speed=1 --out {tmp}/v.mp4",
+        "has no parameter 'speed'; it has: direction",
+    ),
+    "out of bounds": (
+        "render {run} --task direction=7 --out {tmp}/v.mp4",
+        "direction = 7 is outside its bounds: {1, -1}",
+    ),
+    "nan task": (
+        "render {run} --task direction=nan --out {tmp}/v.mp4",
+        "direction = nan is not a finite number",
+    ),
+    "not a value": (
+        "render {run} --task direction --out {tmp}/v.mp4",
+        "'direction' is not name=value",
+    ),
+    "used folder": (
+        "train CheetahDir100 --out {run}",
+        "holds a run already: continue it with --resume",
+    ),
+    "resume nothing": (
+        "train CheetahVel --out {tmp}/none --resume",
+        "no run folder",
+    ),
+    "resume another family": (
+        "train CheetahVel --out {run} --resume",
+        "with family 'CheetahVel': it was trained with 'CheetahDir100'",
+    ),
+    "resume another agent": (
+        "train CheetahDir100 --agent oracle --out {run} --resume",
+        "with agent 'oracle': it was trained with 'rl2'",
+    ),
+    "resume another seed": (
+        "train CheetahDir100 --seed 5 --out {run} --resume",
+        "with seed 5: it was trained with 0",
+    ),
+    "resume another width": (
+        "train CheetahDir100 --width 64 --out {run} --resume",
+        "with width 64: it was trained with 128",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_one_line_and_exit_code_two(case: str, capsys, runs, tmp_path: Path) -> None:
     argv, message = BAD[case]
-    words = [w.replace("{tmp}", str(tmp_path)).replace("{run}", str(runs["rl2"].folder)) for w in argv]
+    words = [w.replace("{tmp}", str(tmp_path)).replace("{run}", str(runs["rl2"].folder)) for w in argv.split()]
     before = sorted(p.name for p in tmp_path.iterdir())
     code, _, err = run(capsys, *words)
     assert code == 2

@@ -1,0 +1,40 @@
+"""Gradients on several cores: each takes its share of a minibatch on a thread of its own.
+
+For networks this small, splitting every matrix product over cores (torch's own way) gains a third at best; splitting
+the minibatch nearly doubles the speed on two. Shares are summed in a fixed order, so the result is reproducible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Rows -> (their share of the loss, their share of the statistics): shares add up to the minibatch's."""
+
+
+def gradients(loss: Loss, rows: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Set each parameter's gradient of ``loss`` over ``rows`` and return the statistics, detached.
+
+    Uses as many threads as torch is set to, on the CPU.
+    """
+    wanted = list(parameters)
+    threads = torch.get_num_threads() if wanted[0].device.type == "cpu" else 1
+
+    def share(part: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        value, statistics = loss(part)
+        return torch.autograd.grad(value, wanted), statistics.detach()
+
+    shares = list(_pool(threads).map(share, rows.chunk(threads))) if threads > 1 else [share(rows)]
+    for i, p in enumerate(wanted):
+        p.grad = sum((grads[i] for grads, _ in shares[1:]), start=shares[0][0][i])
+    return sum((s for _, s in shares[1:]), start=shares[0][1])
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
