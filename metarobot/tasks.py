@@ -33,6 +33,10 @@ class Uniform:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise TaskError(f"a uniform range needs low <= high, not [{self.low:g}, {self.high:g}]")
+
     def sample(self, rng: np.random.Generator) -> float:
         """Draw one value."""
         return float(rng.uniform(self.low, self.high))
@@ -76,6 +80,10 @@ class Choice:
     """One of a few values, equally likely."""
 
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise TaskError("a choice needs at least one value")
 
     def sample(self, rng: np.random.Generator) -> float:
         """Draw one value."""
@@ -244,7 +252,9 @@ class TaskSpace:
         self.check_split(split)
         if n < 1:
             raise TaskError(f"the number of tasks must be at least 1, not {n}")
-        seeds = [seed] if isinstance(seed, int) else list(seed)
+        seeds = [int(s) for s in (seed if isinstance(seed, Sequence) else [seed])]
+        if min(seeds) < 0:
+            raise TaskError(f"a seed must be at least 0, not {min(seeds)}")
         rng = np.random.Generator(np.random.PCG64([zlib.crc32(self.name.encode()), SPLITS.index(split), *seeds]))
         if split == "test" and (all_tasks := self.finite) is not None:
             return [all_tasks[i % len(all_tasks)] for i in range(n)]

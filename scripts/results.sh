@@ -1,15 +1,54 @@
 #!/usr/bin/env bash
 # Every learning result of the README: meta-train, then evaluate on held-out tasks beside blind and oracle.
-# A stopped run continues where it was. Takes about 100 minutes on 2 cores; results/ holds the reports and plots.
+# A stopped run continues where it was, a finished one is left alone. results/ holds reports, plots and logs.
+#
+#   scripts/results.sh [FAMILY ...]      CheetahVel, CheetahDir, CheetahTerrain, memories; default: all
 set -euo pipefail
-train() {  # family agent steps seed
-  local out="runs/$1-$2-$4"
-  metarobot train "$1" --agent "$2" --steps "$3" --seed "$4" --out "$out" $([ -e "$out/config.json" ] && echo --resume || true)
-}
-report() {  # family split, the runs being there
-  local seeds
-  seeds=$(ls -d runs/"$1"-rl2-*)
-  metarobot evaluate $seeds --split "$2" --tasks 40 --episodes "$3" --oracle runs/"$1"-oracle-0 --blind runs/"$1"-blind-0 \
-    --controls --json "results/$1-$2.json" --plot "results/$1-$2.png"
-}
 mkdir -p results
+
+train() {  # run, then the arguments of metarobot train
+  local out="runs/$1"
+  shift
+  metarobot train "$@" --threads 1 --out "$out" $([ -e "$out/config.json" ] && echo --resume || true)
+}
+
+report() {  # family, split, runs
+  local family=$1 split=$2
+  shift 2
+  metarobot evaluate "$@" --split "$split" --tasks 40 --oracle "runs/$family-oracle-0" --blind "runs/$family-blind-0" \
+    --controls --json "results/$family-$split.json" --plot "results/$family-$split.png"
+}
+
+CheetahVel() {
+  for seed in 0 1 2; do train "CheetahVel-rl2-$seed" CheetahVel --agent rl2 --steps 8e6 --seed $seed; done
+  train CheetahVel-oracle-0 CheetahVel --agent oracle --steps 3e6
+  train CheetahVel-blind-0 CheetahVel --agent blind --steps 2e6
+  for split in test extrapolate; do report CheetahVel $split runs/CheetahVel-rl2-{0,1,2}; done
+  metarobot plot runs/CheetahVel-rl2-{0,1,2} --out results/CheetahVel-learning.png
+}
+
+CheetahDir() {
+  train CheetahDir-rl2-0 CheetahDir --agent rl2 --steps 4e6
+  train CheetahDir-oracle-0 CheetahDir --agent oracle --steps 3e6
+  train CheetahDir-blind-0 CheetahDir --agent blind --steps 2e6
+  report CheetahDir test runs/CheetahDir-rl2-0
+}
+
+CheetahTerrain() {
+  train CheetahTerrain-rl2-0 CheetahTerrain --agent rl2 --steps 10e6 --epochs 8
+  train CheetahTerrain-oracle-0 CheetahTerrain --agent oracle --steps 4e6
+  train CheetahTerrain-blind-0 CheetahTerrain --agent blind --steps 3e6
+  for split in test interpolate extrapolate; do report CheetahTerrain $split runs/CheetahTerrain-rl2-0; done
+}
+
+# the three memories: an equal budget of wall time each, so each gets the steps its speed affords
+memories() {
+  train memory-linear CheetahVel --memory linear --steps 3.6e6
+  train memory-gru CheetahVel --memory gru --steps 1.2e6
+  train memory-lstm CheetahVel --memory lstm --steps 1.2e6
+  metarobot plot runs/memory-{linear,gru,lstm} --out results/memories.png
+}
+
+for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories}"; do
+  for name in $job; do $name; done
+done

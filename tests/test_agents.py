@@ -7,10 +7,10 @@ from metarobot.agent import Learner, Shapes, agents
 from metarobot.collect import collect
 from metarobot.env import Env, families
 from metarobot.nets import MEMORIES
-from metarobot.types import MetarobotError, Rollout, Trials, sequence
+from metarobot.types import MetarobotError, Percept, Rollout, Trials, sequence
 
 NAMES = agents.names()
-FAMILY = replace(families.get("CheetahTerrain"), horizon=20, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
+FAMILY = replace(families.get("CheetahTerrain"), horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 TASKS = FAMILY.space.sample("train", 6, 0)
 SHAPES = Shapes(obs=17, act=6, task=len(FAMILY.space.params), episodes=2)
 
@@ -76,7 +76,7 @@ def test_exploration_adds_noise_of_the_policys_deviation(name: str) -> None:
     learner = build(name, std=0.3)
     noise = torch.Generator().manual_seed(0)
     (first, *_) = live(learner).episodes
-    drawn = torch.randn(20, 6, 6, generator=noise)[: len(first.valid)]
+    drawn = torch.randn(12, 6, 6, generator=noise)[: len(first.valid)]
     with torch.inference_mode():
         mean = live(learner, explore=False).episodes[0].action[0]
     assert torch.allclose(first.action[0], mean + 0.3 * drawn[0], atol=1e-6)
@@ -150,6 +150,55 @@ def test_a_restored_learner_goes_on_bit_for_bit(name: str) -> None:
     assert same(learner.state(), restored.state())
     assert same(kept, state)
     assert not same(kept, learner.state())
+
+
+def advantages(delta: list[float], fell: list[bool], decay: float) -> list[float]:
+    """Σ_k (γλ)^k δ_{t+k} from each step t up to the next fall or the end."""
+    out = []
+    for t in range(len(delta)):
+        end = next((s for s in range(t, len(delta)) if fell[s]), len(delta) - 1)
+        out.append(sum(decay ** (s - t) * delta[s] for s in range(t, end + 1)))
+    return out
+
+
+def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> None:
+    learner = skilled("rl2")
+    trials = live(build("rl2"))
+    seq, c = sequence(trials.episodes), learner.config
+    ends = seq.valid.sum(0) - 1
+    assert 0 < seq.truncated[ends, torch.arange(6)].sum() < 6
+    _, value, target, *_ = learner._targets(seq, trials.task)
+    for w, n in enumerate((ends + 1).tolist()):
+        told = Percept(*(x[:n, w : w + 1] for x in seq.percept))
+        zero = torch.zeros(1, 1)
+        after = (seq.next_obs[n - 1 : n, w : w + 1], *(x[n - 1 : n, w : w + 1] for x in (seq.action, seq.reward)))
+        whole = Percept(*(torch.cat(pair) for pair in zip(told, (*after, zero, zero), strict=True)))
+        with torch.no_grad():
+            _, v, _ = learner.agent(learner.agent.features(whole), trials.task[w : w + 1])
+        fell = seq.terminated[:n, w]
+        delta = seq.reward[:n, w] * learner.spread.scale + c.gamma * v[1:, 0] * ~fell - v[:-1, 0]
+        expected = torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1, 0]
+        assert torch.allclose(value[:n, w], v[:-1, 0], atol=1e-5)
+        assert torch.allclose(target[:n, w], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blind", "oracle"])
+def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -> None:
+    learner = skilled(name)
+    trials = live(build(name))
+    seq, c, start = sequence(trials.episodes), learner.config, [0] * 6
+    _, _, target, *_ = learner._targets(seq, trials.task)
+    assert any(e.truncated.any() for e in trials.episodes)
+    for e in trials.episodes:
+        for w, n in enumerate(e.valid.sum(0).tolist()):
+            seen = torch.cat([e.obs[:n, w], e.final_obs[w : w + 1]])
+            with torch.no_grad():
+                v = learner.agent.critic(learner.agent.features(seen, trials.task[w] if name == "oracle" else None))
+            fell, v = e.terminated[:n, w], v[:, 0]
+            delta = e.reward[:n, w] * learner.spread.scale + c.gamma * v[1:] * ~fell - v[:-1]
+            expected = torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1]
+            assert torch.allclose(target[start[w] : start[w] + n, w], expected, atol=1e-4)
+            start[w] += n
 
 
 def garbled(episode: Rollout) -> Rollout:

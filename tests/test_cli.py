@@ -125,6 +125,10 @@ BAD = {
         "render {run} --episodes -1 --out {tmp}/v.mp4",
         "episodes must be at least 1",
     ),
+    "negative seed": (
+        "evaluate {run} --seed -1",
+        "a seed must be at least 0, not -1",
+    ),
     "bench of no worlds": (
         "bench sim CheetahVel --worlds 0",
         "must be positive",

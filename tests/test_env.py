@@ -212,10 +212,11 @@ def huge_velocity(env: Env, action: torch.Tensor) -> None:
     env.sim.bind("qvel")[1, 4] = 1e11
 
 
+@pytest.mark.parametrize("name", ["CheetahTerrain", "CheetahVel"])
 @pytest.mark.parametrize("harm", [nan_velocity, nan_action, huge_velocity])
-def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(harm, tmp_path, monkeypatch) -> None:
+def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(harm, name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sound, harmed = (small("CheetahTerrain", worlds=3, horizon=10, threads=2) for _ in range(2))
+    sound, harmed = (small(name, worlds=3, horizon=10, threads=2) for _ in range(2))
     for t, row in enumerate(actions(sound, 30)):
         ours = row.clone()
         if t == 5:
