@@ -149,17 +149,28 @@ def bench(
         write_json(json, report)
 
 
-def plot(runs: Positional[tuple[str, ...]], /, out: Path) -> None:
+def plot(runs: Positional[tuple[str, ...]], /, out: Path, reach: tuple[float, ...] = ()) -> None:
     """Draw the learning curves of runs, over wall time and over steps.
 
     Args:
         runs: Run folders.
         out: Picture to write (.png, .svg or .pdf).
+        reach: Also print when the last episode's return, mean of 10 iterations with exploration, first came this high.
     """
     from metarobot.checkpoint import open_run
+    from metarobot.log import first_reach, read_metrics
     from metarobot.plot import learning
 
-    learning([open_run(r) for r in runs], out)
+    opened = [open_run(r) for r in runs]
+    learning(opened, out)
+    for run in opened:
+        rows = read_metrics(run.folder / "metrics.jsonl")
+        for level in reach:
+            row = first_reach(rows, level)
+            when = (
+                "never" if row is None else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
+            )
+            print(f"{run.name} reached {level:g}: {when}")
     print(f"wrote {out}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,54 +56,72 @@ def _episode(
     watch: Callable[[int, Env, Step], None] | None,
 ) -> tuple[Rollout, Percept, Context]:
     """Live one episode in every world; a world that ends early waits, its context untouched, for the others."""
-    time, worlds = env.family.horizon, env.worlds
-    obs, action = torch.zeros(time, worlds, env.obs_dim), torch.zeros(time, worlds, env.act_dim)
-    reward = torch.zeros(time, worlds)
-    terminated, truncated, valid = (torch.zeros(time, worlds, dtype=torch.bool) for _ in range(3))
-    final_obs, faulted = torch.zeros(worlds, env.obs_dim), torch.zeros(worlds, dtype=torch.bool)
-    alive, all_alive = torch.ones(worlds, dtype=torch.bool), True
-    noise = None if generator is None else torch.randn(time, worlds, env.act_dim, generator=generator)
-    sums: dict[str, Tensor] = {}
-    last = percept
-    for t in range(time):
-        chosen, after = agent.act(percept, context, None if noise is None else noise[t])
-        step = env.step(chosen)
-        obs[t], action[t], reward[t] = percept.obs, chosen, step.reward
-        terminated[t], truncated[t], valid[t] = step.terminated, step.truncated, alive
-        ended = step.terminated | step.truncated
-        zeros = torch.zeros(worlds)
-        percept = Percept(step.obs, chosen, step.reward, ended.float(), zeros)
-        for name, term in step.terms.items():
-            sums[name] = sums.get(name, 0.0) + term * alive
-        if all_alive:
-            context, final_obs, last = after, step.final_obs, percept
-        else:
-            context = tuple(keep(alive, a, b) for a, b in zip(after, context, strict=True))
-            final_obs = keep(alive, step.final_obs, final_obs)
-            last = Percept(*(keep(alive, a, b) for a, b in zip(percept, last, strict=True)))
-        faulted |= step.faulted & alive
+    book = _Recorder(env)
+    shape = (env.family.horizon, env.worlds, env.act_dim)
+    noise = None if generator is None else torch.randn(shape, generator=generator)
+    last, zeros = percept, torch.zeros(env.worlds)
+    while book.living:
+        action, after = agent.act(percept, context, None if noise is None else noise[book.time])
+        step = env.step(action)
+        ended = (step.terminated | step.truncated).float()
+        arrived = Percept(step.obs, action, step.reward, ended, zeros)
+        context = tuple(book.kept(after, context))
+        last = Percept(*book.kept(arrived, last))
+        book.record(percept, action, step)
+        percept = arrived
         if watch is not None:
             watch(k, env, step)
+    return book.rollout(), last._replace(obs=env.restart(k + 1)), context
+
+
+class _Recorder:
+    """The buffers of one episode, and which worlds are still in it."""
+
+    def __init__(self, env: Env) -> None:
+        horizon, worlds = env.family.horizon, env.worlds
+        self.time, self.living, self._all = 0, True, True
+        self._alive = torch.ones(worlds, dtype=torch.bool)
+        self._obs, self._action = torch.zeros(horizon, worlds, env.obs_dim), torch.zeros(horizon, worlds, env.act_dim)
+        self._reward = torch.zeros(horizon, worlds)
+        self._flags = torch.zeros(3, horizon, worlds, dtype=torch.bool)
+        self._final_obs, self._faulted = torch.zeros(worlds, env.obs_dim), torch.zeros(worlds, dtype=torch.bool)
+        self._terms: dict[str, Tensor] = {}
+
+    def kept(self, new: Iterable[Tensor], old: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Take what is new in the living worlds, what was in the others."""
+        return new if self._all else (_where(self._alive, a, b) for a, b in zip(new, old, strict=True))
+
+    def record(self, percept: Percept, action: Tensor, step: Step) -> None:
+        """Write down one step: what was seen, done and got."""
+        t = self.time
+        self._obs[t], self._action[t], self._reward[t] = percept.obs, action, step.reward
+        self._flags[0, t], self._flags[1, t], self._flags[2, t] = step.terminated, step.truncated, self._alive
+        for name, term in step.terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term * self._alive
+        (self._final_obs,) = self.kept((step.final_obs,), (self._final_obs,))
+        self._faulted |= step.faulted & self._alive
+        self.time += 1
+        ended = step.terminated | step.truncated
         if bool(ended.any()):
-            alive = alive & ~ended
-            all_alive = False
-            if not bool(alive.any()):
-                break
-    lived = slice(0, t + 1)
-    rollout = Rollout(
-        obs=obs[lived],
-        action=action[lived],
-        reward=reward[lived] * valid[lived],
-        terminated=terminated[lived] & valid[lived],
-        truncated=truncated[lived] & valid[lived],
-        valid=valid[lived],
-        final_obs=final_obs,
-        faulted=faulted,
-        terms={k: v.float() for k, v in sums.items()},
-    )
-    return rollout, last._replace(obs=env.restart(k + 1)), context
+            self._alive &= ~ended
+            self._all, self.living = False, bool(self._alive.any())
+
+    def rollout(self) -> Rollout:
+        """Return the episode, cut to the steps some world lived."""
+        lived = slice(0, self.time)
+        terminated, truncated, valid = self._flags[:, lived]
+        return Rollout(
+            obs=self._obs[lived],
+            action=self._action[lived],
+            reward=self._reward[lived] * valid,
+            terminated=terminated & valid,
+            truncated=truncated & valid,
+            valid=valid,
+            final_obs=self._final_obs,
+            faulted=self._faulted,
+            terms={k: v.float() for k, v in self._terms.items()},
+        )
 
 
-def keep(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Take ``new`` in the worlds of ``mask``, ``old`` in the others."""
+def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)

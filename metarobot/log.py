@@ -91,6 +91,15 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def first_reach(rows: list[dict[str, float]], level: float, window: int = 10) -> dict[str, float] | None:
+    """Return the first row at which the last episode's return, averaged over ``window`` rows, is at least ``level``."""
+    for i in range(window, len(rows) + 1):
+        recent = rows[i - window : i]
+        if sum(r["meta/post_adapt_return"] for r in recent) / window >= level:
+            return recent[-1]
+    return None
+
+
 def keep_rows(path: Path, iteration: int) -> None:
     """Drop rows written after the checkpoint that training continues from."""
     rows = [r for r in read_metrics(path) if r["time/iterations"] <= iteration]

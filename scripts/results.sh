@@ -20,11 +20,11 @@ report() {  # family, split, runs
 }
 
 CheetahVel() {
-  for seed in 0 1 2; do train "CheetahVel-rl2-$seed" CheetahVel --agent rl2 --steps 8e6 --seed $seed; done
+  for seed in 0 1 2; do train "CheetahVel-rl2-$seed" CheetahVel --agent rl2 --steps 6.5e6 --seed $seed; done
   train CheetahVel-oracle-0 CheetahVel --agent oracle --steps 3e6
   train CheetahVel-blind-0 CheetahVel --agent blind --steps 2e6
   for split in test extrapolate; do report CheetahVel $split runs/CheetahVel-rl2-{0,1,2}; done
-  metarobot plot runs/CheetahVel-rl2-{0,1,2} --out results/CheetahVel-learning.png
+  metarobot plot runs/CheetahVel-rl2-{0,1,2} --reach -75 -50 --out results/CheetahVel-learning.png
 }
 
 CheetahDir() {
@@ -36,7 +36,7 @@ CheetahDir() {
 
 CheetahTerrain() {
   train CheetahTerrain-rl2-0 CheetahTerrain --agent rl2 --steps 10e6 --epochs 8
-  train CheetahTerrain-oracle-0 CheetahTerrain --agent oracle --steps 4e6
+  train CheetahTerrain-oracle-0 CheetahTerrain --agent oracle --steps 6e6
   train CheetahTerrain-blind-0 CheetahTerrain --agent blind --steps 3e6
   for split in test interpolate extrapolate; do report CheetahTerrain $split runs/CheetahTerrain-rl2-0; done
 }

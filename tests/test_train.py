@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metarobot.agent import agents
 from metarobot.checkpoint import open_run
-from metarobot.log import read_metrics
+from metarobot.log import first_reach, read_metrics
 from metarobot.train import TrainConfig, start, train
 from metarobot.types import MetarobotError
 
@@ -144,3 +144,9 @@ def test_counts_below_one_are_refused(tmp_path: Path, name: str, agent: str) -> 
     with pytest.raises(MetarobotError, match=f"{name} must be at least 1, not 0"):
         start(TrainConfig(family="CheetahVel", agent=agent), kind.config(**{name: 0}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_first_reach_is_a_running_mean() -> None:
+    rows = [{"meta/post_adapt_return": float(i), "time/total_timesteps": i} for i in range(30)]
+    assert first_reach(rows, 15.0)["time/total_timesteps"] == 20
+    assert first_reach(rows, 99.0) is None

@@ -1,0 +1,38 @@
+"""Training to thresholds that no policy without adaptation can reach; minutes each, so ``make slow`` runs them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metarobot.agent import agents
+from metarobot.checkpoint import Run
+from metarobot.evaluate import Protocol, evaluate
+from metarobot.train import TrainConfig, start, train
+
+pytestmark = pytest.mark.slow
+
+
+def trained(out: Path, family: str, steps: int, agent: str = "rl2", **settings: object) -> Run:
+    run = start(TrainConfig(family=family, agent=agent, steps=steps), agents.get(agent).config(**settings), out)
+    train(run)
+    return run
+
+
+def test_rl2_runs_both_ways_and_a_blind_policy_cannot(tmp_path: Path) -> None:
+    """A policy that cannot adapt averages about 0 over the two directions, whatever it does."""
+    report = evaluate([trained(tmp_path / "rl2", "CheetahDir", 1_000_000)], Protocol(tasks=20))
+    returns = np.array(report["returns"])[0, -1]
+    direction = np.array([t["direction"] for t in report["task_values"]])
+    assert returns[direction > 0].mean() > 300
+    assert returns[direction < 0].mean() > 300
+    blind = evaluate([trained(tmp_path / "blind", "CheetahDir", 500_000, "blind")], Protocol(tasks=20))
+    assert blind["episodes"][-1]["mean"] < 100
+
+
+@pytest.mark.parametrize("memory", ["linear", "gru", "lstm"])
+def test_every_memory_beats_the_best_policy_that_cannot_adapt(tmp_path: Path, memory: str) -> None:
+    """On CheetahVel that policy has −150."""
+    report = evaluate([trained(tmp_path / memory, "CheetahVel", 2_000_000, memory=memory)], Protocol(tasks=40))
+    assert report["episodes"][-1]["ci95"][0] > -150
+    assert report["episodes"][-1]["mean"] > -120
