@@ -119,7 +119,7 @@ class PPO:
         """Learn from one set of episodes."""
         c, seq = self.config, sequence(trials.episodes)
         self.agent.norm.update(seq.percept.obs[seq.valid])
-        self.spread.update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
+        self.spread.to(seq.reward.device).update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
         batch = Batch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action)))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))

@@ -163,7 +163,7 @@ class RL2:
     def _normalise(self, seq: Sequence) -> None:
         seen = torch.cat([seq.percept.obs, seq.percept.reward[..., None]], -1)
         self.agent.norm.update(seen[seq.valid])
-        self.spread.update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
+        self.spread.to(seq.reward.device).update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
 
     @torch.no_grad()
     def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

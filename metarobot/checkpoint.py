@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from metarobot.tasks import TaskSpace
 from metarobot.types import MetarobotError
 
 FORMAT = 1
-PRETRAINED = Path(__file__).parent / "agents" / "pretrained"
+PRETRAINED = Path(str(resources.files("metarobot.agents"))) / "pretrained"
 
 
 class CheckpointError(MetarobotError):

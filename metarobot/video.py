@@ -71,13 +71,17 @@ class Camera:
         return self._stages[values]
 
     def _glide(self, stage: Stage, key: Hashable) -> Floats:
-        """Follow with a lag of 0.2 s along the floor and 0.8 s in height; cut where time runs back."""
+        """Follow with a lag of 0.2 s, at most a quarter of the robot, along the floor and 0.8 s in height.
+
+        Cuts where time runs back.
+        """
         time, goal = float(stage.data.time), stage.look()
         past, look = self._looks.get(key, (time, goal))
         if time < past or float(np.linalg.norm(goal - look)) > 2 * stage.radius:
             past, look = time, goal
         share = 1 - np.exp(-(time - past) / np.array([0.2, 0.2, 0.8]))
         look = look + share * (goal - look)
+        look[:2] = goal[:2] - np.clip(goal[:2] - look[:2], -stage.radius / 4, stage.radius / 4)
         self._looks[key] = (time, look)
         return np.asarray(look)
 
