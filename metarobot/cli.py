@@ -63,7 +63,7 @@ def evaluate(
         threads: Physics threads; 0 takes all there are.
         oracle: Runs of the upper reference, shown the task.
         blind: Runs of the lower reference, which cannot adapt.
-        controls: Also play with the context cleared, or swapped for another task's, between episodes.
+        controls: Also play with the context cleared, or swapped for another task's, after each episode.
         json: Where to write the report.
         plot: Where to draw the curves (.png, .svg or .pdf).
     """
@@ -298,19 +298,21 @@ def _show(report: dict[str, Any]) -> None:
     title = f"{report['family']}, {report['tasks']} {report['split']} tasks, training seeds {report['seeds']}"
     table = Table(title=title, title_justify="left")
     extra = [k for k in ("blind", "oracle", "score") if k in rows[0]]
-    for column in ("episodes seen", "mean", "95 % interval", "IQM", "worst tenth", *extra):
-        table.add_column(column, justify="right")
+    for column in ("episodes seen", "mean", "95 % interval", "IQM", "worst 10 %", *extra):
+        table.add_column(column, justify="right", no_wrap=column != "episodes seen")
     for r in rows:
-        low, high = r["ci95"]
         more = [f"{r[k]:.2f}" if k == "score" else f"{r[k]:.1f}" for k in extra]
-        shown = (f"{r['mean']:.1f}", f"{low:.1f} … {high:.1f}", f"{r['iqm']:.1f}", f"{r['worst10']:.1f}")
-        table.add_row(str(r["episode"]), *shown, *more)
+        table.add_row(str(r["episode"]), *_cells(r), *more)
     for name, control in report.get("controls", {}).items():
         for r in control[1:]:
-            low, high = r["ci95"]
-            shown = (f"{r['mean']:.1f}", f"{low:.1f} … {high:.1f}", f"{r['iqm']:.1f}", f"{r['worst10']:.1f}")
-            table.add_row(f"{r['episode']}, context {name}", *shown, *[""] * len(extra), style="dim")
-    Console().print(table)
+            table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
+    console = Console()
+    console.print(table, width=max(console.width, 90))
+
+
+def _cells(r: dict[str, Any]) -> tuple[str, ...]:
+    low, high = r["ci95"]
+    return f"{r['mean']:.1f}", f"{low:.1f}…{high:.1f}", f"{r['iqm']:.1f}", f"{r['worst10']:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -42,7 +42,7 @@ def test_train_evaluate_plot_and_bench_from_end_to_end(capsys, tmp_path: Path) -
     code, out, _ = run(capsys, "evaluate", x, "--split", "extrapolate", "--tasks", "3", "--episodes", "3",
                        "--json", str(report), "--plot", str(picture))  # fmt: skip
     assert code == 0
-    assert "worst tenth" in out
+    assert "worst 10 %" in out
     data = json.loads(report.read_text())
     assert {"family", "split", "seeds", "tasks", "episodes"} <= set(data)
     assert len(data["episodes"]) == 3
