@@ -299,15 +299,14 @@ def _show(report: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left")
     extra = [k for k in ("blind", "oracle", "score") if k in rows[0]]
     for column in ("episodes seen", "mean", "95 % interval", "IQM", "worst 10 %", *extra):
-        table.add_column(column, justify="right", no_wrap=column != "episodes seen")
+        table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         more = [f"{r[k]:.2f}" if k == "score" else f"{r[k]:.1f}" for k in extra]
         table.add_row(str(r["episode"]), *_cells(r), *more)
     for name, control in report.get("controls", {}).items():
         for r in control[1:]:
             table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
-    console = Console()
-    console.print(table, width=max(console.width, 90))
+    Console(width=max(Console().width, 96)).print(table)
 
 
 def _cells(r: dict[str, Any]) -> tuple[str, ...]:

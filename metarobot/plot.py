@@ -26,8 +26,8 @@ def adaptation(report: dict[str, Any], path: Path) -> None:
         if name in rows[0]:
             axes.plot(x, [r[name] for r in rows], "--", color=colour, label=name, lw=2)
             _band(axes, x, [r[f"{name}_ci95"] for r in rows], colour)
-    for name, control in report.get("controls", {}).items():
-        axes.plot(x, [r["mean"] for r in control], ":", marker="x", color=GREY, label=f"context {name}", lw=1.5)
+    for (name, control), marker in zip(report.get("controls", {}).items(), "x+", strict=False):
+        axes.plot(x, [r["mean"] for r in control], ":", marker=marker, color=GREY, label=f"context {name}", lw=1.5)
     axes.plot(x, [r["mean"] for r in rows], "-o", color=AGENT, label=report["agent"], lw=2.5)
     _band(axes, x, [r["ci95"] for r in rows], AGENT)
     if "score" in rows[-1]:
@@ -36,7 +36,7 @@ def adaptation(report: dict[str, Any], path: Path) -> None:
                 f"score {r['score']:.2f}",
                 (r["episode"], r["mean"]),
                 textcoords="offset points",
-                xytext=(0, -18),
+                xytext=(0, 10),
                 ha="center",
                 color=AGENT,
             )
