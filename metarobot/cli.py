@@ -149,13 +149,16 @@ def bench(
         write_json(json, report)
 
 
-def plot(runs: Positional[tuple[str, ...]], /, out: Path, reach: tuple[float, ...] = ()) -> None:
+def plot(
+    runs: Positional[tuple[str, ...]], /, out: Path, reach: tuple[float, ...] = (), at: tuple[float, ...] = ()
+) -> None:
     """Draw the learning curves of runs, over wall time and over steps.
 
     Args:
         runs: Run folders.
         out: Picture to write (.png, .svg or .pdf).
         reach: Also print when the last episode's return, mean of 10 iterations with exploration, first came this high.
+        at: Also print that return after so many seconds of training, and the steps it took.
     """
     from metarobot.checkpoint import open_run
     from metarobot.log import first_reach, read_metrics
@@ -171,6 +174,12 @@ def plot(runs: Positional[tuple[str, ...]], /, out: Path, reach: tuple[float, ..
                 "never" if row is None else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
             )
             print(f"{run.name} reached {level:g}: {when}")
+        for second in at:
+            lived = [r for r in rows if r["time/time_elapsed"] <= second][-10:]
+            if lived:
+                mean = sum(r["meta/post_adapt_return"] for r in lived) / len(lived)
+                steps = lived[-1]["time/total_timesteps"]
+                print(f"{run.name} after {second:g} s: {mean:.1f}, {steps:,} steps, {steps / second:,.0f} steps/s")
     print(f"wrote {out}")
 
 

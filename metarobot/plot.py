@@ -65,8 +65,9 @@ def learning(runs: Sequence[Run], path: Path) -> None:
     ):
         for run in runs:
             rows = read_metrics(run.folder / "metrics.jsonl")
-            label = f"{run.family.name} {run.agent}, seed {run.config['seed']}"
-            axes.plot([r[key] / scale for r in rows], [r["meta/post_adapt_return"] for r in rows], lw=1.2, label=label)
+            axes.plot(
+                [r[key] / scale for r in rows], [r["meta/post_adapt_return"] for r in rows], lw=1.2, label=run.name
+            )
         axes.set_xlabel(unit)
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("return of the trial's last episode")
