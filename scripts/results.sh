@@ -41,11 +41,12 @@ CheetahTerrain() {
   for split in test interpolate extrapolate; do report CheetahTerrain $split runs/CheetahTerrain-rl2-0; done
 }
 
-# the three memories, compared at equal wall time; the linear one is CheetahVel's own run
+# the three memories, compared at equal wall time
 memories() {
+  train memory-linear CheetahVel --memory linear --steps 1.6e6
   train memory-gru CheetahVel --memory gru --steps 1e6
   train memory-lstm CheetahVel --memory lstm --steps 1e6
-  metarobot plot runs/CheetahVel-rl2-0 runs/memory-{gru,lstm} --at 90 180 --out results/memories.png
+  metarobot plot runs/memory-{linear,gru,lstm} --at 60 120 --out results/memories.png
 }
 
 for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories}"; do

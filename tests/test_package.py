@@ -1,3 +1,4 @@
+import os
 import pathlib
 import subprocess
 import sys
@@ -57,3 +58,17 @@ def test_files_and_functions_stay_short() -> None:
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.FunctionDef):
                     assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
+def test_scripts_are_bash_that_parses_and_may_be_run(script: pathlib.Path) -> None:
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_gl_is_found_by_the_installer_where_it_is(gl: None) -> None:
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [ROOT / "scripts" / "install_gl.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
