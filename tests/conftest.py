@@ -6,6 +6,7 @@ import torch
 from helpers import tiny_run
 
 from metarobot.checkpoint import Run
+from metarobot.studio import VideoError, backend
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +33,12 @@ def edit_json():
         path.write_text(json.dumps(data))
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def gl() -> None:
+    """Skip where no picture can be drawn."""
+    try:
+        backend()
+    except VideoError as e:
+        pytest.skip(str(e))

@@ -21,15 +21,6 @@ PANEL = (160, 120)
 
 
 @pytest.fixture(scope="module")
-def gl() -> None:
-    try:
-        with Camera(families.get("CheetahVel"), 32, 24):
-            pass
-    except VideoError as e:
-        pytest.skip(str(e))
-
-
-@pytest.fixture(scope="module")
 def family() -> Family:
     return replace(families.get("CheetahVel"), horizon=10)
 
