@@ -93,6 +93,8 @@ def render(
     episodes: int = 2,
     seed: int = 0,
     task: tuple[str, ...] = (),
+    size: tuple[int, int] = (320, 240),
+    fps: float | None = None,
 ) -> None:
     """Film an agent adapting: one task a row, its episodes side by side.
 
@@ -104,6 +106,8 @@ def render(
         episodes: Episodes of each task, side by side.
         seed: Draws the tasks and the starts.
         task: One task of your own instead, as name=value for each parameter.
+        size: Width and height of one panel, pixels.
+        fps: Frames a second; by default the control rate (mp4, at most 30) or 12.5 (gif). Always in real time.
     """
     from metarobot.checkpoint import open_run
     from metarobot.evaluate import Protocol
@@ -113,7 +117,8 @@ def render(
     opened = open_run(run)
     space = opened.family.space
     chosen = [space.task(**_assignments(task))] if task else space.sample(split, tasks, seed)
-    film(opened.load_agent(), opened.family, chosen, out=out, episodes=episodes, seed=seed)
+    agent = opened.load_agent()
+    film(agent, opened.family, chosen, out=out, episodes=episodes, seed=seed, size=size, fps=fps)
     print(f"wrote {out}")
 
 
