@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import zlib
@@ -235,13 +236,12 @@ class TaskSpace:
     @property
     def finite(self) -> tuple[Task, ...] | None:
         """Every task, if there are finitely many (all parameters a choice), else None."""
-        tasks = [{}] if all(isinstance(p.train, Choice) for p in self.params) else None  # type: list[dict[str, float]] | None
-        if tasks is None:
+        trains = [p.train for p in self.params]
+        choices = [t.values for t in trains if isinstance(t, Choice)]
+        if len(choices) < len(trains):
             return None
-        for p in self.params:
-            values = p.train.values if isinstance(p.train, Choice) else ()
-            tasks = [{**t, p.name: v} for t in tasks for v in values if not p.in_hole(v)]
-        return tuple(self.task(**t) for t in tasks)
+        rows = (dict(zip(self.names, row, strict=True)) for row in itertools.product(*choices))
+        return tuple(self.task(**r) for r in rows if not any(p.in_hole(r[p.name]) for p in self.params))
 
     def sample(self, split: str, n: int, seed: int | Sequence[int] = 0) -> list[Task]:
         """Draw ``n`` tasks; the same split, n and seed give the same tasks on every machine.

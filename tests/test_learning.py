@@ -30,9 +30,8 @@ def test_rl2_runs_both_ways_and_a_blind_policy_cannot(tmp_path: Path) -> None:
     assert blind["episodes"][-1]["mean"] < 100
 
 
-@pytest.mark.parametrize("memory", ["linear", "gru", "lstm"])
-def test_every_memory_beats_the_best_policy_that_cannot_adapt(tmp_path: Path, memory: str) -> None:
+def test_rl2_beats_the_best_policy_that_cannot_adapt(tmp_path: Path) -> None:
     """On CheetahVel that policy has −150."""
-    report = evaluate([trained(tmp_path / memory, "CheetahVel", 2_000_000, memory=memory)], Protocol(tasks=40))
+    report = evaluate([trained(tmp_path / "rl2", "CheetahVel", 1_600_000)], Protocol(tasks=40))
     assert report["episodes"][-1]["ci95"][0] > -150
     assert report["episodes"][-1]["mean"] > -120
