@@ -30,17 +30,7 @@ def adaptation(report: dict[str, Any], path: Path) -> None:
         axes.plot(x, [r["mean"] for r in control], ":", marker=marker, color=GREY, label=f"context {name}", lw=1.5)
     axes.plot(x, [r["mean"] for r in rows], "-o", color=AGENT, label=report["agent"], lw=2.5)
     _band(axes, x, [r["ci95"] for r in rows], AGENT)
-    if "score" in rows[-1]:
-        for r in rows:
-            axes.annotate(
-                f"score {r['score']:.2f}",
-                (r["episode"], r["mean"]),
-                textcoords="offset points",
-                xytext=(0, 10),
-                ha="center",
-                color=AGENT,
-            )
-    axes.set_xticks(x)
+    axes.set_xticks(x, [f"{r['episode']}\nscore {r['score']:.2f}" if "score" in r else r["episode"] for r in rows])
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("episodes of experience in the task")
     axes.set_ylabel("return of the next episode")
