@@ -113,7 +113,9 @@ class Run:
             weights = self.folder / Path(counters["weights"]).name
             data = weights.read_bytes()
             if hashlib.sha256(data).hexdigest() != counters["sha256"]:
-                raise CheckpointError(f"{weights} is damaged: its SHA-256 is not the one checkpoint.json names")
+                raise CheckpointError(
+                    f"{weights} is damaged (not the SHA-256 of checkpoint.json): restore it or train again"
+                )
             return safetensors.torch.load(data), counters
         except OSError as e:
             raise CheckpointError(f"cannot read {weights}: {e.strerror or e}") from e

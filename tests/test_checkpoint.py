@@ -60,8 +60,8 @@ def empty_counters(run: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (corrupt, "is damaged: its SHA-256"),
-        (truncate, "is damaged: its SHA-256"),
+        (corrupt, r"is damaged \(not the SHA-256"),
+        (truncate, r"is damaged \(not the SHA-256"),
         (drop_weights, "cannot read .*safetensors: No such file"),
         (cut_counters, "checkpoint.json is damaged"),
         (empty_counters, "checkpoint.json is damaged"),
