@@ -67,6 +67,8 @@ class OracleConfig(PPOConfig):
 class PPOAgent(nn.Module):
     """Two perceptrons over the normalised observation, and the task for an oracle."""
 
+    explores = False
+
     def __init__(self, shapes: Shapes, config: PPOConfig) -> None:
         super().__init__()
         self.privileged = config.sees_task

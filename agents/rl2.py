@@ -64,6 +64,7 @@ class RL2Agent(nn.Module):
     """Memory, then two hidden layers each for actor and critic over the memory's output and the input."""
 
     privileged = False
+    explores = False
 
     def __init__(self, shapes: Shapes, config: RL2Config) -> None:
         super().__init__()

@@ -13,7 +13,9 @@ from metarobot.registry import Registry
 from metarobot.types import Percept, Rollout, Trials
 
 Context = tuple[Tensor, ...]
-"""All that an agent carries from step to step and from episode to episode: tensors ``(world, ...)``."""
+"""All that an agent carries from step to step and from episode to episode: tensors ``(task, ...)``.
+
+Where a task has one world, as for agents with a memory, that is the world axis too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,11 @@ class Agent(Protocol):
 
     privileged: bool
     """Whether the agent is shown the task: an oracle, never a result."""
+    explores: bool
+    """Whether the agent needs its exploration noise to adapt, when it is tested too."""
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Return the context of a new trial in each world; ``task`` ``(world, parameter)`` goes to oracles alone."""
+        """Return the context of a new trial in each task; ``task`` ``(task, parameter)`` goes to oracles alone."""
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
         """Choose actions ``(world, act)``; ``noise``, standard normal of that shape, explores, None is the mean."""
@@ -87,7 +91,8 @@ class AgentKind:
     name: str
     doc: str
     config: type[Any]
-    """Frozen dataclass; its defaults work. Holds at least ``worlds`` and ``episodes``."""
+    """Frozen dataclass; its defaults work. Holds at least ``worlds`` and ``episodes``, and ``rollouts``, the worlds of
+    one task, if a task has more than one."""
     build: Callable[[Any, Shapes], Learner]
     """(configuration, shapes) -> learner; initial weights come from torch's seeded generator."""
 

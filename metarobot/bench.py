@@ -1,9 +1,12 @@
-"""Speed of the environment against the bare engine, both measured in turns in one run."""
+"""Speed of the environment against the bare engine, and of MAML's parts; what is compared is measured in turns."""
 
 from __future__ import annotations
 
 import copy
 import os
+import resource
+import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,11 @@ import torch
 from mujoco import batch
 from rich.progress import Progress
 
+from metarobot.agent import agents
+from metarobot.checkpoint import build_learner
+from metarobot.collect import collect
 from metarobot.env import Env, Family
+from metarobot.inner import looped
 from metarobot.types import MetarobotError
 
 
@@ -80,3 +87,67 @@ def _report(family: Family, worlds: int, threads: int, rounds: dict[str, list[fl
         "engine_steps_per_s": engine,
         "ratio": ratios[len(ratios) // 2],
     }
+
+
+MAML_TASKS, MAML_ROLLOUTS = 40, 20
+
+
+def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
+    """Measure the seconds of MAML-TRPO's parts at 40 tasks x 20 rollouts and a policy of 2 x 64, for a trial of 2.
+
+    Rounds of the bare engine, of MAML, and of MAML with a Python loop over tasks in place of ``vmap`` take turns.
+    """
+    if worlds < 1 or worlds % MAML_ROLLOUTS:
+        raise MetarobotError(f"worlds must be a multiple of {MAML_ROLLOUTS}, the rollouts a task, not {worlds}")
+    if seconds <= 0:
+        raise MetarobotError(f"seconds must be positive, not {seconds:g}")
+    threads = threads or len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
+    config = agents.get("maml").config(worlds=worlds, rollouts=MAML_ROLLOUTS, width=64, episodes=2, cg_steps=10)
+    learner = build_learner("maml", config, family, 0)
+    tasks = family.space.sample("train", worlds // MAML_ROLLOUTS, 0)
+    env = Env(family, [t for t in tasks for _ in range(MAML_ROLLOUTS)], threads=threads)
+    engine = batch.Batch(env.model(tasks[0]), worlds, threads)
+    engine.set_models([env.model(t) for t in env.tasks])
+    actions = torch.rand((family.horizon, worlds, env.act_dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rounds: list[dict[str, dict[str, float]]] = []
+    began = time.perf_counter()
+    with Progress(disable=not show, transient=True) as bar:
+        task = bar.add_task("measuring", total=seconds)
+        while len(rounds) < 2 or time.perf_counter() - began < seconds:
+            engine.reset()
+            rate = _rate(lambda: _drive_engine(engine, actions, family.substeps), actions)
+            measured = {"vmap": _maml_round(learner, env, tasks, threads, rate)}
+            with looped():
+                measured["loop"] = _maml_round(learner, env, tasks, threads, rate)
+            rounds.append(measured)
+            bar.update(task, completed=time.perf_counter() - began)
+    torch.set_num_threads(before)
+    rounds = rounds[1:]  # the first warms up
+    parts = {how: {k: statistics.median(r[how][k] for r in rounds) for k in rounds[0][how]} for how in ("vmap", "loop")}
+    # Linux counts in KiB, macOS in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
+    sizes = {"tasks": len(tasks), "rollouts": MAML_ROLLOUTS, "horizon": family.horizon, "rounds": len(rounds)}
+    return {"family": family.name, **sizes, "threads": threads, "peak_memory_mb": peak, **parts}
+
+
+def _maml_round(learner: Any, env: Env, tasks: Any, threads: int, engine_rate: float) -> dict[str, float]:
+    """Return the seconds of an iteration's parts, measured as training runs them."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    trials = collect(learner.agent, env, tasks, episodes=2, seed=0, rollouts=MAML_ROLLOUTS)
+    collected = time.perf_counter() - began
+    context = learner.agent.begin(len(tasks))
+    began = time.perf_counter()
+    learner.agent.adapt(context, trials.episodes[0])
+    inner = time.perf_counter() - began
+    torch.set_num_threads(threads)
+    state = learner.state()
+    began = time.perf_counter()
+    learner.update(trials, 0.0, 0)
+    outer = time.perf_counter() - began
+    learner.load(state)
+    sampling = collected - inner
+    rate = trials.steps() / sampling
+    times = {"sampling_s": sampling, "inner_step_s": inner, "outer_update_s": outer, "total_s": collected + outer}
+    return {**times, "sampling_steps_per_s": rate, "engine_steps_per_s": engine_rate, "ratio": rate / engine_rate}

@@ -106,6 +106,11 @@ class Run:
         """Name of the agent's kind."""
         return str(self.config["agent"])
 
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of a task that the agent adapts to at once."""
+        return int(self.config["agent_config"].get("rollouts", 1))
+
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read tensors and counters, checking that they are whole."""
         counters = read_json(self.folder / "checkpoint.json")

@@ -13,7 +13,7 @@ from metarobot.tasks import Task
 from metarobot.types import Percept, Rollout, Trials
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect(
     agent: Agent,
     env: Env,
@@ -21,29 +21,33 @@ def collect(
     *,
     episodes: int,
     seed: int,
+    rollouts: int = 1,
     explore: bool = True,
     between: Callable[[Context], Context] = lambda context: context,
     watch: Callable[[int, Env, Step], None] | None = None,
 ) -> Trials:
     """Live one trial of ``episodes`` episodes in each task: act an episode, adapt, act the next.
 
-    ``env`` only lends its worlds: whatever it did before has no effect. ``explore`` adds the agent's own exploration
+    ``env`` only lends its worlds, ``rollouts`` for each task, which stand together: whatever it did before has no
+    effect. The worlds of a task share its context, so only an agent that leaves its context alone while it acts, as one
+    that adapts between episodes does, can have more than one. ``explore`` adds the agent's own exploration
     noise; ``between`` tampers with the context after each episode (the controls of an evaluation); ``watch`` is called
     after every step with (episode, env, step), for pictures.
     """
-    env.set_tasks(tasks)
+    env.set_tasks([task for task in tasks for _ in range(rollouts)])
     obs = env.reset(seed)
     noise = torch.Generator().manual_seed(seed)
     task = env.family.space.encode(tasks)
-    context = agent.begin(env.worlds, task if agent.privileged else None)
+    context = agent.begin(len(tasks), task if agent.privileged else None)
     zeros = torch.zeros(env.worlds)
     percept = Percept(obs, torch.zeros(env.worlds, env.act_dim), zeros, zeros, zeros + 1)
-    rollouts = []
+    lived = []
     for k in range(episodes):
         rollout, percept, context = _episode(agent, env, percept, context, noise if explore else None, k, watch)
-        context = between(agent.adapt(context, rollout))
-        rollouts.append(rollout)
-    return Trials(episodes=tuple(rollouts), task=task)
+        lived.append(rollout)
+        if k + 1 < episodes:
+            context = between(agent.adapt(context, rollout))
+    return Trials(episodes=tuple(lived), task=task.repeat_interleave(rollouts, 0))
 
 
 def _episode(
@@ -65,7 +69,7 @@ def _episode(
         step = env.step(action)
         ended = (step.terminated | step.truncated).float()
         arrived = Percept(step.obs, action, step.reward, ended, zeros)
-        context = tuple(book.kept(after, context))
+        context = context if after is context else tuple(book.kept(after, context))
         last = Percept(*book.kept(arrived, last))
         book.record(percept, action, step)
         percept = arrived

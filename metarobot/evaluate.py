@@ -7,7 +7,7 @@ training seeds being the strata. Nothing reaches an agent but its own episodes o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from metarobot.agent import Agent, Context
 from metarobot.checkpoint import Run
 from metarobot.collect import collect
-from metarobot.env import Env
+from metarobot.env import Env, Family
 from metarobot.tasks import Task
 from metarobot.types import MetarobotError
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
 CONTROLS = ("cleared", "swapped")
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Step sizes tried for fine-tuning."""
+Tamper = Callable[[Context], Context]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +49,62 @@ class Protocol:
                 raise MetarobotError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
+class Arena:
+    """The tasks of a protocol, and worlds to play them in; ``tick`` is called after each trial played."""
+
+    def __init__(self, family: Family, protocol: Protocol, tick: Callable[[], None] = lambda: None) -> None:
+        self.family, self.protocol, self.tick = family, protocol, tick
+        self.tasks = family.space.sample(protocol.split, protocol.tasks, protocol.seed)
+        self._envs: dict[int, Env] = {}
+
+    def play(self, agent: Agent, rollouts: int = 1, between: Tamper = lambda context: context) -> Floats:
+        """Return the mean over rollouts of every episode's return in every task, ``(episode, task)``.
+
+        Only an agent that cannot adapt without exploration noise acts with it.
+        """
+        if rollouts not in self._envs:
+            worlds = [task for task in self.tasks for _ in range(rollouts)]
+            self._envs[rollouts] = Env(self.family, worlds, threads=self.protocol.threads)
+        trials = collect(
+            agent,
+            self._envs[rollouts],
+            self.tasks,
+            episodes=self.protocol.episodes,
+            seed=self.protocol.seed,
+            rollouts=rollouts,
+            explore=agent.explores,
+            between=between,
+        )
+        self.tick()
+        returns: Floats = trials.returns().double().numpy()
+        means: Floats = returns.reshape(len(returns), len(self.tasks), rollouts).mean(2)
+        return means
+
+    def play_all(self, runs: Sequence[Run]) -> Floats:
+        """Return of every run, episode and task, ``(run, episode, task)``."""
+        return np.stack([self.play(r.load_agent(), r.rollouts) for r in runs])
+
+
 def evaluate(
     runs: Sequence[Run],
     protocol: Protocol,
     *,
     oracle: Sequence[Run] = (),
     blind: Sequence[Run] = (),
+    finetune: Sequence[Run] = (),
     controls: bool = False,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Play the protocol with each run (one a training seed) and the baselines; return the report as JSON data."""
-    family = _one_family([*runs, *oracle, *blind])
+    """Play the protocol with each run (one a training seed) and the baselines; return the report as JSON data.
+
+    ``finetune`` names policies to fine-tune as the first run's agent adapts: see ``finetuning``. ``tick`` is called
+    after each of the ``trials`` that are played.
+    """
+    family = _one_family([*runs, *oracle, *blind, *finetune])
     if any(not r.load_agent().privileged for r in oracle):
         raise MetarobotError(f"{oracle[0].folder} is not an oracle: its agent is not shown the task")
-    tasks = family.space.sample(protocol.split, protocol.tasks, protocol.seed)
-    env = Env(family, tasks, threads=protocol.threads)
-    returns = play_all(runs, env, tasks, protocol)
+    arena = Arena(family, protocol, tick)
+    returns = arena.play_all(runs)
     report: dict[str, Any] = {
         "family": family.name,
         "split": protocol.split,
@@ -68,13 +112,15 @@ def evaluate(
         "runs": [r.name for r in runs],
         "seeds": [int(r.config["seed"]) for r in runs],
         "steps": [int(r.config["steps"]) for r in runs],
-        "tasks": len(tasks),
-        "task_values": [t.as_dict() for t in tasks],
+        "tasks": len(arena.tasks),
+        "rollouts": runs[0].rollouts,
+        "task_values": [t.as_dict() for t in arena.tasks],
         "space": family.space.hash,
-        "episodes": [{"episode": k, **summary(returns[:, k])} for k in range(protocol.episodes)],
+        "episodes": _rows(returns),
+        "kinds": _kinds(arena.tasks, returns),
         "returns": returns.round(3).tolist(),
     }
-    references = {k: play_all(v, env, tasks, protocol) for k, v in (("oracle", oracle), ("blind", blind)) if v}
+    references = {k: arena.play_all(v) for k, v in (("oracle", oracle), ("blind", blind)) if v}
     for name, values in references.items():
         for k, row in enumerate(report["episodes"]):
             row[name] = float(values[:, k].mean())
@@ -82,32 +128,70 @@ def evaluate(
     if len(references) == 2:
         for k, row in enumerate(report["episodes"]):
             row |= score(returns[:, k], references["oracle"][:, k], references["blind"][:, k])
+    if finetune:
+        report["finetuning"] = finetuning(runs, finetune, arena)
     if controls:
-        report["controls"] = {c: _control(c, runs, env, tasks, protocol) for c in CONTROLS}
+        report["controls"] = {c: _control(c, runs, arena) for c in CONTROLS}
     return report
 
 
-def play_all(runs: Sequence[Run], env: Env, tasks: Sequence[Task], protocol: Protocol) -> Floats:
-    """Return of every run, episode and task, ``(run, episode, task)``, acting without exploration noise."""
-    return np.stack([play(r.load_agent(), env, tasks, protocol.episodes, protocol.seed) for r in runs])
+def trials(runs: int, oracle: int, blind: int, finetune: int, controls: bool) -> int:
+    """Count the trials that an evaluation of so many runs of each sort plays."""
+    tuned = (len(RATES) + 1) * (finetune + runs) if finetune else 0
+    return runs + oracle + blind + tuned + controls * len(CONTROLS) * runs
 
 
-def play(
-    agent: Agent,
-    env: Env,
-    tasks: Sequence[Task],
-    episodes: int,
-    seed: int,
-    between: Callable[[Context], Context] = lambda c: c,
-) -> Floats:
-    """Return of every episode and task, ``(episode, task)``."""
-    trials = collect(agent, env, tasks, episodes=episodes, seed=seed, explore=False, between=between)
-    return trials.returns().double().numpy()
+def finetuning(runs: Sequence[Run], pretrained: Sequence[Run], arena: Arena) -> dict[str, Any]:
+    """Adapt from other initial weights as the runs do: those of pretrained policies, and untrained ones.
+
+    The same episodes, the same gradient steps; the step size of each is the best of ``RATES`` on training tasks.
+    """
+    if arena.protocol.episodes < 2:
+        raise MetarobotError("fine-tuning needs at least 2 episodes: one to adapt to, one to show it")
+    method = runs[0].load_agent()
+    if not hasattr(method, "transferred"):
+        raise MetarobotError(f"agent {runs[0].agent!r} has no gradient steps to fine-tune with; maml, for one, has")
+    fresh = [r.learner().agent.policy for r in runs]
+    policies = {"pretrained": [r.load_agent() for r in pretrained], "from scratch": fresh}
+    if any(p.privileged or not hasattr(p, "actor") or p.begin(1) for p in policies["pretrained"]):
+        raise MetarobotError(f"{pretrained[0].folder} holds no policy to fine-tune: take one trained as ppo or blind")
+    practice = Arena(arena.family, replace(arena.protocol, split="train", seed=arena.protocol.seed + 1), arena.tick)
+    report = {}
+    for name, group in policies.items():
+        best = max(RATES, key=partial(_adapted, practice, method, group, runs[0].rollouts))
+        returns = _tuned(arena, method, group, runs[0].rollouts, best)
+        report[name] = {"inner_lr": best, "episodes": _rows(returns), "returns": returns.round(3).tolist()}
+    return report
 
 
-def _control(
-    control: str, runs: Sequence[Run], env: Env, tasks: Sequence[Task], protocol: Protocol
-) -> list[dict[str, Any]]:
+def _tuned(arena: Arena, method: Any, policies: Sequence[Any], rollouts: int, rate: float) -> Floats:
+    return np.stack([arena.play(method.transferred(p, rate), rollouts) for p in policies])
+
+
+def _adapted(arena: Arena, method: Any, policies: Sequence[Any], rollouts: int, rate: float) -> float:
+    """Return what is earned after the first episode, over all later ones."""
+    return float(_tuned(arena, method, policies, rollouts, rate)[:, 1:].mean())
+
+
+def _rows(returns: Floats) -> list[dict[str, Any]]:
+    """Summarise returns ``(run, episode, task)`` episode by episode, with the gain over the first."""
+    rows = []
+    for k in range(returns.shape[1]):
+        gain = returns[:, k] - returns[:, 0]
+        gained = {"gain": float(gain.mean()), "gain_ci95": interval(gain, np.mean)} if k else {}
+        rows.append({"episode": k, **summary(returns[:, k]), **gained})
+    return rows
+
+
+def _kinds(tasks: Sequence[Task], returns: Floats, most: int = 4) -> dict[str, list[float]]:
+    """Average returns over the tasks that are alike, episode by episode, where there are few kinds of task."""
+    names = [", ".join(f"{k} {v:g}" for k, v in t.as_dict().items()) for t in tasks]
+    kinds = sorted(set(names))
+    rows = {k: np.array([name == k for name in names]) for k in kinds}
+    return {k: returns[:, :, row].mean((0, 2)).tolist() for k, row in rows.items()} if len(kinds) <= most else {}
+
+
+def _control(control: str, runs: Sequence[Run], arena: Arena) -> list[dict[str, Any]]:
     """Play with the context tampered with between episodes: ``cleared``, or ``swapped`` for another task's.
 
     An agent that lives on its context falls back to its first episode when cleared, and below when swapped.
@@ -115,10 +199,9 @@ def _control(
     returns = []
     for run in runs:
         agent = run.load_agent()
-        tamper = partial(_cleared, agent) if control == "cleared" else partial(_swapped, tasks)
-        returns.append(play(agent, env, tasks, protocol.episodes, protocol.seed, tamper))
-    stacked = np.stack(returns)
-    return [{"episode": k, **summary(stacked[:, k])} for k in range(protocol.episodes)]
+        tamper = partial(_cleared, agent) if control == "cleared" else partial(_swapped, arena.tasks)
+        returns.append(arena.play(agent, run.rollouts, tamper))
+    return _rows(np.stack(returns))
 
 
 def _cleared(agent: Agent, context: Context) -> Context:
@@ -128,7 +211,7 @@ def _cleared(agent: Agent, context: Context) -> Context:
 
 
 def _swapped(tasks: Sequence[Task], context: Context) -> Context:
-    """Hand each world the context of the next world that is in another task."""
+    """Hand each task the context of the next task that is another."""
     n = len(tasks)
     other = [next((j % n for j in range(i + 1, i + n) if tasks[j % n] != tasks[i]), i) for i in range(n)]
     return tuple(x[torch.tensor(other)] for x in context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from metarobot.checkpoint import CheckpointError, Run, replacing
 from metarobot.log import read_metrics
 
 AGENT, ORACLE, BLIND, GREY = "#1f6feb", "#2da44e", "#8c959f", "#57606a"
+TUNED = ("#bc4c00", "#d4a72c")
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -28,11 +29,17 @@ def adaptation(report: dict[str, Any], path: Path) -> None:
             _band(axes, x, [r[f"{name}_ci95"] for r in rows], colour)
     for (name, control), marker in zip(report.get("controls", {}).items(), "x+", strict=False):
         axes.plot(x, [r["mean"] for r in control], ":", marker=marker, color=GREY, label=f"context {name}", lw=1.5)
+    for (name, baseline), colour in zip(report.get("finetuning", {}).items(), TUNED, strict=False):
+        tuned = baseline["episodes"]
+        axes.plot(x, [r["mean"] for r in tuned], "-s", color=colour, label=f"fine-tuned, {name}", lw=1.5, ms=4)
+        _band(axes, x, [r["ci95"] for r in tuned], colour)
     axes.plot(x, [r["mean"] for r in rows], "-o", color=AGENT, label=report["agent"], lw=2.5)
     _band(axes, x, [r["ci95"] for r in rows], AGENT)
     axes.set_xticks(x, [f"{r['episode']}\nscore {r['score']:.2f}" if "score" in r else r["episode"] for r in rows])
     axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("episodes of experience in the task")
+    rollouts = report.get("rollouts", 1)
+    each = f" ({rollouts} rollouts each)" if rollouts > 1 else ""
+    axes.set_xlabel(f"episodes of experience in the task{each}")
     axes.set_ylabel("return of the next episode")
     seeds = len(report["seeds"])
     noun = "seed" if seeds == 1 else "seeds"
@@ -62,6 +69,31 @@ def learning(runs: Sequence[Run], path: Path) -> None:
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("return of the trial's last episode")
     figure.axes[0].legend(frameon=False)
+    _write(figure, path)
+
+
+def regression(x: Any, truth: Any, seen: Any, curves: Mapping[str, Any], errors: Mapping[str, Any], path: Path) -> None:
+    """Plot what networks make of a function of which a few points are seen, and their errors over gradient steps.
+
+    ``x``, ``truth`` ``(point,)``; ``seen``: x and y of the points seen; ``curves``: name -> predictions
+    ``(step, point)``; ``errors``: name -> mean squared errors ``(step,)``.
+    """
+    figure = _figure(width=12.0)
+    *left, right = figure.subplots(1, len(curves) + 1)
+    for axes, (name, steps) in zip(left, curves.items(), strict=True):
+        axes.plot(x, truth, color=GREY, lw=1, label="truth")
+        for step, style in ((0, ":"), (1, "-"), (len(steps) - 1, "--")):
+            colour = BLIND if step == 0 else AGENT
+            axes.plot(x, steps[step], style, color=colour, label=f"{step} gradient steps" if step != 1 else "1 step")
+        axes.plot(*seen, "^", color=TUNED[0], ms=6, label="points seen")
+        axes.set_title(name, loc="left")
+        axes.set_ylim(-6, 6)
+        axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
+    for (name, error), colour in zip(errors.items(), (AGENT, TUNED[0]), strict=True):
+        right.semilogy(range(len(error)), error, "-o", color=colour, label=name, ms=4)
+    right.set_xlabel("gradient steps on the points seen")
+    right.set_title("mean squared error on new tasks", loc="left")
+    right.legend(frameon=False)
     _write(figure, path)
 
 

@@ -18,7 +18,7 @@ def gae(
     delta = reward + gamma * next_value * (~terminated) - value
     trace = gamma * lam * (~(cut | terminated)).to(delta.dtype)
     advantage = torch.empty_like(delta)
-    carry = torch.zeros_like(delta[0])
+    carry = delta.new_zeros(delta.shape[1:])
     for t in range(len(delta) - 1, -1, -1):
         carry = torch.addcmul(delta[t], trace[t], carry)
         advantage[t] = carry
@@ -38,3 +38,25 @@ def discounted(reward: Tensor, gamma: float, start: Tensor | None = None) -> Ten
 def explained_variance(value: Tensor, target: Tensor) -> Tensor:
     """1 − Var(target − value) / Var(target): 1 is a perfect critic, 0 is one that predicts the mean."""
     return 1.0 - (target - value).var() / target.var().clamp_min(1e-8)
+
+
+def linear_baseline(x: Tensor, to_go: Tensor, valid: Tensor, tasks: int, ridge: float = 1e-3) -> Tensor:
+    """Fit returns-to-go by observation and time, task by task; return the predictions ``(time, world)``.
+
+    Ridge regression on the features ``[x, x², t, t², t³, 1]`` with t in hundreds of steps (Duan et al. 2016, section
+    3): a critic that needs no training, for a task of which a few rollouts are all there is. ``x`` ``(time, world,
+    feature)`` is normalised; the worlds of a task stand together; only ``valid`` steps are fitted; ``ridge`` is
+    relative to their number.
+    """
+    x = x.double()
+    t = (torch.arange(len(x), dtype=x.dtype, device=x.device) / 100)[:, None, None].expand(*x.shape[:2], 1)
+    features = torch.cat([x, x.square(), t, t**2, t**3, torch.ones_like(t)], -1)
+    features = features.view(len(x), tasks, x.shape[1] // tasks, features.shape[-1])
+    rows = (features * valid.view(*features.shape[:-1], 1)).transpose(0, 1).flatten(1, 2)
+    target = to_go.to(x.dtype).view(features.shape[:-1]).transpose(0, 1).flatten(1)
+    gram = rows.mT @ rows
+    steps = gram[:, -1, -1].clamp_min(1.0)
+    gram.diagonal(dim1=1, dim2=2).add_(ridge * steps[:, None])
+    weights = torch.linalg.solve(gram, rows.mT @ target[..., None])
+    fitted = torch.einsum("twrf,wf->twr", features, weights[..., 0])
+    return fitted.flatten(1).to(to_go.dtype)

@@ -121,11 +121,12 @@ def _iterate(run: Run, learner: Learner, env: Env, counters: dict[str, Any], thr
     began, config = time.monotonic(), run.config
     device, i = config["device"], counters["iteration"]
     seed = int(np.random.SeedSequence([config["seed"], i]).generate_state(1)[0])
-    tasks = run.family.space.sample("train", env.worlds, [config["seed"], i])
+    tasks = run.family.space.sample("train", env.worlds // run.rollouts, [config["seed"], i])
     learner.agent.to("cpu")
     # torch's worker threads would spin against the physics threads: one is faster while collecting
     torch.set_num_threads(1)
-    trials = collect(learner.agent, env, tasks, episodes=config["agent_config"]["episodes"], seed=seed)
+    episodes = config["agent_config"]["episodes"]
+    trials = collect(learner.agent, env, tasks, episodes=episodes, seed=seed, rollouts=run.rollouts)
     collected = time.monotonic()
     torch.set_num_threads(threads)
     learner.agent.to(device)

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -118,13 +119,15 @@ class Take:
 
 
 class _Recorder:
-    """Watches a trial: ``takes[world][episode]``."""
+    """Watches the first rollout of each task: ``takes[task][episode]``."""
 
-    def __init__(self, worlds: int, episodes: int) -> None:
-        self.takes = [[Take() for _ in range(episodes)] for _ in range(worlds)]
+    def __init__(self, tasks: int, episodes: int, rollouts: int) -> None:
+        self.rollouts = rollouts
+        self.takes = [[Take() for _ in range(episodes)] for _ in range(tasks)]
 
     def __call__(self, k: int, env: Env, step: Step) -> None:
-        for world, episodes in enumerate(self.takes):
+        for task, episodes in enumerate(self.takes):
+            world = task * self.rollouts
             take = episodes[k]
             if take.over:
                 continue
@@ -145,30 +148,35 @@ def film(
     out: Path,
     episodes: int,
     seed: int,
+    rollouts: int = 1,
     title: str | None = None,
     size: tuple[int, int] = (320, 240),
     fps: float | None = None,
     progress: bool = True,
 ) -> Path:
-    """Live a trial in each task without exploration and write it as one video: a row a task, a column an episode.
+    """Live a trial in each task and write it as one video: a row a task, a column an episode.
 
-    ``size`` is one panel's; ``fps`` defaults to the control rate (mp4, at most 30) or 12.5 (gif); always in real time.
-    Raises ``VideoError`` for an unknown suffix, a folder that cannot be written, or no OpenGL; leaves no half a file.
+    Only an agent that cannot adapt without exploration noise acts with it; of the ``rollouts`` it adapts to, the first
+    is shown. ``size`` is one panel's; ``fps`` defaults to the control rate (mp4, at most 30) or 12.5 (gif); always in
+    real time. Raises ``VideoError`` for an unknown suffix, a folder that cannot be written, or no OpenGL; leaves no
+    half a file.
     """
     out = Path(out)
     _check(out)
     if fps is not None and not fps > 0:
         raise VideoError(f"fps must be positive, not {fps:g}")
     with Camera(family, *size) as camera:
-        env = Env(family, tasks, seed=seed)
+        env = Env(family, [task for task in tasks for _ in range(rollouts)], seed=seed)
         env.watched = True
-        recorder = _Recorder(len(tasks), episodes)
-        collect(agent, env, env.tasks, episodes=episodes, seed=seed, explore=False, watch=recorder)
+        shown = env.tasks[::rollouts]
+        recorder = _Recorder(len(shown), episodes, rollouts)
+        live = partial(collect, episodes=episodes, seed=seed, rollouts=rollouts, explore=agent.explores)
+        live(agent, env, shown, watch=recorder)
         rate = fps or (_GIF_FPS if out.suffix == ".gif" else min(env.control_hz, _MOST_FPS))
         heading = title or f"{family.name}  ·  {type(agent).__name__.removesuffix('Agent')}"
-        sheet = Sheet(heading, _rows(env, recorder.takes), episodes, size)
+        sheet = Sheet(heading, _rows(family, shown, recorder.takes), episodes, size)
         moments = _moments(recorder.takes, env.control_hz, rate)
-        frames = (_frame(camera, sheet, env, recorder.takes, t) for t in moments)
+        frames = (_frame(camera, sheet, family, shown, recorder.takes, t) for t in moments)
         _write(out, _watched(frames, len(moments), out.name, progress), rate, (sheet.width, sheet.height))
     return out
 
@@ -185,9 +193,9 @@ def _say(name: str, value: float) -> str:
     return f"{words} {number(value)} {unit}" if words else f"{name} {number(value)}"
 
 
-def _rows(env: Env, takes: Sequence[Sequence[Take]]) -> list[Row]:
+def _rows(family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Take]]) -> list[Row]:
     returns = [[r for take in row for r in take.returns] for row in takes]
-    return [Row(describe(env.family, t), min(r), max(r)) for t, r in zip(env.tasks, returns, strict=True)]
+    return [Row(describe(family, t), min(r), max(r)) for t, r in zip(tasks, returns, strict=True)]
 
 
 def _moments(takes: Sequence[Sequence[Take]], control_hz: float, fps: float) -> list[int]:
@@ -197,17 +205,19 @@ def _moments(takes: Sequence[Sequence[Take]], control_hz: float, fps: float) -> 
     return [min(round(i * control_hz / fps), steps - 1) for i in range(played)] + [steps - 1] * round(_HOLD_S * fps)
 
 
-def _frame(camera: Camera, sheet: Sheet, env: Env, takes: Sequence[Sequence[Take]], t: int) -> Pixels:
+def _frame(
+    camera: Camera, sheet: Sheet, family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Take]], t: int
+) -> Pixels:
     rows = []
-    for world, row in enumerate(takes):
+    for i, (task, row) in enumerate(zip(tasks, takes, strict=True)):
         panels = []
         for k, take in enumerate(row):
             now = min(t, len(take.states) - 1)
-            picture = camera.picture(env.tasks[world], take.states[now], key=(world, k))
+            picture = camera.picture(task, take.states[now], key=(i, k))
             mishap = take.mishap if now == len(take.states) - 1 else ""
             panels.append(Panel(picture, f"episode {k + 1}", take.returns[: now + 1], take.readouts[now], mishap))
         rows.append(panels)
-    return sheet.frame(rows, env.family.horizon)
+    return sheet.frame(rows, family.horizon)
 
 
 def _watched(frames: Iterator[Pixels], total: int, name: str, progress: bool) -> Iterator[Pixels]:

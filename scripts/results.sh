@@ -2,7 +2,7 @@
 # Every learning result of the README: meta-train, then evaluate on held-out tasks beside blind and oracle.
 # A stopped run continues where it was, a finished one is left alone. results/ holds reports, plots and logs.
 #
-#   scripts/results.sh [FAMILY ...]      CheetahVel, CheetahDir, CheetahTerrain, memories; default: all
+#   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, bench; default: all
 set -euo pipefail
 mkdir -p results
 
@@ -49,6 +49,32 @@ memories() {
   metarobot plot runs/memory-{linear,gru,lstm} --at 60 120 --out results/memories.png
 }
 
-for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories}"; do
+# agents that adapt by gradient steps: MAML's two benchmarks, beside fine-tuning with the same rollouts and steps
+gradients() {
+  for family in CheetahDir100 CheetahVel100; do
+    for seed in 0 1; do train "$family-promp-$seed" $family --agent promp --steps 10e6 --seed $seed; done
+    train "$family-maml-0" $family --agent maml --steps 10e6
+    train "$family-oracle-0" $family --agent oracle --steps 3e6
+    train "$family-blind-0" $family --agent blind --steps 10e6
+    adapt $family promp "runs/$family-promp-0" "runs/$family-promp-1"
+    adapt $family maml "runs/$family-maml-0"
+    metarobot plot runs/$family-promp-{0,1} "runs/$family-maml-0" --out "results/$family-learning.png"
+  done
+  metarobot sinusoid --out results/sinusoid.png --json results/sinusoid.json
+}
+
+adapt() {  # family, agent, runs: return after 0, 1, 2, 3 gradient steps
+  local family=$1 agent=$2
+  shift 2
+  metarobot evaluate "$@" --tasks 40 --episodes 4 --oracle "runs/$family-oracle-0" --blind "runs/$family-blind-0" \
+    --finetune "runs/$family-blind-0" --controls --json "results/$family-$agent.json" --plot "results/$family-$agent.png"
+}
+
+bench() {
+  metarobot bench sim CheetahVel --worlds 512 --seconds 20 --json results/bench.json
+  metarobot bench maml --seconds 60 --json results/bench-maml.json
+}
+
+for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients bench}"; do
   for name in $job; do $name; done
 done

@@ -18,7 +18,7 @@ def one_torch_thread() -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """One tiny run of each kind of agent, and a second seed of RL²."""
     root = tmp_path_factory.mktemp("runs")
-    made = {name: tiny_run(root / name, agent=name) for name in ("rl2", "blind", "oracle")}
+    made = {name: tiny_run(root / name, agent=name) for name in ("rl2", "blind", "oracle", "maml")}
     made["rl2_seed1"] = tiny_run(root / "rl2_seed1", seed=1)
     return made
 

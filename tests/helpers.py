@@ -1,14 +1,131 @@
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from metarobot.agent import agents
+import pytest
+import torch
+from torch import Tensor
+
+from metarobot.agent import Learner, Shapes, agents
+from metarobot.agents.gradient import Batch, GradientAgent
 from metarobot.checkpoint import Run
+from metarobot.collect import collect
+from metarobot.env import Env, families
 from metarobot.train import TrainConfig, start, train
+from metarobot.types import Rollout, Trials
 
 
 def tiny_run(out: Path, agent: str = "rl2", family: str = "CheetahDir100", seed: int = 0, steps: int = 1600) -> Run:
     """Train for a few small iterations: real weights and a real run folder, no skill."""
-    config = agents.get(agent).config(worlds=4, minibatches=2, epochs=2)
+    kind, small = agents.get(agent).config, {"worlds": 4, "rollouts": 2, "minibatches": 2, "epochs": 2}
+    config = kind(**{k: v for k, v in small.items() if k in kind.__dataclass_fields__})
     settings = TrainConfig(family=family, agent=agent, steps=steps, seed=seed, threads=1, save_every=1)
     run = start(settings, config, out)
     assert train(run, show=False)
     return run
+
+
+JUDGED = ("fomaml", "maml", "maml-ppo", "promp")
+"""Learners of an agent that adapts by gradient; their outer objective has a critic."""
+each_judged = pytest.mark.parametrize("name", JUDGED)
+each_agent = pytest.mark.parametrize("name", [*JUDGED, "reptile"])
+SHAPES = Shapes(obs=17, act=6, task=1, episodes=2)
+STEADY = replace(families.get("CheetahDir100"), horizon=12)
+FALLING = replace(STEADY, terminate=lambda state: state.qvel[:, 0].abs() > 1.2)
+TASKS = [STEADY.space.task(direction=d) for d in (1.0, -1.0)]
+ROLLOUTS = 3
+IN_TIME = ("obs", "action", "reward", "terminated", "truncated", "valid")
+
+
+def build(name: str, seed: int = 0, **settings: Any) -> Any:
+    """A learner of a policy that does something; the same policy for all learners."""
+    torch.manual_seed(seed)
+    kind = agents.get(name)
+    usual = {"worlds": len(TASKS) * ROLLOUTS, "rollouts": ROLLOUTS, "width": 8, "std": 0.6, "inner_lr": 0.05}
+    learner = kind.build(kind.config(**usual | settings), SHAPES)
+    torch.manual_seed(seed + 1)  # a critic has drawn its weights, or there is none
+    with torch.no_grad():
+        for p in learner.agent.policy.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return learner
+
+
+def live(agent: GradientAgent, family: Any = FALLING, seed: int = 0, episodes: int = 2, **settings: Any) -> Trials:
+    rollouts = agent.config.rollouts
+    env = Env(family, [t for t in TASKS for _ in range(rollouts)], threads=1)
+    return collect(agent, env, TASKS, episodes=episodes, seed=seed, rollouts=rollouts, **settings)
+
+
+@cache
+def lived(episodes: int = 2) -> Trials:
+    """What an untrained agent lives, with early ends and so with padding."""
+    trials = live(build("maml").agent, episodes=episodes)
+    assert not all(e.valid.all() for e in trials.episodes)
+    return trials
+
+
+def episode() -> Rollout:
+    return lived().episodes[0]
+
+
+def changed(rollout: Rollout, **values: Callable[[Tensor], None]) -> Rollout:
+    """A rollout with some of its tensors changed in place, in a copy."""
+    copies = {k: getattr(rollout, k).clone() for k in values}
+    for k, change in values.items():
+        change(copies[k])
+    return replace(rollout, **copies)
+
+
+def everywhere(**values: Callable[[Tensor], None]) -> Trials:
+    """What was lived, with every episode changed."""
+    return replace(lived(), episodes=tuple(changed(e, **values) for e in lived().episodes))
+
+
+def fill(where: Any, value: float) -> Callable[[Tensor], None]:
+    return lambda x: x.__setitem__(where, value)
+
+
+EMPTY = {
+    "all broken": {"reward": fill(slice(None), float("nan"))},
+    "all broken observations": {"obs": fill(slice(None), float("inf"))},
+    "nothing lived": {"valid": fill(slice(None), False)},
+}
+"""Changes after which an episode holds nothing to learn from."""
+
+
+def adapted(agent: GradientAgent, rollout: Rollout) -> Tensor:
+    (weights,) = agent.adapt(agent.begin(rollout.valid.shape[1] // agent.config.rollouts), rollout)
+    return weights
+
+
+def initial(agent: GradientAgent) -> Tensor:
+    return agent.begin(len(TASKS))[0]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], *but: str) -> bool:
+    """Whether all tensors are the same, but those with one of some words in their names."""
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a if not any(word in k for word in but))
+
+
+def finite(learner: Learner) -> bool:
+    return all(bool(v.isfinite().all()) for v in learner.state().values())
+
+
+def doubled(name: str, episodes: int = 2, **settings: Any) -> tuple[Any, Tensor, list[Batch], Batch]:
+    """A learner in float64, its meta-parameters, and batches of real trials."""
+    learner = build(name, episodes=episodes, **settings)
+    learner.agent.double()
+    *support, query = learner.agent.batches(lived(episodes))
+    return learner, learner.agent.vector(), support, query
+
+
+def directions(n: int, size: int) -> Tensor:
+    return torch.randn(n, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def slope_along(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 1e-5) -> Tensor:
+    """Central difference."""
+    return (f(x + h * v) - f(x - h * v)) / (2 * h)

@@ -61,6 +61,40 @@ def test_bench_writes_the_agreed_keys(capsys, tmp_path: Path) -> None:
     assert 0 < data["ratio"] < 2
 
 
+def test_bench_of_maml_times_its_parts_with_and_without_a_loop_over_tasks(capsys, tmp_path: Path) -> None:
+    target = tmp_path / "b.json"
+    code, out, _ = run(capsys, "bench", "maml", "--worlds", "40", "--seconds", "0.1", "--json", str(target))
+    assert code == 0
+    assert "2 tasks x 20 rollouts x 100 steps" in out
+    data = json.loads(target.read_text())
+    for how in ("vmap", "loop"):
+        parts = data[how]
+        assert parts["total_s"] == pytest.approx(parts["sampling_s"] + parts["inner_step_s"] + parts["outer_update_s"])
+        assert 0 < parts["ratio"] < 2
+    assert data["peak_memory_mb"] > 100
+
+
+def test_sinusoid_draws_its_picture_and_writes_the_errors(capsys, tmp_path: Path) -> None:
+    picture, errors = tmp_path / "s.png", tmp_path / "s.json"
+    code, out, _ = run(capsys, "sinusoid", "--iterations", "30", "--out", str(picture), "--json", str(errors))
+    assert code == 0
+    assert picture.stat().st_size > 10_000
+    assert "MAML: mean squared error after 0, 1, … gradient steps" in out
+    assert len(json.loads(errors.read_text())["errors"]["joint training"]) == 11
+
+
+def test_maml_trains_evaluates_beside_fine_tuning_and_is_filmed(capsys, runs, tmp_path: Path, gl: None) -> None:
+    code, out, _ = run(capsys, "evaluate", str(runs["maml"].folder), "--tasks", "2", "--episodes", "3", "--finetune",
+                       str(runs["blind"].folder), "--plot", str(tmp_path / "a.png"), "--threads", "1")  # fmt: skip
+    assert code == 0
+    assert "2, from scratch" in out
+    assert "direction -1: " in out
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    film = tmp_path / "a.mp4"
+    assert run(capsys, "render", str(runs["maml"].folder), "--out", str(film), "--size", "64", "64")[0] == 0
+    assert film.stat().st_size > 1000
+
+
 def test_help_shows_the_chosen_agents_own_settings(capsys) -> None:
     assert "--memory" in run(capsys, "train", "--help")[1]
     out = run(capsys, "train", "--agent", "oracle", "--help")[1]
@@ -128,6 +162,34 @@ BAD = {
     "negative seed": (
         "evaluate {run} --seed -1",
         "a seed must be at least 0, not -1",
+    ),
+    "bench of maml with odd worlds": (
+        "bench maml --worlds 30",
+        "worlds must be a multiple of 20, the rollouts a task, not 30",
+    ),
+    "inner rate out of range": (
+        "train CheetahDir100 --agent maml --inner-lr 0 --out {tmp}/a",
+        "inner_lr must be between 1e-06 and 100, not 0",
+    ),
+    "too many inner steps": (
+        "train CheetahDir100 --agent promp --inner-steps 1000 --out {tmp}/a",
+        "inner_steps must be between 1 and 100, not 1000",
+    ),
+    "no query episode": (
+        "train CheetahDir100 --agent maml --episodes 1 --out {tmp}/a",
+        "episodes must be at least 2, one to adapt to and one to show it, not 1",
+    ),
+    "worlds that are no whole tasks": (
+        "train CheetahDir100 --agent maml --worlds 30 --out {tmp}/a",
+        "worlds = 30 is not a multiple of rollouts = 20",
+    ),
+    "fine-tuning for an agent without gradient steps": (
+        "evaluate {run} --finetune {blind}",
+        "agent 'rl2' has no gradient steps to fine-tune with",
+    ),
+    "sinusoid without iterations": (
+        "sinusoid --iterations 0",
+        "iterations must be at least 1, not 0",
     ),
     "bench of no worlds": (
         "bench sim CheetahVel --worlds 0",
@@ -199,7 +261,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_mistake_is_one_line_and_exit_code_two(case: str, capsys, runs, tmp_path: Path) -> None:
     argv, message = BAD[case]
-    words = [w.replace("{tmp}", str(tmp_path)).replace("{run}", str(runs["rl2"].folder)) for w in argv.split()]
+    places = {"tmp": tmp_path, "run": runs["rl2"].folder, "blind": runs["blind"].folder}
+    words = [w.format(**places) for w in argv.split()]
     before = sorted(p.name for p in tmp_path.iterdir())
     code, _, err = run(capsys, *words)
     assert code == 2

@@ -4,8 +4,7 @@ import torch
 from helpers import tiny_run
 
 from metarobot.checkpoint import read_json, write_json
-from metarobot.env import Env
-from metarobot.evaluate import Protocol, _swapped, evaluate, interval, iqm, play, score, summary, worst_tenth
+from metarobot.evaluate import RATES, Arena, Protocol, _swapped, evaluate, interval, iqm, score, summary, worst_tenth
 from metarobot.types import MetarobotError
 
 SMALL = Protocol(tasks=4, episodes=3, threads=1)
@@ -87,9 +86,12 @@ def test_only_the_task_of_the_episode_reaches_a_blind_agent(runs) -> None:
     """Two worlds in different tasks but the same start and no reward input act alike."""
     agent, family = runs["blind"].load_agent(), runs["blind"].family
     forward, backward = family.space.finite
-    env = Env(family, [forward, backward], threads=1)
-    there = play(agent, env, [forward, forward], 1, seed=3)
-    back = play(agent, env, [backward, backward], 1, seed=3)
+    arena = Arena(family, Protocol(tasks=2, episodes=1, seed=3, threads=1))
+    returns = []
+    for task in (forward, backward):
+        arena.tasks = [task, task]
+        returns.append(arena.play(agent))
+    there, back = returns
     effort = (there + back) / 2
     assert np.allclose(there - effort, effort - back, atol=1e-3)
 
@@ -107,6 +109,48 @@ def test_clearing_changes_later_episodes_alone(runs) -> None:
     cleared = report["controls"]["cleared"]
     assert cleared[0]["mean"] == report["episodes"][0]["mean"]
     assert cleared[1]["mean"] != report["episodes"][1]["mean"]
+
+
+def test_gain_is_over_the_first_episode_and_kinds_of_task_are_told_apart(runs) -> None:
+    report = evaluate([runs["maml"]], SMALL)
+    returns = np.array(report["returns"])
+    assert "gain" not in report["episodes"][0]
+    last = report["episodes"][2]
+    assert last["gain"] == pytest.approx((returns[0, 2] - returns[0, 0]).mean(), abs=1e-2)
+    assert last["gain_ci95"][0] <= last["gain"] <= last["gain_ci95"][1]
+    forward = [t["direction"] == 1 for t in report["task_values"]]
+    assert report["kinds"]["direction 1"] == pytest.approx(returns[0][:, forward].mean(1), abs=1e-2)
+    assert set(report["kinds"]) == {"direction 1", "direction -1"}
+
+
+def test_an_agent_that_adapts_between_episodes_meets_all_its_rollouts(runs) -> None:
+    report = evaluate([runs["maml"]], SMALL, controls=True)
+    assert report["rollouts"] == 2
+    means = [r["mean"] for r in report["episodes"]]
+    assert len(set(means)) == 3
+    assert [r["mean"] for r in report["controls"]["cleared"]] != means
+    assert [r["mean"] for r in report["controls"]["swapped"]] != means
+
+
+def test_fine_tuning_starts_from_the_pretrained_policy_and_from_nothing(runs) -> None:
+    report = evaluate([runs["maml"]], SMALL, finetune=[runs["blind"]])["finetuning"]
+    assert set(report) == {"pretrained", "from scratch"}
+    for baseline in report.values():
+        assert baseline["inner_lr"] in RATES
+        assert len(baseline["episodes"]) == 3
+        assert baseline["episodes"][0]["mean"] != baseline["episodes"][1]["mean"]
+    blind, agent = runs["blind"].load_agent(), runs["maml"].load_agent()
+    arena = Arena(runs["maml"].family, SMALL)
+    blind.explores = True
+    before = arena.play(agent.transferred(blind, 0.1), 2)
+    assert report["pretrained"]["episodes"][0]["mean"] == pytest.approx(before[0].mean(), abs=1e-3)
+
+
+def test_only_what_adapts_by_gradient_can_be_compared_with_fine_tuning(runs) -> None:
+    with pytest.raises(MetarobotError, match="agent 'rl2' has no gradient steps to fine-tune with"):
+        evaluate([runs["rl2"]], SMALL, finetune=[runs["blind"]])
+    with pytest.raises(MetarobotError, match="holds no policy to fine-tune"):
+        evaluate([runs["maml"]], SMALL, finetune=[runs["rl2"]])
 
 
 @pytest.mark.parametrize("name", ["tasks", "episodes"])

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarobot.returns import discounted, explained_variance, gae
+from metarobot.returns import discounted, explained_variance, gae, linear_baseline
 
 
 def gae_by_definition(reward, value, next_value, terminated, cut, gamma: float, lam: float) -> torch.Tensor:
@@ -85,3 +86,75 @@ def test_explained_variance_of_the_perfect_the_mean_and_the_harmful_critic() -> 
     assert explained_variance(target / 2, target) == pytest.approx(0.75)
     assert explained_variance(-target, target) == pytest.approx(-3.0)
     assert torch.isfinite(explained_variance(target, torch.ones(4)))
+
+
+def features(x: torch.Tensor) -> np.ndarray:
+    """What returns are fitted by, ``(time, world, feature)``."""
+    t = np.broadcast_to((np.arange(len(x)) / 100)[:, None, None], (*x.shape[:2], 1))
+    return np.concatenate([x.numpy(), x.numpy() ** 2, t, t**2, t**3, np.ones_like(t)], -1)
+
+
+def rollouts(time: int, worlds: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Observations, returns-to-go and which steps were lived: each world some first ones."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(time, worlds, 3, generator=rng, dtype=torch.float64)
+    to_go = torch.randn(time, worlds, generator=rng, dtype=torch.float64)
+    return x, to_go, torch.arange(time)[:, None] < torch.randint(1, time + 1, (worlds,), generator=rng)
+
+
+@given(st.integers(1, 15), st.integers(1, 3), st.integers(1, 4), st.floats(1e-4, 1.0), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_the_baseline_is_the_ridge_regression_of_each_task(
+    time: int, tasks: int, each: int, ridge: float, seed: int
+) -> None:
+    x, to_go, valid = rollouts(time, tasks * each, seed)
+    found = linear_baseline(x, to_go, valid, tasks, ridge)
+    for i in range(tasks):
+        mine = slice(each * i, each * (i + 1))
+        every, lived = features(x[:, mine]), valid[:, mine].numpy()
+        a, b = every[lived], to_go[:, mine].numpy()[lived]
+        penalty = np.sqrt(ridge * len(a)) * np.eye(a.shape[1])
+        weights, *_ = np.linalg.lstsq(np.vstack([a, penalty]), np.concatenate([b, np.zeros(len(penalty))]))
+        assert np.allclose(found[:, mine], every @ weights, rtol=1e-6, atol=1e-7)
+
+
+def test_the_baseline_fits_exactly_what_is_linear_in_its_features() -> None:
+    x, _, valid = rollouts(60, 6)
+    weights = np.random.default_rng(0).standard_normal((2, 10))
+    exact = [torch.from_numpy(features(x[:, 3 * i : 3 * i + 3]) @ w) for i, w in enumerate(weights)]
+    to_go = torch.cat(exact, 1)
+    fits = [linear_baseline(x, to_go, valid, 2, ridge) for ridge in (1e-2, 1e-5, 1e-12)]
+    rough, fine, finest = ((fit - to_go)[valid].abs().max() for fit in fits)
+    assert rough > fine > finest
+    assert finest < 1e-6
+    assert (linear_baseline(x, to_go, valid, 1, 1e-12) - to_go)[valid].abs().max() > 0.1
+
+
+def test_the_baseline_does_not_look_at_steps_that_were_not_lived() -> None:
+    x, to_go, valid = rollouts(12, 6)
+    assert not valid.all()
+    other_x = torch.where(valid[..., None], x, 1e3)
+    other = linear_baseline(other_x, torch.where(valid, to_go, -1e6), valid, 2)
+    assert torch.equal(other[valid], linear_baseline(x, to_go, valid, 2)[valid])
+
+
+def test_another_tasks_rollouts_do_not_move_the_baseline() -> None:
+    x, to_go, valid = rollouts(12, 6)
+    before = linear_baseline(x, to_go, valid, 2)
+    x[:, 3:], to_go[:, 3:], valid[:, 3:] = -2.0 * x[:, 3:], 100.0, False
+    after = linear_baseline(x, to_go, valid, 2)
+    assert torch.allclose(after[:, :3], before[:, :3], rtol=1e-12)
+    assert not after[:, 3:].any()
+    assert torch.allclose(linear_baseline(x[:, :3], to_go[:, :3], valid[:, :3], 1), before[:, :3], rtol=1e-12)
+
+
+def test_the_baseline_is_finite_where_nothing_can_be_fitted() -> None:
+    x, to_go, valid = (y.float() if y.is_floating_point() else y for y in rollouts(12, 6))
+    assert not linear_baseline(x, to_go, torch.zeros_like(valid), 2).any()
+    for same in (torch.zeros_like(x), torch.full_like(x, 10.0)):
+        found = linear_baseline(same, to_go, valid, 2)
+        assert found.isfinite().all()
+        assert found.dtype == torch.float32
+    assert linear_baseline(x[:0], to_go[:0], valid[:0], 2).shape == (0, 6)
+    ones = linear_baseline(torch.zeros_like(x), torch.ones_like(to_go), torch.ones_like(valid), 2)
+    assert torch.allclose(ones, torch.ones_like(ones), atol=0.01)

@@ -34,10 +34,15 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path) -> None:
     assert digest(a.folder) == digest(b.folder) != digest(c.folder)
 
 
-@pytest.mark.parametrize("memory", ["linear", "gru", "lstm"])
-def test_resuming_from_any_checkpoint_gives_the_uninterrupted_bits(tmp_path: Path, memory: str) -> None:
-    config = agents.get("rl2").config(worlds=4, minibatches=2, epochs=2, memory=memory)
-    settings = TrainConfig(family="CheetahDir100", steps=3200, threads=1, save_every=1)
+SETTINGS = {f"rl2 {m}": {"worlds": 4, "minibatches": 2, "epochs": 2, "memory": m} for m in ("linear", "gru", "lstm")}
+SETTINGS |= {name: {"worlds": 4, "rollouts": 2, "width": 8} for name in ("maml", "promp", "reptile")}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resuming_from_any_checkpoint_gives_the_uninterrupted_bits(tmp_path: Path, name: str) -> None:
+    agent = name.split()[0]
+    config = agents.get(agent).config(**SETTINGS[name])
+    settings = TrainConfig(family="CheetahDir100", agent=agent, steps=3200, threads=1, save_every=1)
     whole = start(settings, config, tmp_path / "whole")
     train(whole, show=False)
     broken = start(settings, config, tmp_path / "broken")

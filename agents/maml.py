@@ -1,0 +1,127 @@
+"""MAML-TRPO: initial weights from which a few policy gradient steps on a new task are enough (Finn et al. 2017).
+
+The outer step is TRPO (Schulman et al. 2015): the exact second-order meta-gradient of the return after adaptation, a
+natural direction in the space of adapted policies, and a line search under a bound on their KL divergence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from metarobot import trust
+from metarobot.agent import AgentKind, Shapes
+from metarobot.agents.critic import Critic
+from metarobot.agents.gradient import Batch, GradientAgent, InnerConfig, ignored
+from metarobot.inner import Derivative, Objective, Product, each, exact, first_order, slopes
+from metarobot.types import Trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAMLConfig(InnerConfig):
+    """Settings of MAML-TRPO; the defaults reach the results in the README."""
+
+    kl: float = 0.2
+    """Bound on the mean KL divergence of the adapted policies in one outer step, at the start."""
+    kl_end: float = 0.1
+    """Fraction of it that is left at the end; linear between."""
+    cg_steps: int = 10
+    """Conjugate gradient iterations."""
+    damping: float = 1e-3
+    """Multiple of the identity added to the Fisher matrix."""
+    thin: int = 4
+    """One step in this many enters the Fisher-vector products; gradient and line search take all."""
+    shrink: float = 0.7
+    """Factor between tries of the line search."""
+    tries: int = 10
+    """Tries of the line search; after the last the old weights stay."""
+
+
+class MAML:
+    """Trains a ``GradientAgent`` by TRPO on what its adapted policies earn."""
+
+    derivative: Derivative = staticmethod(exact)
+
+    def __init__(self, config: MAMLConfig, shapes: Shapes) -> None:
+        self.config = config
+        self.agent = GradientAgent(shapes, config)
+        self.critic = Critic(shapes, config.outer_gamma, config.lam)
+
+    def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
+        """Take one outer step."""
+        c, agent = self.config, self.agent
+        *support, query = agent.batches(trials)
+        query, explained = agent.judged(query, trials, self.critic, seed)
+        start = agent.vector()
+        path = agent.walk(start, support, self.derivative)
+        gradient = agent.pull(path, slopes(agent.surrogate, path.weights, query))
+        fisher = self.fisher(start, support, query)
+        direction = trust.conjugate_gradient(fisher, gradient, c.cg_steps)
+        bound = c.kl * (1.0 - progress * (1.0 - c.kl_end))
+        objective = partial(self.objective, start, support, query)
+        step, found = trust.backtrack(trust.longest(direction, fisher, bound), objective, bound, c.shrink, c.tries)
+        agent.assign(start + step)
+        agent.learn_norm(trials)
+        metrics = {
+            "policy_objective": found.gain,
+            "kl_divergence_loss": found.divergence,
+            "is_line_search_success": float(found.success),
+            "line_search_tries": float(found.tries),
+            "grad_norm": float(gradient.norm()),
+            "std": float(agent.policy.log_std.detach().exp().mean()),
+            "inner_lr": float(agent.rates.detach().mean()),
+            "explained_variance": float(explained),
+            "ignored_rollouts": ignored(trials),
+        }
+        return {f"train/{k}": v for k, v in metrics.items()}
+
+    def fisher(self, start: Tensor, support: list[Batch], query: Batch) -> Product:
+        """Return the product of a direction ``(2 P,)`` with the Fisher matrix of the adapted policies.
+
+        Adapted policies move by J v, so the matrix is Jᵀ F J with J the derivative of the path and F the Hessian of
+        the KL divergence at its end, where the divergence is zero.
+        """
+        n, agent = self.config.thin, self.agent
+        path = agent.walk(start, support, partial(_thinned, self.derivative, n))
+        _, kl = exact(agent.divergence, path.weights, query.thin(n))
+        return lambda v: agent.pull(path, kl(agent.push(path, v))) + self.config.damping * v
+
+    def objective(self, start: Tensor, support: list[Batch], query: Batch, step: Tensor) -> tuple[float, float]:
+        """Return what adapted policies earn and how far they are from those that acted, after a step ``(2 P,)``."""
+        agent = self.agent
+        weights = agent.walk(start + step, support, first_order).weights
+        gain, divergence = (float(each(f)(weights, query).mean()) for f in (agent.surrogate, agent.divergence))
+        return gain, divergence
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights, rates, the normaliser and the critic."""
+        agent = {f"agent.{k}": v.detach().clone() for k, v in self.agent.state_dict().items()}
+        return agent | self.critic.state()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        mine = {k.removeprefix("agent."): v for k, v in state.items() if k.startswith("agent.")}
+        self.agent.load_state_dict(mine)
+        self.critic.load(state)
+
+
+class FirstOrderMAML(MAML):
+    """MAML that takes the derivative of an inner step for the identity."""
+
+    derivative: Derivative = staticmethod(first_order)
+
+
+def _thinned(derivative: Derivative, n: int, objective: Objective, weights: Tensor, data: Batch) -> tuple[Any, Product]:
+    """Return the gradient on all steps, and the Hessian product on one in ``n``."""
+    return slopes(objective, weights, data), derivative(objective, weights, data.thin(n))[1]
+
+
+maml = AgentKind(
+    name="maml", doc="MAML-TRPO: weights from which a few gradient steps adapt.", config=MAMLConfig, build=MAML
+)
+fomaml = AgentKind(
+    name="fomaml", doc="MAML-TRPO with first-order meta-gradients.", config=MAMLConfig, build=FirstOrderMAML
+)

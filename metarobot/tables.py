@@ -1,0 +1,58 @@
+"""Reports as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def evaluation(report: dict[str, Any]) -> None:
+    """Print an evaluation as a table."""
+    rows = report["episodes"]
+    title = f"{report['family']}, {report['tasks']} {report['split']} tasks, training seeds {report['seeds']}"
+    if report["rollouts"] > 1:
+        title += f", {report['rollouts']} rollouts an episode"
+    table = Table(title=title, title_justify="left")
+    extra = [k for k in ("blind", "oracle", "score") if k in rows[0]]
+    for column in ("episodes seen", "mean", "95 % interval", "IQM", "worst 10 %", "gain", "95 % interval", *extra):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in rows:
+        more = [f"{r[k]:.2f}" if k == "score" else f"{r[k]:.1f}" for k in extra]
+        table.add_row(str(r["episode"]), *_cells(r), *more)
+    for name, baseline in report.get("finetuning", {}).items():
+        for r in baseline["episodes"]:
+            table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
+    for name, control in report.get("controls", {}).items():
+        for r in control[1:]:
+            table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
+    Console(width=max(Console().width, 112)).print(table)
+    for name, returns in report["kinds"].items():
+        print(f"{name}: {' → '.join(f'{r:.1f}' for r in returns)}")
+
+
+def _cells(r: dict[str, Any]) -> tuple[str, ...]:
+    gain = (f"{r['gain']:+.1f}", _interval(r["gain_ci95"])) if "gain" in r else ("", "")
+    return f"{r['mean']:.1f}", _interval(r["ci95"]), f"{r['iqm']:.1f}", f"{r['worst10']:.1f}", *gain
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.1f}…{bounds[1]:.1f}"
+
+
+def maml(report: dict[str, Any]) -> None:
+    """Print the times of MAML's parts as a table."""
+    title = f"{report['family']}, {report['tasks']} tasks x {report['rollouts']} rollouts x {report['horizon']} steps"
+    table = Table(title=f"{title}, seconds", title_justify="left")
+    for column in ("tasks mapped by", "sampling", "inner step", "outer update", "total", "sampling against engine"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for how in ("vmap", "loop"):
+        r = report[how]
+        times = (f"{r[k]:.2f}" for k in ("sampling_s", "inner_step_s", "outer_update_s", "total_s"))
+        table.add_row(
+            how, *times, f"{r['sampling_steps_per_s']:,.0f} / {r['engine_steps_per_s']:,.0f} = {r['ratio']:.2f}"
+        )
+    Console(width=max(Console().width, 112)).print(table)
+    print(f"peak memory {report['peak_memory_mb']:,.0f} MB; median of {report['rounds']} rounds")
