@@ -22,6 +22,9 @@ from metarobot.nets import RunningNorm, log_prob, mlp
 from metarobot.returns import gae, linear_baseline
 from metarobot.types import MetarobotError, Percept, Rollout, Trials
 
+MOST = 10.0
+"""Largest importance ratio."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InnerConfig:
@@ -169,10 +172,13 @@ class GradientAgent(nn.Module):
         return gains.sum()
 
     def ratio(self, weights: Tensor, batch: Batch) -> Tensor:
-        """Return π(a|s) / π_old(a|s) of one task, ``(step,)``."""
+        """Return π(a|s) / π_old(a|s) of one task, ``(step,)``.
+
+        Truncated from above (Ionides 2008), so that several steps on the same rollouts cannot run away.
+        """
         mean, log_std = call(self.policy, weights, batch.x)
         log_ratio: Tensor = log_prob(mean, log_std, batch.action) - batch.old
-        return log_ratio.exp()
+        return log_ratio.clamp(max=math.log(MOST)).exp()
 
     def divergence(self, weights: Tensor, batch: Batch) -> Tensor:
         """Return E[KL(π_old || π)] of one task."""
