@@ -46,6 +46,7 @@ def evaluate(
     tasks: int = 40,
     episodes: int = 2,
     seed: int = 0,
+    quiet: bool = False,
     threads: int = 0,
     oracle: tuple[str, ...] = (),
     blind: tuple[str, ...] = (),
@@ -63,6 +64,7 @@ def evaluate(
         episodes: Episodes lived in each task; an agent that adapts between them, as maml does, has adapted 0, 1, 2, …
             times in them, each time to all of its rollouts.
         seed: Draws the tasks and the starts.
+        quiet: Play the last episode without noise, also with agents that need noise to adapt.
         threads: Physics threads; 0 takes all there are.
         oracle: Runs of the upper reference, shown the task.
         blind: Runs of the lower reference, which cannot adapt.
@@ -79,7 +81,7 @@ def evaluate(
 
     if plot is not None:
         drawing.check_suffix(plot)
-    protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, threads=threads)
+    protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, quiet=quiet, threads=threads)
     agents, *others = ([checkpoint.open_run(r) for r in group] for group in (runs, oracle, blind, finetune))
     baselines = dict(zip(("oracle", "blind", "finetune"), others, strict=True))
     total = trials(len(agents), len(others[0]), len(others[1]), len(others[2]), controls)

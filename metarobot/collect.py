@@ -22,7 +22,7 @@ def collect(
     episodes: int,
     seed: int,
     rollouts: int = 1,
-    explore: bool = True,
+    explore: bool | Sequence[bool] = True,
     between: Callable[[Context], Context] = lambda context: context,
     watch: Callable[[int, Env, Step], None] | None = None,
 ) -> Trials:
@@ -30,9 +30,9 @@ def collect(
 
     ``env`` only lends its worlds, ``rollouts`` for each task, which stand together: whatever it did before has no
     effect. The worlds of a task share its context, so only an agent that leaves its context alone while it acts, as one
-    that adapts between episodes does, can have more than one. ``explore`` adds the agent's own exploration
-    noise; ``between`` tampers with the context after each episode (the controls of an evaluation); ``watch`` is called
-    after every step with (episode, env, step), for pictures.
+    that adapts between episodes does, can have more than one. ``explore``, one for all or one an episode, adds the
+    agent's own exploration noise; ``between`` tampers with the context after each episode (the controls of an
+    evaluation); ``watch`` is called after every step with (episode, env, step), for pictures.
     """
     env.set_tasks([task for task in tasks for _ in range(rollouts)])
     obs = env.reset(seed)
@@ -42,8 +42,9 @@ def collect(
     zeros = torch.zeros(env.worlds)
     percept = Percept(obs, torch.zeros(env.worlds, env.act_dim), zeros, zeros, zeros + 1)
     lived = []
+    exploring = [explore] * episodes if isinstance(explore, bool) else explore
     for k in range(episodes):
-        rollout, percept, context = _episode(agent, env, percept, context, noise if explore else None, k, watch)
+        rollout, percept, context = _episode(agent, env, percept, context, noise if exploring[k] else None, k, watch)
         lived.append(rollout)
         if k + 1 < episodes:
             context = between(agent.adapt(context, rollout))

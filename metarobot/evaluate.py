@@ -41,6 +41,8 @@ class Protocol:
     """Episodes K a task."""
     seed: int = 0
     """Draws tasks and starts; every agent meets the same."""
+    quiet: bool = False
+    """Play the last episode, which nothing adapts to, without exploration noise."""
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +67,7 @@ class Arena:
         if rollouts not in self._envs:
             worlds = [task for task in self.tasks for _ in range(rollouts)]
             self._envs[rollouts] = Env(self.family, worlds, threads=self.protocol.threads)
+        adapted = self.protocol.episodes - 1
         trials = collect(
             agent,
             self._envs[rollouts],
@@ -72,7 +75,7 @@ class Arena:
             episodes=self.protocol.episodes,
             seed=self.protocol.seed,
             rollouts=rollouts,
-            explore=agent.explores,
+            explore=[agent.explores] * adapted + [agent.explores and not self.protocol.quiet],
             between=between,
         )
         self.tick()
@@ -114,6 +117,7 @@ def evaluate(
         "steps": [int(r.config["steps"]) for r in runs],
         "tasks": len(arena.tasks),
         "rollouts": runs[0].rollouts,
+        "quiet": protocol.quiet,
         "task_values": [t.as_dict() for t in arena.tasks],
         "space": family.space.hash,
         "episodes": _rows(returns),

@@ -56,18 +56,19 @@ gradients() {
     train "$family-maml-0" $family --agent maml --steps 10e6
     train "$family-oracle-0" $family --agent oracle --steps 3e6
     train "$family-blind-0" $family --agent blind --steps 10e6
-    adapt $family promp "runs/$family-promp-0" "runs/$family-promp-1"
-    adapt $family maml "runs/$family-maml-0"
+    adapt $family promp --finetune "runs/$family-blind-0" --controls -- "runs/$family-promp-0" "runs/$family-promp-1"
+    metarobot evaluate runs/$family-promp-{0,1} --tasks 40 --episodes 2 --quiet --json "results/$family-promp-quiet.json"
+    adapt $family maml -- "runs/$family-maml-0"
     metarobot plot runs/$family-promp-{0,1} "runs/$family-maml-0" --out "results/$family-learning.png"
   done
   metarobot sinusoid --out results/sinusoid.png --json results/sinusoid.json
 }
 
-adapt() {  # family, agent, runs: return after 0, 1, 2, 3 gradient steps
+adapt() {  # family, agent, more arguments of metarobot evaluate: return after 0, 1, 2, 3 gradient steps
   local family=$1 agent=$2
   shift 2
-  metarobot evaluate "$@" --tasks 40 --episodes 4 --oracle "runs/$family-oracle-0" --blind "runs/$family-blind-0" \
-    --finetune "runs/$family-blind-0" --controls --json "results/$family-$agent.json" --plot "results/$family-$agent.png"
+  metarobot evaluate --tasks 40 --episodes 4 --oracle "runs/$family-oracle-0" --blind "runs/$family-blind-0" \
+    --json "results/$family-$agent.json" --plot "results/$family-$agent.png" "$@"
 }
 
 bench() {

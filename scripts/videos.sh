@@ -4,4 +4,5 @@ set -euo pipefail
 metarobot render runs/demo --tasks 2 --episodes 2 --out videos/demo.mp4
 metarobot render runs/demo --tasks 2 --episodes 2 --size 208 128 --fps 7 --out videos/demo.gif
 metarobot render runs/CheetahTerrain-rl2-0 --tasks 3 --episodes 2 --seed 3 --out videos/terrain.mp4
+metarobot render runs/CheetahDir100-promp-0 --tasks 2 --episodes 2 --out videos/promp.mp4
 cp runs/demo/adaptation.png videos/demo-adaptation.png

@@ -132,6 +132,14 @@ def test_an_agent_that_adapts_between_episodes_meets_all_its_rollouts(runs) -> N
     assert [r["mean"] for r in report["controls"]["swapped"]] != means
 
 
+def test_only_the_last_episode_is_played_quietly(runs) -> None:
+    quiet = evaluate([runs["maml"]], Protocol(tasks=4, episodes=3, threads=1, quiet=True))
+    noisy = evaluate([runs["maml"]], SMALL)
+    same = np.array(quiet["returns"]) == np.array(noisy["returns"])
+    assert same[:, :2].all()
+    assert not same[:, 2].any()
+
+
 def test_fine_tuning_starts_from_the_pretrained_policy_and_from_nothing(runs) -> None:
     report = evaluate([runs["maml"]], SMALL, finetune=[runs["blind"]])["finetuning"]
     assert set(report) == {"pretrained", "from scratch"}

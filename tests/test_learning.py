@@ -38,10 +38,10 @@ def test_rl2_beats_the_best_policy_that_cannot_adapt(tmp_path: Path) -> None:
     assert report["episodes"][-1]["mean"] > -120
 
 
-def test_maml_runs_both_ways_after_one_gradient_step_and_fine_tuning_does_not(tmp_path: Path) -> None:
+def test_promp_runs_both_ways_after_one_gradient_step_and_fine_tuning_does_not(tmp_path: Path) -> None:
     blind = trained(tmp_path / "blind", "CheetahDir100", 500_000, "blind")
-    maml = trained(tmp_path / "maml", "CheetahDir100", 2_000_000, "maml")
-    report = evaluate([maml], Protocol(tasks=20), finetune=[blind])
+    promp = trained(tmp_path / "promp", "CheetahDir100", 2_000_000, "promp")
+    report = evaluate([promp], Protocol(tasks=20), finetune=[blind])
     returns = np.array(report["returns"])[0, -1]
     direction = np.array([t["direction"] for t in report["task_values"]])
     assert returns[direction > 0].mean() > 30
