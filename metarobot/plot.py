@@ -87,7 +87,7 @@ def regression(x: Any, truth: Any, seen: Any, curves: Mapping[str, Any], errors:
             axes.plot(x, steps[step], style, color=colour, label=f"{step} gradient steps" if step != 1 else "1 step")
         axes.plot(*seen, "^", color=TUNED[0], ms=6, label="points seen")
         axes.set_title(name, loc="left")
-        axes.set_ylim(-6, 6)
+        axes.set_ylim(-8, 6)
         axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
     for (name, error), colour in zip(errors.items(), (AGENT, TUNED[0]), strict=True):
         right.semilogy(range(len(error)), error, "-o", color=colour, label=name, ms=4)
