@@ -19,7 +19,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 def adaptation(report: dict[str, Any], path: Path) -> None:
     """Plot return against episodes of experience, with 95 % bands, beside the baselines and controls it holds."""
-    figure = _figure()
+    figure = _figure(width=8.0)
     axes = figure.subplots()
     rows = report["episodes"]
     x = [r["episode"] for r in rows]
@@ -46,7 +46,7 @@ def adaptation(report: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"{report['family']}, {report['tasks']} {report['split']} tasks, {seeds} training {noun}", loc="left"
     )
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     _write(figure, path)
 
 

@@ -28,7 +28,7 @@ def evaluation(report: dict[str, Any]) -> None:
     for name, control in report.get("controls", {}).items():
         for r in control[1:]:
             table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
-    Console(width=max(Console().width, 112)).print(table)
+    Console(width=max(Console().width, 124)).print(table)
     for name, returns in report["kinds"].items():
         print(f"{name}: {' → '.join(f'{r:.1f}' for r in returns)}")
 
@@ -54,5 +54,5 @@ def maml(report: dict[str, Any]) -> None:
         table.add_row(
             how, *times, f"{r['sampling_steps_per_s']:,.0f} / {r['engine_steps_per_s']:,.0f} = {r['ratio']:.2f}"
         )
-    Console(width=max(Console().width, 112)).print(table)
+    Console(width=max(Console().width, 124)).print(table)
     print(f"peak memory {report['peak_memory_mb']:,.0f} MB; median of {report['rounds']} rounds")
