@@ -20,6 +20,7 @@ from metarobot.checkpoint import build_learner
 from metarobot.collect import collect
 from metarobot.env import Env, Family
 from metarobot.inner import looped
+from metarobot.parallel import steady_heap
 from metarobot.types import MetarobotError
 
 
@@ -101,6 +102,7 @@ def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0,
         raise MetarobotError(f"worlds must be a multiple of {MAML_ROLLOUTS}, the rollouts a task, not {worlds}")
     if seconds <= 0:
         raise MetarobotError(f"seconds must be positive, not {seconds:g}")
+    steady_heap()  # as training does
     threads = threads or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
     config = agents.get("maml").config(worlds=worlds, rollouts=MAML_ROLLOUTS, width=64, episodes=2, cg_steps=10)

@@ -323,7 +323,8 @@ def _train_command(agent: str) -> Callable[..., None]:
 
 def _progress() -> Progress:
     """Make a bar with an ETA, on standard error, that leaves nothing behind."""
-    return Progress(*Progress.get_default_columns(), transient=True, console=Console(stderr=True))
+    console = Console(stderr=True)
+    return Progress(transient=True, console=console, disable=not console.is_terminal)
 
 
 def _check_gl() -> None:

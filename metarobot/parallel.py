@@ -1,4 +1,4 @@
-"""Gradients on several cores: each takes its share of a minibatch on a thread of its own.
+"""The CPU: gradients on several cores, each taking its share of a minibatch on a thread of its own; and its heap.
 
 For networks this small, splitting every matrix product over cores (torch's own way) gains a third at best; splitting
 the minibatch nearly doubles the speed on two. Shares are summed in a fixed order, so the result is reproducible.
@@ -6,6 +6,8 @@ the minibatch nearly doubles the speed on two. Shares are summed in a fixed orde
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -38,3 +40,11 @@ def gradients(loss: Loss, rows: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def steady_heap() -> None:
+    """Tell glibc to keep freed tensors' pages: without it a fifth of the learning time goes into page faults."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 27)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
+            libc.mallopt(option, value)

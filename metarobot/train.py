@@ -6,7 +6,6 @@ learner and two counters: what a checkpoint holds is all there is.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import platform
@@ -29,6 +28,7 @@ from metarobot.checkpoint import CheckpointError, Run, build_learner, create, op
 from metarobot.collect import collect
 from metarobot.env import Env, families
 from metarobot.log import Log
+from metarobot.parallel import steady_heap
 from metarobot.types import MetarobotError, Trials
 
 
@@ -205,14 +205,6 @@ def threads_restored() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def steady_heap() -> None:
-    """Tell glibc to keep freed tensors' pages: without it a fifth of the learning time goes into page faults."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 27)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
-            libc.mallopt(option, value)
 
 
 def _defaults(agent: str) -> dict[str, Any]:
