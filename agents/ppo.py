@@ -75,7 +75,7 @@ class PPOAgent(nn.Module):
         inputs = shapes.obs + (shapes.task if config.sees_task else 0)
         self.norm = RunningNorm(shapes.obs)
         self.actor = mlp(inputs, (config.width, config.width), shapes.act, gain=0.01)
-        self.critic = mlp(inputs, (config.width, config.width), 1)
+        self.critic = mlp(inputs + shapes.critic, (config.width, config.width), 1)
         self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
 
     def features(self, obs: Tensor, task: Tensor | None) -> Tensor:
@@ -101,6 +101,7 @@ class Batch(NamedTuple):
     """What an update learns from, ``(step, ...)``."""
 
     x: Tensor
+    told: Tensor
     value: Tensor
     target: Tensor
     advantage: Tensor
@@ -115,12 +116,14 @@ class PPO:
         self.config = config
         self.agent = PPOAgent(shapes, config)
         self.spread = RunningNorm(1)
+        self.critic_norm = RunningNorm(shapes.critic)
         self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Learn from one set of episodes."""
         c, seq = self.config, sequence(trials.episodes)
         self.agent.norm.update(seq.percept.obs[seq.valid])
+        self.critic_norm.to(seq.reward.device).update(seq.critic_obs[seq.valid])
         self.spread.to(seq.reward.device).update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
         batch = Batch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action)))
         for group in self.optimiser.param_groups:
@@ -143,20 +146,21 @@ class PPO:
         return metrics | {f"train/{k}": v for k, v in extra.items()}
 
     @torch.no_grad()
-    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return inputs, values, value targets, normalised advantages and log-probabilities, ``(time, world, ...)``.
+    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, ...]:
+        """Return inputs of actor and critic, values, targets, advantages, log-probabilities, ``(time, world, ...)``.
 
         Every episode stands alone: a fall ends it, a time limit bootstraps from its final observation.
         """
         shown = task if self.agent.privileged else None
         x = self.agent.features(seq.percept.obs, shown)
-        value = self.agent.critic(x)[..., 0]
-        next_value = self.agent.critic(self.agent.features(seq.next_obs, shown))[..., 0]
+        told = torch.cat([x, self.critic_norm(seq.critic_obs)], -1)
+        following = (self.agent.features(seq.next_obs, shown), self.critic_norm(seq.next_critic_obs))
+        value, next_value = (self.agent.critic(seen)[..., 0] for seen in (told, torch.cat(following, -1)))
         reward = seq.reward * self.spread.scale
         advantage = gae(reward, value, next_value, seq.terminated, seq.truncated, self.config.gamma, self.config.lam)
         target, lived = advantage + value, advantage[seq.valid]
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
-        return x, value, target, advantage, log_prob(self.agent.actor(x), self.agent.log_std, seq.action)
+        return x, told, value, target, advantage, log_prob(self.agent.actor(x), self.agent.log_std, seq.action)
 
     def _step(self, batch: Batch, rows: Tensor) -> Tensor:
         """Take one gradient step; return the losses, the KL divergence and the clipped fraction."""
@@ -173,7 +177,7 @@ class PPO:
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -weight * surrogate.sum()
-        value_loss = weight * (self.agent.critic(x)[:, 0] - batch.target[rows]).square().sum()
+        value_loss = weight * (self.agent.critic(batch.told[rows])[:, 0] - batch.target[rows]).square().sum()
         with torch.no_grad():
             kl = weight * (ratio - 1 - log_ratio).sum()
             clipped = weight * ((ratio - 1).abs() > c.clip).sum()
@@ -181,11 +185,11 @@ class PPO:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""
-        return pack(self.optimiser, agent=self.agent, spread=self.spread)
+        return pack(self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.optimiser, agent=self.agent, spread=self.spread)
+        unpack(state, self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
 
 
 ppo = AgentKind(name="ppo", doc="PPO without a memory: the blind policy.", config=PPOConfig, build=PPO)

@@ -74,7 +74,7 @@ class RL2Agent(nn.Module):
         self.recall = orthogonal(nn.Linear(config.width, 2 * config.width), math.sqrt(2))
         self.sense = orthogonal(nn.Linear(inputs, 2 * config.width, bias=False), math.sqrt(2))
         self.actor = mlp(config.width, (config.width,), shapes.act, gain=0.01)
-        self.critic = mlp(config.width + shapes.task, (config.width,), 1)
+        self.critic = mlp(config.width + shapes.task + shapes.critic, (config.width,), 1)
         self.belief = orthogonal(nn.Linear(config.width, shapes.task), 0.1)
         self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
 
@@ -101,14 +101,15 @@ class RL2Agent(nn.Module):
         """Do nothing: the memory adapted while acting."""
         return context
 
-    def forward(self, x: Tensor, task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, task: Tensor, critic_obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run whole trials of inputs ``(time, world, input)``: mean action, value and belief at every step.
 
-        ``task`` ``(world, parameter)`` reaches the critic alone, which acting does without.
+        ``task`` ``(world, parameter)`` and ``critic_obs`` ``(time, world, critic)`` reach the critic alone, which
+        acting does without.
         """
         h = self.memory.sequence(x)
         actor, critic = torch.tanh(self.recall(h) + self.sense(x)).chunk(2, -1)
-        told = torch.cat([critic, task.expand(len(x), -1, -1)], -1)
+        told = torch.cat([critic, task.expand(len(x), -1, -1), critic_obs], -1)
         return self.actor(actor), self.critic(told)[..., 0], self.belief(h)
 
 
@@ -116,6 +117,7 @@ class Batch(NamedTuple):
     """What an update learns from, ``(time, world, ...)``, but for the task, ``(world, parameter)``."""
 
     x: Tensor
+    critic_obs: Tensor
     value: Tensor
     target: Tensor
     advantage: Tensor
@@ -134,13 +136,14 @@ class RL2:
         self.config = config
         self.agent = RL2Agent(shapes, config)
         self.spread = RunningNorm(1)
+        self.critic_norm = RunningNorm(shapes.critic)
         self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Learn from one set of trials."""
         c, seq = self.config, sequence(trials.episodes)
         self._normalise(seq)
-        batch = Batch(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float())
+        batch = Batch(*(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float()))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
@@ -164,17 +167,19 @@ class RL2:
     def _normalise(self, seq: Sequence) -> None:
         seen = torch.cat([seq.percept.obs, seq.percept.reward[..., None]], -1)
         self.agent.norm.update(seen[seq.valid])
+        self.critic_norm.to(seq.reward.device).update(seq.critic_obs[seq.valid])
         self.spread.to(seq.reward.device).update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
 
     @torch.no_grad()
-    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return inputs, values, value targets, normalised advantages and log-probabilities, ``(time, world, ...)``.
+    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, ...]:
+        """Return inputs, the critic's own, values, targets, advantages, log-probabilities, ``(time, world, ...)``.
 
         A fall ends the trace; a time limit inside the trial leads on into the next episode, which the memory will
         live through too; the trial's own end bootstraps from the value of the final observation.
         """
         x = self.agent.features(_with_final(seq))
-        mean, value, _ = self.agent(x, task)
+        told = self.critic_norm(_appended(seq, seq.critic_obs, seq.next_critic_obs))
+        mean, value, _ = self.agent(x, task, told)
         cut = torch.zeros_like(seq.valid)
         cut[_last(seq), torch.arange(cut.shape[1], device=cut.device)] = True
         reward = seq.reward * self.spread.scale
@@ -182,7 +187,7 @@ class RL2:
         target = advantage + value[:-1]
         lived = advantage[seq.valid]
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
-        return x[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
+        return x[:-1], told[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
 
     def _step(self, batch: Batch, rows: Tensor) -> Tensor:
         """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
@@ -195,7 +200,7 @@ class RL2:
     def _loss(self, batch: Batch, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of some trials, and its parts."""
         c, weight, advantage = self.config, weight[:, rows], batch.advantage[:, rows]
-        mean, value, belief = self.agent(batch.x[:, rows], batch.task[rows])
+        mean, value, belief = self.agent(batch.x[:, rows], batch.task[rows], batch.critic_obs[:, rows])
         log_ratio = log_prob(mean, self.agent.log_std, batch.action[:, rows]) - batch.old[:, rows]
         ratio = log_ratio.exp()
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
@@ -211,11 +216,11 @@ class RL2:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""
-        return pack(self.optimiser, agent=self.agent, spread=self.spread)
+        return pack(self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.optimiser, agent=self.agent, spread=self.spread)
+        unpack(state, self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
 
 
 def _last(seq: Sequence) -> Tensor:
@@ -224,15 +229,17 @@ def _last(seq: Sequence) -> Tensor:
 
 def _with_final(seq: Sequence) -> Percept:
     """Append to each trial the percept its last step led to, as if the episode went on: what the critic bootstraps."""
-    p, last = seq.percept, _last(seq)
-    rows = torch.arange(len(last), device=last.device)
+    p = seq.percept
     final = (seq.next_obs, seq.action, seq.reward, torch.zeros_like(p.done), torch.zeros_like(p.first))
-    extended = []
-    for told, after in zip(p, final, strict=True):
-        longer = torch.cat([told, torch.zeros_like(told[:1])])
-        longer[last + 1, rows] = after[last, rows]
-        extended.append(longer)
-    return Percept(*extended)
+    return Percept(*(_appended(seq, told, after) for told, after in zip(p, final, strict=True)))
+
+
+def _appended(seq: Sequence, told: Tensor, after: Tensor) -> Tensor:
+    """Append to each trial of ``told`` ``(time, world, ...)`` what ``after`` holds at its last step."""
+    last, longer = _last(seq), torch.cat([told, torch.zeros_like(told[:1])])
+    rows = torch.arange(len(last), device=last.device)
+    longer[last + 1, rows] = after[last, rows]
+    return longer
 
 
 rl2 = AgentKind(

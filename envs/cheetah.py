@@ -6,7 +6,6 @@ The robot is Gymnasium's ``half_cheetah.xml``, unchanged: 0.05 s a control step,
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
 from dataclasses import replace
 
 import gymnasium
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarobot.distributions import Choice, Uniform
 from metarobot.env import Family, State
-from metarobot.tasks import Choice, Floats, Param, TaskSpace, Uniform
+from metarobot.tasks import Param, TaskSpace
+from metarobot.types import Floats
 
 JOINTS = ("bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot")
 OBSERVATIONS = (
@@ -61,18 +62,14 @@ def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
     return {"speed m/s": speed(before, after, dt)}
 
 
-def track_speed(
-    before: State, after: State, action: Tensor, task: Mapping[str, Tensor], dt: float
-) -> dict[str, Tensor]:
+def track_speed(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """−|v − target| and −‖a‖²."""
-    return {"speed": -(speed(before, after, dt) - task["target_speed"]).abs(), "control": -effort(action)}
+    return {"speed": -(speed(before, after, dt) - after.task["target_speed"]).abs(), "control": -effort(after.action)}
 
 
-def follow_direction(
-    before: State, after: State, action: Tensor, task: Mapping[str, Tensor], dt: float
-) -> dict[str, Tensor]:
+def follow_direction(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Direction times speed, and −‖a‖²."""
-    return {"speed": speed(before, after, dt) * task["direction"], "control": -effort(action)}
+    return {"speed": speed(before, after, dt) * after.task["direction"], "control": -effort(after.action)}
 
 
 def target_speed(name: str, high: float) -> TaskSpace:

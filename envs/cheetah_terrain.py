@@ -6,16 +6,16 @@ published robot with its masses made explicit (so that a payload adds to them) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import mujoco
 from torch import Tensor
 
+from metarobot.distributions import Choice, LogUniform, Mixture, Uniform
 from metarobot.env import State
 from metarobot.envs.cheetah import JOINTS, cheetah, cheetah_vel, effort, speed
 from metarobot.model import Edit, compile_spec
-from metarobot.tasks import Choice, LogUniform, Mixture, Param, TaskSpace, Uniform
+from metarobot.tasks import Param, TaskSpace
 
 
 def loaded_cheetah() -> mujoco.MjSpec:
@@ -41,10 +41,9 @@ def loaded_cheetah() -> mujoco.MjSpec:
     return spec
 
 
-def run(before: State, after: State, action: Tensor, task: Mapping[str, Tensor], dt: float) -> dict[str, Tensor]:
+def run(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Forward speed and −‖a‖²."""
-    del task
-    return {"speed": speed(before, after, dt), "control": -effort(action)}
+    return {"speed": speed(before, after, dt), "control": -effort(after.action)}
 
 
 def motor(name: str) -> Param:

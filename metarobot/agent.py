@@ -28,6 +28,8 @@ class Shapes:
     """Length of the task's encoding; only privileged agents and training losses see it."""
     episodes: int
     """Episodes a trial."""
+    critic: int = 0
+    """Length of what only a critic in training is shown beside the observation."""
 
 
 class Agent(Protocol):

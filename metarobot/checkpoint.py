@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from metarobot.agent import Learner, Shapes, agents
-from metarobot.env import Family, families
-from metarobot.model import ModelFactory
+from metarobot.env import Env, Family, families
 from metarobot.tasks import TaskSpace
 from metarobot.types import MetarobotError
 
@@ -148,13 +147,18 @@ class Run:
 
 def build_learner(agent: str, config: Any, family: Family, seed: int) -> Learner:
     """Build an untrained learner for a family; torch's global generator is left as it was."""
-    actuators = int(ModelFactory(family.spec, ()).compile(()).nu)
-    shapes = Shapes(
-        obs=len(family.observations), act=actuators, task=len(family.space.params), episodes=config.episodes
-    )
+    shapes = family_shapes(family, config.episodes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return agents.get(agent).build(config, shapes)
+
+
+def family_shapes(family: Family, episodes: int) -> Shapes:
+    """Return the sizes of what an agent of this family sees and does."""
+    env = Env(family, family.space.sample("train", 1), threads=1)
+    return Shapes(
+        obs=env.obs_dim, act=env.act_dim, task=family.space.width, episodes=episodes, critic=env.critic_obs().shape[1]
+    )
 
 
 def create(folder: Path, config: dict[str, Any]) -> Run:

@@ -67,12 +67,13 @@ def _episode(
     last, zeros = percept, torch.zeros(env.worlds)
     while book.living:
         action, after = agent.act(percept, context, None if noise is None else noise[book.time])
+        critic_obs = env.critic_obs()
         step = env.step(action)
         ended = (step.terminated | step.truncated).float()
         arrived = Percept(step.obs, action, step.reward, ended, zeros)
         context = context if after is context else tuple(book.kept(after, context))
         last = Percept(*book.kept(arrived, last))
-        book.record(percept, action, step)
+        book.record(percept, critic_obs, action, step)
         percept = arrived
         if watch is not None:
             watch(k, env, step)
@@ -90,20 +91,24 @@ class _Recorder:
         self._reward = torch.zeros(horizon, worlds)
         self._flags = torch.zeros(3, horizon, worlds, dtype=torch.bool)
         self._final_obs, self._faulted = torch.zeros(worlds, env.obs_dim), torch.zeros(worlds, dtype=torch.bool)
+        self._final_critic_obs = torch.zeros_like(env.critic_obs())
+        self._critic_obs = torch.zeros(horizon, *self._final_critic_obs.shape)
         self._terms: dict[str, Tensor] = {}
 
     def kept(self, new: Iterable[Tensor], old: Iterable[Tensor]) -> Iterable[Tensor]:
         """Take what is new in the living worlds, what was in the others."""
         return new if self._all else (_where(self._alive, a, b) for a, b in zip(new, old, strict=True))
 
-    def record(self, percept: Percept, action: Tensor, step: Step) -> None:
+    def record(self, percept: Percept, critic_obs: Tensor, action: Tensor, step: Step) -> None:
         """Write down one step: what was seen, done and got."""
         t = self.time
         self._obs[t], self._action[t], self._reward[t] = percept.obs, action, step.reward
         self._flags[0, t], self._flags[1, t], self._flags[2, t] = step.terminated, step.truncated, self._alive
         for name, term in step.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term * self._alive
-        (self._final_obs,) = self.kept((step.final_obs,), (self._final_obs,))
+        self._critic_obs[t] = critic_obs
+        final = (step.final_obs, step.final_critic_obs)
+        self._final_obs, self._final_critic_obs = self.kept(final, (self._final_obs, self._final_critic_obs))
         self._faulted |= step.faulted & self._alive
         self.time += 1
         ended = step.terminated | step.truncated
@@ -123,6 +128,8 @@ class _Recorder:
             truncated=truncated & valid,
             valid=valid,
             final_obs=self._final_obs,
+            critic_obs=self._critic_obs[lived],
+            final_critic_obs=self._final_critic_obs,
             faulted=self._faulted,
             terms={k: v.float() for k, v in self._terms.items()},
         )

@@ -15,15 +15,23 @@ from metarobot.model import ModelFactory
 from metarobot.registry import Registry
 from metarobot.sim import Sim
 from metarobot.sim.cpu import CpuSim
-from metarobot.tasks import Floats, Task, TaskSpace
-from metarobot.types import MetarobotError
+from metarobot.tasks import Task, TaskSpace
+from metarobot.types import Floats, MetarobotError
 
 
 class State(NamedTuple):
-    """Joint positions ``(world, nq)`` and velocities ``(world, nv)`` in generalised coordinates, SI units, float64."""
+    """All worlds at one moment, ``(world, ...)``, float64, SI units."""
 
     qpos: Tensor
+    """Joint positions in generalised coordinates."""
     qvel: Tensor
+    """Joint velocities in generalised coordinates."""
+    sensors: Tensor
+    """The model's sensors, one substep old; zero at an episode's start."""
+    action: Tensor
+    """The clipped action that led here; zero at an episode's start."""
+    task: Mapping[str, Tensor]
+    """Task parameters by name, ``(world,)`` each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +48,18 @@ class Family:
     """Physics steps a control step."""
     spec: Callable[[], mujoco.MjSpec]
     """Builds the nominal robot and floor."""
+    shape: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
+    """Writes into the model the task parameters that say ``shapes``; sets all that it touches, whatever it holds."""
     observations: tuple[str, ...]
     """One name an element of the observation, with its unit."""
     observe: Callable[[State], Tensor]
-    """State -> observation ``(world, obs)``."""
-    reward: Callable[[State, State, Tensor, Mapping[str, Tensor], float], dict[str, Tensor]]
-    """(state before, state after, clipped action, task values by name, control period s) -> terms ``(world,)``."""
+    """State -> observation ``(world, obs)``, without noise."""
+    noise: tuple[float, ...] = ()
+    """Each observation's noise, uniform within ± this; none if empty."""
+    critic_observe: Callable[[State], Tensor] | None = None
+    """State -> what only a critic in training is shown beside the observation, ``(world, critic)``."""
+    reward: Callable[[State, State, float], dict[str, Tensor]]
+    """(state before, state after, control period s) -> terms ``(world,)``."""
     weights: Mapping[str, float]
     """Reward term -> its weight in the sum; the same names as ``reward`` returns."""
     start: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]
@@ -54,6 +68,8 @@ class Family:
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
     readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
     """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
+    on_robot: Callable[[str], Family] | None = None
+    """The same family with another model of its robot: a path to an MJCF, or ``menagerie:name``."""
 
 
 families: Registry[Family] = Registry("family", "metarobot.families")
@@ -65,7 +81,8 @@ class Step(NamedTuple):
 
     ``obs`` is the observation to act on next, after the reset where one happened; ``final_obs`` the one the step led
     to, before any reset. ``terminated``: the episode failed; ``truncated``: its time is up; ``faulted``: the physics
-    broke down, which terminates too, with reward zero and the last sound observation.
+    broke down, which terminates too, with reward zero and the last sound observation. ``final_critic_obs`` is what a
+    critic was shown beside ``final_obs``.
     """
 
     obs: Tensor
@@ -75,6 +92,28 @@ class Step(NamedTuple):
     truncated: Tensor
     faulted: Tensor
     final_obs: Tensor
+    final_critic_obs: Tensor
+
+
+class TaskModels:
+    """From a family's tasks to compiled models."""
+
+    def __init__(
+        self, family: Family, *, visual: bool = False, dress: Callable[[mujoco.MjSpec], mujoco.MjSpec] = lambda s: s
+    ) -> None:
+        params = family.space.params
+        edits = [e for p in params for e in p.edits]
+        self._columns = [i for i, p in enumerate(params) for _ in p.edits]
+        self._shapes = [i for i, p in enumerate(params) if p.shapes]
+        self._factory = ModelFactory(lambda: dress(family.spec()), edits, shape=family.shape, visual=visual)
+
+    def key(self, task: Task) -> tuple[float, ...]:
+        """Return the values that the model depends on: tasks that share them share a model."""
+        return tuple(task.values[i][1] for i in (*self._columns, *self._shapes))
+
+    def compile(self, task: Task) -> mujoco.MjModel:
+        """Compile the task's model."""
+        return self._factory.compile((task.values[i][1] for i in self._columns), task.as_dict())
 
 
 class Env:
@@ -97,8 +136,7 @@ class Env:
         if not tasks:
             raise MetarobotError("an environment needs at least one task")
         self.family, self.resample = family, resample
-        self._edits = [(i, e) for i, p in enumerate(family.space.params) for e in p.edits]
-        self._factory = ModelFactory(family.spec, [e for _, e in self._edits])
+        self._maker = TaskModels(family)
         self._models: dict[tuple[float, ...], mujoco.MjModel] = {}
         self.tasks = [family.space.coerce(t) for t in tasks]
         self.sim = make_sim([self.model(t) for t in self.tasks], threads)
@@ -107,10 +145,15 @@ class Env:
         self.dt = first.opt.timestep * family.substeps
         bounds = torch.from_numpy(first.actuator_ctrlrange.T.copy())
         self.action_low, self.action_high = bounds
-        self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"))
-        self._ctrl = self.sim.bind("ctrl")
         self._values = family.space.values(self.tasks)
+        self.task_values = dict(zip(family.space.names, self._values.unbind(1), strict=True))
+        """Each task parameter over the worlds, name -> ``(world,)``, float64."""
+        sensors = self.sim.bind("sensordata") if first.nsensordata else torch.zeros(self.worlds, 0).double()
+        action = torch.zeros(self.worlds, self.act_dim).double()
+        self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"), sensors, action, self.task_values)
+        self._ctrl = self.sim.bind("ctrl")
         self.elapsed = torch.zeros(self.worlds, dtype=torch.int64)
+        self._noise = torch.zeros(self.worlds, family.horizon + 1 if family.noise else 0, self.obs_dim)
         self.reset(seed)
 
     @property
@@ -130,12 +173,11 @@ class Env:
 
     def model(self, task: Task) -> mujoco.MjModel:
         """Compile the task's model, or take the one of a task that differs in nothing the model holds."""
-        row = [v for _, v in task.values]
-        key = tuple(row[i] for i, _ in self._edits)
+        key = self._maker.key(task)
         if key not in self._models:
             if len(self._models) >= 4 * max(64, len(self.tasks)):
                 self._models.clear()
-            self._models[key] = self._factory.compile(key)
+            self._models[key] = self._maker.compile(task)
         return self._models[key]
 
     def set_tasks(self, tasks: Sequence[Task | Mapping[str, float]], ids: Sequence[int] | None = None) -> None:
@@ -154,7 +196,7 @@ class Env:
         if seed is not None:
             self.seed, self._episode = seed, np.full(self.worlds, -1)
         self._restart(range(self.worlds))
-        return self.family.observe(self.state)
+        return self._observe()
 
     def restart(self, episode: int) -> Tensor:
         """Put every world at the start of its episode of that number; return the observations ``(world, obs)``.
@@ -165,40 +207,55 @@ class Env:
         if elsewhere.any():
             self._episode[elsewhere] = episode - 1
             self._restart(np.flatnonzero(elsewhere).tolist())
-        return self.family.observe(self.state)
+        return self._observe()
 
     def _restart(self, ids: Sequence[int]) -> None:
-        starts = []
+        starts, noisy = [], np.flatnonzero(self.family.noise)
         for i in ids:
             self._episode[i] += 1
             stream = np.random.Philox(key=[self.seed, i], counter=[0, 0, 0, int(self._episode[i])])
-            starts.append(self.family.start(np.random.Generator(stream), self.model(self.tasks[i])))
+            rng = np.random.Generator(stream)
+            starts.append(self.family.start(rng, self.model(self.tasks[i])))
+            if noisy.size:
+                drawn = rng.random((self.family.horizon + 1, noisy.size), np.float32)
+                self._noise[i, :, noisy] = torch.from_numpy(drawn)
+        rows = slice(None) if len(ids) == self.worlds else list(ids)
+        if noisy.size:
+            self._noise[rows] = (2 * self._noise[rows] - 1) * torch.tensor(self.family.noise)
         qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
         self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
-        self.elapsed[list(ids)] = 0
+        self.state.action[rows] = 0.0
+        self.elapsed[rows] = 0
 
-    @property
-    def task_values(self) -> dict[str, Tensor]:
-        """Each task parameter over the worlds, name -> ``(world,)``, float64."""
-        return dict(zip(self.family.space.names, self._values.unbind(1), strict=True))
+    def _observe(self) -> Tensor:
+        obs = self.family.observe(self.state)
+        return obs + self._noise[torch.arange(self.worlds), self.elapsed] if self.family.noise else obs
+
+    def critic_obs(self) -> Tensor:
+        """Return what only a critic is shown of the present state, ``(world, critic)``."""
+        see = self.family.critic_observe
+        return torch.zeros(self.worlds, 0) if see is None else see(self.state)
 
     def step(self, action: Tensor) -> Step:
         """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset."""
         if tuple(action.shape) != (self.worlds, self.act_dim):
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
         family, state = self.family, self.state
-        clipped = torch.clamp(action.double(), self.action_low, self.action_high)
-        self._ctrl.copy_(clipped)
-        before = State(state.qpos.clone(), state.qvel.clone())
+        qpos, qvel, sensors, last = (x.clone() for x in state[:4])
+        before = State(qpos, qvel, sensors, last, state.task)
+        state.action.copy_(torch.clamp(action.double(), self.action_low, self.action_high))
+        self._ctrl.copy_(state.action)
         faulted = self.sim.step(family.substeps)
         self.elapsed += 1
         if bool(faulted.any()):
-            state.qpos[faulted], state.qvel[faulted] = (torch.nan_to_num(x[faulted]) for x in before)
-            clipped[faulted] = 0.0
-        terms = family.reward(before, state, clipped, self.task_values, self.dt)
+            for now, then in zip(state[:3], before[:3], strict=True):
+                now[faulted] = torch.nan_to_num(then[faulted])
+            state.action[faulted] = 0.0
+        terms = family.reward(before, state, self.dt)
         reward = sum((w * terms[k] for k, w in family.weights.items()), start=torch.zeros(())).float()
         self.readout = family.readout(before, state, self.dt) if self.watched else {}
-        obs = final_obs = family.observe(state)
+        obs = final_obs = self._observe()
+        critic_obs = self.critic_obs()
         terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(state)
         if bool(faulted.any()):
             reward = torch.where(faulted, 0.0, reward)
@@ -207,7 +264,7 @@ class Env:
         truncated = (self.elapsed >= family.horizon) & ~terminated
         if bool((terminated | truncated).any()):
             obs = self._autoreset(torch.nonzero(terminated | truncated)[:, 0].tolist())
-        return Step(obs, reward, terms, terminated, truncated, faulted, final_obs)
+        return Step(obs, reward, terms, terminated, truncated, faulted, final_obs, critic_obs)
 
     watched = False
     """Set to compute ``readout`` at each step: only a video looks at it."""
@@ -216,4 +273,4 @@ class Env:
         if self.resample is not None:
             self.set_tasks([self.resample(i, int(self._episode[i]) + 1) for i in ids], ids)
         self._restart(ids)
-        return self.family.observe(self.state)
+        return self._observe()

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import metarobot
-from metarobot.env import Env, Family, families
-from metarobot.model import ModelFactory
-from metarobot.tasks import Task, TaskError, TaskSpace
+from metarobot.distributions import TaskError
+from metarobot.env import Env, Family, TaskModels, families
+from metarobot.tasks import Task, TaskSpace
 from metarobot.types import MetarobotError
 
 Array = NDArray[Any]
@@ -316,8 +316,7 @@ class _Window:
     """A window on one world, drawn by Gymnasium's MuJoCo viewer from a model that has its textures and lights."""
 
     def __init__(self, family: Family, width: int, height: int) -> None:
-        self._columns = [i for i, p in enumerate(family.space.params) for _ in p.edits]
-        self._factory = ModelFactory(family.spec, [e for p in family.space.params for e in p.edits], visual=True)
+        self._maker = TaskModels(family, visual=True)
         self._size, self._task = (width, height), Task("")
         self._viewer: Any = None
 
@@ -335,7 +334,7 @@ class _Window:
 
         self.close()
         self._task = task
-        self._model = self._factory.compile(task.values[i][1] for i in self._columns)
+        self._model = self._maker.compile(task)
         self._data = mujoco.MjData(self._model)
         self._viewer = WindowViewer(self._model, self._data, *self._size)
 

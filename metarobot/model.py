@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,16 +57,28 @@ class ModelFactory:
     of worlds can each have a model of their own.
     """
 
-    def __init__(self, build: Callable[[], mujoco.MjSpec], edits: Iterable[Edit], *, visual: bool = False) -> None:
-        self._spec = build()
+    def __init__(
+        self,
+        build: Callable[[], mujoco.MjSpec],
+        edits: Iterable[Edit],
+        *,
+        shape: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None,
+        visual: bool = False,
+    ) -> None:
+        self._spec, self._shape = build(), shape
         if not visual:
             strip(self._spec)
         self._slots = [_Slot(self._spec, edit) for edit in edits]
 
-    def compile(self, values: Iterable[float]) -> mujoco.MjModel:
-        """Compile the model in which each edit holds its value, in the order the edits were given."""
+    def compile(self, values: Iterable[float], task: Mapping[str, float] | None = None) -> mujoco.MjModel:
+        """Compile the model in which each edit holds its value, in the order the edits were given.
+
+        ``shape`` then writes what edits cannot say, from the task's values by name; it must set all that it touches.
+        """
         for slot, value in zip(self._slots, values, strict=True):
             slot.write(value)
+        if self._shape is not None and task is not None:
+            self._shape(self._spec, task)
         return compile_spec(self._spec)
 
 
@@ -124,9 +136,15 @@ def find(spec: mujoco.MjSpec, element: str, name: str) -> Any:
 
 
 def strip(spec: mujoco.MjSpec) -> None:
-    """Remove textures, materials and lights: they weigh megabytes and no force."""
+    """Remove textures, materials, lights, and meshes that touch nothing: they weigh megabytes and no force."""
+    mesh = mujoco.mjtGeom.mjGEOM_MESH
     for geom in spec.geoms:
         geom.material = ""
+        if geom.type == mesh and not geom.contype and not geom.conaffinity and geom.parent.explicitinertial:
+            spec.delete(geom)
+    used = {geom.meshname for geom in spec.geoms}
+    for thing in [m for m in spec.meshes if m.name not in used]:
+        spec.delete(thing)
     for thing in (*spec.materials, *spec.textures, *spec.lights):
         spec.delete(thing)
 

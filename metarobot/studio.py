@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from metarobot.tasks import Floats
-from metarobot.types import MetarobotError
+from metarobot.types import Floats, MetarobotError
 
 Pixels = NDArray[np.uint8]
 OVERSAMPLE = 2

@@ -13,141 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from metarobot.distributions import Choice, Distribution, LogUniform, Mixture, TaskError, draw, dump, load
 from metarobot.model import Edit
-from metarobot.types import MetarobotError
 
-Floats = NDArray[np.float64]
 SPLITS = ("train", "test", "interpolate", "extrapolate")
-
-
-class TaskError(MetarobotError):
-    """An unknown parameter or split, or a value outside its bounds."""
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Uniform on [low, high]."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not self.low <= self.high:
-            raise TaskError(f"a uniform range needs low <= high, not [{self.low:g}, {self.high:g}]")
-
-    def sample(self, rng: np.random.Generator) -> float:
-        """Draw one value."""
-        return float(rng.uniform(self.low, self.high))
-
-    def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
-        return self.low <= x <= self.high
-
-    def describe(self) -> str:
-        """Say it in a few characters."""
-        return f"U[{self.low:g}, {self.high:g}]"
-
-
-@dataclass(frozen=True)
-class LogUniform:
-    """Log-uniform on [low, high], both positive: as likely to halve as to double."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low <= self.high:
-            raise TaskError(f"a log-uniform range needs 0 < low <= high, not [{self.low:g}, {self.high:g}]")
-
-    def sample(self, rng: np.random.Generator) -> float:
-        """Draw one value."""
-        x = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
-        return min(max(x, self.low), self.high)
-
-    def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
-        return self.low <= x <= self.high
-
-    def describe(self) -> str:
-        """Say it in a few characters."""
-        return f"logU[{self.low:g}, {self.high:g}]"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of a few values, equally likely."""
-
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.values:
-            raise TaskError("a choice needs at least one value")
-
-    def sample(self, rng: np.random.Generator) -> float:
-        """Draw one value."""
-        return float(self.values[int(rng.integers(len(self.values)))])
-
-    def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
-        return x in self.values
-
-    @property
-    def low(self) -> float:
-        """The smallest value."""
-        return min(self.values)
-
-    @property
-    def high(self) -> float:
-        """The largest value."""
-        return max(self.values)
-
-    def describe(self) -> str:
-        """Say it in a few characters."""
-        return "{" + ", ".join(f"{v:g}" for v in self.values) + "}"
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """One of several distributions, drawn by weight: most motors healthy, some dead, some reversed."""
-
-    weights: tuple[float, ...]
-    parts: tuple[Uniform | LogUniform | Choice, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.weights) != len(self.parts) or min(self.weights) <= 0:
-            raise TaskError(f"a mixture needs one positive weight a part, not {self.weights} for {len(self.parts)}")
-
-    def sample(self, rng: np.random.Generator) -> float:
-        """Draw one value."""
-        edges = np.cumsum(self.weights) / sum(self.weights)
-        part = min(int(np.searchsorted(edges, rng.uniform(), side="right")), len(self.parts) - 1)
-        return self.parts[part].sample(rng)
-
-    def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
-        return any(p.contains(x) for p in self.parts)
-
-    @property
-    def low(self) -> float:
-        """The smallest value of any part."""
-        return min(p.low for p in self.parts)
-
-    @property
-    def high(self) -> float:
-        """The largest value of any part."""
-        return max(p.high for p in self.parts)
-
-    def describe(self) -> str:
-        """Say it in a few characters."""
-        total = sum(self.weights)
-        return " + ".join(f"{w / total:.0%} {p.describe()}" for w, p in zip(self.weights, self.parts, strict=True))
-
-
-Distribution = Uniform | LogUniform | Choice | Mixture
-_KINDS: dict[str, Any] = {"uniform": Uniform, "log_uniform": LogUniform, "choice": Choice, "mixture": Mixture}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +33,11 @@ class Param:
     beyond: Distribution | None = None
     """What ``extrapolate`` draws, outside of ``train``."""
     edits: tuple[Edit, ...] = ()
-    """Where the value enters the model; empty if the family's reward reads it instead."""
+    """Where the value enters the model; empty if the family's functions read it instead."""
+    shapes: bool = False
+    """Whether the family's ``shape`` writes the value into the model: what no edit can say, as a terrain."""
+    nuisance: bool = False
+    """Whether the value means nothing by itself, as a seed does: it is left out of the encoding."""
     unit: str = ""
     doc: str = ""
 
@@ -177,7 +52,7 @@ class Param:
     def draw(self, rng: np.random.Generator, *, hole: bool = False) -> float:
         """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every machine."""
         for _ in range(100_000):
-            x = _draw(self.train, rng)
+            x = draw(self.train, rng)
             if self.in_hole(x) == hole:
                 return x
         raise TaskError(f"{self.name}: nothing can be drawn {'inside' if hole else 'outside'} the hole {self.hole}")
@@ -207,18 +82,41 @@ class Task:
         return ", ".join(f"{k} {v:.3g}" for k, v in self.values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """Parameters of which only a few at a time depart from normal: one or two broken joints of twelve.
+
+    Each is drawn from a ``Mixture`` whose first part is normal; the few that depart are drawn from its other parts.
+    """
+
+    params: tuple[str, ...]
+    """Those that may depart."""
+    least: int
+    most: int
+    """How many do, each number equally likely."""
+    spared: tuple[str, ...] = ()
+    """Those that depart in ``extrapolate`` alone, and there no others do."""
+
+
 @dataclass(frozen=True)
 class TaskSpace:
     """What varies from task to task in a family, and the splits tasks are drawn from."""
 
     name: str
     params: tuple[Param, ...]
+    few: tuple[Few, ...] = ()
 
     def __post_init__(self) -> None:
         names = self.names
         for name in names:
             if names.count(name) > 1:
                 raise TaskError(f"{self.name} has two parameters called {name!r}")
+        for few in self.few:
+            for name in (*few.params, *few.spared):
+                if name not in names or not isinstance(self.params[names.index(name)].train, Mixture):
+                    raise TaskError(f"{self.name}: {name!r} is not a parameter drawn from a mixture")
+            if not 0 <= few.least <= few.most <= len(few.params):
+                raise TaskError(f"{self.name}: {few.least} to {few.most} of {len(few.params)} parameters cannot depart")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -230,7 +128,7 @@ class TaskSpace:
         """The splits this space can draw from: no hole, no ``interpolate``; nothing beyond, no ``extrapolate``."""
         has = {"train": True, "test": True}
         has["interpolate"] = any(p.hole for p in self.params)
-        has["extrapolate"] = any(p.beyond for p in self.params)
+        has["extrapolate"] = any(p.beyond for p in self.params) or any(f.spared for f in self.few)
         return tuple(s for s in SPLITS if has[s])
 
     @property
@@ -262,12 +160,30 @@ class TaskSpace:
 
     def _draw(self, split: str, rng: np.random.Generator) -> Task:
         values = {p.name: p.draw(rng, hole=split == "interpolate" and p.hole is not None) for p in self.params}
+        far: list[Param | Few] = []
         if split == "extrapolate":
-            far = [p for p in self.params if p.beyond is not None]
-            chosen = far[int(rng.integers(len(far)))]
-            assert chosen.beyond is not None
-            values[chosen.name] = _draw(chosen.beyond, rng)
+            candidates: list[Param | Few] = [
+                *(p for p in self.params if p.beyond is not None),
+                *(f for f in self.few if f.spared),
+            ]
+            far = [candidates[int(rng.integers(len(candidates)))]]
+        for few in self.few:
+            values |= self._depart(few, few.spared if few in far else few.params, rng)
+        for p in far:
+            if isinstance(p, Param) and p.beyond is not None:
+                values[p.name] = draw(p.beyond, rng)
         return Task(self.name, tuple(values.items()))
+
+    def _depart(self, few: Few, names: Sequence[str], rng: np.random.Generator) -> dict[str, float]:
+        """Draw all of a group: those chosen among ``names`` from what is not normal, the others from what is."""
+        number = min(int(rng.integers(few.least, few.most + 1)), len(names))
+        chosen = {names[i] for i in rng.permutation(len(names))[:number]}
+        values = {}
+        for name in (*few.params, *few.spared):
+            mixture = self.params[self.names.index(name)].train
+            assert isinstance(mixture, Mixture)
+            values[name] = draw(mixture.odd if name in chosen else mixture.parts[0], rng)
+        return values
 
     def check_split(self, split: str) -> None:
         """Raise unless this space has that split."""
@@ -303,15 +219,20 @@ class TaskSpace:
         """Stack tasks as ``(task, parameter)`` float64, in the parameters' own units."""
         return torch.tensor([[t[n] for n in self.names] for t in tasks], dtype=torch.float64)
 
+    @property
+    def width(self) -> int:
+        """Length of a task's encoding."""
+        return sum(not p.nuisance for p in self.params)
+
     def encode(self, tasks: Iterable[Task]) -> Tensor:
-        """Stack tasks as ``(task, parameter)`` float32, each training range mapped to [−1, 1]."""
+        """Stack tasks as ``(task, parameter)`` float32, each training range mapped to [−1, 1]; nuisances left out."""
         x = self.values(tasks)
         for i, p in enumerate(self.params):
             low, high, column = p.train.low, p.train.high, x[:, i]
             if isinstance(p.train, LogUniform):
                 low, high, column = math.log(low), math.log(high), column.log()
             x[:, i] = (2 * column - low - high) / max(high - low, 1e-9)
-        return x.float()
+        return x[:, [i for i, p in enumerate(self.params) if not p.nuisance]].float()
 
     def describe(self) -> str:
         """Lay out for people what varies, where it enters, and what each split draws."""
@@ -320,21 +241,26 @@ class TaskSpace:
             unit = f" {p.unit}" if p.unit else ""
             lines.append(f"  {p.name}{unit}: {p.train.describe()}" + (f"  ({p.doc})" if p.doc else ""))
             for label, value in (
-                ("enters", "; ".join(e.describe() for e in p.edits) or "the reward"),
+                ("enters", "; ".join(e.describe() for e in p.edits) or ("shape" if p.shapes else "the reward")),
                 ("interpolate", f"inside ({p.hole[0]:g}, {p.hole[1]:g}), cut out of training" if p.hole else ""),
                 ("extrapolate", p.beyond.describe() if p.beyond else ""),
             ):
                 if value:
                     lines.append(f"    {label}: {value}")
+        for few in self.few:
+            lines.append(f"  {few.least} to {few.most} depart from their first part, of {', '.join(few.params)}")
+            if few.spared:
+                lines.append(f"    extrapolate: of {', '.join(few.spared)}, which training spares")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the space as plain JSON data, with its hash."""
         params = [
-            {**asdict(p), "train": _dump(p.train), "beyond": None if p.beyond is None else _dump(p.beyond)}
+            {**_plain(p), "train": dump(p.train), "beyond": None if p.beyond is None else dump(p.beyond)}
             for p in self.params
         ]
-        plain = json.loads(json.dumps({"name": self.name, "params": params}))
+        few = {"few": [asdict(f) for f in self.few]} if self.few else {}
+        plain = json.loads(json.dumps({"name": self.name, "params": params, **few}))
         return {**plain, "hash": _digest(plain)}
 
     @property
@@ -346,47 +272,35 @@ class TaskSpace:
     def from_json(cls, data: Mapping[str, Any]) -> TaskSpace:
         """Read a space back; raise if its hash does not match what it holds."""
         try:
-            plain = {"name": data["name"], "params": data["params"]}
+            plain = {k: data[k] for k in ("name", "params", "few") if k != "few" or k in data}
             if _digest(plain) != data["hash"]:
                 raise TaskError(f"the task space {data['name']!r} was changed after it was written: its hash differs")
-            return cls(data["name"], tuple(_load_param(p) for p in data["params"]))
+            few = tuple(_load_few(f) for f in data.get("few", ()))
+            return cls(data["name"], tuple(_load_param(p) for p in data["params"]), few)
         except (KeyError, TypeError, ValueError) as e:
             raise TaskError(f"not a task space: {e!r}") from e
 
 
-def _draw(distribution: Distribution, rng: np.random.Generator) -> float:
-    """Draw to nine digits, or in full where rounding would leave the distribution, as it does for a choice of 1/3."""
-    x = distribution.sample(rng)
-    rounded = float(f"{x:.9g}")
-    return rounded if distribution.contains(rounded) else x
+def _plain(p: Param) -> dict[str, Any]:
+    """Return a parameter as plain data, without flags that are not set: they are younger than some trained agents."""
+    return {k: v for k, v in asdict(p).items() if v or k not in ("shapes", "nuisance")}
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _dump(d: Distribution) -> dict[str, Any]:
-    kind = next(k for k, c in _KINDS.items() if c is type(d))
-    if isinstance(d, Mixture):
-        return {"kind": kind, "weights": d.weights, "parts": [_dump(p) for p in d.parts]}
-    return {"kind": kind, **asdict(d)}
-
-
-def _load(data: Mapping[str, Any]) -> Any:
-    if data["kind"] not in _KINDS:
-        raise TaskError(f"no distribution called {data['kind']!r}; there are: {', '.join(_KINDS)}")
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
-    if "parts" in args:
-        args["parts"] = tuple(_load(p) for p in args["parts"])
-    return _KINDS[data["kind"]](**args)
-
-
 def _load_param(data: Mapping[str, Any]) -> Param:
     rest = {k: v for k, v in data.items() if k not in ("train", "beyond", "hole", "edits")}
     return Param(
-        train=_load(data["train"]),
-        beyond=None if data["beyond"] is None else _load(data["beyond"]),
+        train=load(data["train"]),
+        beyond=None if data["beyond"] is None else load(data["beyond"]),
         hole=None if data["hole"] is None else tuple(data["hole"]),
         edits=tuple(Edit(**e) for e in data["edits"]),
         **rest,
     )
+
+
+def _load_few(data: Mapping[str, Any]) -> Few:
+    names = {k: tuple(data[k]) for k in ("params", "spared")}
+    return Few(least=data["least"], most=data["most"], **names)

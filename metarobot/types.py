@@ -8,8 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Floats = NDArray[np.float64]
 
 
 class MetarobotError(Exception):
@@ -37,8 +41,9 @@ class Rollout:
 
     Shapes: obs ``(time, world, obs)``; action ``(time, world, act)``, as chosen, before the clip to its bounds;
     reward, terminated, truncated, valid ``(time, world)``; final_obs ``(world, obs)``, the observation after each
-    world's last valid step, before any reset; terms, name -> ``(world,)``, each reward term's sum over the episode;
-    faulted ``(world,)``, true where the physics broke down.
+    world's last valid step, before any reset; critic_obs ``(time, world, critic)`` and final_critic_obs ``(world,
+    critic)``, what only a critic in training is shown beside these; terms, name -> ``(world,)``, each reward term's sum
+    over the episode; faulted ``(world,)``, true where the physics broke down.
     """
 
     obs: Tensor
@@ -48,6 +53,8 @@ class Rollout:
     truncated: Tensor
     valid: Tensor
     final_obs: Tensor
+    critic_obs: Tensor
+    final_critic_obs: Tensor
     faulted: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
 
@@ -94,7 +101,8 @@ class Sequence(NamedTuple):
     """A trial as one sequence a world, padding moved to the end: what a recurrent learner trains on.
 
     Shapes: percepts ``(time, world, ...)`` each; action ``(time, world, act)``; reward, terminated, truncated, valid
-    ``(time, world)``; next_obs ``(time, world, obs)``, the observation the step led to, before any reset.
+    ``(time, world)``; next_obs ``(time, world, obs)``, the observation the step led to, before any reset; critic_obs
+    and next_critic_obs ``(time, world, critic)``.
     """
 
     percept: Percept
@@ -104,25 +112,27 @@ class Sequence(NamedTuple):
     truncated: Tensor
     valid: Tensor
     next_obs: Tensor
+    critic_obs: Tensor
+    next_critic_obs: Tensor
 
 
 def sequence(episodes: tuple[Rollout, ...]) -> Sequence:
     """Join the episodes of a trial into one sequence a world, in the order they were lived."""
-    obs, action = (torch.cat([getattr(e, k) for e in episodes]) for k in ("obs", "action"))
-    reward, valid = (torch.cat([getattr(e, k) for e in episodes]) for k in ("reward", "valid"))
-    terminated, truncated = (torch.cat([getattr(e, k) for e in episodes]) for k in ("terminated", "truncated"))
-    next_obs = torch.cat([_next_obs(e) for e in episodes])
-    if not bool(valid.all()):
-        order = torch.argsort((~valid).int(), dim=0, stable=True)
-        rows = torch.arange(valid.shape[1], device=valid.device)
-        obs, action, reward, valid, terminated, truncated, next_obs = (
-            x[order, rows] for x in (obs, action, reward, valid, terminated, truncated, next_obs)
-        )
+    names = ("obs", "action", "reward", "terminated", "truncated", "valid", "critic_obs")
+    parts = {k: torch.cat([getattr(e, k) for e in episodes]) for k in names}
+    parts["next_obs"] = torch.cat([_next(e, e.obs, e.final_obs) for e in episodes])
+    parts["next_critic_obs"] = torch.cat([_next(e, e.critic_obs, e.final_critic_obs) for e in episodes])
+    if not bool(parts["valid"].all()):
+        order = torch.argsort((~parts["valid"]).int(), dim=0, stable=True)
+        rows = torch.arange(order.shape[1], device=order.device)
+        parts = {k: x[order, rows] for k, x in parts.items()}
+    obs, action, reward, terminated, truncated, valid = (parts[k] for k in names[:6])
     done = (terminated | truncated).to(reward.dtype)
     first = torch.zeros_like(reward)
     first[0] = 1.0
     percept = Percept(obs, shift(action), shift(reward), shift(done), first)
-    return Sequence(percept, action, reward, terminated, truncated, valid, next_obs)
+    told = (parts[k] for k in ("next_obs", "critic_obs", "next_critic_obs"))
+    return Sequence(percept, action, reward, terminated, truncated, valid, *told)
 
 
 def shift(x: Tensor) -> Tensor:
@@ -130,7 +140,6 @@ def shift(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
 
 
-def _next_obs(episode: Rollout) -> Tensor:
-    following = torch.cat([episode.obs[1:], episode.final_obs[None]])
+def _next(episode: Rollout, seen: Tensor, final: Tensor) -> Tensor:
     ended = (episode.terminated | episode.truncated)[..., None]
-    return torch.where(ended, episode.final_obs, following)
+    return torch.where(ended, final, torch.cat([seen[1:], final[None]]))

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metarobot.agent import Agent
 from metarobot.collect import collect
-from metarobot.env import Env, Family, Step
-from metarobot.model import ModelFactory
+from metarobot.env import Env, Family, Step, TaskModels
 from metarobot.overlay import Panel, Row, Sheet, number
 from metarobot.studio import Pixels, Stage, VideoError, backend, dress
-from metarobot.tasks import Floats, Task
+from metarobot.tasks import Task
+from metarobot.types import Floats
 
 __all__ = ["SUFFIXES", "Camera", "VideoError", "film"]
 
@@ -47,8 +47,7 @@ class Camera:
         backend()
         self.width, self.height = width, height
         self._space = family.space
-        self._edits = [(i, e) for i, p in enumerate(family.space.params) for e in p.edits]
-        self._factory = ModelFactory(lambda: dress(family.spec()), [e for _, e in self._edits], visual=True)
+        self._maker = TaskModels(family, visual=True, dress=dress)
         self._stages: dict[tuple[float, ...], Stage] = {}
         self._looks: dict[Hashable, tuple[float, Floats]] = {}
 
@@ -63,12 +62,11 @@ class Camera:
         return stage.draw(self._glide(stage, key))
 
     def _stage(self, task: Task) -> Stage:
-        row = [v for _, v in task.values]
-        values = tuple(row[i] for i, _ in self._edits)
+        values = self._maker.key(task)
         if values not in self._stages:
             if len(self._stages) >= _STAGES:
                 self.close()
-            self._stages[values] = Stage(self._factory.compile(values), self.width, self.height)
+            self._stages[values] = Stage(self._maker.compile(task), self.width, self.height)
         return self._stages[values]
 
     def _glide(self, stage: Stage, key: Hashable) -> Floats:

@@ -50,8 +50,8 @@ def test_rl2_over_a_whole_trial_equals_acting_step_by_step_and_tells_the_critic_
     seq = sequence(trials.episodes)
     with torch.no_grad():
         x = learner.agent.features(seq.percept)
-        mean, value, belief = learner.agent(x, trials.task)
-        blind_mean, blind_value, blind_belief = learner.agent(x, torch.zeros_like(trials.task))
+        mean, value, belief = learner.agent(x, trials.task, seq.critic_obs)
+        blind_mean, blind_value, blind_belief = learner.agent(x, torch.zeros_like(trials.task), seq.critic_obs)
     assert torch.equal(mean, blind_mean)
     assert torch.equal(belief, blind_belief)
     assert not torch.equal(value, blind_value)
@@ -167,14 +167,16 @@ def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> N
     seq, c = sequence(trials.episodes), learner.config
     ends = seq.valid.sum(0) - 1
     assert 0 < seq.truncated[ends, torch.arange(6)].sum() < 6
-    _, value, target, *_ = learner._targets(seq, trials.task)
+    _, _, value, target, *_ = learner._targets(seq, trials.task)
     for w, n in enumerate((ends + 1).tolist()):
         told = Percept(*(x[:n, w : w + 1] for x in seq.percept))
         zero = torch.zeros(1, 1)
         after = (seq.next_obs[n - 1 : n, w : w + 1], *(x[n - 1 : n, w : w + 1] for x in (seq.action, seq.reward)))
         whole = Percept(*(torch.cat(pair) for pair in zip(told, (*after, zero, zero), strict=True)))
         with torch.no_grad():
-            _, v, _ = learner.agent(learner.agent.features(whole), trials.task[w : w + 1])
+            _, v, _ = learner.agent(
+                learner.agent.features(whole), trials.task[w : w + 1], torch.zeros(len(whole.obs), 1, 0)
+            )
         fell = seq.terminated[:n, w]
         delta = seq.reward[:n, w] * learner.spread.scale + c.gamma * v[1:, 0] * ~fell - v[:-1, 0]
         expected = torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1, 0]
@@ -187,7 +189,7 @@ def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -
     learner = skilled(name)
     trials = live(build(name))
     seq, c, start = sequence(trials.episodes), learner.config, [0] * 6
-    _, _, target, *_ = learner._targets(seq, trials.task)
+    _, _, _, target, *_ = learner._targets(seq, trials.task)
     assert any(e.truncated.any() for e in trials.episodes)
     for e in trials.episodes:
         for w, n in enumerate(e.valid.sum(0).tolist()):

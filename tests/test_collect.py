@@ -5,8 +5,8 @@ import torch
 
 from metarobot.agent import Context, Shapes, agents
 from metarobot.collect import collect
+from metarobot.distributions import TaskError
 from metarobot.env import Env, Family, families
-from metarobot.tasks import TaskError
 from metarobot.types import Percept, Rollout, Trials, sequence
 
 EPISODES = 3

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from metarobot.distributions import Uniform
 from metarobot.env import Env, Family, Step, families
-from metarobot.tasks import Param, TaskSpace, Uniform
+from metarobot.tasks import Param, TaskSpace
 
 FAMILIES = families.names()
 

@@ -12,9 +12,9 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
 import metarobot
+from metarobot.distributions import TaskError
 from metarobot.env import families
 from metarobot.gym import GymEnv, GymVecEnv, register
-from metarobot.tasks import TaskError
 from metarobot.types import MetarobotError
 from metarobot.video import Camera, VideoError
 

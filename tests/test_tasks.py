@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metarobot.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
 from metarobot.env import families
 from metarobot.model import Edit
-from metarobot.tasks import Choice, LogUniform, Mixture, Param, TaskError, TaskSpace, Uniform
+from metarobot.tasks import Param, TaskSpace
 
 FAMILIES = families.names()
 SPLITS = [(name, split) for name in FAMILIES for split in families.get(name).space.splits]
