@@ -42,7 +42,10 @@ TIMESTEP = 0.005
 PAYLOAD = (0.0, 0.0, 0.09)
 """Where a load sits on the trunk, m."""
 
-_LEG_X, _LEG_Y, _HIP_Y, _LINK, _FOOT = 0.1934, 0.0465, 0.0955, 0.213, 0.022
+FOOT = 0.022
+"""Radius of a foot, m."""
+
+_LEG_X, _LEG_Y, _HIP_Y, _LINK = 0.1934, 0.0465, 0.0955, 0.213
 _RANGES = {
     "hip": {"F": (-1.0472, 1.0472), "R": (-1.0472, 1.0472)},
     "thigh": {"F": (-1.5708, 3.4907), "R": (-0.5236, 4.5379)},
@@ -95,7 +98,7 @@ def _add_leg(trunk: Any, leg: str) -> None:
             size = [0.02, _LINK / 2, 0] if part == "thigh" else [0.012, _LINK / 2, 0]
             _shown(body, mujoco.mjtGeom.mjGEOM_CAPSULE, size, [0, 0, -_LINK / 2], _LEG)
     _touching(body, f"{leg}_knee", mujoco.mjtGeom.mjGEOM_SPHERE, [0.02, 0, 0], rgba=_LEG)
-    _touching(body, leg, mujoco.mjtGeom.mjGEOM_SPHERE, [_FOOT, 0, 0], [-0.002, 0, -_LINK], _LEG)
+    _touching(body, leg, mujoco.mjtGeom.mjGEOM_SPHERE, [FOOT, 0, 0], [-0.002, 0, -_LINK], _LEG)
 
 
 def _weigh(body: Any, mass: float, com: Iterable[float], inertia: Iterable[float]) -> None:
@@ -134,11 +137,9 @@ def load(robot: str) -> mujoco.MjSpec:
     trunks = [b for b in spec.worldbody.bodies if any(j.type == mujoco.mjtJoint.mjJNT_FREE for j in b.joints)]
     if len(trunks) != 1:
         raise ModelError(f"{robot} needs one body on a free joint, the trunk; it has {len(trunks)}")
-    for name, limit in zip(joints, TORQUE, strict=True):
-        joint = spec.joint(name)
-        if joint.type != mujoco.mjtJoint.mjJNT_HINGE:
+    for name in joints:
+        if spec.joint(name).type != mujoco.mjtJoint.mjJNT_HINGE:
             raise ModelError(f"{robot}: joint {name!r} is no hinge")
-        del limit
     return _equip(spec, trunks[0], joints, feet)
 
 
@@ -150,7 +151,7 @@ def _menagerie(name: str) -> Path:
         raise ModelError(f"menagerie:{name} needs a package: pip install 'metarobot[menagerie]'") from e
     try:
         robot = mujoco_menagerie.get(name)
-        return Path(robot.path()) / Path(str(robot.entry_points[0].path)).name
+        return Path(robot.xml(robot.default_model))
     except mujoco_menagerie.MenagerieError as e:
         raise ModelError(f"menagerie:{name} cannot be had: {' '.join(str(e).split())}") from e
 

@@ -1,0 +1,347 @@
+"""A Go2 that has to keep a commanded speed on unknown ground, under unknown loads, with broken motors.
+
+The robot observes what the real one measures: the direction of gravity and the angular velocity in its own frame (IMU),
+joint angles and velocities, its last action and the command, with noise. Everything else is hidden. Actions move the
+joints' targets around a default pose, 50 times a second, late and lagging as on the robot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarobot.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
+from metarobot.env import Family, State
+from metarobot.envs import go2, terrain
+from metarobot.model import Edit
+from metarobot.tasks import Few, Param, TaskSpace
+from metarobot.types import Floats
+
+SUBSTEPS, HORIZON = 4, 200
+"""Physics steps of 5 ms a control step; control steps an episode."""
+LOCK = 2000.0
+"""Damping of a seized joint, N·m·s/rad: the whole robot's weight moves it by less than 1 degree in an episode."""
+SPARED = ("FL_hip", "RR_thigh", "RL_calf")
+"""Joints that break in ``extrapolate`` alone, one of each kind."""
+STEP_HEIGHT = 0.07
+"""How high feet are asked to swing, m."""
+
+OBSERVATIONS = (
+    *(f"gravity_{a}" for a in "xyz"),
+    *(f"turn_{a}_rad/s" for a in "xyz"),
+    *(f"{j}_rad" for j in go2.JOINTS),
+    *(f"{j}_rad/s" for j in go2.JOINTS),
+    *(f"{j}_action" for j in go2.JOINTS),
+    "command_x_m/s",
+    "command_y_m/s",
+    "command_turn_rad/s",
+)
+NOISE = (*[0.05] * 3, *[0.2] * 3, *[0.01] * 12, *[1.5] * 12, *[0.0] * 12, *[0.0] * 3)
+"""Uniform sensor noise as Unitree's own training assumes it, ± so much."""
+WEIGHTS = {
+    "track": 1.0,
+    "turn": 0.5,
+    "bounce": 0.2,
+    "wobble": 0.1,
+    "tilt": 0.2,
+    "effort": 0.1,
+    "jerk": 0.2,
+    "slip": 0.1,
+    "lift": 0.2,
+    "pose": 0.2,
+    "limits": 0.2,
+}
+
+
+POSE, TORQUE, SPEED = (torch.from_numpy(x) for x in (go2.POSE, go2.TORQUE, go2.SPEED))
+
+
+def _quadratic() -> Tensor:
+    """Return the matrix ``(16, 9)`` that turns the products of a unit quaternion's elements into a rotation's."""
+    units = [np.outer(a, b) for a in np.eye(4) for b in np.eye(4)]
+    w, x, y, z = range(4)
+
+    def product(i: int, j: int) -> Floats:
+        return np.array([0.5 * (u[i, j] + u[j, i]) for u in units])
+
+    one = product(w, w) + product(x, x) + product(y, y) + product(z, z)
+    rows = [
+        *(one - 2 * (product(y, y) + product(z, z)), 2 * (product(x, y) - product(w, z))),
+        *(2 * (product(x, z) + product(w, y)), 2 * (product(x, y) + product(w, z))),
+        *(one - 2 * (product(x, x) + product(z, z)), 2 * (product(y, z) - product(w, x))),
+        *(2 * (product(x, z) - product(w, y)), 2 * (product(y, z) + product(w, x))),
+        one - 2 * (product(x, x) + product(y, y)),
+    ]
+    return torch.from_numpy(np.stack(rows, 1))
+
+
+_ROTATION = _quadratic()
+
+
+def rotation(qpos: Tensor) -> Tensor:
+    """Return the trunk's rotation from its own frame to the world's, ``(world, 3, 3)``."""
+    q = qpos[:, 3:7]
+    return ((q[:, :, None] * q[:, None, :]).flatten(1) @ _ROTATION).view(-1, 3, 3)
+
+
+def gravity(state: State, turn: Tensor) -> Tensor:
+    """Return the direction of gravity in the trunk's frame, ``(world, 3)``; a slope is gravity turned."""
+    if "slope" not in state.task:
+        return -turn[:, 2]
+    slope = torch.deg2rad(state.task["slope"])[:, None]
+    return -slope.sin() * turn[:, 0] - slope.cos() * turn[:, 2]
+
+
+def velocity(state: State, turn: Tensor) -> Tensor:
+    """Return the trunk's velocity in its own frame, m/s, ``(world, 3)``."""
+    return (turn * state.qvel[:, :3, None]).sum(1)
+
+
+def command(state: State) -> Tensor:
+    """Return the commanded forward and sideways velocity, m/s, and rate of turn, rad/s, ``(world, 3)``."""
+    zero = torch.zeros_like(state.qpos[:, 0])
+    return torch.stack([state.task.get("command_x", zero), zero, state.task.get("command_turn", zero)], 1)
+
+
+def observe(state: State, *, hidden: bool = False) -> Tensor:
+    """Return ``(world, 45)``; with a hidden command, zeros in its place."""
+    down = gravity(state, rotation(state.qpos))
+    told = torch.zeros_like(down) if hidden else command(state)
+    joints = state.qpos[:, 7:] - POSE
+    return torch.cat([down, state.qvel[:, 3:6], joints, state.qvel[:, 6:], state.action, told], 1).float()
+
+
+class Feet:
+    """What the sensors say of the feet, ``(world, 4)`` in the order of the legs, and of the drives."""
+
+    def __init__(self, state: State) -> None:
+        place, motion, force, self.torque = state.sensors.split([12, 12, 4, 12], 1)
+        self.height = place.view(-1, 4, 3)[..., 2]
+        self.speed = motion.view(-1, 4, 3)[..., :2].norm(dim=-1)
+        self.down = force > 1.0
+
+
+def critic_observe(state: State) -> Tensor:
+    """Return what the robot cannot measure: its velocity, its height over its feet, and which feet are down."""
+    feet, height = Feet(state), state.qpos[:, 2:3]
+    return torch.cat([velocity(state, rotation(state.qpos)), height - feet.height, feet.down, command(state)], 1).float()
+
+
+def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
+    """Return named terms: tracking in [0, 1], everything else in [−1, 0]."""
+    turn, feet, wanted = rotation(after.qpos), Feet(after), command(after)
+    moving, spin = velocity(after, turn), after.qvel[:, 3:6]
+    off = (moving[:, :2] - wanted[:, :2]).square().sum(1)
+    strain = torch.cat([feet.torque / TORQUE, after.qvel[:, 6:] / SPEED], 1)
+    low = (STEP_HEIGHT + go2.FOOT - feet.height).clamp_min(0) / STEP_HEIGHT
+    costs = {
+        "bounce": 4 * moving[:, 2].square(),
+        "wobble": 0.25 * spin[:, :2].square().sum(1),
+        "tilt": 10 * (1 - turn[:, 2, 2]),
+        "effort": 10 * strain[:, :12].square().mean(1),
+        "jerk": (after.action - before.action).square().mean(1),
+        "slip": 4 * (feet.down * feet.speed.square()).sum(1),
+        "lift": (~feet.down * low.square() * feet.speed).sum(1),
+        "pose": 2 * (after.qpos[:, 7:] - POSE).square().mean(1),
+        "limits": 10 * (strain.abs() - 0.9).clamp_min(0).sum(1),
+    }
+    track, turning = torch.exp(-off / 0.1), torch.exp(-4 * (spin[:, 2] - wanted[:, 2]).square())
+    bounded = -torch.tanh(torch.stack(list(costs.values())))
+    return {"track": track, "turn": turning, **dict(zip(costs, bounded, strict=True))}
+
+
+def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
+    """Stand in the default pose, disturbed: joints by ±0.1 rad, heading by ±0.1 rad, velocities by 0.1."""
+    qpos = np.zeros(model.nq)
+    yaw = rng.uniform(-0.1, 0.1)
+    qpos[2], qpos[3], qpos[6] = go2.HEIGHT + 0.02, np.cos(yaw / 2), np.sin(yaw / 2)
+    qpos[7:] = go2.POSE + rng.uniform(-0.1, 0.1, 12)
+    return qpos, 0.1 * rng.standard_normal(model.nv)
+
+
+def fallen(state: State) -> Tensor:
+    """Say where the trunk is tilted by more than 60 degrees, or down between its feet."""
+    feet = state.sensors[:, :12].view(-1, 4, 3)[..., 2]
+    low = state.qpos[:, 2] - feet.min(1).values < 0.1
+    return low | (rotation(state.qpos)[:, 2, 2] < 0.5)
+
+
+def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
+    """Show the speed and what was commanded."""
+    return {"speed m/s": velocity(after, rotation(after.qpos))[:, 0], "wanted m/s": command(after)[:, 0]}
+
+
+def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
+    """Write terrain, broken joints and latency into the model."""
+    if "terrain" in task:
+        ground = terrain.heights(int(task["terrain"]), task["roughness"], int(task["terrain_seed"]))
+        terrain.shape(spec, ground)
+    for i, name in enumerate(go2.JOINTS):
+        drive = spec.actuator(name)
+        health = task.get(name, 1.0)
+        go2.set_strength(drive, i, max(health, 0.0))
+        spec.joint(drive.target).damping[0] = LOCK if health < 0 else 0.1
+        drive.delay = task.get("latency", go2.LATENCY)
+
+
+FRICTION = Param(
+    name="friction",
+    train=LogUniform(0.4, 1.2),
+    beyond=LogUniform(0.2, 0.4),
+    edits=(Edit(element="geom", name="floor", field="friction", index=0),),
+    doc="sliding friction of the floor",
+)
+SLOPE = Param(
+    name="slope",
+    train=Uniform(-8, 8),
+    hole=(2.0, 4.0),
+    beyond=Uniform(8, 12),
+    edits=(Edit(element="option", field="gravity", op="rotate_y"),),
+    unit="deg",
+    doc="positive is uphill",
+)
+TERRAIN = (
+    Param(
+        name="roughness",
+        train=Uniform(0.02, 0.08),
+        beyond=Uniform(0.08, 0.12),
+        shapes=True,
+        unit="m",
+        doc="from the lowest to the highest point",
+    ),
+    Param(
+        name="terrain",
+        train=Choice((0.0, 1.0, 2.0)),
+        beyond=Choice((3.0,)),
+        shapes=True,
+        doc=", ".join(f"{i} {k}" for i, k in enumerate(terrain.KINDS)),
+    ),
+    Param(name="terrain_seed", train=Choice(tuple(map(float, range(10_000)))), shapes=True, nuisance=True, doc="draws the ground"),
+)
+PAYLOAD = (
+    Param(
+        name="payload",
+        train=Uniform(0.001, 4),
+        beyond=Uniform(4, 6),
+        edits=(Edit(element="geom", name="payload", field="mass"),),
+        unit="kg",
+        doc="on the trunk of the 15.2 kg robot",
+    ),
+    Param(
+        name="payload_x",
+        train=Uniform(-0.12, 0.12),
+        edits=(Edit(element="body", name="payload", field="pos", index=0),),
+        unit="m",
+        doc="how far forward it sits",
+    ),
+    Param(
+        name="payload_y",
+        train=Uniform(-0.06, 0.06),
+        edits=(Edit(element="body", name="payload", field="pos", index=1),),
+        unit="m",
+        doc="how far left it sits",
+    ),
+)
+LATENCY = Param(
+    name="latency",
+    train=Uniform(0.005, 0.02),
+    beyond=Uniform(0.02, 0.04),
+    shapes=True,
+    unit="s",
+    doc="from action to drive",
+)
+
+
+def commanded(low: float, high: float, beyond: float) -> Param:
+    """Build the commanded forward speed."""
+    return Param(name="command_x", train=Uniform(low, high), beyond=Uniform(high, beyond), unit="m/s", doc="forward speed")
+
+
+def joint(name: str) -> Param:
+    """Build the health of one joint's drive: healthy, weak, dead or locked."""
+    return Param(
+        name=name,
+        train=Mixture((0.83, 0.06, 0.07, 0.04), (Uniform(0.9, 1.1), Uniform(0.2, 0.5), Choice((0.0,)), Choice((-1.0,)))),
+        shapes=True,
+        doc="torque factor of its drive; 0 is dead, -1 locked",
+    )
+
+
+def broken(least: int, most: int) -> Few:
+    """Break so many joints at a time."""
+    return Few(params=tuple(j for j in go2.JOINTS if j not in SPARED), least=least, most=most, spared=SPARED)
+
+
+HEALTH = tuple(joint(name) for name in go2.JOINTS)
+
+
+def quadruped(
+    name: str, doc: str, params: tuple[Param, ...], few: tuple[Few, ...] = (), *, hidden: bool = False, robot: str = ""
+) -> Family:
+    """Build a family of the quadruped; ``hidden`` keeps the command from the robot, ``robot`` is another model of it."""
+    space = TaskSpace(name, params, few)
+    rough = "terrain" in space.names
+    fast = next((max(p.train.high, p.beyond.high if p.beyond else 0) for p in params if p.name == "command_x"), 0.0)
+    if rough and HORIZON * SUBSTEPS * go2.TIMESTEP * 1.3 * fast > terrain.RADIUS:
+        raise TaskError(f"{name}: a terrain of {2 * terrain.RADIUS:g} m does not fit a speed of {fast:g} m/s")
+    return Family(
+        name=name,
+        doc=doc,
+        space=space,
+        horizon=HORIZON,
+        substeps=SUBSTEPS,
+        spec=partial(_ground, robot, rough),
+        shape=shape,
+        observations=OBSERVATIONS,
+        observe=partial(observe, hidden=hidden),
+        noise=NOISE,
+        critic_observe=critic_observe,
+        reward=reward,
+        weights=WEIGHTS,
+        start=start,
+        terminate=fallen,
+        readout=readout,
+        on_robot=lambda other: quadruped(name, doc, params, few, hidden=hidden, robot=other),
+    )
+
+
+def _ground(robot: str, rough: bool) -> mujoco.MjSpec:
+    spec = go2.model(robot)
+    return terrain.lay(spec) if rough else spec
+
+
+COMMAND_TURN = Param(name="command_turn", train=Uniform(-0.6, 0.6), unit="rad/s", doc="rate of turn, left positive")
+
+quadruped_flat = quadruped(
+    "QuadrupedFlat",
+    "Walk and turn as commanded on level ground of unknown friction: horizon 200, 50 Hz.",
+    (commanded(0.0, 1.0, 1.3), COMMAND_TURN, FRICTION),
+)
+quadruped_vel = quadruped(
+    "QuadrupedVel",
+    "Walk at a speed that only the reward reveals: U[0, 1] m/s, horizon 200, 50 Hz.",
+    (commanded(0.0, 1.0, 1.3),),
+    hidden=True,
+)
+quadruped_terrain = quadruped(
+    "QuadrupedTerrain",
+    "Keep a commanded speed on a slope and rough ground that is felt, not seen: horizon 200, 50 Hz.",
+    (commanded(0.4, 0.8, 1.0), FRICTION, SLOPE, *TERRAIN),
+)
+quadruped_damage = quadruped(
+    "QuadrupedDamage",
+    "Keep a commanded speed with one or two joints weak, dead or locked: horizon 200, 50 Hz.",
+    (commanded(0.4, 0.8, 1.0), *HEALTH),
+    (broken(1, 2),),
+)
+quadruped_mix = quadruped(
+    "QuadrupedMix",
+    "Keep a commanded speed with everything unknown: ground, load, latency and up to two broken joints.",
+    (commanded(0.4, 0.8, 1.0), FRICTION, SLOPE, *TERRAIN, *PAYLOAD, LATENCY, *HEALTH),
+    (broken(0, 2),),
+)
