@@ -12,12 +12,14 @@ KINDS = ("noise", "steps", "waves", "ridges")
 RADIUS, CELLS = 6.0, 120
 """Half the length of the square field, m, and its cells a side: 0.1 m each."""
 _DEPTH, _CLEARING = 0.1, (0.35, 0.8)
-"""Ground below the lowest point, m; within the first radius round the start it is level, beyond the second all rough."""
+"""Ground below the lowest point, m; level within the first radius round the start, all rough beyond the second."""
 
 
 def heights(kind: int, roughness: float, seed: int) -> Floats:
-    """Return the heights ``(CELLS, CELLS)`` (y, x), m, zero at the middle; ``roughness`` is from the lowest to the
-    highest point, m."""
+    """Return the heights ``(CELLS, CELLS)`` (y, x), m, zero at the middle.
+
+    ``roughness`` is from the lowest to the highest point, m.
+    """
     rng = np.random.Generator(np.random.PCG64([kind, seed]))
     y, x = np.meshgrid(*2 * [np.linspace(-RADIUS, RADIUS, CELLS)], indexing="ij")
     draw = {"noise": _noise, "steps": _steps, "waves": _waves, "ridges": _ridges}[KINDS[kind]]
@@ -25,7 +27,7 @@ def heights(kind: int, roughness: float, seed: int) -> Floats:
     ground = (ground - ground.min()) / max(float(np.ptp(ground)), 1e-9)
     inner, outer = _CLEARING
     share = np.clip((np.hypot(x, y) - inner) / (outer - inner), 0, 1)
-    return roughness * share * (ground - 0.5)
+    return np.asarray(roughness * share * (ground - 0.5))
 
 
 def _noise(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
@@ -42,7 +44,7 @@ def _noise(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
 def _steps(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
     """Draw square plateaus of 0.6 m, each at a height of its own."""
     size = CELLS // 20
-    return np.kron(rng.uniform(-1, 1, (20, 20)), np.ones((size, size)))
+    return np.asarray(np.kron(rng.uniform(-1, 1, (20, 20)), np.ones((size, size))), np.float64)
 
 
 def _waves(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:

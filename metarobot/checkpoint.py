@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from metarobot.agent import Learner, Shapes, agents
-from metarobot.env import Env, Family, families
+from metarobot.env import Env, Family, family_on
 from metarobot.tasks import TaskSpace
 from metarobot.types import MetarobotError
 
@@ -165,14 +165,14 @@ def create(folder: Path, config: dict[str, Any]) -> Run:
     """Start a run folder, which must not hold a run yet."""
     if (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
-    family: Family = families.get(config["family"])
+    family = family_on(config["family"], config.get("robot", ""))
     write_json(folder / "tasks.json", family.space.to_json())
     write_json(folder / "config.json", {"format": FORMAT, "kind": "metarobot-run", **config})
     return open_run(folder)
 
 
-def open_run(where: str | Path) -> Run:
-    """Open a run folder, or a pretrained agent by its name."""
+def open_run(where: str | Path, robot: str = "") -> Run:
+    """Open a run folder, or a pretrained agent by its name; ``robot`` puts it on another robot than its own."""
     folder = Path(where)
     if not folder.exists() and (PRETRAINED / str(where)).is_dir():
         folder = PRETRAINED / str(where)
@@ -186,7 +186,7 @@ def open_run(where: str | Path) -> Run:
             f"{folder} is of format {config['format']}, this metarobot reads up to {FORMAT}: upgrade metarobot"
         )
     try:
-        family: Family = families.get(config["family"])
+        family = family_on(config["family"], robot or config.get("robot", ""))
         agents.get(config["agent"])
     except KeyError as e:
         raise CheckpointError(f"{folder / 'config.json'} is damaged: it has no {e}") from e

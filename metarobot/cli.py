@@ -52,6 +52,7 @@ def evaluate(
     blind: tuple[str, ...] = (),
     finetune: tuple[str, ...] = (),
     controls: bool = False,
+    robot: str = "",
     json: Path | None = None,
     plot: Path | None = None,
 ) -> None:
@@ -71,6 +72,7 @@ def evaluate(
         finetune: Policies trained as ppo or blind, to be fine-tuned with the episodes and gradient steps that the runs
             adapt with; untrained weights too. The step size of each is tuned on training tasks.
         controls: Also play with the context cleared, or swapped for another task's, after each episode.
+        robot: Another model of the robot than the agents were trained on: a path to an MJCF, or menagerie:name.
         json: Where to write the report.
         plot: Where to draw the curves (.png, .svg or .pdf).
     """
@@ -82,7 +84,7 @@ def evaluate(
     if plot is not None:
         drawing.check_suffix(plot)
     protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, quiet=quiet, threads=threads)
-    agents, *others = ([checkpoint.open_run(r) for r in group] for group in (runs, oracle, blind, finetune))
+    agents, *others = ([checkpoint.open_run(r, robot) for r in group] for group in (runs, oracle, blind, finetune))
     baselines = dict(zip(("oracle", "blind", "finetune"), others, strict=True))
     total = trials(len(agents), len(others[0]), len(others[1]), len(others[2]), controls)
     with _progress() as bar:
@@ -104,6 +106,7 @@ def render(
     episodes: int = 2,
     seed: int = 0,
     task: tuple[str, ...] = (),
+    robot: str = "",
     size: tuple[int, int] = (320, 240),
     fps: float | None = None,
 ) -> None:
@@ -117,6 +120,7 @@ def render(
         episodes: Episodes of each task, side by side.
         seed: Draws the tasks and the starts.
         task: One task of your own instead, as name=value for each parameter.
+        robot: Another model of the robot than the agent was trained on: a path to an MJCF, or menagerie:name.
         size: Width and height of one panel, pixels.
         fps: Frames a second; by default the control rate (mp4, at most 30) or 12.5 (gif). Always in real time.
     """
@@ -125,7 +129,7 @@ def render(
     from metarobot.video import film
 
     Protocol(split=split, tasks=tasks, episodes=episodes)
-    opened = open_run(run)
+    opened = open_run(run, robot)
     space = opened.family.space
     chosen = [space.task(**_assignments(task))] if task else space.sample(split, tasks, seed)
     agent = opened.load_agent()
@@ -220,25 +224,13 @@ def plot(
         at: Also print that return after so many seconds of training, and the steps it took.
     """
     from metarobot.checkpoint import open_run
-    from metarobot.log import first_reach, read_metrics
+    from metarobot.log import read_metrics
     from metarobot.plot import learning
+    from metarobot.tables import milestones
 
     opened = [open_run(r) for r in runs]
     learning(opened, out)
-    for run in opened:
-        rows = read_metrics(run.folder / "metrics.jsonl")
-        for level in reach:
-            row = first_reach(rows, level)
-            when = (
-                "never" if row is None else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
-            )
-            print(f"{run.name} reached {level:g}: {when}")
-        for second in at:
-            lived = [r for r in rows if r["time/time_elapsed"] <= second][-10:]
-            if lived:
-                mean = sum(r["meta/post_adapt_return"] for r in lived) / len(lived)
-                steps = lived[-1]["time/total_timesteps"]
-                print(f"{run.name} after {second:g} s: {mean:.1f}, {steps:,} steps, {steps / second:,.0f} steps/s")
+    milestones({r.name: read_metrics(r.folder / "metrics.jsonl") for r in opened}, reach, at)
     print(f"wrote {out}")
 
 
@@ -277,6 +269,7 @@ def _train_command(agent: str) -> Callable[..., None]:
         out: Path,
         config: Annotated[Any, tyro.conf.arg(name="")],
         agent: str = "rl2",
+        robot: str = usual.robot,
         steps: float = float(usual.steps),
         seed: int = usual.seed,
         device: str = usual.device,
@@ -294,6 +287,7 @@ def _train_command(agent: str) -> Callable[..., None]:
             out: Run folder to write.
             config: Settings of the agent.
             agent: Kind of agent; ``metarobot agents`` lists them.
+            robot: Another model of the family's robot: a path to an MJCF, or menagerie:name.
             steps: Environment steps to train for, e.g. 2e6.
             seed: The same seed, settings and thread count give the same weights.
             device: Where learning happens, cpu or cuda; physics runs on the CPU.
@@ -304,6 +298,7 @@ def _train_command(agent: str) -> Callable[..., None]:
         settings = TrainConfig(
             family=family,
             agent=agent,
+            robot=robot,
             steps=int(steps) if steps == steps and abs(steps) < 1e15 else -1,
             seed=seed,
             device=device,

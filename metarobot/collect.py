@@ -60,7 +60,7 @@ def _episode(
     k: int,
     watch: Callable[[int, Env, Step], None] | None,
 ) -> tuple[Rollout, Percept, Context]:
-    """Live one episode in every world; a world that ends early waits, its context untouched, for the others."""
+    """Live one episode in every world; a world that ends early sleeps, its context untouched, until all have."""
     book = _Recorder(env)
     shape = (env.family.horizon, env.worlds, env.act_dim)
     noise = None if generator is None else torch.randn(shape, generator=generator)
@@ -68,7 +68,7 @@ def _episode(
     while book.living:
         action, after = agent.act(percept, context, None if noise is None else noise[book.time])
         critic_obs = env.critic_obs()
-        step = env.step(action)
+        step = env.step(action, book.awake)
         ended = (step.terminated | step.truncated).float()
         arrived = Percept(step.obs, action, step.reward, ended, zeros)
         context = context if after is context else tuple(book.kept(after, context))
@@ -94,6 +94,11 @@ class _Recorder:
         self._final_critic_obs = torch.zeros_like(env.critic_obs())
         self._critic_obs = torch.zeros(horizon, *self._final_critic_obs.shape)
         self._terms: dict[str, Tensor] = {}
+
+    @property
+    def awake(self) -> Tensor | None:
+        """Which worlds are still in the episode; None if all are."""
+        return None if self._all else self._alive
 
     def kept(self, new: Iterable[Tensor], old: Iterable[Tensor]) -> Iterable[Tensor]:
         """Take what is new in the living worlds, what was in the others."""

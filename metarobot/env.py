@@ -76,6 +76,16 @@ families: Registry[Family] = Registry("family", "metarobot.families")
 """Name -> ``Family``."""
 
 
+def family_on(name: str, robot: str = "") -> Family:
+    """Return the family of that name, on its own robot or on another: a path to an MJCF, or ``menagerie:name``."""
+    family: Family = families.get(name)
+    if not robot:
+        return family
+    if family.on_robot is None:
+        raise MetarobotError(f"{name} has no other robot than its own; leave --robot out")
+    return family.on_robot(robot)
+
+
 class Step(NamedTuple):
     """What one control step gave. Shapes ``(world, ...)``.
 
@@ -236,17 +246,22 @@ class Env:
         see = self.family.critic_observe
         return torch.zeros(self.worlds, 0) if see is None else see(self.state)
 
-    def step(self, action: Tensor) -> Step:
-        """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset."""
+    def step(self, action: Tensor, awake: Tensor | None = None) -> Step:
+        """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset.
+
+        Where ``awake`` ``(world,)`` is false nothing happens, and what is returned there means nothing.
+        """
         if tuple(action.shape) != (self.worlds, self.act_dim):
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
         family, state = self.family, self.state
         qpos, qvel, sensors, last = (x.clone() for x in state[:4])
         before = State(qpos, qvel, sensors, last, state.task)
         state.action.copy_(torch.clamp(action.double(), self.action_low, self.action_high))
+        if awake is not None:
+            state.action[~awake] = 0.0
         self._ctrl.copy_(state.action)
-        faulted = self.sim.step(family.substeps)
-        self.elapsed += 1
+        faulted = self.sim.step(family.substeps, None if awake is None else torch.nonzero(awake)[:, 0].tolist())
+        self.elapsed += 1 if awake is None else awake
         if bool(faulted.any()):
             for now, then in zip(state[:3], before[:3], strict=True):
                 now[faulted] = torch.nan_to_num(then[faulted])
@@ -262,6 +277,8 @@ class Env:
             terms = {k: torch.where(faulted, 0.0, v) for k, v in terms.items()}
             terminated = terminated | faulted
         truncated = (self.elapsed >= family.horizon) & ~terminated
+        if awake is not None:
+            terminated, truncated, faulted = terminated & awake, truncated & awake, faulted & awake
         if bool((terminated | truncated).any()):
             obs = self._autoreset(torch.nonzero(terminated | truncated)[:, 0].tolist())
         return Step(obs, reward, terms, terminated, truncated, faulted, final_obs, critic_obs)

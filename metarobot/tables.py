@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from metarobot.log import first_reach
 
 
 def evaluation(report: dict[str, Any]) -> None:
@@ -56,3 +58,20 @@ def maml(report: dict[str, Any]) -> None:
         )
     Console(width=max(Console().width, 124)).print(table)
     print(f"peak memory {report['peak_memory_mb']:,.0f} MB; median of {report['rounds']} rounds")
+
+
+def milestones(runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float], at: Iterable[float]) -> None:
+    """Print when each run first reached the returns ``reach``, and its return ``at`` so many seconds."""
+    for name, rows in runs.items():
+        for level in reach:
+            row = first_reach(rows, level)
+            when = (
+                "never" if row is None else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
+            )
+            print(f"{name} reached {level:g}: {when}")
+        for second in at:
+            lived = [r for r in rows if r["time/time_elapsed"] <= second][-10:]
+            if lived:
+                mean = sum(r["meta/post_adapt_return"] for r in lived) / len(lived)
+                steps = lived[-1]["time/total_timesteps"]
+                print(f"{name} after {second:g} s: {mean:.1f}, {steps:,} steps, {steps / second:,.0f} steps/s")

@@ -26,7 +26,7 @@ import metarobot
 from metarobot.agent import Learner, agents
 from metarobot.checkpoint import CheckpointError, Run, build_learner, create, open_run, save
 from metarobot.collect import collect
-from metarobot.env import Env, families
+from metarobot.env import Env, family_on
 from metarobot.log import Log
 from metarobot.parallel import steady_heap
 from metarobot.types import MetarobotError, Trials
@@ -38,6 +38,8 @@ class TrainConfig:
 
     family: str
     agent: str = "rl2"
+    robot: str = ""
+    """Another model of the family's robot: a path to an MJCF, or ``menagerie:name``; empty is its own."""
     steps: int = 2_000_000
     """Environment steps to train for."""
     seed: int = 0
@@ -52,7 +54,7 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise for settings that cannot work."""
-    families.get(config.family)
+    family_on(config.family, config.robot)
     agents.get(config.agent)
     for name, least in (("steps", 1), ("seed", 0), ("threads", 0), ("save_every", 1)):
         if getattr(config, name) < least:
@@ -74,7 +76,7 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     versions = {"metarobot": metarobot.__version__, "mujoco": mujoco.__version__, "torch": torch.__version__}
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
     plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions}
-    build_learner(config.agent, agent_config, families.get(config.family), config.seed)
+    build_learner(config.agent, agent_config, family_on(config.family, config.robot), config.seed)
     return create(out, plain)
 
 
@@ -94,7 +96,10 @@ def reopen(config: TrainConfig, agent_config: Any, out: Path) -> Run:
 
 def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
     """Train until the steps are done; return False if a signal stopped it first, with everything saved."""
-    learner, config = run.learner(), TrainConfig(**{k: run.config[k] for k in TrainConfig.__dataclass_fields__})
+    learner, config = (
+        run.learner(),
+        TrainConfig(**{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}),
+    )
     check(config)
     counters: dict[str, Any] = {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
     if resume:

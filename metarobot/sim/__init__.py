@@ -26,8 +26,11 @@ class Sim(Protocol):
         state by one substep after ``step``.
         """
 
-    def step(self, substeps: int) -> Tensor:
-        """Advance every world; return ``(world,)``, true where the physics broke down (NaN, warning or error)."""
+    def step(self, substeps: int, ids: Sequence[int] | None = None) -> Tensor:
+        """Advance the worlds of ``ids`` (default: all); return ``(world,)``, true where the physics broke down.
+
+        NaN, a warning of MuJoCo's, or an error.
+        """
 
     def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
         """Put the worlds of ``ids`` into a fresh state with these joint positions and velocities ``(id, ...)``."""

@@ -39,11 +39,11 @@ class CpuSim:
         array.flags.writeable = True  # derived fields are read-only to numpy; torch warns about that
         return torch.from_numpy(array)
 
-    def step(self, substeps: int) -> Tensor:
-        """Advance every world; return ``(world,)``, true where the physics broke down."""
+    def step(self, substeps: int, ids: Sequence[int] | None = None) -> Tensor:
+        """Advance the worlds of ``ids`` (default: all); return ``(world,)``, true where the physics broke down."""
         failed: np.ndarray | None = None
         try:
-            self._batch.step(nstep=substeps)
+            self._batch.step(ids, nstep=substeps)
         except batch.SimulationError as e:
             failed = e.ids
         bad = torch.from_numpy(self._batch.warning[:, :, 1].any(1))
