@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.nets import RunningNorm, log_prob, mlp
+from metarobot.nets import RunningNorm, graft, linears, log_prob, mlp
 from metarobot.parallel import gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
@@ -182,6 +182,13 @@ class PPO:
             kl = weight * (ratio - 1 - log_ratio).sum()
             clipped = weight * ((ratio - 1).abs() > c.clip).sum()
         return policy_loss + c.value * value_loss, torch.stack([policy_loss, value_loss, kl, clipped])
+
+    def adopt(self, policy: PPOAgent) -> None:
+        """Begin as another policy acts; what it was not shown has no influence yet."""
+        for mine, theirs in zip(linears(self.agent.actor), linears(policy.actor), strict=True):
+            graft(mine, theirs)
+        self.agent.norm.adopt(policy.norm)
+        self.agent.log_std.data.copy_(policy.log_std)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""

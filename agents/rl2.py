@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.nets import RunningNorm, log_prob, memory, mlp, orthogonal
+from metarobot.agents.ppo import PPOAgent
+from metarobot.nets import RunningNorm, graft, linears, log_prob, memory, mlp, orthogonal
 from metarobot.parallel import gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, sequence
@@ -213,6 +214,19 @@ class RL2:
             clipped = (weight * ((ratio - 1).abs() > c.clip)).sum()
         statistics = torch.stack([policy_loss, value_loss, belief_loss, kl, clipped])
         return policy_loss + c.value * value_loss + c.belief * belief_loss, statistics
+
+    def adopt(self, policy: PPOAgent) -> None:
+        """Begin as a policy without memory acts; what the memory holds has no influence yet."""
+        first, *rest = linears(policy.actor)
+        agent, width = self.agent, len(first.bias)
+        graft(agent.sense, first)
+        with torch.no_grad():
+            agent.recall.weight[:width] = 0.0
+            agent.recall.bias[:width] = first.bias
+            agent.log_std.copy_(policy.log_std)
+        for mine, theirs in zip(linears(agent.actor), rest, strict=True):
+            graft(mine, theirs)
+        agent.norm.adopt(policy.norm)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""

@@ -53,8 +53,8 @@ WEIGHTS = {
     "tilt": 0.3,
     "effort": 0.05,
     "jerk": 0.1,
-    "slip": 0.1,
-    "lift": 0.25,
+    "slip": 0.15,
+    "lift": 0.4,
     "pose": 0.2,
     "limits": 0.1,
 }

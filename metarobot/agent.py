@@ -51,7 +51,10 @@ class Agent(Protocol):
 
 
 class Learner(Protocol):
-    """Owns an agent's weights and turns collected trials into updates of them."""
+    """Owns an agent's weights and turns collected trials into updates of them.
+
+    A learner may also have ``adopt(policy)``: begin as an agent without memory acts.
+    """
 
     agent: Any
     """The agent, an ``nn.Module``."""

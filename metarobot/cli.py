@@ -270,6 +270,7 @@ def _train_command(agent: str) -> Callable[..., None]:
         config: Annotated[Any, tyro.conf.arg(name="")],
         agent: str = "rl2",
         robot: str = usual.robot,
+        init: str = usual.init,
         steps: float = float(usual.steps),
         seed: int = usual.seed,
         device: str = usual.device,
@@ -288,6 +289,7 @@ def _train_command(agent: str) -> Callable[..., None]:
             config: Settings of the agent.
             agent: Kind of agent; ``metarobot agents`` lists them.
             robot: Another model of the family's robot: a path to an MJCF, or menagerie:name.
+            init: A policy without memory to begin as: an agent trained as ppo or blind.
             steps: Environment steps to train for, e.g. 2e6.
             seed: The same seed, settings and thread count give the same weights.
             device: Where learning happens, cpu or cuda; physics runs on the CPU.
@@ -299,6 +301,7 @@ def _train_command(agent: str) -> Callable[..., None]:
             family=family,
             agent=agent,
             robot=robot,
+            init=init,
             steps=int(steps) if steps == steps and abs(steps) < 1e15 else -1,
             seed=seed,
             device=device,

@@ -48,6 +48,17 @@ class RunningNorm(nn.Module):
         self.shift.copy_(self.mean)
         self.scale.copy_((self.m2 / self.count).clamp_min(1e-8).rsqrt())
 
+    @torch.no_grad()
+    def adopt(self, other: RunningNorm) -> None:
+        """Take over what another has seen of the first features; the rest begin with mean 0 and deviation 1."""
+        n = len(other.mean)
+        self.count.copy_(other.count)
+        self.m2.copy_(other.count)
+        for mine, theirs in ((self.mean, other.mean), (self.m2, other.m2)):
+            mine[:n] = theirs
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.m2 / self.count.clamp_min(1)).clamp_min(1e-8).rsqrt())
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(..., feature)``."""
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
@@ -71,6 +82,23 @@ def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def linears(net: nn.Sequential) -> list[nn.Linear]:
+    """List the linear layers of a perceptron."""
+    return [layer for layer in net if isinstance(layer, nn.Linear)]
+
+
+@torch.no_grad()
+def graft(layer: nn.Linear, other: nn.Linear) -> None:
+    """Make a layer's first outputs those of a smaller one; inputs that the smaller one lacks are silent there."""
+    rows, columns = other.weight.shape
+    if rows > layer.weight.shape[0] or columns > layer.weight.shape[1]:
+        raise MetarobotError(f"a layer of {rows} x {columns} weights does not fit one of {tuple(layer.weight.shape)}")
+    layer.weight[:rows] = 0.0
+    layer.weight[:rows, :columns] = other.weight
+    if layer.bias is not None:
+        layer.bias[:rows] = other.bias
 
 
 def log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:

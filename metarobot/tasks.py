@@ -168,15 +168,20 @@ class TaskSpace:
             ]
             far = [candidates[int(rng.integers(len(candidates)))]]
         for few in self.few:
-            values |= self._depart(few, few.spared if few in far else few.params, rng)
+            values |= self._depart(few, rng, spared=few in far)
         for p in far:
             if isinstance(p, Param) and p.beyond is not None:
                 values[p.name] = draw(p.beyond, rng)
         return Task(self.name, tuple(values.items()))
 
-    def _depart(self, few: Few, names: Sequence[str], rng: np.random.Generator) -> dict[str, float]:
-        """Draw all of a group: those chosen among ``names`` from what is not normal, the others from what is."""
-        number = min(int(rng.integers(few.least, few.most + 1)), len(names))
+    def _depart(self, few: Few, rng: np.random.Generator, *, spared: bool) -> dict[str, float]:
+        """Draw all of a group: those chosen from what is not normal, the others from what is.
+
+        Of the ``spared``, at least one is.
+        """
+        names = few.spared if spared else few.params
+        least = 1 if spared else few.least
+        number = min(int(rng.integers(least, max(few.most, least) + 1)), len(names))
         chosen = {names[i] for i in rng.permutation(len(names))[:number]}
         values = {}
         for name in (*few.params, *few.spared):

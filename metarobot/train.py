@@ -26,7 +26,7 @@ import metarobot
 from metarobot.agent import Learner, agents
 from metarobot.checkpoint import CheckpointError, Run, build_learner, create, open_run, save
 from metarobot.collect import collect
-from metarobot.env import Env, family_on
+from metarobot.env import Env, Family, family_on
 from metarobot.log import Log
 from metarobot.parallel import steady_heap
 from metarobot.types import MetarobotError, Trials
@@ -40,6 +40,8 @@ class TrainConfig:
     agent: str = "rl2"
     robot: str = ""
     """Another model of the family's robot: a path to an MJCF, or ``menagerie:name``; empty is its own."""
+    init: str = ""
+    """A policy without memory to begin as: the run folder or name of an agent trained as ppo or blind."""
     steps: int = 2_000_000
     """Environment steps to train for."""
     seed: int = 0
@@ -76,8 +78,27 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     versions = {"metarobot": metarobot.__version__, "mujoco": mujoco.__version__, "torch": torch.__version__}
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
     plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions}
-    build_learner(config.agent, agent_config, family_on(config.family, config.robot), config.seed)
+    family = family_on(config.family, config.robot)
+    _begin(build_learner(config.agent, agent_config, family, config.seed), family, config)
     return create(out, plain)
+
+
+def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
+    """Let an untrained learner begin as the policy of ``config.init`` acts, if one is given."""
+    if not config.init:
+        return
+    source, adopt = open_run(config.init), getattr(learner, "adopt", None)
+    if source.agent not in ("ppo", "blind"):
+        raise MetarobotError(
+            f"init needs a policy trained as ppo or blind; {config.init} was trained as {source.agent}"
+        )
+    if adopt is None:
+        raise MetarobotError(f"agent {config.agent!r} cannot begin as another policy; rl2, ppo, blind and oracle can")
+    if source.family.observations != family.observations:
+        raise MetarobotError(
+            f"init: {source.family.name}, which {config.init} knows, is observed otherwise than {family.name}"
+        )
+    adopt(source.load_agent())
 
 
 def reopen(config: TrainConfig, agent_config: Any, out: Path) -> Run:
@@ -102,8 +123,10 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
     )
     check(config)
     counters: dict[str, Any] = {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
-    if resume:
+    if resume and (run.folder / "checkpoint.json").exists():
         counters = _restore(run, learner)
+    else:
+        _begin(learner, run.family, config)
     steady_heap()
     learner.agent.to(config.device)
     threads = config.threads or len(os.sched_getaffinity(0))
@@ -170,8 +193,6 @@ def rollout_metrics(trials: Trials) -> dict[str, float]:
 
 
 def _restore(run: Run, learner: Learner) -> dict[str, Any]:
-    if not (run.folder / "checkpoint.json").exists():
-        return {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
     tensors, counters = run.checkpoint()
     try:
         learner.load(tensors)
