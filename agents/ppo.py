@@ -184,11 +184,10 @@ class PPO:
         return policy_loss + c.value * value_loss, torch.stack([policy_loss, value_loss, kl, clipped])
 
     def adopt(self, policy: PPOAgent) -> None:
-        """Begin as another policy acts; what it was not shown has no influence yet."""
+        """Begin as another policy acts, with noise of its own; what it was not shown has no influence yet."""
         for mine, theirs in zip(linears(self.agent.actor), linears(policy.actor), strict=True):
             graft(mine, theirs)
         self.agent.norm.adopt(policy.norm)
-        self.agent.log_std.data.copy_(policy.log_std)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""

@@ -216,14 +216,13 @@ class RL2:
         return policy_loss + c.value * value_loss + c.belief * belief_loss, statistics
 
     def adopt(self, policy: PPOAgent) -> None:
-        """Begin as a policy without memory acts; what the memory holds has no influence yet."""
+        """Begin as a policy without memory acts, with noise of its own; what the memory holds has no influence yet."""
         first, *rest = linears(policy.actor)
         agent, width = self.agent, len(first.bias)
         graft(agent.sense, first)
         with torch.no_grad():
             agent.recall.weight[:width] = 0.0
             agent.recall.bias[:width] = first.bias
-            agent.log_std.copy_(policy.log_std)
         for mine, theirs in zip(linears(agent.actor), rest, strict=True):
             graft(mine, theirs)
         agent.norm.adopt(policy.norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,6 +68,8 @@ class Family:
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
     readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
     """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
+    marked: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
+    """Task values by name -> names of the bodies that pictures show in red: what is broken."""
     on_robot: Callable[[str], Family] | None = None
     """The same family with another model of its robot: a path to an MJCF, or ``menagerie:name``."""
 

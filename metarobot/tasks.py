@@ -40,6 +40,14 @@ class Param:
     """Whether the value means nothing by itself, as a seed does: it is left out of the encoding."""
     unit: str = ""
     doc: str = ""
+    words: tuple[str, ...] = ()
+    """What single values stand for, each "value word", e.g. "0 dead"."""
+
+    def say(self, x: float) -> str:
+        """Say a value as a person would, with its unit."""
+        word = next((w.partition(" ")[2] for w in self.words if float(w.partition(" ")[0]) == x), "")
+        value = word or f"{x:.3g} {self.unit}".strip().replace("-", "−")
+        return f"{self.name.replace('_', ' ')} {value}"
 
     def contains(self, x: float) -> bool:
         """Say whether any split can draw ``x``."""
@@ -239,6 +247,16 @@ class TaskSpace:
             x[:, i] = (2 * column - low - high) / max(high - low, 1e-9)
         return x[:, [i for i, p in enumerate(self.params) if not p.nuisance]].float()
 
+    def say(self, task: Task) -> str:
+        """Say in one line what a task is, leaving out what is normal or means nothing."""
+        grouped = {name for few in self.few for name in (*few.params, *few.spared)}
+        said = []
+        for p in self.params:
+            normal = p.name in grouped and isinstance(p.train, Mixture) and p.train.parts[0].contains(task[p.name])
+            if not normal and not p.nuisance:
+                said.append(p.say(task[p.name]))
+        return "  ·  ".join(said)
+
     def describe(self) -> str:
         """Lay out for people what varies, where it enters, and what each split draws."""
         lines = [f"{self.name}: splits {', '.join(self.splits)}"]
@@ -288,7 +306,7 @@ class TaskSpace:
 
 def _plain(p: Param) -> dict[str, Any]:
     """Return a parameter as plain data, without flags that are not set: they are younger than some trained agents."""
-    return {k: v for k, v in asdict(p).items() if v or k not in ("shapes", "nuisance")}
+    return {k: v for k, v in asdict(p).items() if v or k not in ("shapes", "nuisance", "words")}
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -296,12 +314,13 @@ def _digest(plain: Mapping[str, Any]) -> str:
 
 
 def _load_param(data: Mapping[str, Any]) -> Param:
-    rest = {k: v for k, v in data.items() if k not in ("train", "beyond", "hole", "edits")}
+    rest = {k: v for k, v in data.items() if k not in ("train", "beyond", "hole", "edits", "words")}
     return Param(
         train=load(data["train"]),
         beyond=None if data["beyond"] is None else load(data["beyond"]),
         hole=None if data["hole"] is None else tuple(data["hole"]),
         edits=tuple(Edit(**e) for e in data["edits"]),
+        words=tuple(data.get("words", ())),
         **rest,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 }
 """Kinds of file that can be written -> how ffmpeg is told to."""
 _GIF_FPS, _MOST_FPS, _HOLD_S, _STAGES = 12.5, 30.0, 1.2, 32
+_MARK = (0.86, 0.1, 0.12, 1.0)
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION.value
 
 
@@ -46,7 +47,7 @@ class Camera:
     def __init__(self, family: Family, width: int = 320, height: int = 240) -> None:
         backend()
         self.width, self.height = width, height
-        self._space = family.space
+        self._family = family
         self._maker = TaskModels(family, visual=True, dress=dress)
         self._stages: dict[tuple[float, ...], Stage] = {}
         self._looks: dict[Hashable, tuple[float, Floats]] = {}
@@ -66,7 +67,9 @@ class Camera:
         if values not in self._stages:
             if len(self._stages) >= _STAGES:
                 self.close()
-            self._stages[values] = Stage(self._maker.compile(task), self.width, self.height)
+            model = self._maker.compile(task)
+            _mark(model, self._family.marked(task.as_dict()))
+            self._stages[values] = Stage(model, self.width, self.height)
         return self._stages[values]
 
     def _glide(self, stage: Stage, key: Hashable) -> Floats:
@@ -95,6 +98,13 @@ class Camera:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _mark(model: mujoco.MjModel, bodies: Iterable[str]) -> None:
+    """Paint the shapes of bodies red."""
+    names = [model.body(b).name for b in range(model.nbody)]
+    geoms = np.isin(model.geom_bodyid, [names.index(b) for b in bodies if b in names])
+    model.geom_matid[geoms], model.geom_rgba[geoms] = -1, _MARK
 
 
 def snap(env: Env, world: int) -> Floats:
@@ -179,12 +189,6 @@ def film(
     return out
 
 
-def describe(family: Family, task: Task) -> str:
-    """Say a task's parameters with their units."""
-    values = ((p, f"{task[p.name]:.3g}".replace("-", "−")) for p in family.space.params)
-    return "  ·  ".join(f"{p.name.replace('_', ' ')} {value} {p.unit}".strip() for p, value in values)
-
-
 def _say(name: str, value: float) -> str:
     """Put a readout's value between its name and its unit."""
     words, _, unit = name.rpartition(" ")
@@ -193,7 +197,7 @@ def _say(name: str, value: float) -> str:
 
 def _rows(family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Take]]) -> list[Row]:
     returns = [[r for take in row for r in take.returns] for row in takes]
-    return [Row(describe(family, t), min(r), max(r)) for t, r in zip(tasks, returns, strict=True)]
+    return [Row(family.space.say(t), min(r), max(r)) for t, r in zip(tasks, returns, strict=True)]
 
 
 def _moments(takes: Sequence[Sequence[Take]], control_hz: float, fps: float) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from metarobot.agent import Agent, Shapes, agents
 from metarobot.env import Env, Family, families
 from metarobot.tasks import Task
-from metarobot.video import Camera, VideoError, describe, film
+from metarobot.video import Camera, VideoError, film
 
 PANEL = (160, 120)
 
@@ -156,7 +156,8 @@ def test_stages_of_several_tasks_do_not_mix(gl: None) -> None:
 
 
 def test_a_task_is_told_with_its_units() -> None:
-    told = describe(*terrain(slope=-5.0, payload=2.5))
+    family, task = terrain(slope=-5.0, payload=2.5)
+    told = family.space.say(task)
     assert "slope −5 deg" in told
     assert "payload 2.5 kg" in told
 
