@@ -16,7 +16,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from metarobot.model import ModelError
+from metarobot.model import ModelError, compile_spec
 
 LEGS = ("FR", "FL", "RR", "RL")
 PARTS = ("hip", "thigh", "calf")
@@ -24,8 +24,8 @@ JOINTS = tuple(f"{leg}_{part}" for leg in LEGS for part in PARTS)
 """The twelve joints in the order of the robot's own motors (SDK2's LowCmd)."""
 POSE = np.array([q for leg in LEGS for q in (-0.1 if leg[1] == "R" else 0.1, 0.8 if leg[0] == "F" else 1.0, -1.5)])
 """Default joint angles, rad."""
-HEIGHT = 0.3
-"""Height of the trunk over level ground, m, at which the drives hold the default pose."""
+HEIGHT, START = 0.283, 0.34
+"""Height of the trunk over level ground, m: where the drives hold the default pose, and with no foot in the ground."""
 TORQUE = np.tile([23.7, 23.7, 45.43], 4)
 """Torque limits, N·m."""
 SPEED = np.tile([30.1, 30.1, 15.70], 4)
@@ -69,7 +69,7 @@ def go2() -> mujoco.MjSpec:
     spec = mujoco.MjSpec()
     spec.modelname = "go2"
     spec.compiler.degree = False
-    trunk = spec.worldbody.add_body(name="base", pos=[0, 0, HEIGHT])
+    trunk = spec.worldbody.add_body(name="base", pos=[0, 0, START])
     trunk.add_freejoint(name="root")
     _weigh(trunk, *_TRUNK)
     _touching(trunk, "trunk", mujoco.mjtGeom.mjGEOM_BOX, [0.1881, 0.04675, 0.057], rgba=_BODY)
@@ -121,7 +121,8 @@ def load(robot: str) -> mujoco.MjSpec:
     """Read another model of a quadruped, a path to an MJCF or ``menagerie:name``, and drive it as ours.
 
     It needs twelve leg joints, a trunk on a free joint, and a named sphere at each foot; the error lists what is
-    missing and what there is. Its own floor, actuators, sensors and keyframes give way to ours.
+    missing and what there is. Its own floor, actuators, sensors and keyframes give way to ours; masses,
+    shapes and friction in its joints stay.
     """
     path = _menagerie(robot.removeprefix("menagerie:")) if robot.startswith("menagerie:") else Path(robot)
     if not path.is_file():
@@ -130,7 +131,9 @@ def load(robot: str) -> mujoco.MjSpec:
         spec = mujoco.MjSpec.from_file(str(path))
     except ValueError as e:
         raise ModelError(f"{path} is no model that MuJoCo reads: {' '.join(str(e).split())}") from e
-    for thing in (*spec.actuators, *spec.sensors, *spec.keys, *spec.worldbody.geoms, *spec.worldbody.lights):
+    ours = [s for s in spec.sites if s.name in [f"{leg}_foot" for leg in LEGS]]
+    ours += [b for b in spec.bodies if b.name == "payload"]
+    for thing in (*spec.actuators, *spec.sensors, *spec.keys, *spec.worldbody.geoms, *spec.worldbody.lights, *ours):
         spec.delete(thing)
     joints = _named(robot, "joint", spec.joints, [(f"{j}_joint", j) for j in JOINTS])
     feet = _named(robot, "foot geom", spec.geoms, [(leg, f"{leg}_foot", f"{leg}_foot_collision") for leg in LEGS])
@@ -169,7 +172,8 @@ def _named(robot: str, kind: str, elements: Iterable[Any], wanted: list[tuple[st
 def _equip(spec: mujoco.MjSpec, trunk: Any, joints: list[str], feet: list[str]) -> mujoco.MjSpec:
     """Add floor, load, drives and sensors, the same for every model."""
     spec.option.timestep, spec.option.integrator = TIMESTEP, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_PYRAMIDAL, 1.0
+    # hard friction: with MuJoCo's default the feet creep and a standing robot sinks by 2 cm in 10 s
+    spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_PYRAMIDAL, 100.0
     spec.compiler.autolimits = True
     plane = mujoco.mjtGeom.mjGEOM_PLANE
     # priority: the floor's friction is what counts, not the larger of the two
@@ -200,7 +204,8 @@ def _drive(spec: mujoco.MjSpec, name: str, joint: str, i: int) -> None:
     drive.gaintype, drive.biastype = mujoco.mjtGain.mjGAIN_FIXED, mujoco.mjtBias.mjBIAS_AFFINE
     drive.ctrlrange, drive.forcerange = [-ACTION_LIMIT, ACTION_LIMIT], [-TORQUE[i], TORQUE[i]]
     drive.dyntype, drive.dynprm[0] = mujoco.mjtDyn.mjDYN_FILTEREXACT, LAG
-    drive.nsample, drive.delay = math.ceil(MAX_LATENCY / TIMESTEP), LATENCY
+    drive.nsample = math.ceil(MAX_LATENCY / TIMESTEP)
+    set_latency(drive, LATENCY)
     set_strength(drive, i, 1.0)
 
 
@@ -208,6 +213,18 @@ def set_strength(drive: Any, i: int, strength: float) -> None:
     """Scale what joint ``i``'s drive gives for an error; 0 is dead."""
     drive.gainprm[0] = strength * STIFFNESS * ACTION_SCALE
     drive.biasprm[:3] = [strength * STIFFNESS * POSE[i], -strength * STIFFNESS, -strength * DAMPING]
+
+
+def set_latency(drive: Any, latency: float) -> None:
+    """Delay what a drive does by a whole number of physics steps, s."""
+    drive.delay = latency - 1e-9  # just short of it: rounding would make it a step more now and then
+
+
+def columns(spec: mujoco.MjSpec) -> slice | list[int]:
+    """Return where a model holds the joints' velocities, in our order; their positions stand one further."""
+    compiled = compile_spec(spec)
+    found = [int(compiled.joint(spec.actuator(name).target).dofadr[0]) for name in JOINTS]
+    return slice(found[0], found[0] + len(found)) if found == list(range(found[0], found[0] + len(found))) else found
 
 
 def model(robot: str = "") -> mujoco.MjSpec:

@@ -85,6 +85,16 @@ def _quadratic() -> Tensor:
 _ROTATION = _quadratic()
 
 
+Columns = slice | list[int]
+"""Where ``qvel`` holds the joints in our order; another model may have its legs in another."""
+OURS = slice(6, 18)
+
+
+def joints(state: State, where: Columns) -> tuple[Tensor, Tensor]:
+    """Return the joints' angles off the default pose, rad, and their velocities, rad/s, ``(world, 12)`` each."""
+    return state.qpos[:, 1:][:, where] - POSE, state.qvel[:, where]
+
+
 def rotation(qpos: Tensor) -> Tensor:
     """Return the trunk's rotation from its own frame to the world's, ``(world, 3, 3)``."""
     q = qpos[:, 3:7]
@@ -110,12 +120,11 @@ def command(state: State) -> Tensor:
     return torch.stack([state.task.get("command_x", zero), zero, state.task.get("command_turn", zero)], 1)
 
 
-def observe(state: State, *, hidden: bool = False) -> Tensor:
+def observe(state: State, *, hidden: bool = False, where: Columns = OURS) -> Tensor:
     """Return ``(world, 45)``; with a hidden command, zeros in its place."""
     down = gravity(state, rotation(state.qpos))
     told = torch.zeros_like(down) if hidden else command(state)
-    joints = state.qpos[:, 7:] - POSE
-    return torch.cat([down, state.qvel[:, 3:6], joints, state.qvel[:, 6:], state.action, told], 1).float()
+    return torch.cat([down, state.qvel[:, 3:6], *joints(state, where), state.action, told], 1).float()
 
 
 class Feet:
@@ -136,12 +145,13 @@ def critic_observe(state: State) -> Tensor:
     ).float()
 
 
-def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def reward(before: State, after: State, dt: float, *, where: Columns = OURS) -> dict[str, Tensor]:
     """Return named terms: tracking in [0, 1], everything else in [−1, 0]."""
+    pose, fast = joints(after, where)
     turn, feet, wanted = rotation(after.qpos), Feet(after), command(after)
     moving, spin = velocity(after, turn), after.qvel[:, 3:6]
     off = (moving[:, :2] - wanted[:, :2]).square().sum(1)
-    strain = torch.cat([feet.torque / TORQUE, after.qvel[:, 6:] / SPEED], 1)
+    strain = torch.cat([feet.torque / TORQUE, fast / SPEED], 1)
     low = (STEP_HEIGHT + go2.FOOT - feet.height).clamp_min(0) / STEP_HEIGHT
     costs = {
         "bounce": 4 * moving[:, 2].square(),
@@ -151,7 +161,7 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
         "jerk": (after.action - before.action).square().mean(1),
         "slip": 4 * (feet.down * feet.speed.square()).sum(1),
         "lift": (~feet.down * low.square() * feet.speed).sum(1),
-        "pose": 2 * (after.qpos[:, 7:] - POSE).square().mean(1),
+        "pose": 2 * pose.square().mean(1),
         "limits": 10 * (strain.abs() - 0.9).clamp_min(0).sum(1),
     }
     # steep where the error is small, and not flat where it is large
@@ -160,13 +170,16 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
     return {"track": track, "turn": turning, **dict(zip(costs, bounded, strict=True))}
 
 
-def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
+def start(rng: np.random.Generator, model: mujoco.MjModel, *, where: Columns = OURS) -> tuple[Floats, Floats]:
     """Stand in the default pose, disturbed: joints by ±0.1 rad, heading by ±0.1 rad, velocities by 0.1."""
     qpos = np.zeros(model.nq)
     yaw = rng.uniform(-0.1, 0.1)
-    qpos[2], qpos[3], qpos[6] = go2.HEIGHT + 0.02, np.cos(yaw / 2), np.sin(yaw / 2)
-    qpos[7:] = go2.POSE + rng.uniform(-0.1, 0.1, 12)
-    return qpos, 0.1 * rng.standard_normal(model.nv)
+    qpos[2], qpos[3], qpos[6] = go2.START, np.cos(yaw / 2), np.sin(yaw / 2)
+    qpos[1:][where] = go2.POSE + rng.uniform(-0.1, 0.1, 12)
+    noise = 0.1 * rng.standard_normal(model.nv)
+    qvel = noise.copy()
+    qvel[where] = noise[OURS]
+    return qpos, qvel
 
 
 def fallen(state: State) -> Tensor:
@@ -196,7 +209,7 @@ def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
         health = task.get(name, 1.0)
         go2.set_strength(drive, i, max(health, 0.0))
         spec.joint(drive.target).damping[0] = LOCK if health < 0 else 0.1
-        drive.delay = task.get("latency", go2.LATENCY)
+        go2.set_latency(drive, task.get("latency", go2.LATENCY))
 
 
 FRICTION = Param(
@@ -266,11 +279,11 @@ PAYLOAD = (
 )
 LATENCY = Param(
     name="latency",
-    train=Uniform(0.005, 0.02),
-    beyond=Uniform(0.02, 0.04),
+    train=Choice((0.005, 0.01, 0.015, 0.02)),
+    beyond=Choice((0.03, 0.04)),
     shapes=True,
     unit="s",
-    doc="from action to drive",
+    doc="from action to drive, in whole physics steps",
 )
 
 
@@ -311,6 +324,7 @@ def quadruped(
     fast = next((max(p.train.high, p.beyond.high if p.beyond else 0) for p in params if p.name == "command_x"), 0.0)
     if rough and HORIZON * SUBSTEPS * go2.TIMESTEP * 1.3 * fast > terrain.RADIUS:
         raise TaskError(f"{name}: a terrain of {2 * terrain.RADIUS:g} m does not fit a speed of {fast:g} m/s")
+    where = go2.columns(go2.model(robot)) if robot else OURS
     return Family(
         name=name,
         doc=doc,
@@ -320,12 +334,12 @@ def quadruped(
         spec=partial(_build, robot, rough, "payload" in space.names),
         shape=shape,
         observations=OBSERVATIONS,
-        observe=partial(observe, hidden=hidden),
+        observe=partial(observe, hidden=hidden, where=where),
         noise=NOISE,
         critic_observe=critic_observe,
-        reward=reward,
+        reward=partial(reward, where=where),
         weights=WEIGHTS,
-        start=start,
+        start=partial(start, where=where),
         terminate=fallen,
         readout=readout,
         marked=broken_links,

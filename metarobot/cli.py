@@ -234,7 +234,7 @@ def plot(
     print(f"wrote {out}")
 
 
-def publish(run: Positional[str], /, out: Path, summary: str, command: str) -> None:
+def publish(run: Positional[str], /, out: Path, summary: str, command: str, report: Path | None = None) -> None:
     """Copy a run's agent, without its optimiser, with a card of how it was made.
 
     Args:
@@ -242,15 +242,20 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str) -> N
         out: Folder to write.
         summary: What the agent is, in a sentence.
         command: The command that made it.
+        report: What ``metarobot evaluate --json`` found of it, to go on the card.
     """
-    from metarobot.checkpoint import open_run
+    from metarobot.checkpoint import open_run, read_json
     from metarobot.checkpoint import publish as copy
+    from metarobot.evaluate import headline
     from metarobot.log import read_metrics
 
     opened = open_run(run)
     last = read_metrics(opened.folder / "metrics.jsonl")[-1]
-    facts = {"steps": last["time/total_timesteps"], "wall_s": round(last["time/time_elapsed"], 1)}
+    facts: dict[str, Any] = {"steps": last["time/total_timesteps"], "wall_s": round(last["time/time_elapsed"], 1)}
     facts |= {"seed": opened.config["seed"], "return_last_episode": round(last["meta/post_adapt_return"], 1)}
+    facts |= {"machine": f"{opened.config.get('machine', 'unknown')}, {opened.config['threads'] or 'all'} of them used"}
+    if report is not None:
+        facts["results"] = headline(read_json(report))
     copy(opened, out, {"summary": summary, "command": command, **facts})
 
 

@@ -6,7 +6,7 @@ training seeds being the strata. Nothing reaches an agent but its own episodes o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -270,6 +270,13 @@ def score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, Any]:
     draws = [ratio(rows[:, rng.integers(rows.shape[1], size=rows.shape[1])]) for _ in range(RESAMPLES)]
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return {"score": ratio(rows), "score_ci95": [float(low), float(high)]}
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of a report what an agent's card says: split, tasks, and the means of each episode."""
+    kept = ("mean", "ci95", "oracle", "blind", "score")
+    rows = [{k: np.round(r[k], 2).tolist() for k in kept if k in r} for r in report["episodes"]]
+    return {"split": report["split"], "tasks": report["tasks"], "episodes": rows}
 
 
 def _one_family(runs: Sequence[Run]) -> Any:

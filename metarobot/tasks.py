@@ -121,8 +121,11 @@ class TaskSpace:
                 raise TaskError(f"{self.name} has two parameters called {name!r}")
         for few in self.few:
             for name in (*few.params, *few.spared):
-                if name not in names or not isinstance(self.params[names.index(name)].train, Mixture):
-                    raise TaskError(f"{self.name}: {name!r} is not a parameter drawn from a mixture")
+                mixture = self.params[names.index(name)].train if name in names else None
+                if not isinstance(mixture, Mixture) or len(mixture.parts) < 2:
+                    raise TaskError(
+                        f"{self.name}: {name!r} is not a parameter drawn from a mixture of two parts or more"
+                    )
             if not 0 <= few.least <= few.most <= len(few.params):
                 raise TaskError(f"{self.name}: {few.least} to {few.most} of {len(few.params)} parameters cannot depart")
 

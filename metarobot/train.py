@@ -12,8 +12,8 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -69,6 +69,8 @@ def check(config: TrainConfig) -> None:
 
 def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     """Make the run folder of a new training."""
+    if config.robot and Path(config.robot).exists():
+        config = replace(config, robot=str(Path(config.robot).resolve()))
     check(config)
     for name, value in asdict(agent_config).items():
         if type(value) is int and value < 1:
@@ -77,7 +79,7 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
             raise MetarobotError(f"{name} must be a finite number of at least 0, not {value}")
     versions = {"metarobot": metarobot.__version__, "mujoco": mujoco.__version__, "torch": torch.__version__}
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
-    plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions}
+    plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions, "machine": _machine()}
     family = family_on(config.family, config.robot)
     _begin(build_learner(config.agent, agent_config, family, config.seed), family, config)
     return create(out, plain)
@@ -231,6 +233,15 @@ def threads_restored() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _machine() -> str:
+    """Name the processor and the number of cores that may be used."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _defaults(agent: str) -> dict[str, Any]:
