@@ -256,7 +256,7 @@ def test_every_term_of_the_reward_is_bounded(seed: int, magnitude: float) -> Non
     terms = family.reward(before, after, 0.02)
     assert terms.keys() == family.weights.keys()
     for name, term in terms.items():
-        low, high = (0, 1) if name in ("track", "turn") else (-1, 0)
+        low, high = (0, 1) if name in ("track", "turn", "swing") else (-1, 0)
         assert ((low - 1e-12 <= term) & (term <= high + 1e-12)).all(), name
     assert torch.cat([family.observe(after), family.critic_observe(after)], 1).isfinite().all()
 
