@@ -165,7 +165,10 @@ class Env:
         self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"), sensors, action, self.task_values)
         self._ctrl = self.sim.bind("ctrl")
         self.elapsed = torch.zeros(self.worlds, dtype=torch.int64)
-        self._noise = torch.zeros(self.worlds, family.horizon + 1 if family.noise else 0, self.obs_dim)
+        self._noisy = torch.tensor(family.noise).nonzero()[:, 0]
+        self._amplitude = torch.tensor(family.noise)[self._noisy]
+        self._noise = torch.zeros(self.worlds, family.horizon + 1, len(self._noisy))
+        self._rows = torch.arange(self.worlds)
         self.reset(seed)
 
     @property
@@ -222,18 +225,15 @@ class Env:
         return self._observe()
 
     def _restart(self, ids: Sequence[int]) -> None:
-        starts, noisy = [], np.flatnonzero(self.family.noise)
+        starts = []
         for i in ids:
             self._episode[i] += 1
             stream = np.random.Philox(key=[self.seed, i], counter=[0, 0, 0, int(self._episode[i])])
             rng = np.random.Generator(stream)
             starts.append(self.family.start(rng, self.model(self.tasks[i])))
-            if noisy.size:
-                drawn = rng.random((self.family.horizon + 1, noisy.size), np.float32)
-                self._noise[i, :, noisy] = torch.from_numpy(drawn)
+            if self.family.noise:
+                rng.random(dtype=np.float32, out=self._noise[i].numpy())
         rows = slice(None) if len(ids) == self.worlds else list(ids)
-        if noisy.size:
-            self._noise[rows] = (2 * self._noise[rows] - 1) * torch.tensor(self.family.noise)
         qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
         self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
         self.state.action[rows] = 0.0
@@ -241,7 +241,10 @@ class Env:
 
     def _observe(self) -> Tensor:
         obs = self.family.observe(self.state)
-        return obs + self._noise[torch.arange(self.worlds), self.elapsed] if self.family.noise else obs
+        if not self.family.noise:
+            return obs
+        noise = (2 * self._noise[self._rows, self.elapsed] - 1) * self._amplitude
+        return obs.index_add_(1, self._noisy, noise)
 
     def critic_obs(self) -> Tensor:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""

@@ -2,7 +2,8 @@
 # Every learning result of the README: meta-train, then evaluate on held-out tasks beside blind and oracle.
 # A stopped run continues where it was, a finished one is left alone. results/ holds reports, plots and logs.
 #
-#   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, bench; default: all
+#   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, quadruped, bench;
+#                                    default: all
 set -euo pipefail
 mkdir -p results
 
@@ -71,11 +72,31 @@ adapt() {  # family, agent, more arguments of metarobot evaluate: return after 0
     --json "results/$family-$agent.json" --plot "results/$family-$agent.png" "$@"
 }
 
+# The Go2: a flat walker first, then everything else begins as it walks. With a mesh model in GO2_MJCF, the transfer to it.
+quadruped() {
+  local walk=(--epochs 5 --minibatches 8 --gamma 0.98) single=(--worlds 64 --episodes 1)
+  train QuadrupedFlat-blind-0 QuadrupedFlat --agent blind --steps 4e6 "${walk[@]}" "${single[@]}" --std 0.8
+  walk+=(--init runs/QuadrupedFlat-blind-0 --lr 5e-4 --std 0.45)
+  for family in QuadrupedDamage QuadrupedMix; do
+    for agent in oracle blind; do
+      train "$family-$agent-0" $family --agent $agent --steps 4e6 "${walk[@]}" "${single[@]}"
+    done
+    train "$family-rl2-0" $family --agent rl2 --steps 5e6 "${walk[@]}" --worlds 32
+    for split in test extrapolate; do report $family $split "runs/$family-rl2-0"; done
+    metarobot plot runs/$family-{rl2,oracle,blind}-0 --out "results/$family-learning.png"
+  done
+  [ -z "${GO2_MJCF:-}" ] || python scripts/transfer.py --robot "$GO2_MJCF" --agent runs/QuadrupedFlat-blind-0 \
+    --json results/transfer.json
+}
+
 bench() {
   metarobot bench sim CheetahVel --worlds 512 --seconds 20 --json results/bench.json
+  for family in QuadrupedFlat QuadrupedTerrain; do
+    metarobot bench sim $family --worlds 512 --seconds 40 --json "results/bench-$family.json"
+  done
   metarobot bench maml --seconds 60 --json results/bench-maml.json
 }
 
-for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients bench}"; do
+for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients quadruped bench}"; do
   for name in $job; do $name; done
 done

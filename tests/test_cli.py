@@ -105,7 +105,7 @@ def test_help_shows_the_chosen_agents_own_settings(capsys) -> None:
 BAD = {
     "unknown family": (
         "train CheetahFly --out {tmp}/a",
-        "no family called 'CheetahFly'; there are: Cheetah",
+        "no family called 'CheetahFly'; there are: AntDir",
     ),
     "unknown agent": (
         "train CheetahVel --agent dqn --out {tmp}/a",
