@@ -167,10 +167,7 @@ def bench(
     if what == "sim":
         chosen = registry.get(family or "CheetahVel")
         report = measure.bench_sim(chosen, worlds=512 if worlds is None else worlds, seconds=seconds, threads=threads)
-        print(
-            f"{report['family']}, {report['worlds']} worlds: {report['steps_per_s']:,.0f} control steps/s; "
-            f"bare engine {report['engine_steps_per_s']:,.0f}; ratio {report['ratio']:.3f}"
-        )
+        tables.sim(report)
     else:
         chosen = registry.get(family or "CheetahDir100")
         report = measure.bench_maml(chosen, worlds=800 if worlds is None else worlds, seconds=seconds, threads=threads)
@@ -302,17 +299,9 @@ def _train_command(agent: str) -> Callable[..., None]:
             save_every: Iterations between checkpoints.
             resume: Continue the run in ``out``.
         """
-        settings = TrainConfig(
-            family=family,
-            agent=agent,
-            robot=robot,
-            init=init,
-            steps=int(steps) if steps == steps and abs(steps) < 1e15 else -1,
-            seed=seed,
-            device=device,
-            threads=threads,
-            save_every=save_every,
-        )
+        whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
+        where = {"family": family, "agent": agent, "robot": robot, "init": init}
+        settings = TrainConfig(**where, steps=whole, seed=seed, device=device, threads=threads, save_every=save_every)
         run = reopen(settings, config, out) if resume else start(settings, config, out)
         if run_training(run, resume=resume):
             print(f"done: {out}; now: metarobot evaluate {out}")

@@ -60,6 +60,14 @@ def maml(report: dict[str, Any]) -> None:
     print(f"peak memory {report['peak_memory_mb']:,.0f} MB; median of {report['rounds']} rounds")
 
 
+def sim(report: Mapping[str, Any]) -> None:
+    """Print what ``metarobot bench sim`` found."""
+    print(
+        f"{report['family']}, {report['worlds']} worlds: {report['steps_per_s']:,.0f} control steps/s; "
+        f"bare engine {report['engine_steps_per_s']:,.0f}; ratio {report['ratio']:.3f}"
+    )
+
+
 def milestones(runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float], at: Iterable[float]) -> None:
     """Print when each run first reached the returns ``reach``, and its return ``at`` so many seconds."""
     for name, rows in runs.items():

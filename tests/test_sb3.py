@@ -28,6 +28,7 @@ SHORT = replace(TUMBLER, terminate=None)
 def test_every_family_passes_sb3s_checker(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "We recommend you to use a symmetric and normalized Box action space")
         check_env(gymnasium.make(f"metarobot/{name}-v0").unwrapped)
 
 
