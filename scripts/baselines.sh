@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Put agents in the box, as scripts/results.sh trains them: the demo's references, and ProMP on MAML's two benchmarks.
+# Put agents in the box, as scripts/results.sh trains them: the demo's references, ProMP on MAML's two benchmarks, and the
+# quadruped's.
 set -euo pipefail
 publish() {  # family, agent, steps, what it is
   metarobot publish "runs/$1-$2-0" --out "agents/pretrained/$1-$2" --summary "$4" \
@@ -9,3 +10,17 @@ publish CheetahDir blind 2e6 "CheetahDir, one behaviour for both directions: the
 publish CheetahDir oracle 3e6 "CheetahDir, shown the direction: the upper reference of the demo"
 publish CheetahDir100 promp 10e6 "CheetahDir100, runs either way after one gradient step on 20 rollouts"
 publish CheetahVel100 promp 10e6 "CheetahVel100, finds its speed by one gradient step on 20 rollouts"
+
+walk="--epochs 5 --minibatches 8 --gamma 0.98"
+begun="$walk --init runs/QuadrupedFlat-blind-0 --lr 5e-4 --std 0.45"
+walker() {  # family, agent, steps, settings, what it is, more arguments of metarobot publish
+  metarobot publish "runs/$1-$2-0" --out "agents/pretrained/$1-$2" --summary "$5" \
+    --command "metarobot train $1 --agent $2 --steps $3 --seed 0 --threads 1 $4 --out runs/$1-$2-0" "${@:6}"
+}
+walker QuadrupedFlat blind 4e6 "$walk --worlds 64 --episodes 1 --std 0.8" "QuadrupedFlat, trots as commanded up to 1 m/s"
+for family in QuadrupedDamage QuadrupedMix; do
+  case $family in QuadrupedDamage) steps=4e6 more=5e6 ;; *) steps=2.5e6 more=3.5e6 ;; esac
+  walker $family oracle $steps "$begun --worlds 64 --episodes 1" "$family, shown the task: the upper reference"
+  walker $family blind $steps "$begun --worlds 64 --episodes 1" "$family, one behaviour for all tasks: the lower reference"
+  walker $family rl2 $more "$begun --worlds 32" "$family, adapts while it walks" --report "results/$family-test.json"
+done

@@ -7,7 +7,9 @@ import torch
 from helpers import tiny_run
 
 from metarobot import checkpoint
-from metarobot.checkpoint import CheckpointError, open_run, publish, replacing, save
+from metarobot.checkpoint import CheckpointError, open_run, pretrained, publish, read_json, replacing, save
+from metarobot.env import Env
+from metarobot.types import Percept
 
 
 @pytest.fixture
@@ -136,3 +138,20 @@ def test_a_published_agent_acts_the_same_without_its_optimiser(run: Path, tmp_pa
     assert all(name.startswith("agent.") for name in tensors)
     a, b = (open_run(p).load_agent().state_dict() for p in (run, tmp_path / "box"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_an_agent_in_the_box_is_small_loads_and_says_how_it_was_made(name: str) -> None:
+    run = open_run(name)
+    assert sum(p.stat().st_size for p in run.folder.iterdir()) < 3e6
+    card = read_json(run.folder / "card.json")
+    assert {"summary", "command", "seed", "steps", "wall_s"} <= card.keys()
+    assert card["command"].startswith(f"metarobot train {run.family.name} --agent {run.agent} ")
+    env = Env(run.family, run.family.space.sample("test", 2), threads=1)
+    agent = run.load_agent()
+    encoded = run.family.space.encode(env.tasks) if agent.privileged else None
+    zeros = torch.zeros(2)
+    percept = Percept(env.reset(0), torch.zeros(2, env.act_dim), zeros, zeros, zeros + 1)
+    action, _ = agent.act(percept, agent.begin(2, encoded))
+    assert action.shape == (2, env.act_dim)
+    assert action.isfinite().all()
