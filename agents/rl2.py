@@ -8,7 +8,7 @@ the task: the simulator knows it, so let it teach.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, 
 class RL2Config:
     """Settings of RL²; the defaults reach the results in the README on 2 CPU cores."""
 
+    sees_task: bool = False
+    """Show the memory the task: the oracle among agents with a memory."""
     worlds: int = 64
     """Trials an iteration, one a world."""
     episodes: int = 2
@@ -61,15 +63,22 @@ class RL2Config:
     """Standard deviation of the first policy's actions."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RL2OracleConfig(RL2Config):
+    """Settings of RL² that is shown the task."""
+
+    sees_task: bool = True
+
+
 class RL2Agent(nn.Module):
     """Memory, then two hidden layers each for actor and critic over the memory's output and the input."""
 
-    privileged = False
     explores = False
 
     def __init__(self, shapes: Shapes, config: RL2Config) -> None:
         super().__init__()
-        inputs = shapes.obs + 1 + shapes.act + 2
+        self.privileged = config.sees_task
+        inputs = shapes.obs + 1 + shapes.act + 2 + (shapes.task if config.sees_task else 0)
         self.norm = RunningNorm(shapes.obs + 1)
         self.memory = memory(config.memory, inputs, config.width)
         self.recall = orthogonal(nn.Linear(config.width, 2 * config.width), math.sqrt(2))
@@ -79,24 +88,29 @@ class RL2Agent(nn.Module):
         self.belief = orthogonal(nn.Linear(config.width, shapes.task), 0.1)
         self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
 
-    def features(self, percept: Percept) -> Tensor:
-        """Normalise observation and reward, and join the whole percept into one input ``(..., input)``."""
+    def features(self, percept: Percept, task: Tensor | None = None) -> Tensor:
+        """Normalise observation and reward, and join the whole percept into one input ``(..., input)``.
+
+        An oracle's holds the task ``(world, parameter)`` too.
+        """
         seen = self.norm(torch.cat([percept.obs, percept.reward[..., None]], -1))
-        return torch.cat([seen, percept.action, percept.done[..., None], percept.first[..., None]], -1)
+        x = torch.cat([seen, percept.action, percept.done[..., None], percept.first[..., None]], -1)
+        return x if task is None else torch.cat([x, task.expand(*x.shape[:-1], -1)], -1)
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Return an empty memory a world."""
+        """Return an empty memory a world; before it, for an oracle, the task."""
         context: Context = self.memory.begin(worlds)
-        return context
+        return (task, *context) if self.privileged and task is not None else context
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
         """Step the memory and act on what it holds."""
-        x = self.features(percept)
-        h, context = self.memory.step(x, context)
+        told = context[:1] if self.privileged else ()
+        x = self.features(percept, *told)
+        h, remembered = self.memory.step(x, context[len(told) :])
         half = self.recall.out_features // 2
         hidden = torch.tanh(self.recall(h)[:, :half] + self.sense(x)[:, :half])
         mean = self.actor(hidden)
-        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), context
+        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), (*told, *remembered)
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
         """Do nothing: the memory adapted while acting."""
@@ -178,7 +192,7 @@ class RL2:
         A fall ends the trace; a time limit inside the trial leads on into the next episode, which the memory will
         live through too; the trial's own end bootstraps from the value of the final observation.
         """
-        x = self.agent.features(_with_final(seq))
+        x = self.agent.features(_with_final(seq), task if self.config.sees_task else None)
         told = self.critic_norm(_appended(seq, seq.critic_obs, seq.next_critic_obs))
         mean, value, _ = self.agent(x, task, told)
         cut = torch.zeros_like(seq.valid)
@@ -257,4 +271,7 @@ def _appended(seq: Sequence, told: Tensor, after: Tensor) -> Tensor:
 
 rl2 = AgentKind(
     name="rl2", doc="A recurrent policy that adapts while it acts; PPO over trials.", config=RL2Config, build=RL2
+)
+rl2_oracle = replace(
+    rl2, name="rl2-oracle", doc="RL2 that is shown the task: the upper reference with a memory.", config=RL2OracleConfig
 )

@@ -19,8 +19,8 @@ walker() {  # family, agent, steps, settings, what it is, more arguments of meta
 }
 walker QuadrupedFlat blind 4e6 "$walk --worlds 64 --episodes 1 --std 0.8" "QuadrupedFlat, trots as commanded up to 1 m/s"
 for family in QuadrupedDamage QuadrupedMix; do
-  case $family in QuadrupedDamage) steps=4e6 more=5e6 ;; *) steps=2.5e6 more=3.5e6 ;; esac
-  walker $family oracle $steps "$begun --worlds 64 --episodes 1" "$family, shown the task: the upper reference"
-  walker $family blind $steps "$begun --worlds 64 --episodes 1" "$family, one behaviour for all tasks: the lower reference"
-  walker $family rl2 $more "$begun --worlds 32" "$family, adapts while it walks" --report "results/$family-test.json"
+  case $family in QuadrupedDamage) few=4e6 blind=4e6 many=5e6 ;; *) few=2.5e6 blind=2.5e6 many=3.5e6 ;; esac
+  walker $family rl2-oracle $few "$begun --worlds 32" "$family, shown the task: the upper reference"
+  walker $family blind $blind "$begun --worlds 64 --episodes 1" "$family, one behaviour for all tasks: the lower reference"
+  walker $family rl2 $many "$begun --worlds 32" "$family, adapts while it walks" --report "results/$family-test.json"
 done

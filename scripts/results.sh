@@ -16,8 +16,8 @@ train() {  # run, then the arguments of metarobot train
 report() {  # family, split, runs
   local family=$1 split=$2
   shift 2
-  metarobot evaluate "$@" --split "$split" --tasks "${TASKS:-40}" --oracle "runs/$family-oracle-0" --blind "runs/$family-blind-0" \
-    --controls --json "results/$family-$split.json" --plot "results/$family-$split.png"
+  metarobot evaluate "$@" --split "$split" --tasks "${TASKS:-40}" --oracle "runs/$family-${ORACLE:-oracle}-0" \
+    --blind "runs/$family-blind-0" --controls --json "results/$family-$split.json" --plot "results/$family-$split.png"
 }
 
 CheetahVel() {
@@ -78,16 +78,17 @@ quadruped() {
   train QuadrupedFlat-blind-0 QuadrupedFlat --agent blind --steps 4e6 "${walk[@]}" "${single[@]}" --std 0.8
   walk+=(--init runs/QuadrupedFlat-blind-0 --lr 5e-4 --std 0.45)
   single+=("${walk[@]}")
-  for agent in oracle blind; do
-    train "QuadrupedDamage-$agent-0" QuadrupedDamage --agent $agent --steps 4e6 "${single[@]}"
-    train "QuadrupedMix-$agent-0" QuadrupedMix --agent $agent --steps 2.5e6 "${single[@]}"
-  done
+  train QuadrupedDamage-blind-0 QuadrupedDamage --agent blind --steps 4e6 "${single[@]}"
+  train QuadrupedDamage-oracle-0 QuadrupedDamage --agent oracle --steps 4e6 "${single[@]}"
+  train QuadrupedDamage-rl2-oracle-0 QuadrupedDamage --agent rl2-oracle --steps 4e6 "${walk[@]}" --worlds 32
   train QuadrupedDamage-rl2-0 QuadrupedDamage --agent rl2 --steps 5e6 "${walk[@]}" --worlds 32
+  train QuadrupedMix-blind-0 QuadrupedMix --agent blind --steps 2.5e6 "${single[@]}"
+  train QuadrupedMix-rl2-oracle-0 QuadrupedMix --agent rl2-oracle --steps 2.5e6 "${walk[@]}" --worlds 32
   train QuadrupedMix-rl2-0 QuadrupedMix --agent rl2 --steps 3.5e6 "${walk[@]}" --worlds 32
   for family in QuadrupedDamage QuadrupedMix; do
     # joints differ in what they cost: many tasks, or the intervals are wide
-    for split in test extrapolate; do TASKS=400 report $family $split "runs/$family-rl2-0"; done
-    metarobot plot runs/$family-{rl2,oracle,blind}-0 --out "results/$family-learning.png"
+    for split in test extrapolate; do TASKS=400 ORACLE=rl2-oracle report $family $split "runs/$family-rl2-0"; done
+    metarobot plot runs/$family-{rl2,rl2-oracle,blind}-0 --out "results/$family-learning.png"
   done
   [ -z "${GO2_MJCF:-}" ] || python scripts/transfer.py --robot "$GO2_MJCF" --agent runs/QuadrupedFlat-blind-0 \
     --json results/transfer.json
