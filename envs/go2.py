@@ -152,6 +152,9 @@ def _menagerie(name: str) -> Path:
         import mujoco_menagerie
     except ImportError as e:
         raise ModelError(f"menagerie:{name} needs a package: pip install 'metarobot[menagerie]'") from e
+    known = [r.name for r in mujoco_menagerie.robots("quadruped")]
+    if name not in known:
+        raise ModelError(f"no quadruped menagerie:{name}; there are: {', '.join(known)}")
     try:
         robot = mujoco_menagerie.get(name)
         return Path(robot.xml(robot.default_model))
