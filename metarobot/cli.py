@@ -250,7 +250,8 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
     last = read_metrics(opened.folder / "metrics.jsonl")[-1]
     facts: dict[str, Any] = {"steps": last["time/total_timesteps"], "wall_s": round(last["time/time_elapsed"], 1)}
     facts |= {"seed": opened.config["seed"], "return_last_episode": round(last["meta/post_adapt_return"], 1)}
-    facts |= {"machine": f"{opened.config.get('machine', 'unknown')}, {opened.config['threads'] or 'all'} of them used"}
+    if "machine" in opened.config:
+        facts["machine"] = f"{opened.config['machine']}, {opened.config['threads'] or 'all'} of them used"
     if report is not None:
         facts["results"] = headline(read_json(report))
     copy(opened, out, {"summary": summary, "command": command, **facts})
