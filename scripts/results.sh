@@ -97,7 +97,7 @@ quadruped() {
 bench() {
   metarobot bench sim CheetahVel --worlds 512 --seconds 20 --json results/bench.json
   for family in QuadrupedFlat QuadrupedTerrain; do
-    metarobot bench sim $family --worlds 512 --seconds 40 --json "results/bench-$family.json"
+    metarobot bench sim $family --worlds 512 --seconds 25 --json "results/bench-$family.json"
   done
   metarobot bench maml --seconds 60 --json results/bench-maml.json
 }
