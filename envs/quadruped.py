@@ -132,8 +132,8 @@ class Feet:
 
     def __init__(self, state: State) -> None:
         place, motion, force, self.torque = torch.split(state.sensors, [12, 12, 4, 12], 1)
-        self.height = place.view(-1, 4, 3)[..., 2]
-        self.speed = motion.view(-1, 4, 3)[..., :2].norm(dim=-1)
+        self.height = place[:, 2::3]
+        self.speed = torch.hypot(motion[:, 0::3], motion[:, 1::3])
         self.down = force > 1.0
 
 
@@ -145,29 +145,36 @@ def critic_observe(state: State) -> Tensor:
     ).float()
 
 
+_SQUARES = torch.from_numpy(np.repeat(np.diag([4, 0.25, 10 / 12, 1 / 12, 2 / 12]), [1, 2, 12, 12, 12], axis=0))
+"""Adds the squares of velocity up, spin, torques, change of action and pose up to five costs, ``(39, 5)``."""
+_ONES = torch.ones(24, dtype=torch.float64)
+
+
 def reward(before: State, after: State, dt: float, *, where: Columns = OURS) -> dict[str, Tensor]:
     """Return named terms: tracking and swing in [0, 1], everything else in [−1, 0]."""
     pose, fast = joints(after, where)
     turn, feet, wanted = rotation(after.qpos), Feet(after), command(after)
     moving, spin = velocity(after, turn), after.qvel[:, 3:6]
-    off = (moving[:, :2] - wanted[:, :2]).square().sum(1)
-    strain = torch.cat([feet.torque / TORQUE, fast / SPEED], 1)
-    high = ((feet.height - go2.FOOT) / STEP_HEIGHT).clamp(0, 1)
+    torque = feet.torque / TORQUE
+    squared = torch.cat([moving[:, 2:], spin[:, :2], torque, after.action - before.action, pose], 1).square()
+    bounce, wobble, effort, jerk, crouch = (squared @ _SQUARES).unbind(1)
     costs = {
-        "bounce": 4 * moving[:, 2].square(),
-        "wobble": 0.25 * spin[:, :2].square().sum(1),
+        "bounce": bounce,
+        "wobble": wobble,
         "tilt": 10 * (1 - turn[:, 2, 2]),
-        "effort": 10 * strain[:, :12].square().mean(1),
-        "jerk": (after.action - before.action).square().mean(1),
-        "slip": 4 * (feet.down * feet.speed.square()).sum(1),
-        "pose": 2 * pose.square().mean(1),
-        "limits": 10 * (strain.abs() - 0.9).clamp_min(0).sum(1),
+        "effort": effort,
+        "jerk": jerk,
+        "slip": (feet.down * feet.speed.square()) @ (4 * _ONES[:4]),
+        "pose": crouch,
+        "limits": (torch.cat([torque, fast / SPEED], 1).abs() - 0.9).clamp_min(0) @ (10 * _ONES),
     }
     # steep where the error is small, and not flat where it is large
-    track, turning = 1 - torch.tanh(2 * off.sqrt()), torch.exp(-4 * (spin[:, 2] - wanted[:, 2]).square())
+    off = torch.hypot(moving[:, 0] - wanted[:, 0], moving[:, 1] - wanted[:, 1])
+    track, turning = 1 - torch.tanh(2 * off), torch.exp(-4 * (spin[:, 2] - wanted[:, 2]).square())
     # each foot's swing for itself: fast and high; not where the command is to stand
-    swing = torch.tanh(2 * ~feet.down * high.square() * feet.speed).mean(1)
-    swing = swing * (wanted[:, :2].norm(dim=1) / 0.3).clamp_max(1)
+    high = ((feet.height - go2.FOOT) / STEP_HEIGHT).clamp(0, 1)
+    swing = torch.tanh(2 * ~feet.down * high.square() * feet.speed) @ (0.25 * _ONES[:4])
+    swing = swing * (torch.hypot(wanted[:, 0], wanted[:, 1]) / 0.3).clamp_max(1)
     bounded = -torch.tanh(torch.stack(list(costs.values())))
     return {"track": track, "turn": turning, "swing": swing, **dict(zip(costs, bounded, strict=True))}
 
@@ -186,9 +193,9 @@ def start(rng: np.random.Generator, model: mujoco.MjModel, *, where: Columns = O
 
 def fallen(state: State) -> Tensor:
     """Say where the trunk is tilted by more than 45 degrees, or sinks down between its feet."""
-    feet = state.sensors[:, :12].view(-1, 4, 3)[..., 2]
-    low = state.qpos[:, 2] - feet.min(1).values < LOWEST
-    return low | (rotation(state.qpos)[:, 2, 2] < 0.7)
+    low = state.qpos[:, 2] - state.sensors[:, 2:12:3].amin(1) < LOWEST
+    upright = 1 - 2 * state.qpos[:, 4:6].square().sum(1)
+    return low | (upright < 0.7)
 
 
 def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:

@@ -8,12 +8,15 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
+import mujoco
+import numpy as np
 import torch
 from mujoco import batch
 from rich.progress import Progress
+from torch import Tensor
 
 from metarobot.agent import agents
 from metarobot.checkpoint import build_learner
@@ -21,21 +24,25 @@ from metarobot.collect import collect
 from metarobot.env import Env, Family
 from metarobot.inner import looped
 from metarobot.parallel import steady_heap
+from metarobot.sim.cpu import CpuSim
 from metarobot.types import MetarobotError
 
 
 def bench_sim(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
     """Measure control steps a second of ``Env.step`` and of a bare ``mujoco.batch.Batch``.
 
-    Both run the same models, one object of its own in each world, with the same substeps, threads and random controls.
-    A round of one is an episode, which for the environment ends in resetting every world; rounds alternate.
+    Both live the same physics bit for bit: the same models, one object of its own in each world, the same substeps,
+    threads, random controls, and the same worlds put back to the same starts when the environment resets them. A round
+    of one is an episode; rounds alternate.
     """
     if worlds < 1 or seconds <= 0:
         raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
     threads = threads or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    env = Env(family, family.space.sample("train", worlds), threads=threads)
+    steady_heap()  # as training does
+    env = Env(family, family.space.sample("train", worlds), threads=threads, make_sim=_Recorder)
+    recorder = cast(_Recorder, env.sim)
     models = [copy.copy(env.model(t)) for t in env.tasks]
     env.sim.set_models(models)
     env.reset(0)
@@ -43,33 +50,60 @@ def bench_sim(family: Family, *, worlds: int, seconds: float, threads: int = 0, 
     engine.set_models(models)
     shape = (family.horizon, worlds, env.act_dim)
     actions = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    _drive_engine(engine, actions, recorder.tape)
     rounds: dict[str, list[float]] = {"env": [], "engine": []}
     began = time.perf_counter()
     with Progress(disable=not show, transient=True) as bar:
         task = bar.add_task("measuring", total=seconds)
         while len(rounds["env"]) < 3 or time.perf_counter() - began < seconds:
-            env.reset()
+            recorder.tape.clear()
             rounds["env"].append(_rate(lambda: _drive_env(env, actions), actions))
-            engine.reset()
-            rounds["engine"].append(_rate(lambda: _drive_engine(engine, actions, family.substeps), actions))
+            rounds["engine"].append(_rate(lambda: _drive_engine(engine, actions, recorder.tape), actions))
+            if not np.array_equal(engine.bind("qpos"), env.state.qpos.numpy(), equal_nan=True):
+                raise MetarobotError(
+                    f"{family.name}: the bare engine did not live the same physics; nothing to compare"
+                )
             bar.update(task, completed=time.perf_counter() - began)
     torch.set_num_threads(before)
     return _report(family, worlds, threads, rounds)
 
 
-def _drive_env(env: Env, actions: torch.Tensor) -> None:
+def _drive_env(env: Env, actions: Tensor) -> None:
     for action in actions:
         env.step(action)
 
 
-def _drive_engine(engine: batch.Batch, actions: torch.Tensor, substeps: int) -> None:
-    ctrl = engine.bind("ctrl")
-    for action in actions.numpy():
-        ctrl[:] = action
-        engine.step(nstep=substeps)
+class _Recorder(CpuSim):
+    """The CPU backend, taping what it is told: a step as its substeps, a reset as (worlds, qpos, qvel)."""
+
+    def __init__(self, models: Sequence[mujoco.MjModel], threads: int = 0) -> None:
+        super().__init__(models, threads)
+        self.tape: list[int | tuple[Any, Any, Any]] = []
+
+    def step(self, substeps: int, ids: Sequence[int] | None = None) -> Tensor:
+        self.tape.append(substeps)
+        return super().step(substeps, ids)
+
+    def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
+        self.tape.append((ids, qpos.numpy(), qvel.numpy()))
+        super().reset(qpos, qvel, ids)
 
 
-def _rate(drive: Callable[[], None], actions: torch.Tensor) -> float:
+def _drive_engine(engine: batch.Batch, actions: Tensor, tape: Iterable[int | tuple[Any, Any, Any]]) -> None:
+    ctrl, qpos, qvel = (engine.bind(k) for k in ("ctrl", "qpos", "qvel"))
+    queue = iter(actions.numpy())
+    for told in tape:
+        if isinstance(told, int):
+            ctrl[:] = next(queue)
+            engine.step(nstep=told)
+        else:
+            ids, at, speed = told
+            engine.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+            rows = slice(None) if ids is None else ids
+            qpos[rows], qvel[rows] = at, speed
+
+
+def _rate(drive: Callable[[], None], actions: Tensor) -> float:
     began = time.perf_counter()
     drive()
     return actions.shape[0] * actions.shape[1] / (time.perf_counter() - began)
@@ -118,7 +152,7 @@ def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0,
         task = bar.add_task("measuring", total=seconds)
         while len(rounds) < 2 or time.perf_counter() - began < seconds:
             engine.reset()
-            rate = _rate(lambda: _drive_engine(engine, actions, family.substeps), actions)
+            rate = _rate(lambda: _drive_engine(engine, actions, [family.substeps] * family.horizon), actions)
             measured = {"vmap": _maml_round(learner, env, tasks, threads, rate)}
             with looped():
                 measured["loop"] = _maml_round(learner, env, tasks, threads, rate)

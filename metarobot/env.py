@@ -168,6 +168,7 @@ class Env:
         self._noisy = torch.tensor(family.noise).nonzero()[:, 0]
         self._amplitude = torch.tensor(family.noise)[self._noisy]
         self._noise = torch.zeros(self.worlds, family.horizon + 1, len(self._noisy))
+        self._weights = torch.tensor(list(family.weights.values())).double()
         self._rows = torch.arange(self.worlds)
         self.reset(seed)
 
@@ -232,7 +233,9 @@ class Env:
             rng = np.random.Generator(stream)
             starts.append(self.family.start(rng, self.model(self.tasks[i])))
             if self.family.noise:
-                rng.random(dtype=np.float32, out=self._noise[i].numpy())
+                noise = self._noise[i]
+                rng.random(dtype=np.float32, out=noise.numpy())
+                noise.mul_(2).sub_(1).mul_(self._amplitude)
         rows = slice(None) if len(ids) == self.worlds else list(ids)
         qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
         self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
@@ -243,8 +246,7 @@ class Env:
         obs = self.family.observe(self.state)
         if not self.family.noise:
             return obs
-        noise = (2 * self._noise[self._rows, self.elapsed] - 1) * self._amplitude
-        return obs.index_add_(1, self._noisy, noise)
+        return obs.index_add_(1, self._noisy, self._noise[self._rows, self.elapsed])
 
     def critic_obs(self) -> Tensor:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""
@@ -272,7 +274,7 @@ class Env:
                 now[faulted] = torch.nan_to_num(then[faulted])
             state.action[faulted] = 0.0
         terms = family.reward(before, state, self.dt)
-        reward = sum((w * terms[k] for k, w in family.weights.items()), start=torch.zeros(())).float()
+        reward = (self._weights @ torch.stack([terms[k] for k in family.weights])).float()
         self.readout = family.readout(before, state, self.dt) if self.watched else {}
         obs = final_obs = self._observe()
         critic_obs = self.critic_obs()
