@@ -86,7 +86,9 @@ def evaluate(
     protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, quiet=quiet, threads=threads)
     agents, *others = ([checkpoint.open_run(r, robot) for r in group] for group in (runs, oracle, blind, finetune))
     baselines = dict(zip(("oracle", "blind", "finetune"), others, strict=True))
-    total = trials(len(agents), len(others[0]), len(others[1]), len(others[2]), controls)
+    total = trials(
+        len(agents), len(others[0]), len(others[1]), len(others[2]), controls, agents[0].family.expert is not None
+    )
     with _progress() as bar:
         task = bar.add_task("playing", total=total)
         report = measure(agents, protocol, **baselines, controls=controls, tick=lambda: bar.advance(task))

@@ -10,7 +10,7 @@ from torch import Tensor
 from metarobot.agent import Agent, Context
 from metarobot.env import Env, Step
 from metarobot.tasks import Task
-from metarobot.types import Percept, Rollout, Trials
+from metarobot.types import MetarobotError, Percept, Rollout, Trials
 
 
 @torch.no_grad()
@@ -78,6 +78,29 @@ def _episode(
         if watch is not None:
             watch(k, env, step)
     return book.rollout(), last._replace(obs=env.restart(k + 1)), context
+
+
+class Expert:
+    """A family's own program in an agent's place: it is told the task and looks at the state itself."""
+
+    privileged = explores = False
+
+    def __init__(self, env: Env) -> None:
+        if env.family.expert is None:
+            raise MetarobotError(f"nobody wrote an expert for {env.family.name}")
+        self._env, self._program = env, env.family.expert
+
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Carry nothing."""
+        return ()
+
+    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+        """Do as the program says, exactly."""
+        return self._program(self._env.state).float(), context
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Learn nothing."""
+        return context
 
 
 class _Recorder:

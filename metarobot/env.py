@@ -27,11 +27,36 @@ class State(NamedTuple):
     qvel: Tensor
     """Joint velocities in generalised coordinates."""
     sensors: Tensor
-    """The model's sensors, one substep old; zero at an episode's start."""
+    """The model's sensors, one substep old; at an episode's start those of forces are zero."""
     action: Tensor
     """The clipped action that led here; zero at an episode's start."""
     task: Mapping[str, Tensor]
     """Task parameters by name, ``(world,)`` each."""
+    tally: Tensor = torch.zeros(0, 0).double()
+    """What the family's ``Tally`` keeps of the episode so far, ``(world, tallies)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A controller between actions and drives, run once a control step."""
+
+    actions: tuple[str, ...]
+    """One name an element of the action, each in [−1, 1]."""
+    targets: Callable[[State, Tensor, Tensor], Tensor]
+    """(state, action ``(world, act)``, the drives' targets so far ``(world, drives)``) -> their targets now."""
+    rest: Callable[[Tensor], Tensor]
+    """Joint positions at an episode's start -> the targets that hold them; each drive lags and starts there too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Numbers kept through an episode, for what one moment does not show: how long something has been held."""
+
+    size: int
+    begin: Callable[[State], Tensor]
+    """State at an episode's start -> the tally, ``(world, size)``."""
+    count: Callable[[State, State], Tensor]
+    """(state before, state after) -> the tally after, ``(world, size)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +89,20 @@ class Family:
     """Reward term -> its weight in the sum; the same names as ``reward`` returns."""
     start: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]
     """Draws the initial joint positions and velocities of one world."""
+    control: Control | None = None
+    """How actions become the drives' targets; None if they are these targets."""
+    tally: Tally | None = None
+    """What is kept of the episode so far."""
     terminate: Callable[[State], Tensor] | None = None
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
     readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
     """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
+    expert: Callable[[State], Tensor] | None = None
+    """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote one."""
     marked: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
     """Task values by name -> names of the bodies that pictures show in red: what is broken."""
+    view: tuple[tuple[float, float, float], float] | None = None
+    """What pictures show: its middle and its radius, m; None if all there is, following a robot that travels."""
     on_robot: Callable[[str], Family] | None = None
     """The same family with another model of its robot: a path to an MJCF, or ``menagerie:name``."""
 
@@ -156,14 +189,17 @@ class Env:
         first = self.model(self.tasks[0])
         self.dt = first.opt.timestep * family.substeps
         bounds = torch.from_numpy(first.actuator_ctrlrange.T.copy())
+        if family.control is not None:
+            bounds = torch.tensor([[-1.0], [1.0]]).double().expand(2, len(family.control.actions))
         self.action_low, self.action_high = bounds
         self._values = family.space.values(self.tasks)
         self.task_values = dict(zip(family.space.names, self._values.unbind(1), strict=True))
         """Each task parameter over the worlds, name -> ``(world,)``, float64."""
         sensors = self.sim.bind("sensordata") if first.nsensordata else torch.zeros(self.worlds, 0).double()
         action = torch.zeros(self.worlds, self.act_dim).double()
-        self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"), sensors, action, self.task_values)
-        self._ctrl = self.sim.bind("ctrl")
+        tally = torch.zeros(self.worlds, 0 if family.tally is None else family.tally.size).double()
+        self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"), sensors, action, self.task_values, tally)
+        self._ctrl, self._act = self.sim.bind("ctrl"), self.sim.bind("act")
         self.elapsed = torch.zeros(self.worlds, dtype=torch.int64)
         self._noisy = torch.tensor(family.noise).nonzero()[:, 0]
         self._amplitude = torch.tensor(family.noise)[self._noisy]
@@ -179,7 +215,7 @@ class Env:
 
     @property
     def act_dim(self) -> int:
-        """Number of actuators."""
+        """Length of the action."""
         return len(self.action_low)
 
     @property
@@ -241,6 +277,10 @@ class Env:
         self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
         self.state.action[rows] = 0.0
         self.elapsed[rows] = 0
+        if self.family.tally is not None:
+            self.state.tally[rows] = self.family.tally.begin(self.state)[rows]
+        if self.family.control is not None:
+            self._ctrl[rows] = self._act[rows] = self.family.control.rest(qpos)
 
     def _observe(self) -> Tensor:
         obs = self.family.observe(self.state)
@@ -262,17 +302,21 @@ class Env:
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
         family, state = self.family, self.state
         qpos, qvel, sensors, last = (x.clone() for x in state[:4])
-        before = State(qpos, qvel, sensors, last, state.task)
+        before = State(qpos, qvel, sensors, last, state.task, state.tally.clone())
         state.action.copy_(torch.clamp(action.double(), self.action_low, self.action_high))
         if awake is not None:
             state.action[~awake] = 0.0
-        self._ctrl.copy_(state.action)
+        self._ctrl.copy_(
+            state.action if family.control is None else family.control.targets(before, state.action, self._ctrl)
+        )
         faulted = self.sim.step(family.substeps, None if awake is None else torch.nonzero(awake)[:, 0].tolist())
         self.elapsed += 1 if awake is None else awake
         if bool(faulted.any()):
             for now, then in zip(state[:3], before[:3], strict=True):
                 now[faulted] = torch.nan_to_num(then[faulted])
             state.action[faulted] = 0.0
+        if family.tally is not None:
+            state.tally.copy_(family.tally.count(before, state))
         terms = family.reward(before, state, self.dt)
         reward = (self._weights @ torch.stack([terms[k] for k in family.weights])).float()
         self.readout = family.readout(before, state, self.dt) if self.watched else {}

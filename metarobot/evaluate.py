@@ -6,10 +6,10 @@ training seeds being the strata. Nothing reaches an agent but its own episodes o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from metarobot.agent import Agent, Context
 from metarobot.checkpoint import Run
-from metarobot.collect import collect
+from metarobot.collect import Expert, collect
 from metarobot.env import Env, Family
 from metarobot.tasks import Task
 from metarobot.types import MetarobotError
@@ -51,6 +51,15 @@ class Protocol:
                 raise MetarobotError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
+class Played(NamedTuple):
+    """What was earned, means over rollouts."""
+
+    returns: Floats
+    """Of each episode in each task, ``(episode, task)``."""
+    success: Floats | None
+    """The share of episodes that succeeded, of the same shape; None where a family does not say what success is."""
+
+
 class Arena:
     """The tasks of a protocol, and worlds to play them in; ``tick`` is called after each trial played."""
 
@@ -59,18 +68,22 @@ class Arena:
         self.tasks = family.space.sample(protocol.split, protocol.tasks, protocol.seed)
         self._envs: dict[int, Env] = {}
 
-    def play(self, agent: Agent, rollouts: int = 1, between: Tamper = lambda context: context) -> Floats:
-        """Return the mean over rollouts of every episode's return in every task, ``(episode, task)``.
-
-        Only an agent that cannot adapt without exploration noise acts with it.
-        """
+    def env(self, rollouts: int = 1) -> Env:
+        """Return worlds to play in, so many for each task."""
         if rollouts not in self._envs:
             worlds = [task for task in self.tasks for _ in range(rollouts)]
             self._envs[rollouts] = Env(self.family, worlds, threads=self.protocol.threads)
+        return self._envs[rollouts]
+
+    def play(self, agent: Agent, rollouts: int = 1, between: Tamper = lambda context: context) -> Played:
+        """Live the protocol's episodes in every task.
+
+        Only an agent that cannot adapt without exploration noise acts with it.
+        """
         adapted = self.protocol.episodes - 1
         trials = collect(
             agent,
-            self._envs[rollouts],
+            self.env(rollouts),
             self.tasks,
             episodes=self.protocol.episodes,
             seed=self.protocol.seed,
@@ -79,13 +92,21 @@ class Arena:
             between=between,
         )
         self.tick()
-        returns: Floats = trials.returns().double().numpy()
-        means: Floats = returns.reshape(len(returns), len(self.tasks), rollouts).mean(2)
-        return means
+        shape = (self.protocol.episodes, len(self.tasks), rollouts)
+        won = trials.totals("success").view(shape).mean(2) if "success" in self.family.weights else None
+        return Played(
+            trials.returns().double().view(shape).mean(2).numpy(), None if won is None else won.double().numpy()
+        )
 
-    def play_all(self, runs: Sequence[Run]) -> Floats:
-        """Return of every run, episode and task, ``(run, episode, task)``."""
-        return np.stack([self.play(r.load_agent(), r.rollouts) for r in runs])
+    def play_all(self, runs: Sequence[Run]) -> Played:
+        """Play with every run: arrays ``(run, episode, task)``."""
+        return stacked(self.play(r.load_agent(), r.rollouts) for r in runs)
+
+
+def stacked(played: Iterable[Played]) -> Played:
+    """Stack what several agents played."""
+    returns, success = zip(*played, strict=True)
+    return Played(np.stack(returns), None if success[0] is None else np.stack(success))
 
 
 def evaluate(
@@ -107,7 +128,7 @@ def evaluate(
     if any(not r.load_agent().privileged for r in oracle):
         raise MetarobotError(f"{oracle[0].folder} is not an oracle: its agent is not shown the task")
     arena = Arena(family, protocol, tick)
-    returns = arena.play_all(runs)
+    returns, success = arena.play_all(runs)
     report: dict[str, Any] = {
         "family": family.name,
         "split": protocol.split,
@@ -125,13 +146,17 @@ def evaluate(
         "returns": returns.round(3).tolist(),
     }
     references = {k: arena.play_all(v) for k, v in (("oracle", oracle), ("blind", blind)) if v}
-    for name, values in references.items():
+    if family.expert is not None:
+        references["expert"] = stacked([arena.play(Expert(arena.env()))])
+    if success is not None:
+        report["success"] = {"agent": _rates(success), **{k: _rates(v.success) for k, v in references.items()}}
+    for name, (values, _) in references.items():
         for k, row in enumerate(report["episodes"]):
             row[name] = float(values[:, k].mean())
             row[f"{name}_ci95"] = interval(values[:, k], np.mean)
-    if len(references) == 2:
+    if oracle and blind:
         for k, row in enumerate(report["episodes"]):
-            row |= score(returns[:, k], references["oracle"][:, k], references["blind"][:, k])
+            row |= score(returns[:, k], references["oracle"].returns[:, k], references["blind"].returns[:, k])
     if finetune:
         report["finetuning"] = finetuning(runs, finetune, arena)
     if controls:
@@ -139,10 +164,10 @@ def evaluate(
     return report
 
 
-def trials(runs: int, oracle: int, blind: int, finetune: int, controls: bool) -> int:
+def trials(runs: int, oracle: int, blind: int, finetune: int, controls: bool, expert: bool) -> int:
     """Count the trials that an evaluation of so many runs of each sort plays."""
     tuned = (len(RATES) + 1) * (finetune + runs) if finetune else 0
-    return runs + oracle + blind + tuned + controls * len(CONTROLS) * runs
+    return runs + oracle + blind + expert + tuned + controls * len(CONTROLS) * runs
 
 
 def finetuning(runs: Sequence[Run], pretrained: Sequence[Run], arena: Arena) -> dict[str, Any]:
@@ -169,7 +194,7 @@ def finetuning(runs: Sequence[Run], pretrained: Sequence[Run], arena: Arena) -> 
 
 
 def _tuned(arena: Arena, method: Any, policies: Sequence[Any], rollouts: int, rate: float) -> Floats:
-    return np.stack([arena.play(method.transferred(p, rate), rollouts) for p in policies])
+    return stacked(arena.play(method.transferred(p, rate), rollouts) for p in policies).returns
 
 
 def _adapted(arena: Arena, method: Any, policies: Sequence[Any], rollouts: int, rate: float) -> float:
@@ -185,6 +210,12 @@ def _rows(returns: Floats) -> list[dict[str, Any]]:
         gained = {"gain": float(gain.mean()), "gain_ci95": interval(gain, np.mean)} if k else {}
         rows.append({"episode": k, **summary(returns[:, k]), **gained})
     return rows
+
+
+def _rates(success: Floats | None) -> list[dict[str, Any]]:
+    """Return the success rate of each episode, with its interval."""
+    rates = [] if success is None else [success[:, k] for k in range(success.shape[1])]
+    return [{"mean": float(x.mean()), "ci95": interval(x, np.mean)} for x in rates]
 
 
 def _kinds(tasks: Sequence[Task], returns: Floats, most: int = 4) -> dict[str, list[float]]:
@@ -204,7 +235,7 @@ def _control(control: str, runs: Sequence[Run], arena: Arena) -> list[dict[str, 
     for run in runs:
         agent = run.load_agent()
         tamper = partial(_cleared, agent) if control == "cleared" else partial(_swapped, arena.tasks)
-        returns.append(arena.play(agent, run.rollouts, tamper))
+        returns.append(arena.play(agent, run.rollouts, tamper).returns)
     return _rows(np.stack(returns))
 
 
@@ -276,7 +307,8 @@ def headline(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return of a report what an agent's card says: split, tasks, and the means of each episode."""
     kept = ("mean", "ci95", "oracle", "blind", "score")
     rows = [{k: np.round(r[k], 2).tolist() for k in kept if k in r} for r in report["episodes"]]
-    return {"split": report["split"], "tasks": report["tasks"], "episodes": rows}
+    won = {k: [round(r["mean"], 4) for r in v] for k, v in report.get("success", {}).items()}
+    return {"split": report["split"], "tasks": report["tasks"], "episodes": rows, **({"success": won} if won else {})}
 
 
 def _one_family(runs: Sequence[Run]) -> Any:

@@ -136,14 +136,14 @@ def find(spec: mujoco.MjSpec, element: str, name: str) -> Any:
 
 
 def strip(spec: mujoco.MjSpec) -> None:
-    """Remove textures, materials, lights, and meshes that touch nothing: they weigh megabytes and no force."""
+    """Remove textures, materials, lights, and files' meshes that touch nothing: they weigh megabytes and no force."""
     mesh = mujoco.mjtGeom.mjGEOM_MESH
     for geom in spec.geoms:
         geom.material = ""
         if geom.type == mesh and not geom.contype and not geom.conaffinity and geom.parent.explicitinertial:
             spec.delete(geom)
     used = {geom.meshname for geom in spec.geoms}
-    for thing in [m for m in spec.meshes if m.name not in used]:
+    for thing in [m for m in spec.meshes if m.file and m.name not in used]:
         spec.delete(thing)
     for thing in (*spec.materials, *spec.textures, *spec.lights):
         spec.delete(thing)

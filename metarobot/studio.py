@@ -168,11 +168,20 @@ def paint_sky(rays: Floats, up: Floats) -> Pixels:
 class Stage:
     """One task's visual model on an OpenGL context that all stages share; ``draw`` takes a picture of a state."""
 
-    def __init__(self, model: mujoco.MjModel, width: int, height: int) -> None:
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        width: int,
+        height: int,
+        view: tuple[tuple[float, float, float], float] | None = None,
+    ) -> None:
         self.model, self.data = model, mujoco.MjData(model)
         self._rect = mujoco.MjrRect(0, 0, OVERSAMPLE * width, OVERSAMPLE * height)
         self._up = up(model)
         self.followed, self.centre, self.radius, self._distance = _subject(model, self.data)
+        if view is not None:
+            self.followed, self.centre, self.radius = -1, np.array(view[0]), view[1]
+            self._distance = _WIDE * self.radius
         self._floor = next((g for g in range(model.ngeom) if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_PLANE), -1)
         self._settle(model)
         _gl().make_current()

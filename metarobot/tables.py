@@ -31,6 +31,10 @@ def evaluation(report: dict[str, Any]) -> None:
         for r in control[1:]:
             table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
     Console(width=max(Console().width, 124)).print(table)
+    for name, rates in report.get("success", {}).items():
+        said = " → ".join(f"{100 * r['mean']:.1f} %" for r in rates)
+        low, high = (100 * x for x in rates[-1]["ci95"])
+        print(f"success, {report['agent'] if name == 'agent' else name}: {said} (95 %: {low:.1f}…{high:.1f})")
     for name, returns in report["kinds"].items():
         print(f"{name}: {' → '.join(f'{r:.1f}' for r in returns)}")
 

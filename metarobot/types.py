@@ -88,6 +88,10 @@ class Trials:
         """Return of each episode of the trial, ``(episode, world)``."""
         return torch.stack([e.returns() for e in self.episodes])
 
+    def totals(self, term: str) -> Tensor:
+        """Sum of a reward term, not weighted, over each episode of the trial, ``(episode, world)``."""
+        return torch.stack([e.terms[term] for e in self.episodes])
+
     def steps(self) -> int:
         """Environment steps really lived, over all worlds and episodes."""
         return int(sum(int(e.valid.sum()) for e in self.episodes))

@@ -69,7 +69,7 @@ class Camera:
                 self.close()
             model = self._maker.compile(task)
             _mark(model, self._family.marked(task.as_dict()))
-            self._stages[values] = Stage(model, self.width, self.height)
+            self._stages[values] = Stage(model, self.width, self.height, self._family.view)
         return self._stages[values]
 
     def _glide(self, stage: Stage, key: Hashable) -> Floats:

@@ -90,7 +90,7 @@ def test_only_the_task_of_the_episode_reaches_a_blind_agent(runs) -> None:
     returns = []
     for task in (forward, backward):
         arena.tasks = [task, task]
-        returns.append(arena.play(agent))
+        returns.append(arena.play(agent).returns)
     there, back = returns
     effort = (there + back) / 2
     assert np.allclose(there - effort, effort - back, atol=1e-3)
@@ -150,7 +150,7 @@ def test_fine_tuning_starts_from_the_pretrained_policy_and_from_nothing(runs) ->
     blind, agent = runs["blind"].load_agent(), runs["maml"].load_agent()
     arena = Arena(runs["maml"].family, SMALL)
     blind.explores = True
-    before = arena.play(agent.transferred(blind, 0.1), 2)
+    before = arena.play(agent.transferred(blind, 0.1), 2).returns
     assert report["pretrained"]["episodes"][0]["mean"] == pytest.approx(before[0].mean(), abs=1e-3)
 
 

@@ -53,10 +53,12 @@ class CpuSim:
         return bad
 
     def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
-        """Put the worlds of ``ids`` into a fresh state, warning counters cleared."""
+        """Put the worlds of ``ids`` into a fresh state: warnings cleared, sensors of place and motion current."""
         self._batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
         rows = slice(None) if ids is None else torch.as_tensor(ids)
         self._qpos[rows], self._qvel[rows] = qpos, qvel
+        if self._models[0].nsensordata:
+            self._batch.forward(ids, stage=mujoco.mjtStage.mjSTAGE_VEL.value)
 
     def snapshot(self, world: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
         """Return one world's model and a copy of its data, forward kinematics computed."""
