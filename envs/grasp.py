@@ -1,55 +1,25 @@
 """A Panda that has to lift objects of unknown shape, weight and friction, and not to crush them.
 
-The arm is commanded as Franka's is: displacements of the hand 25 times a second, and ``grasp(force)`` of the hand,
-which closes at one speed and then presses with the force asked for until it is opened. It observes where the object and
-the hand are and what the fingers do; weight, friction and fragility are hidden and size is felt alone.
+It observes where the object and the hand are and what the fingers do; weight, friction and fragility are hidden and
+size is felt alone.
 """
 
 from __future__ import annotations
 
-import mujoco
-import numpy as np
 import torch
 from torch import Tensor
 
 from metarobot.distributions import Choice, LogUniform, Uniform
-from metarobot.env import Control, Family, State, Tally
-from metarobot.envs import objects, panda
+from metarobot.env import Family, State, Tally
+from metarobot.envs import manipulation, objects, panda
+from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, Scene
 from metarobot.tasks import Param, TaskSpace
-from metarobot.types import Floats
 
-SUBSTEPS, HORIZON, TIMESTEP = 8, 100, 0.005
-"""Physics steps of 5 ms a control step; control steps an episode."""
+HORIZON = 100
+"""Control steps an episode."""
 HOLD, LIFT, SLIP = 25, 0.10, 0.005
 """Success: so many control steps (1 s) at least so high (m), moving in the hand by less than so far (m)."""
-REACH, TURN = 0.02, 0.12
-"""What an action of 1 moves the hand's aim by in a control step: m, and rad about the vertical."""
-AHEAD = 0.05
-"""How far the aim may be ahead of the hand, m."""
-LOWEST, HIGHEST = torch.tensor([0.35, -0.2, 0.013]).double(), torch.tensor([0.65, 0.2, 0.3]).double()
-"""The box that the aim stays in, m."""
-WEAKEST, STRONGEST = 0.5, 60.0
-"""Grip forces that can be asked for, N; the action between is their logarithm."""
-APPROACH, OPEN = 0.7, 1.5
-"""Force on a finger that closes until it touches, and that opens, N."""
-CENTRE = torch.tensor([0.5, 0.0, 0.1]).double()
-"""Middle of the workspace, m; positions are observed from it."""
 GRAVITY = 9.81
-
-ACTIONS = ("move_x", "move_y", "move_z", "turn", "close", "force")
-OBSERVATIONS = (
-    *(f"hand_{a}_m" for a in "xyz"),
-    *(f"hand_{a}_m/s" for a in "xyz"),
-    *(f"object_{a}_m" for a in "xyz"),
-    *(f"object_x_axis_{a}" for a in "xyz"),
-    *(f"object_z_axis_{a}" for a in "xyz"),
-    "opening_m",
-    "opening_m/s",
-    "closing",
-    "grasped",
-)
-NOISE = (*[0.001] * 3, *[0.01] * 3, *[0.003] * 3, *[0.03] * 6, 0.0005, 0.005, 0.0, 0.0)
-"""Uniform, ± so much: the object's pose comes from a camera."""
 WEIGHTS = {
     "reach": 0.5,
     "grip": 0.5,
@@ -61,77 +31,10 @@ WEIGHTS = {
     "calm": 0.05,
 }
 
-FORCE, GRIPPED, HELD, ANCHOR, DONE, CRUSHED, DROPPED = 0, 1, 2, slice(3, 6), 6, 7, 8
-TOP, AIM, YAW = 9, slice(10, 13), 13
-"""The tally: force asked for (0 open), whether a pad has met something, control steps held, where in the hand the
-object was when that began, whether the grasp succeeded, whether the object broke or fell, its highest lift, and where
-the hand is to be, m and rad."""
-TALLIES = 14
-
-
-class Scene:
-    """What the sensors and joints say, one row a world; lengths in m."""
-
-    def __init__(self, state: State) -> None:
-        place, axis, tip, x, y, z, self.speed, self.pads = torch.split(state.sensors, [21, 21, 3, 3, 3, 3, 3, 2], 1)
-        self.joints, self.axes, self.tip = place.view(-1, 7, 3), axis.view(-1, 7, 3), tip
-        self.hand = torch.stack([x, y, z], 1)
-        self.opening, self.closing = state.qpos[:, 7:9].sum(1), state.qvel[:, 7:9].sum(1)
-        self.object, self.turned = state.qpos[:, 9:12], rotation(state.qpos[:, 12:16])
-        self.offset = self.object - self.tip
-
-    @property
-    def within(self) -> Tensor:
-        """Where the object is in the hand's frame, ``(world, 3)``."""
-        return (self.hand @ self.offset[:, :, None])[:, :, 0]
-
-
-def rotation(quat: Tensor) -> Tensor:
-    """Return the rotation of unit quaternions, ``(world, 3, 3)``: columns are the turned axes."""
-    w, x, y, z = quat.unbind(1)
-    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]
-    rows += [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]
-    rows += [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
-    return torch.stack(rows, 1).view(-1, 3, 3)
-
-
-def aim(state: State, action: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the hand is to be after the action: its place ``(world, 3)``, m, and its turn ``(world,)``, rad."""
-    tip, tally = state.sensors[:, 42:45], state.tally
-    place = tally[:, AIM] + REACH * action[:, :3]
-    place = torch.minimum(torch.maximum(place, tip - AHEAD), tip + AHEAD)
-    turn = (tally[:, YAW] + TURN * action[:, 3]).clamp(-1.0, 1.0)
-    return torch.minimum(torch.maximum(place, LOWEST), HIGHEST), turn
-
-
-def targets(state: State, action: Tensor, told: Tensor) -> Tensor:
-    """Turn the aim of the hand into joint targets, by damped least squares, and the grip into a force, N.
-
-    Damped least squares: Buss (2004), "Introduction to inverse kinematics", eq. 11. The hand is kept pointing down.
-    """
-    scene = Scene(state)
-    place, turn = aim(state, action)
-    x, down = scene.hand[:, 0], torch.tensor([0.0, 0.0, -1.0]).double()
-    upset = torch.linalg.cross(scene.hand[:, 2], down.expand_as(x))
-    upset[:, 2] += turn - torch.atan2(x[:, 1], x[:, 0])
-    lever = torch.linalg.cross(scene.axes, scene.tip[:, None] - scene.joints)
-    jacobian = torch.cat([lever, scene.axes], 2).transpose(1, 2)
-    square = jacobian @ jacobian.transpose(1, 2) + 1e-4 * torch.eye(6).double()
-    twist = torch.linalg.solve(square, torch.cat([place - scene.tip, upset], 1)[:, :, None])
-    step = (jacobian.transpose(1, 2) @ twist)[:, :, 0].clamp(-2 * _STEP, 2 * _STEP)
-    arm = (state.qpos[:, :7] + step).clamp(_LOW, _HIGH)
-    asked, gripped = state.tally[:, FORCE], state.tally[:, GRIPPED] > 0
-    grip = torch.where(asked > 0, torch.where(gripped, asked, APPROACH), -OPEN)
-    return torch.cat([arm, grip[:, None]], 1)
-
-
-_STEP = torch.from_numpy(panda.SPEED * SUBSTEPS * TIMESTEP)
-_LOW, _HIGH = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
-
-
-def rest(qpos: Tensor) -> Tensor:
-    """Hold the arm where it starts, the hand open."""
-    return torch.cat([qpos[:, :7], torch.full_like(qpos[:, :1], -OPEN)], 1)
+HELD, ANCHOR, DONE, CRUSHED, DROPPED, TOP = HAND, slice(HAND + 1, HAND + 4), HAND + 4, HAND + 5, HAND + 6, HAND + 7
+"""Of the tally, after the hand's: control steps held, where in the hand the object was when that began, whether the
+grasp succeeded, whether the object broke or fell, and its highest lift, m."""
+TALLIES = HAND + 8
 
 
 def lift(scene: Scene, state: State) -> Tensor:
@@ -152,44 +55,25 @@ def need(state: State) -> Tensor:
 
 
 def begin(state: State) -> Tensor:
-    """Start with the hand open, to stay where it is."""
-    tip, x = state.sensors[:, 42:45], state.sensors[:, 45:48]
-    tally = torch.zeros(len(tip), TALLIES).double()
-    tally[:, AIM], tally[:, YAW] = tip, torch.atan2(x[:, 1], x[:, 0])
-    return tally
+    """Start with an open hand, and nothing lifted."""
+    return torch.nn.functional.pad(manipulation.begin(state), (0, TALLIES - HAND))
 
 
 def count(before: State, after: State) -> Tensor:
-    """Keep the tally: see ``FORCE``."""
+    """Keep the tally: see ``HELD``."""
     old, scene = before.tally, Scene(after)
-    close, strength = after.action[:, 4], (after.action[:, 5] + 1) / 2
-    asked = WEAKEST * (STRONGEST / WEAKEST) ** strength
-    force = torch.where(close > 0.5, torch.where(old[:, FORCE] > 0, old[:, FORCE], asked), old[:, FORCE])
-    force = torch.where(close < -0.5, 0.0, force)
-    both = (scene.pads > 0.05).all(1)
-    gripped = (force > 0) & ((scene.pads > 0.05).any(1) | (old[:, GRIPPED] > 0))
+    hand = manipulation.count(before, after, scene)
     height = lift(scene, after)
     moved = (scene.within - old[:, ANCHOR]).norm(dim=1)
-    up = (height >= LIFT) & gripped & both
+    up = (height >= LIFT) & (hand[:, GRIPPED] > 0) & scene.held
     held = torch.where(up & ((old[:, HELD] == 0) | (moved < SLIP)), old[:, HELD] + 1, 0.0)
     anchor = torch.where((held <= 1)[:, None], scene.within, old[:, ANCHOR])
     crushed = (old[:, CRUSHED] > 0) | (scene.pads.amax(1) > limit(after))
     top = torch.maximum(old[:, TOP], height)
-    dropped = (old[:, DROPPED] > 0) | ((top > 0.03) & (height < top - 0.03) & ~both)
+    dropped = (old[:, DROPPED] > 0) | ((top > 0.03) & (height < top - 0.03) & ~scene.held)
     done = (old[:, DONE] > 0) | ((held >= HOLD) & ~crushed)
-    place, turn = aim(before, after.action)
-    rows = [force, gripped, held, *anchor.unbind(1), done, crushed, dropped, top, *place.unbind(1), turn]
-    return torch.stack([r.double() for r in rows], 1)
-
-
-def observe(state: State) -> Tensor:
-    """Return ``(world, 19)``."""
-    scene = Scene(state)
-    turned = torch.cat([scene.turned[:, :, 0], scene.turned[:, :, 2]], 1)
-    flags = torch.stack(
-        [scene.opening, scene.closing, (state.tally[:, FORCE] > 0).double(), state.tally[:, GRIPPED]], 1
-    )
-    return torch.cat([scene.tip - CENTRE, scene.speed, scene.offset, turned, flags], 1).float()
+    rows = [held, *anchor.unbind(1), done, crushed, dropped, top]
+    return torch.cat([hand, torch.stack([r.double() for r in rows], 1)], 1)
 
 
 def critic_observe(state: State) -> Tensor:
@@ -202,7 +86,7 @@ def critic_observe(state: State) -> Tensor:
 def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
     scene, tally = Scene(after), after.tally
-    both = tally[:, GRIPPED] * (scene.pads > 0.05).all(1)
+    both = tally[:, GRIPPED] * scene.held
     aim = scene.offset.square().sum(1).sqrt()
     return {
         "reach": 1 - torch.tanh(8 * aim),
@@ -219,18 +103,9 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
 def over(state: State) -> Tensor:
     """Say where the object broke, fell or left the table, or the hand jams."""
     scene, tally = Scene(state), state.tally
-    away = (scene.object[:, :2] - CENTRE[:2]).abs().amax(1) > 0.3
+    away = (scene.object[:, :2] - manipulation.CENTRE[:2]).abs().amax(1) > 0.3
     jammed = scene.pads.amax(1) > 3 * panda.FORCE
     return (tally[:, CRUSHED] > 0) | (tally[:, DROPPED] > 0) | away | jammed
-
-
-def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
-    """Hold the hand over the table, joints within ±0.03 rad; put the object within 5 cm and 0.5 rad of its middle."""
-    yaw = rng.uniform(-0.5, 0.5)
-    place = [CENTRE[0] + rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05), -model.site("bottom").pos[2]]
-    arm = panda.READY + rng.uniform(-0.03, 0.03, 7)
-    fingers = 2 * [panda.STROKE / 2]
-    return np.array([*arm, *fingers, *place, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]), np.zeros(model.nv)
 
 
 def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
@@ -246,7 +121,7 @@ def expert(state: State) -> Tensor:
     """
     scene, tally = Scene(state), state.tally
     closed, low = tally[:, FORCE] > 0, (objects.rest(state.task) - 0.002).clamp_min(0.014)
-    grasped = closed & (scene.pads > 0.05).all(1)
+    grasped = closed & scene.held
     off = scene.offset[:, :2].norm(dim=1)
     height = torch.where(grasped | (tally[:, TOP] > 0.01), 0.18, torch.where(closed | (off < 0.01), low, low + 0.06))
     place = torch.where(closed[:, None], tally[:, AIM][:, :2], scene.object[:, :2])
@@ -257,7 +132,7 @@ def expert(state: State) -> Tensor:
     turn = torch.where(closed, 0.0, turn) / TURN
     ready = (off < 0.003) & ((scene.tip[:, 2] - low).abs() < 0.004) & (scene.speed.norm(dim=1) < 0.02)
     wanted = torch.minimum(2 * need(state), torch.sqrt(need(state) * limit(state)))
-    force = torch.log(wanted / WEAKEST) / np.log(STRONGEST / WEAKEST) * 2 - 1
+    force = manipulation.strength(wanted)
     close = torch.where(closed | ready, 1.0, -1.0)
     move[:, 2].clamp_max_(0.4)
     return torch.cat([move, torch.stack([turn, close, force], 1)], 1).clamp(-1, 1)
@@ -328,22 +203,6 @@ def friction(low: float, high: float, beyond: float) -> Param:
     )
 
 
-def _build() -> mujoco.MjSpec:
-    spec = panda.panda()
-    spec.option.timestep, spec.option.integrator = TIMESTEP, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 100.0
-    spec.worldbody.add_geom(
-        name="table",
-        type=mujoco.mjtGeom.mjGEOM_PLANE,
-        size=[1, 1, 0.1],
-        contype=3,
-        conaffinity=2,
-        rgba=[0.75, 0.72, 0.68, 1],
-    )
-    objects.add(spec)
-    return panda.equip(spec)
-
-
 def grasp(name: str, doc: str, params: tuple[Param, ...]) -> Family:
     """Build a family."""
     return Family(
@@ -351,18 +210,18 @@ def grasp(name: str, doc: str, params: tuple[Param, ...]) -> Family:
         doc=doc,
         space=TaskSpace(name, params),
         horizon=HORIZON,
-        substeps=SUBSTEPS,
-        spec=_build,
+        substeps=manipulation.SUBSTEPS,
+        spec=manipulation.build,
         shape=objects.shape,
-        observations=OBSERVATIONS,
-        observe=observe,
-        noise=NOISE,
+        observations=manipulation.OBSERVATIONS,
+        observe=manipulation.observe,
+        noise=manipulation.NOISE,
         critic_observe=critic_observe,
-        control=Control(actions=ACTIONS, targets=targets, rest=rest),
+        control=manipulation.CONTROL,
         tally=Tally(size=TALLIES, begin=begin, count=count),
         reward=reward,
         weights=WEIGHTS,
-        start=start,
+        start=manipulation.start,
         terminate=over,
         readout=readout,
         expert=expert,

@@ -144,8 +144,8 @@ def _add_hand(flange: Any) -> None:
         joint.range, joint.armature, joint.damping[0] = [0, STROKE / 2], 0.05, FINGER_DAMPING
         _shown(finger, box, size=[0.0105, 0.007, 0.0225], pos=[0, side * 0.0145, 0.0225], rgba=_GREY)
         _touching(finger, f"{name}_pad", list(PAD), [0, side * PAD[1], 0.0445], _GREY)
-        size = [PAD[0] + 0.003, PAD[1] + 0.003, PAD[2] + 0.003]
-        finger.add_site(name=f"{name}_pad", type=box, size=size, pos=[0, side * PAD[1], 0.0445], rgba=[0, 0, 0, 0])
+        size = [PAD[0] + 0.003, PAD[1], PAD[2] + 0.003]
+        finger.add_site(name=f"{name}_pad", type=box, size=size, pos=[0, 0, 0.0445], rgba=[0, 0, 0, 0])
 
 
 def _touching(body: Any, name: str, size: list[float], pos: list[float], rgba: Any) -> None:
@@ -161,8 +161,9 @@ def equip(spec: mujoco.MjSpec) -> mujoco.MjSpec:
     """Add drives and sensors.
 
     Drives: the arm's joints take target angles, rad, the hand a grip force, N, positive to close. Sensors, in this
-    order: where each joint stands (21) and how its axis points (21); the tip's position (3), its hand's x (3), y (3)
-    and z axes (3), its velocity (3); the force on each pad (2).
+    order: where each joint stands (21) and how its axis points (21); the tip's position (3), the hand's x (3), y (3)
+    and z axes (3), the tip's velocity (3); the force on each pad (2); the joints' angles (7); where the pads' faces are
+    (6), and their velocities (6).
     """
     for i, name in enumerate(ARM):
         drive = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
@@ -195,4 +196,9 @@ def equip(spec: mujoco.MjSpec) -> mujoco.MjSpec:
         spec.add_sensor(type=kind, objtype=site, objname="tip")
     for name in ("left_pad", "right_pad"):
         spec.add_sensor(type=of.mjSENS_TOUCH, objtype=site, objname=name)
+    for name in ARM:
+        spec.add_sensor(type=of.mjSENS_JOINTPOS, objtype=mujoco.mjtObj.mjOBJ_JOINT, objname=name)
+    for kind in (of.mjSENS_FRAMEPOS, of.mjSENS_FRAMELINVEL):
+        for name in ("left_pad", "right_pad"):
+            spec.add_sensor(type=kind, objtype=site, objname=name)
     return spec

@@ -98,6 +98,8 @@ class AgentKind:
     config: type[Any]
     """Frozen dataclass; its defaults work. Holds at least ``worlds`` and ``episodes``, and ``rollouts``, the worlds of
     one task, if a task has more than one."""
+    imitates: bool = False
+    """Whether it learns from demonstrations, not from its own trials."""
     build: Callable[[Any, Shapes], Learner]
     """(configuration, shapes) -> learner; initial weights come from torch's seeded generator."""
 

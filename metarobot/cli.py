@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 from tyro.conf import Positional
 
+from metarobot import cli_demos
+from metarobot.progress import bar
 from metarobot.types import MetarobotError
 
 
@@ -89,9 +89,9 @@ def evaluate(
     total = trials(
         len(agents), len(others[0]), len(others[1]), len(others[2]), controls, agents[0].family.expert is not None
     )
-    with _progress() as bar:
-        task = bar.add_task("playing", total=total)
-        report = measure(agents, protocol, **baselines, controls=controls, tick=lambda: bar.advance(task))
+    with bar() as progress:
+        task = progress.add_task("playing", total=total)
+        report = measure(agents, protocol, **baselines, controls=controls, tick=lambda: progress.advance(task))
     tables.evaluation(report)
     if json is not None:
         checkpoint.write_json(json, report)
@@ -200,9 +200,9 @@ def sinusoid(
     if iterations is not None and iterations < 1:
         raise MetarobotError(f"iterations must be at least 1, not {iterations}")
     config = SinusoidConfig(seed=seed) if iterations is None else SinusoidConfig(seed=seed, iterations=iterations)
-    with _progress() as bar:
-        tasks = {name: bar.add_task(name, total=config.iterations) for name in ("MAML", "joint training")}
-        result = compare(config, lambda name, i, error: bar.update(tasks[name], completed=i + 1))
+    with bar() as progress:
+        tasks = {name: progress.add_task(name, total=config.iterations) for name in ("MAML", "joint training")}
+        result = compare(config, lambda name, i, error: progress.update(tasks[name], completed=i + 1))
     for name, errors in result.errors.items():
         print(f"{name}: mean squared error after 0, 1, … gradient steps: {', '.join(f'{e:.3f}' for e in errors)}")
     regression(result.x, result.truth, result.seen, result.curves, result.errors, out)
@@ -276,6 +276,7 @@ def _train_command(agent: str) -> Callable[..., None]:
         agent: str = "rl2",
         robot: str = usual.robot,
         init: str = usual.init,
+        demos: str = usual.demos,
         steps: float = float(usual.steps),
         seed: int = usual.seed,
         device: str = usual.device,
@@ -295,6 +296,7 @@ def _train_command(agent: str) -> Callable[..., None]:
             agent: Kind of agent; ``metarobot agents`` lists them.
             robot: Another model of the family's robot: a path to an MJCF, or menagerie:name.
             init: A policy without memory to begin as: an agent trained as ppo or blind.
+            demos: Minari dataset to imitate, for ``--agent imitation``; ``metarobot record`` makes them.
             steps: Environment steps to train for, e.g. 2e6.
             seed: The same seed, settings and thread count give the same weights.
             device: Where learning happens, cpu or cuda; physics runs on the CPU.
@@ -303,7 +305,7 @@ def _train_command(agent: str) -> Callable[..., None]:
             resume: Continue the run in ``out``.
         """
         whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
-        where = {"family": family, "agent": agent, "robot": robot, "init": init}
+        where = {"family": family, "agent": agent, "robot": robot, "init": init, "demos": demos}
         settings = TrainConfig(**where, steps=whole, seed=seed, device=device, threads=threads, save_every=save_every)
         run = reopen(settings, config, out) if resume else start(settings, config, out)
         if run_training(run, resume=resume):
@@ -314,12 +316,6 @@ def _train_command(agent: str) -> Callable[..., None]:
 
     train.__annotations__["config"] = Annotated[kind, tyro.conf.arg(name="")]
     return train
-
-
-def _progress() -> Progress:
-    """Make a bar with an ETA, on standard error, that leaves nothing behind."""
-    console = Console(stderr=True)
-    return Progress(transient=True, console=console, disable=not console.is_terminal)
 
 
 def _check_gl() -> None:
@@ -373,6 +369,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sinusoid": sinusoid,
         "plot": plot,
         "publish": publish,
+        "record": cli_demos.record,
+        "shots": cli_demos.shots,
     }
     try:
         _check_gl()

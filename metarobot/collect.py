@@ -24,6 +24,7 @@ def collect(
     rollouts: int = 1,
     explore: bool | Sequence[bool] = True,
     between: Callable[[Context], Context] = lambda context: context,
+    variant: Tensor | None = None,
     watch: Callable[[int, Env, Step], None] | None = None,
 ) -> Trials:
     """Live one trial of ``episodes`` episodes in each task: act an episode, adapt, act the next.
@@ -31,11 +32,14 @@ def collect(
     ``env`` only lends its worlds, ``rollouts`` for each task, which stand together: whatever it did before has no
     effect. The worlds of a task share its context, so only an agent that leaves its context alone while it acts, as one
     that adapts between episodes does, can have more than one. ``explore``, one for all or one an episode, adds the
-    agent's own exploration noise; ``between`` tampers with the context after each episode (the controls of an
-    evaluation); ``watch`` is called after every step with (episode, env, step), for pictures.
+    agent's own exploration noise; ``variant`` ``(world,)`` says which variant the first episode is; ``between`` tampers
+    with the context after each episode (the controls of an evaluation); ``watch`` is called after every step with
+    (episode, env, step), for pictures.
     """
     env.set_tasks([task for task in tasks for _ in range(rollouts)])
     obs = env.reset(seed)
+    if variant is not None:
+        obs = env.present(variant)
     noise = torch.Generator().manual_seed(seed)
     task = env.family.space.encode(tasks)
     context = agent.begin(len(tasks), task if agent.privileged else None)
@@ -85,18 +89,22 @@ class Expert:
 
     privileged = explores = False
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, env: Env, jitter: float = 0.0) -> None:
         if env.family.expert is None:
             raise MetarobotError(f"nobody wrote an expert for {env.family.name}")
-        self._env, self._program = env, env.family.expert
+        self._env, self._program, self.jitter = env, env.family.expert, jitter
+        self.asked: list[Tensor] = []
+        """The actions asked for, step by step."""
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Carry nothing."""
         return ()
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
-        """Do as the program says, exactly."""
-        return self._program(self._env.state).float(), context
+        """Do as the program says, disturbed by ``jitter`` times the noise, if there is any."""
+        action = self._program(self._env.state).float()
+        self.asked.append(action)
+        return action if noise is None else action + self.jitter * noise, context
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
         """Learn nothing."""

@@ -34,6 +34,8 @@ class State(NamedTuple):
     """Task parameters by name, ``(world,)`` each."""
     tally: Tensor = torch.zeros(0, 0).double()
     """What the family's ``Tally`` keeps of the episode so far, ``(world, tallies)``."""
+    variant: Tensor = torch.zeros(0, dtype=torch.int64)
+    """Which of the family's ``variants`` the episode is, ``(world,)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,9 @@ class Family:
     """How actions become the drives' targets; None if they are these targets."""
     tally: Tally | None = None
     """What is kept of the episode so far."""
+    variants: int = 1
+    """In how many variants the episodes of a task come, as when one of several objects is presented; each episode's is
+    drawn at its start."""
     terminate: Callable[[State], Tensor] | None = None
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
     readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
@@ -198,7 +203,9 @@ class Env:
         sensors = self.sim.bind("sensordata") if first.nsensordata else torch.zeros(self.worlds, 0).double()
         action = torch.zeros(self.worlds, self.act_dim).double()
         tally = torch.zeros(self.worlds, 0 if family.tally is None else family.tally.size).double()
-        self.state = State(self.sim.bind("qpos"), self.sim.bind("qvel"), sensors, action, self.task_values, tally)
+        variant = torch.zeros(self.worlds, dtype=torch.int64)
+        qpos, qvel = self.sim.bind("qpos"), self.sim.bind("qvel")
+        self.state = State(qpos, qvel, sensors, action, self.task_values, tally, variant)
         self._ctrl, self._act = self.sim.bind("ctrl"), self.sim.bind("act")
         self.elapsed = torch.zeros(self.worlds, dtype=torch.int64)
         self._noisy = torch.tensor(family.noise).nonzero()[:, 0]
@@ -261,6 +268,11 @@ class Env:
             self._restart(np.flatnonzero(elsewhere).tolist())
         return self._observe()
 
+    def present(self, variant: Tensor) -> Tensor:
+        """Make the episodes that are about to start of these variants, ``(world,)``; return the observations."""
+        self.state.variant.copy_(variant)
+        return self._observe()
+
     def _restart(self, ids: Sequence[int]) -> None:
         starts = []
         for i in ids:
@@ -272,6 +284,8 @@ class Env:
                 noise = self._noise[i]
                 rng.random(dtype=np.float32, out=noise.numpy())
                 noise.mul_(2).sub_(1).mul_(self._amplitude)
+            if self.family.variants > 1:
+                self.state.variant[i] = int(rng.integers(self.family.variants))
         rows = slice(None) if len(ids) == self.worlds else list(ids)
         qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
         self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
@@ -302,7 +316,7 @@ class Env:
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
         family, state = self.family, self.state
         qpos, qvel, sensors, last = (x.clone() for x in state[:4])
-        before = State(qpos, qvel, sensors, last, state.task, state.tally.clone())
+        before = State(qpos, qvel, sensors, last, state.task, state.tally.clone(), state.variant)
         state.action.copy_(torch.clamp(action.double(), self.action_low, self.action_high))
         if awake is not None:
             state.action[~awake] = 0.0

@@ -156,7 +156,13 @@ def evaluate(
             row[f"{name}_ci95"] = interval(values[:, k], np.mean)
     if oracle and blind:
         for k, row in enumerate(report["episodes"]):
-            row |= score(returns[:, k], references["oracle"].returns[:, k], references["blind"].returns[:, k])
+            upper, lower = (references[x].returns[:, k] for x in ("oracle", "blind"))
+            worth = upper.mean(0, keepdims=True) - lower.mean(0, keepdims=True)
+            row |= {
+                **score(returns[:, k], upper, lower),
+                "worth": float(worth.mean()),
+                "worth_ci95": interval(worth, np.mean),
+            }
     if finetune:
         report["finetuning"] = finetuning(runs, finetune, arena)
     if controls:

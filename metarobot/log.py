@@ -20,7 +20,10 @@ LINE_EVERY_S = 20.0
 
 
 def headline(metrics: dict[str, float]) -> str:
-    """Say the return of each episode of the trial, and the speed."""
+    """Say the return of each episode of the trial, or the error left by who imitates, and the speed."""
+    if "train/loss_before" in metrics:
+        error = f"{metrics['train/loss_before']:.4f} → {metrics['train/loss']:.4f}"
+        return f"{metrics['time/fps']:,.0f} steps/s  error {error}"
     episodes = [v for k, v in sorted(metrics.items()) if k.startswith("meta/return_episode_")]
     returns = " → ".join(f"{v:.1f}" for v in episodes)
     return f"{metrics['time/fps']:,.0f} steps/s  return {returns}"

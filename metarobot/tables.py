@@ -31,6 +31,8 @@ def evaluation(report: dict[str, Any]) -> None:
         for r in control[1:]:
             table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
     Console(width=max(Console().width, 124)).print(table)
+    if "worth" in rows[-1]:
+        print(f"oracle over blind, task by task: {rows[-1]['worth']:+.1f} (95 %: {_interval(rows[-1]['worth_ci95'])})")
     for name, rates in report.get("success", {}).items():
         said = " → ".join(f"{100 * r['mean']:.1f} %" for r in rates)
         low, high = (100 * x for x in rates[-1]["ci95"])
@@ -46,6 +48,21 @@ def _cells(r: dict[str, Any]) -> tuple[str, ...]:
 
 def _interval(bounds: Sequence[float]) -> str:
     return f"{bounds[0]:.1f}…{bounds[1]:.1f}"
+
+
+def shots(report: Mapping[str, Any]) -> None:
+    """Print how few-shot imitation did."""
+    table = Table(title=f"{report['family']}, {report['tasks']} {report['split']} tasks", title_justify="left")
+    for column in ("demonstrations", "success", "95 % interval", "of the reference"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = [(f"{r['shots']} of each", r) for r in report["shots"]]
+    rows += [(k, report[k]) for k in ("reference", "expert") if k in report]
+    for name, r in rows:
+        low, high = (100 * x for x in r["ci95"])
+        share = f"{r['of_reference']:.2f}" if "of_reference" in r else ""
+        table.add_row(name, f"{100 * r['mean']:.1f} %", f"{low:.1f}…{high:.1f}", share)
+    Console(width=max(Console().width, 80)).print(table)
+    print(f"by chance {100 * report['chance']:.0f} %")
 
 
 def maml(report: dict[str, Any]) -> None:

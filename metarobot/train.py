@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ import metarobot
 from metarobot.agent import Learner, agents
 from metarobot.checkpoint import CheckpointError, Run, build_learner, create, open_run, save
 from metarobot.collect import collect
+from metarobot.demos import read
 from metarobot.env import Env, Family, family_on
 from metarobot.log import Log
 from metarobot.parallel import steady_heap
@@ -42,6 +43,8 @@ class TrainConfig:
     """Another model of the family's robot: a path to an MJCF, or ``menagerie:name``; empty is its own."""
     init: str = ""
     """A policy without memory to begin as: the run folder or name of an agent trained as ppo or blind."""
+    demos: str = ""
+    """A Minari dataset of demonstrations, for an agent that imitates."""
     steps: int = 2_000_000
     """Environment steps to train for."""
     seed: int = 0
@@ -61,6 +64,11 @@ def check(config: TrainConfig) -> None:
     for name, least in (("steps", 1), ("seed", 0), ("threads", 0), ("save_every", 1)):
         if getattr(config, name) < least:
             raise MetarobotError(f"{name} must be at least {least}, not {getattr(config, name)}")
+    imitates = agents.get(config.agent).imitates
+    if imitates and not config.demos:
+        raise MetarobotError(f"agent {config.agent!r} needs --demos, a dataset that metarobot record makes")
+    if config.demos and not imitates:
+        raise MetarobotError(f"agent {config.agent!r} learns from its own trials; leave --demos out")
     if config.device not in ("cpu", "cuda"):
         raise MetarobotError(f"no device called {config.device!r}; there are: cpu, cuda")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -132,35 +140,61 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
     steady_heap()
     learner.agent.to(config.device)
     threads = config.threads or len(os.sched_getaffinity(0))
-    worlds = run.config["agent_config"]["worlds"]
-    env = Env(run.family, run.family.space.sample("train", worlds), threads=threads)
+    live = _imitated(run, learner, config.demos) if config.demos else _lived(run, learner, threads)
     with (
         Log(run.folder, config.steps, counters["steps"], counters["iteration"], show=show) as log,
         deferred_signals() as stopped,
         threads_restored(),
     ):
         while counters["steps"] < config.steps and not stopped:
-            log.write(_iterate(run, learner, env, counters, threads))
+            log.write(_iterate(run, learner, live, counters, threads))
             if counters["iteration"] % config.save_every == 0 or stopped or counters["steps"] >= config.steps:
                 save(run.folder, learner.state(), counters)
     return bool(counters["steps"] >= config.steps)
 
 
-def _iterate(run: Run, learner: Learner, env: Env, counters: dict[str, Any], threads: int) -> dict[str, float]:
-    """Collect trials and learn from them once; advance the counters and return the metrics."""
+def _lived(run: Run, learner: Learner, threads: int) -> Callable[[int], Trials]:
+    """Return a function that lets the agent live the trials of an iteration."""
+    config = run.config["agent_config"]
+    env = Env(run.family, run.family.space.sample("train", config["worlds"]), threads=threads)
+
+    def live(i: int) -> Trials:
+        tasks = run.family.space.sample("train", env.worlds // run.rollouts, [run.config["seed"], i])
+        learner.agent.to("cpu")
+        seed = _seed(run, i)
+        return collect(learner.agent, env, tasks, episodes=config["episodes"], seed=seed, rollouts=run.rollouts)
+
+    return live
+
+
+def _imitated(run: Run, learner: Learner, path: str) -> Callable[[int], Trials]:
+    """Return a function that draws the demonstrations of an iteration."""
+    demos, variants = read(Path(path), run.family), run.family.variants
+    if run.rollouts % variants:
+        raise MetarobotError(
+            f"rollouts = {run.rollouts} is not a multiple of {variants}, the variants of {run.family.name}"
+        )
+    tasks = run.config["agent_config"]["worlds"] // run.rollouts
+    return lambda i: demos.trials(tasks, run.rollouts // variants, [run.config["seed"], i])
+
+
+def _seed(run: Run, i: int) -> int:
+    return int(np.random.SeedSequence([run.config["seed"], i]).generate_state(1)[0])
+
+
+def _iterate(
+    run: Run, learner: Learner, live: Callable[[int], Trials], counters: dict[str, Any], threads: int
+) -> dict[str, float]:
+    """Get trials and learn from them once; advance the counters and return the metrics."""
     began, config = time.monotonic(), run.config
     device, i = config["device"], counters["iteration"]
-    seed = int(np.random.SeedSequence([config["seed"], i]).generate_state(1)[0])
-    tasks = run.family.space.sample("train", env.worlds // run.rollouts, [config["seed"], i])
-    learner.agent.to("cpu")
     # torch's worker threads would spin against the physics threads: one is faster while collecting
     torch.set_num_threads(1)
-    episodes = config["agent_config"]["episodes"]
-    trials = collect(learner.agent, env, tasks, episodes=episodes, seed=seed, rollouts=run.rollouts)
+    trials = live(i)
     collected = time.monotonic()
     torch.set_num_threads(threads)
     learner.agent.to(device)
-    metrics = learner.update(trials.to(device), counters["steps"] / config["steps"], seed)
+    metrics = learner.update(trials.to(device), counters["steps"] / config["steps"], _seed(run, i))
     now = time.monotonic()
     lived = trials.steps()
     counters["iteration"] += 1
@@ -174,7 +208,7 @@ def _iterate(run: Run, learner: Learner, env: Env, counters: dict[str, Any], thr
         "time/total_timesteps": counters["steps"],
         "time/time_elapsed": counters["elapsed_s"],
     }
-    return {**rollout_metrics(trials), **metrics, **speed}
+    return {**({} if config.get("demos") else rollout_metrics(trials)), **metrics, **speed}
 
 
 def rollout_metrics(trials: Trials) -> dict[str, float]:

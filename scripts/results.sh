@@ -82,10 +82,13 @@ quadruped() {
   train QuadrupedDamage-oracle-0 QuadrupedDamage --agent oracle --steps 4e6 "${single[@]}"
   train QuadrupedDamage-rl2-oracle-0 QuadrupedDamage --agent rl2-oracle --steps 4e6 "${walk[@]}" --worlds 32
   train QuadrupedDamage-rl2-0 QuadrupedDamage --agent rl2 --steps 5e6 "${walk[@]}" --worlds 32
-  train QuadrupedMix-blind-0 QuadrupedMix --agent blind --steps 2.5e6 "${single[@]}"
-  train QuadrupedMix-rl2-oracle-0 QuadrupedMix --agent rl2-oracle --steps 2.5e6 "${walk[@]}" --worlds 32
-  train QuadrupedMix-rl2-0 QuadrupedMix --agent rl2 --steps 3.5e6 "${walk[@]}" --worlds 32
-  for family in QuadrupedDamage QuadrupedMix; do
+  train QuadrupedMix-blind-0 QuadrupedMix --agent blind --steps 4e6 "${single[@]}"
+  train QuadrupedTerrain-blind-0 QuadrupedTerrain --agent blind --steps 3e6 "${single[@]}"
+  for agent in rl2-oracle rl2; do
+    train QuadrupedMix-$agent-0 QuadrupedMix --agent $agent --steps 5e6 "${walk[@]}" --worlds 32
+    train QuadrupedTerrain-$agent-0 QuadrupedTerrain --agent $agent --steps 3e6 "${walk[@]}" --worlds 32
+  done
+  for family in QuadrupedDamage QuadrupedMix QuadrupedTerrain; do
     # joints differ in what they cost: many tasks, or the intervals are wide
     for split in test extrapolate; do TASKS=400 ORACLE=rl2-oracle report $family $split "runs/$family-rl2-0"; done
     metarobot plot runs/$family-{rl2,rl2-oracle,blind}-0 --out "results/$family-learning.png"

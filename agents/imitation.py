@@ -1,0 +1,149 @@
+"""Few-shot imitation: MAML on demonstrations (Finn et al. 2017, "One-shot visual imitation via meta-learning").
+
+An inner step lowers the squared error against the support's demonstrations; the outer step lowers the error that is
+left on other demonstrations of the same task. With no inner steps this is behaviour cloning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
+from metarobot.agents.gradient import by_task
+from metarobot.inner import call, climb, each, exact, first_order, slopes, walk
+from metarobot.nets import RunningNorm, mlp
+from metarobot.types import MetarobotError, Percept, Rollout, Trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImitationConfig:
+    """Settings of few-shot imitation."""
+
+    worlds: int = 32
+    """Demonstrations an iteration to adapt to: tasks times rollouts."""
+    rollouts: int = 4
+    """Demonstrations of a task to adapt to: shots times the variants of its episodes."""
+    episodes: int = 2
+    """Support and query."""
+    width: int = 128
+    """Width of the two hidden layers."""
+    inner_lr: float = 0.05
+    """Size of every weight's first inner steps; the rates are learned (Meta-SGD, Li et al. 2017)."""
+    inner_steps: int = 3
+    """Gradient steps on the support; 0 clones behaviour and adapts to nothing."""
+    first_order: bool = False
+    """Leave second derivatives out."""
+    lr: float = 1e-3
+    """Adam's learning rate at the start."""
+    lr_end: float = 0.05
+    """Fraction of it that is left at the end; linear between."""
+    grad_norm: float = 1.0
+    """Bound on the outer gradient's length."""
+
+
+class Support(NamedTuple):
+    """Demonstrations, ``(task, step, ...)``; steps that weigh nothing are padding."""
+
+    x: Tensor
+    action: Tensor
+    weight: Tensor
+
+
+class ImitationAgent(nn.Module):
+    """A policy without noise, and an inner rate for each of its weights; its context is its own weights."""
+
+    privileged = explores = False
+    imitates = True
+
+    def __init__(self, shapes: Shapes, config: ImitationConfig) -> None:
+        super().__init__()
+        if config.worlds % config.rollouts:
+            raise MetarobotError(f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}")
+        self.config = config
+        self.norm = RunningNorm(shapes.obs)
+        self.actor = mlp(shapes.obs, (config.width, config.width), shapes.act, gain=0.01)
+        size = sum(p.numel() for p in self.actor.parameters())
+        self.rates = nn.Parameter(torch.full((size,), config.inner_lr), requires_grad=config.inner_steps > 0)
+
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Return a copy of the initial weights for each task, ``(task, P)``."""
+        return (nn.utils.parameters_to_vector(self.actor.parameters()).detach().expand(worlds, -1),)
+
+    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+        """Act with each task's own weights; the worlds of a task stand together."""
+        (weights,) = context
+        x = self.norm(percept.obs).view(len(weights), -1, percept.obs.shape[-1])
+        action: Tensor = each(partial(call, self.actor))(weights, x)
+        return action.flatten(0, 1), context
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Take gradient steps towards what the episode shows: demonstrations of the task."""
+        (weights,) = context
+        support = self.support(episode, len(weights))
+        for _ in range(self.config.inner_steps):
+            weights = weights + self.rates.detach() * slopes(self.likeness, weights, support)
+        return (weights,)
+
+    def support(self, episode: Rollout, tasks: int) -> Support:
+        """Prepare demonstrations for gradient steps."""
+        x, action = by_task(self.norm(episode.obs), tasks), by_task(episode.action, tasks)
+        weight = by_task(episode.valid.to(x.dtype), tasks)
+        return Support(x, action, weight / weight.sum(1, keepdim=True).clamp_min(1.0))
+
+    def likeness(self, weights: Tensor, data: Support) -> Tensor:
+        """Return minus the mean squared error of one task's actions."""
+        error: Tensor = (call(self.actor, weights, data.x) - data.action).square().mean(-1)
+        return -(data.weight * error).sum()
+
+
+class Imitator:
+    """Trains an ``ImitationAgent`` on trials of demonstrations: support, then query."""
+
+    def __init__(self, config: ImitationConfig, shapes: Shapes) -> None:
+        self.config = config
+        self.agent = ImitationAgent(shapes, config)
+        self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5)
+
+    def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
+        """Take one outer step."""
+        c, agent = self.config, self.agent
+        shown, asked = trials.episodes
+        agent.norm.update(shown.obs[shown.valid])
+        tasks = shown.valid.shape[1] // c.rollouts
+        support, query = agent.support(shown, tasks), agent.support(asked, tasks)
+        (start,), rates = agent.begin(tasks), agent.rates.detach()
+        derivative = first_order if c.first_order else exact
+        path = walk(agent.likeness, start, rates, [support] * c.inner_steps, derivative)
+        by_weights, by_rates = (x.mean(0) for x in path.pull(slopes(agent.likeness, path.weights, query)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
+        climb(agent.actor, by_weights)
+        agent.rates.grad = -by_rates if agent.rates.requires_grad else None
+        norm = nn.utils.clip_grad_norm_(agent.parameters(), c.grad_norm)
+        if norm.isfinite():
+            self.optimiser.step()
+        with torch.no_grad():
+            before, after = (-each(agent.likeness)(w, query).mean() for w in (start, path.weights))
+        return {"train/loss_before": float(before), "train/loss": float(after), "train/grad_norm": float(norm)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights, the normaliser and the optimiser."""
+        return pack(self.optimiser, agent=self.agent)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        unpack(state, self.optimiser, agent=self.agent)
+
+
+imitation = AgentKind(
+    name="imitation",
+    doc="MAML on demonstrations: a few of them, and it does as they show.",
+    config=ImitationConfig,
+    imitates=True,
+    build=Imitator,
+)

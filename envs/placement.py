@@ -1,0 +1,212 @@
+"""A Panda that has to put things where they belong: one of several classes is presented, each has a place of its own.
+
+The class is seen, as a code of its colours and texture; where it belongs is hidden, and other for every task. It is
+found out by trial, or read off demonstrations: the K-shot object task.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarobot.distributions import Choice, LogUniform
+from metarobot.env import Family, State, Tally
+from metarobot.envs import manipulation, objects
+from metarobot.envs.grasp import SIZE
+from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, Scene
+from metarobot.tasks import Param, TaskSpace
+from metarobot.types import Floats
+
+HORIZON = 120
+"""Control steps an episode."""
+CLASSES, KNOWN = 4, 1000
+"""Classes of a task, each with a place of its own; and how many there are to train on. As many others are for tests."""
+CODE = 8
+"""Length of the code that colours and texture are seen as."""
+PLACES = torch.tensor([[0.42, -0.2], [0.62, -0.12], [0.62, 0.12], [0.42, 0.2]]).double()
+"""Middles of the places, x and y, m."""
+NEAR, SETTLED = 0.04, 5
+"""Put down means: within so many metres of a place's middle, let go of, for so many control steps."""
+OBSERVATIONS = (*manipulation.OBSERVATIONS, *(f"code_{i}" for i in range(CODE)))
+NOISE = (*manipulation.NOISE, *[0.05] * CODE)
+WEIGHTS = {"reach": 0.3, "grip": 0.3, "carry": 1.0, "success": 20.0, "wrong": 10.0, "calm": 0.05}
+
+SEEN, AWAY, DONE, WRONG = HAND, HAND + 1, HAND + 2, HAND + 3
+"""Of the tally, after the hand's: control steps put down, whether the object has been carried, whether it was put down
+in its place, and in another's."""
+TALLIES = HAND + 4
+_ORDERS = torch.tensor(list(permutations(range(CLASSES))))
+
+
+@cache
+def codes() -> Tensor:
+    """Return the code of every class, ``(2 * KNOWN, CODE)``: unit vectors, drawn once and for all."""
+    draws = np.random.Generator(np.random.PCG64(20)).standard_normal((2 * KNOWN, CODE))
+    units: Floats = draws / np.linalg.norm(draws, axis=1, keepdims=True)
+    return torch.from_numpy(units)
+
+
+def belongs(state: State) -> Tensor:
+    """Return the middle of the place where the presented object belongs, ``(world, 2)``, m."""
+    return PLACES[_ORDERS[state.task["order"].long(), state.variant]]
+
+
+def code(state: State) -> Tensor:
+    """Return the presented object's code, ``(world, CODE)``."""
+    named = torch.stack([state.task[f"class_{i}"] for i in range(CLASSES)], 1).long()
+    return codes()[named.gather(1, state.variant[:, None])[:, 0]]
+
+
+def observe(state: State, *, shown: bool = False) -> Tensor:
+    """Return ``(world, 27)``; ``shown`` puts the way to the right place in the place of the code's first numbers."""
+    seen = code(state)
+    if shown:
+        seen = torch.cat([5 * (belongs(state) - Scene(state).tip[:, :2]), torch.zeros_like(seen[:, 2:])], 1)
+    return torch.cat([manipulation.observe(state), seen.float()], 1)
+
+
+def critic_observe(state: State) -> Tensor:
+    """Return the way from the object to its place, and the tally of the placing."""
+    return torch.cat([10 * (belongs(state) - Scene(state).object[:, :2]), state.tally[:, HAND:]], 1).float()
+
+
+def begin(state: State) -> Tensor:
+    """Start with an open hand, and nothing placed."""
+    return torch.nn.functional.pad(manipulation.begin(state), (0, TALLIES - HAND))
+
+
+def count(before: State, after: State) -> Tensor:
+    """Keep the tally: see ``SEEN``."""
+    old, scene = before.tally, Scene(after)
+    hand = manipulation.count(before, after, scene)
+    high = scene.object[:, 2] - objects.rest(after.task)
+    gaps = torch.cdist(scene.object[:, :2], PLACES)
+    down = (hand[:, FORCE] == 0) & (scene.pads.amax(1) < 0.05) & (high.abs() < 0.01) & (gaps.amin(1) < NEAR)
+    seen = torch.where(down, old[:, SEEN] + 1, 0.0)
+    away = (old[:, AWAY] > 0) | (scene.held & (high > 0.02))
+    settled, right = seen >= SETTLED, (scene.object[:, :2] - belongs(after)).norm(dim=1) < NEAR
+    rows = [seen, away, (old[:, DONE] > 0) | (settled & right), (old[:, WRONG] > 0) | (settled & ~right)]
+    return torch.cat([hand, torch.stack([r.double() for r in rows], 1)], 1)
+
+
+def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
+    """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
+    scene, tally = Scene(after), after.tally
+    gap = (scene.object[:, :2] - belongs(after)).norm(dim=1)
+    return {
+        "reach": 1 - torch.tanh(8 * scene.offset.norm(dim=1)),
+        "grip": tally[:, GRIPPED] * scene.held,
+        "carry": tally[:, AWAY] * (1 - torch.tanh(5 * gap)),
+        "success": tally[:, DONE] - before.tally[:, DONE],
+        "wrong": before.tally[:, WRONG] - tally[:, WRONG],
+        "calm": -after.action[:, :4].square().mean(1),
+    }
+
+
+def over(state: State) -> Tensor:
+    """Say where the object has been put down, or left the table."""
+    scene, tally = Scene(state), state.tally
+    low, high = manipulation.LOWEST[:2] - 0.1, manipulation.HIGHEST[:2] + 0.1
+    away = ((scene.object[:, :2] < low) | (scene.object[:, :2] > high)).any(1)
+    return (tally[:, DONE] > 0) | (tally[:, WRONG] > 0) | away
+
+
+def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
+    """Show which class is presented and how far it is from its place."""
+    gap = (Scene(after).object[:, :2] - belongs(after)).norm(dim=1)
+    return {"class": after.variant + 1.0, "to its place cm": 100 * gap}
+
+
+def expert(state: State) -> Tensor:
+    """Grasp, lift, carry and put down with everything known; actions ``(world, 6)``."""
+    scene, tally = Scene(state), state.tally
+    closed, away = tally[:, FORCE] > 0, tally[:, AWAY] > 0
+    rest = objects.rest(state.task)
+    low = (rest - 0.002).clamp_min(0.014)
+    goal = belongs(state)
+    gap, off = (scene.object[:, :2] - goal).norm(dim=1), scene.offset[:, :2].norm(dim=1)
+    there, landed = gap < 0.02, scene.object[:, 2] < rest + 0.005
+    # before: over it, down and close; then up, across, down and open; then up again
+    carried = closed & scene.held & (tally[:, GRIPPED] > 0)
+    over = torch.where(off < 0.01, low, low + 0.06)
+    height = torch.where(closed, torch.where(carried, torch.where(there, low, 0.13), low), over)
+    height = torch.where(away & ~closed, 0.16, height)
+    # keep clear of the table while it is carried across
+    lifted = scene.object[:, 2] > rest + 0.03
+    across = torch.where((lifted | there)[:, None], goal - scene.offset[:, :2], tally[:, AIM][:, :2])
+    place = torch.where(
+        carried[:, None], across, torch.where(closed[:, None], tally[:, AIM][:, :2], scene.object[:, :2])
+    )
+    place = torch.where((away & ~closed)[:, None], tally[:, AIM][:, :2], place)
+    move = (torch.cat([place, height[:, None]], 1) - tally[:, AIM]) / REACH
+    y = scene.turned[:, :2, 1]
+    turn = torch.where(closed | away, 0.0, (torch.atan(-y[:, 0] / y[:, 1]) - tally[:, YAW]) / TURN)
+    still = scene.speed.norm(dim=1) < 0.08
+    ready = (off < 0.006) & ((scene.tip[:, 2] - low).abs() < 0.006) & still & ~away
+    release = away & closed & there & landed & still
+    close = torch.where((closed & ~release) | ready, 1.0, -1.0)
+    force = manipulation.strength(1 + 3 * state.task["mass"] * 9.81 / (2 * state.task["friction"]))
+    move = torch.cat([move[:, :2].clamp(-0.6, 0.6), move[:, 2:].clamp(-1.0, 0.5)], 1)
+    return torch.cat([move, torch.stack([turn, close, force], 1)], 1).clamp(-1, 1)
+
+
+def named(i: int) -> Param:
+    """Build one of a task's classes; no two of a task are alike."""
+    known = tuple(map(float, range(i, KNOWN, CLASSES)))
+    other = tuple(float(KNOWN + c) for c in range(i, KNOWN, CLASSES))
+    return Param(name=f"class_{i}", train=Choice(known), beyond=Choice(other), nuisance=True, doc="a class of objects")
+
+
+ORDER = Param(
+    name="order", train=Choice(tuple(map(float, range(len(_ORDERS))))), doc="which class belongs where: a permutation"
+)
+MASS = Param(name="mass", train=LogUniform(0.05, 0.3), shapes=True, unit="kg", doc="of the object")
+FRICTION = Param(name="friction", train=LogUniform(0.6, 1.2), shapes=True, doc="of the object")
+KIND = Param(
+    name="kind",
+    train=Choice((0.0, 1.0)),
+    beyond=Choice((3.0,)),
+    shapes=True,
+    doc="shape",
+    words=tuple(f"{i} {k}" for i, k in enumerate(objects.KINDS)),
+)
+
+
+def placement(name: str, doc: str, *, shown: bool = False) -> Family:
+    """Build a family; ``shown``: the agent sees where the object belongs, not what it is."""
+    return Family(
+        name=name,
+        doc=doc,
+        space=TaskSpace(name, (*map(named, range(CLASSES)), ORDER, KIND, *SIZE, MASS, FRICTION)),
+        horizon=HORIZON,
+        substeps=manipulation.SUBSTEPS,
+        spec=manipulation.build,
+        shape=objects.shape,
+        observations=OBSERVATIONS,
+        observe=(lambda state: observe(state, shown=True)) if shown else observe,
+        noise=NOISE,
+        critic_observe=critic_observe,
+        control=manipulation.CONTROL,
+        tally=Tally(size=TALLIES, begin=begin, count=count),
+        variants=CLASSES,
+        reward=reward,
+        weights=WEIGHTS,
+        start=manipulation.start,
+        terminate=over,
+        readout=readout,
+        expert=expert,
+        view=((0.5, 0.0, 0.15), 0.38),
+    )
+
+
+placement_task = placement(
+    "Placement",
+    "Put each class of objects in its place, which demonstrations show or trials reveal: horizon 120, 25 Hz.",
+)
+placement_shown = placement(
+    "PlacementShown", "The same with the way to the right place in view: what Placement is compared with.", shown=True
+)

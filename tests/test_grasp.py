@@ -1,0 +1,500 @@
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metarobot.collect import Expert, collect
+from metarobot.env import Env, Family, Step, families
+from metarobot.envs import grasp, panda
+from metarobot.envs.grasp import Scene
+from metarobot.types import Floats
+
+NAMES = ["GraspFragile", "GraspMix", "GraspShapes"]
+SHAPES, FRAGILE = families.get("GraspShapes"), families.get("GraspFragile")
+LOOSE = replace(SHAPES, terminate=None)
+BOX = {"kind": 0.0, "shape_seed": 0.0, "width": 0.05, "length": 1.2, "height": 0.06, "mass": 0.3, "friction": 0.8}
+FORCES = 0.5, 60.0
+"""The weakest and the strongest grip that can be asked for, N."""
+CLOSE, STRENGTH = 4, 5
+"""Of the action."""
+
+
+def strength(force: Tensor) -> Tensor:
+    """The element of the action that asks for a grip force, N."""
+    return (2 * torch.log(force / FORCES[0]) / np.log(FORCES[1] / FORCES[0]) - 1).float()
+
+
+def wild(env: Env, rng: torch.Generator) -> Tensor:
+    return 2 * torch.rand(env.worlds, env.act_dim, generator=rng) - 1
+
+
+def clever(env: Env) -> Tensor:
+    return env.family.expert(env.state).float()
+
+
+def need(env: Env) -> Tensor:
+    """The force that just holds each object: two pads, Coulomb's law."""
+    return env.task_values["mass"] * 9.81 / (2 * env.task_values["friction"])
+
+
+def up(env: Env) -> Tensor:
+    """How high each object is over where it stood, m; for objects that have not toppled."""
+    bottom = torch.tensor([-env.model(t).site("bottom").pos[2] for t in env.tasks])
+    return env.state.qpos[:, -5] - bottom
+
+
+def tilt(env: Env) -> Tensor:
+    """Between each hand's axis and straight down, degrees."""
+    return torch.rad2deg(torch.arccos((-Scene(env.state).hand[:, 2, 2]).clamp(-1, 1)))
+
+
+def small(family: Family, worlds: int, seed: int = 0, **changes: Any) -> Env:
+    return Env(replace(family, **changes), family.space.sample("train", worlds, seed), threads=1)
+
+
+each_family = pytest.mark.parametrize("family", [SHAPES, FRAGILE], ids=lambda f: f.name)
+
+
+@each_family
+def test_the_expert_succeeds(family: Family) -> None:
+    tasks = family.space.sample("train", 60, 0)
+    env = Env(family, tasks, threads=1)
+    trials = collect(Expert(env), env, tasks, episodes=1, seed=0)
+    success = trials.totals("success")
+    assert set(success.unique().tolist()) <= {0.0, 1.0}
+    assert success.mean() >= 0.95
+    assert trials.faults() == 0
+
+
+@cache
+def held(name: str) -> tuple[Env, Tensor, list[Step], Tensor]:
+    """Objects held still in the air by the expert.
+
+    The worlds, where in the hand each object was after 100 and 225 steps, all steps, and which worlds lived to the end.
+    """
+    env = small(families.get(name), 16, 5, horizon=230)
+    alive, steps, within = torch.ones(16, dtype=torch.bool), [], []
+    for k in range(1, 226):
+        steps.append(env.step(clever(env)))
+        alive &= ~steps[-1].terminated
+        if k in (100, 225):
+            within.append(Scene(env.state).within)
+    return env, torch.stack(within), steps, alive
+
+
+@each_family
+def test_a_held_object_does_not_creep(family: Family) -> None:
+    env, within, _, alive = held(family.name)
+    assert alive.float().mean() >= 0.9
+    assert (up(env)[alive] > grasp.LIFT).all()
+    assert (within[1] - within[0])[alive].norm(dim=1).max() < 2e-3
+
+
+@each_family
+def test_success_comes_once_an_episode(family: Family) -> None:
+    _, _, steps, alive = held(family.name)
+    success = torch.stack([s.terms["success"] for s in steps])[:, alive]
+    assert success.unique().tolist() == [0, 1]
+    assert (success.sum(0) == 1).all()
+    lifted = torch.stack([s.terms["hold"] for s in steps])[:, alive]
+    first = success.argmax(0)
+    assert (first >= grasp.HOLD).all()
+    for world, step in enumerate(first.tolist()):
+        expected = torch.arange(1, grasp.HOLD + 1) / grasp.HOLD
+        assert lifted[step - grasp.HOLD + 1 : step + 1, world].tolist() == pytest.approx(expected.tolist())
+
+
+def pressed(env: Env, world: int) -> tuple[float, dict[str, float]]:
+    """What the pads do to the object, by MuJoCo's contacts: the force upwards, and by pad the force into it, N."""
+    model, data = env.sim.snapshot(world)
+    upwards, into = 0.0, {"left_pad": 0.0, "right_pad": 0.0}
+    for i, contact in enumerate(data.contact):
+        names = [model.geom(int(g)).name for g in contact.geom]
+        pad = next(n for n in names if n != "object")
+        assert set(names) <= {"object", *into}, "it hangs in the air"
+        force = np.zeros(6)
+        mujoco.mj_contactForce(model, data, i, force)
+        world_frame = contact.frame.reshape(3, 3).T @ force[:3]
+        upwards += world_frame[2] * (1 if names[1] == "object" else -1)
+        into[pad] += force[0]
+    return upwards, into
+
+
+@each_family
+def test_friction_carries_the_weight(family: Family) -> None:
+    env, _, _, alive = held(family.name)
+    for world in alive.nonzero()[:, 0].tolist():
+        upwards, into = pressed(env, world)
+        assert upwards == pytest.approx(env.tasks[world]["mass"] * 9.81, rel=0.03)
+        assert min(into.values()) >= float(need(env)[world]) / 1.02
+        assert Scene(env.state).pads[world].tolist() == pytest.approx(list(into.values()), rel=0.02)
+        assert list(into.values()) == pytest.approx([float(env.state.tally[world, grasp.FORCE])] * 2, rel=0.05)
+
+
+def lived(family: Family, multiple: float | Tensor, worlds: int = 24) -> tuple[Env, dict[str, Tensor], Tensor, Tensor]:
+    """The expert's episodes, but with another grip: a multiple of what just holds the object.
+
+    The worlds, each term's sum over the first episode, the highest lift, m, and whether it ended early.
+    """
+    tasks = [t for t in family.space.sample("train", 3 * worlds, 5) if t["mass"] / t["friction"] > 0.2][:worlds]
+    env = Env(family, tasks, threads=1)
+    sums, top = dict.fromkeys(family.weights, torch.zeros(len(tasks)).double()), torch.zeros(len(tasks)).double()
+    alive, early = torch.ones(len(tasks), dtype=torch.bool), torch.zeros(len(tasks), dtype=torch.bool)
+    force = strength((need(env) * multiple).clamp(*FORCES))
+    for _ in range(family.horizon):
+        action = clever(env)
+        action[:, STRENGTH] = force
+        step = env.step(action, alive)
+        sums = {k: v + step.terms[k] * alive for k, v in sums.items()}
+        early |= step.terminated & alive
+        alive &= ~(step.terminated | step.truncated)
+        top = torch.where(alive, torch.maximum(top, up(env)), top)
+    return env, sums, top, early
+
+
+@each_family
+def test_a_grip_too_weak_for_the_friction_slips(family: Family) -> None:
+    env, sums, top, _ = lived(family, 0.6)
+    assert (need(env) * 0.6 > FORCES[0]).all()
+    assert (sums["success"] == 0).all()
+    assert top.max() < 0.02
+    assert (sums["hold"] == 0).all()
+
+
+@each_family
+def test_a_grip_half_again_as_strong_as_needed_holds(family: Family) -> None:
+    _, sums, top, _ = lived(family, 1.5, 12)
+    assert (sums["success"] == 1).all()
+    assert (top > grasp.LIFT).all()
+
+
+def test_a_grip_over_the_limit_crushes_the_object() -> None:
+    room = torch.tensor([t["room"] for t in lived(FRAGILE, 1.5, 12)[0].tasks]).double()
+    env, sums, _, early = lived(FRAGILE, 1.2 * room, 12)
+    assert (need(env) * 1.2 * room < FORCES[1]).all()
+    assert early.all()
+    assert sums["crush"].tolist() == [-1] * env.worlds
+    assert sums["success"].tolist() == [0] * env.worlds
+
+
+def test_only_fragile_objects_break() -> None:
+    _, sums, _, early = lived(SHAPES, 8.0, 12)
+    assert not early.any()
+    assert (sums["crush"] == 0).all()
+    assert sums["success"].mean() > 0.9
+
+
+@each_family
+def test_a_dropped_object_ends_the_episode_cleanly(family: Family) -> None:
+    env = small(family, 8, 1)
+    expected = [Env(family, env.tasks, threads=1).restart(k) for k in range(2)]
+    assert torch.equal(env.reset(0), expected[0])
+    over, opened = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
+    for _ in range(family.horizon):
+        action = clever(env)
+        opened |= up(env) > 0.08
+        action[opened, CLOSE], action[opened, :4] = -1.0, 0.0
+        step = env.step(action, ~over)
+        ended = step.terminated & ~over
+        assert not step.faulted.any()
+        assert not (ended & ~opened).any()
+        assert step.terms["drop"][~over].tolist() == (-ended[~over].double()).tolist()
+        assert (step.terms["success"] == 0).all()
+        assert torch.equal(step.obs[ended], expected[1][ended])
+        assert torch.equal(env.state.tally[ended], family.tally.begin(env.state)[ended])
+        assert (env.elapsed[ended] == 0).all()
+        over |= ended
+        if over.all():
+            break
+    assert over.all()
+
+
+def grasped() -> Env:
+    """A box held in the air, the hand at rest."""
+    env = Env(replace(LOOSE, horizon=1000), [BOX], threads=1)
+    for _ in range(70):
+        env.step(clever(env))
+    assert float(up(env)) > grasp.LIFT
+    return env
+
+
+def test_a_force_once_asked_for_stays_until_the_hand_opens() -> None:
+    env = grasped()
+    asked, felt = float(env.state.tally[0, grasp.FORCE]), Scene(env.state).pads.clone()
+    assert asked == pytest.approx(2 * float(need(env)), rel=1e-5)
+    for k in range(30):
+        # closing again, and neither closing nor opening
+        still = [0, 0, 0, 0, (1.0, 0.0, -0.45, 0.6)[k % 4], (-1.0, 1.0, 0.3)[k % 3]]
+        env.step(torch.tensor([still]))
+        assert float(env.state.tally[0, grasp.FORCE]) == asked
+        assert float(env.sim.bind("ctrl")[0, 7]) == asked
+    assert Scene(env.state).pads == pytest.approx(felt, rel=0.05)
+
+
+def test_a_hand_that_opened_closes_with_the_force_asked_for_anew() -> None:
+    env = Env(LOOSE, [BOX], threads=1)
+    for force in (5.0, 0.5, 60.0, 12.3):
+        for close in (0.0, 0.5, -0.5):
+            env.step(torch.tensor([[0, 0, 0, 0, close, float(strength(torch.tensor(force)))]]))
+            assert env.state.tally[0, grasp.FORCE] == 0
+        env.step(torch.tensor([[0, 0, 0, 0, 0.6, float(strength(torch.tensor(force)))]]))
+        assert float(env.state.tally[0, grasp.FORCE]) == pytest.approx(force, rel=1e-5)
+        env.step(torch.tensor([[0, 0, 0, 0, -0.6, 1.0]]))
+        assert env.state.tally[0, grasp.FORCE] == 0
+        assert env.state.tally[0, grasp.GRIPPED] == 0
+
+
+def test_the_hand_closes_gently_until_it_meets_something_and_presses_then() -> None:
+    env, forces = Env(SHAPES, [BOX], threads=1), set()
+    for _ in range(60):
+        met, force = bool(env.state.tally[0, grasp.GRIPPED]), float(env.state.tally[0, grasp.FORCE])
+        env.step(clever(env))
+        told = float(env.sim.bind("ctrl")[0, 7])
+        forces.add(round(told, 9))
+        if force == 0:
+            assert told < 0
+        elif met:
+            assert told == force
+        else:
+            assert 0 < told < 1
+    assert len(forces) == 3
+
+
+def anywhere(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
+    """Any pose of the arm, singular ones too, moving at any speed it can have."""
+    qpos, qvel = SHAPES.start(rng, model)
+    qpos[:7] = rng.uniform(panda.LOW, panda.HIGH) if rng.random() < 0.8 else rng.choice([panda.LOW, panda.HIGH])
+    qvel[:7] = rng.uniform(-panda.SPEED, panda.SPEED)
+    return qpos, qvel
+
+
+@cache
+def flung() -> Env:
+    return small(SHAPES, 4, terminate=None, start=anywhere)
+
+
+@given(st.integers(0, 2**32), st.floats(0, 3), st.integers(1, 10))
+@settings(max_examples=20, deadline=None)
+def test_targets_stay_within_the_limits_of_joints_and_grip(seed: int, magnitude: float, repeat: int) -> None:
+    env = flung()
+    env.reset(seed)
+    rng = torch.Generator().manual_seed(seed)
+    low, high = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
+    for k in range(12):
+        if k % repeat == 0:
+            action = magnitude * torch.randn(4, 6, generator=rng)
+        direct = SHAPES.control.targets(env.state, action.double().clamp(-1, 1), env.sim.bind("ctrl"))
+        step = env.step(action)
+        told = env.sim.bind("ctrl")
+        if not (step.terminated | step.truncated).any():
+            assert torch.equal(told, direct)
+        for targets in (told, direct):
+            assert targets.isfinite().all()
+            assert ((targets[:, :7] >= low) & (targets[:, :7] <= high)).all()
+            assert (targets[:, 7].abs() <= 70).all()
+        assert (env.state.tally[:, grasp.FORCE] <= FORCES[1] + 1e-9).all()
+
+
+def cleared(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
+    """As usual, but with the object out of the way."""
+    qpos, qvel = SHAPES.start(rng, model)
+    qpos[-7:-5] = [0.1, 0.6]
+    return qpos, qvel
+
+
+FREE = replace(LOOSE, start=cleared)
+MOVES = [(axis, sign) for axis in range(3) for sign in (1, -1)]
+
+
+def moved(speed: float, steps: int) -> Tensor:
+    """How far each hand moved in each step, m, ``(move, step, 3)``: one hand along each of ``MOVES``."""
+    env, action = Env(FREE, [BOX] * 6, threads=1), torch.zeros(6, 6)
+    tips = [Scene(env.state).tip.clone()]
+    for world, (axis, sign) in enumerate(MOVES):
+        action[world, axis] = sign * speed
+    for _ in range(steps):
+        env.step(action)
+        tips.append(Scene(env.state).tip.clone())
+    return torch.stack(tips, 1).diff(dim=1)
+
+
+@pytest.mark.parametrize("speed", [0.25, 0.5])
+def test_an_action_moves_the_hand_by_its_reach_a_step(speed: float) -> None:
+    for along, (axis, sign) in zip(moved(speed, 10)[:, 4:], MOVES, strict=True):
+        expected = torch.zeros(6, 3).double()
+        expected[:, axis] = sign * speed * 0.02
+        assert (along - expected).abs().max() < 0.2 * speed * 0.02, (axis, sign)
+
+
+def test_a_full_action_moves_the_hand_straight_and_fast() -> None:
+    for along, (axis, sign) in zip(moved(1.0, 7), MOVES, strict=True):
+        ahead = sign * along[:, axis]
+        assert ahead[3:].min() > 0.65 * 0.02, (axis, sign)
+        assert ahead.max() < 1.05 * 0.02, (axis, sign)
+        aside = along.sum(0)[[i for i in range(3) if i != axis]]
+        assert aside.norm() < 0.03 * ahead.sum(), (axis, sign)
+
+
+@pytest.mark.parametrize("turn", [0.5, -0.25])
+def test_an_action_turns_the_hand(turn: float) -> None:
+    env, angles = Env(FREE, [BOX], threads=1), []
+    for _ in range(10):
+        env.step(torch.tensor([[0, 0, 0, turn, 0, 0]]))
+        x = Scene(env.state).hand[0, 0]
+        angles.append(torch.atan2(x[1], x[0]))
+    assert torch.stack(angles).diff()[4:].tolist() == pytest.approx([0.12 * turn] * 5, rel=0.2)
+
+
+def test_a_hand_without_orders_stays_where_it_is() -> None:
+    env = small(LOOSE, 8)
+    before = Scene(env.state).tip.clone()
+    for _ in range(50):
+        env.step(torch.zeros(8, 6))
+    assert (Scene(env.state).tip - before).norm(dim=1).max() < 2e-3
+    assert tilt(env).max() < 0.1
+
+
+@pytest.mark.parametrize(("extreme", "repeat"), [(False, 1), (True, 1), (True, 6)])
+def test_the_hand_keeps_pointing_down(extreme: bool, repeat: int) -> None:
+    env, rng = small(FREE, 16), torch.Generator().manual_seed(0)
+    assert tilt(env).max() < 5, "as it is put there"
+    for k in range(60):
+        if k % repeat == 0:
+            action = wild(env, rng).sign() if extreme else wild(env, rng)
+        env.step(action)
+        assert k < 5 or tilt(env).max() < 2, k
+
+
+@pytest.mark.parametrize("speed", [0.4, 1.0])
+def test_the_hand_reaches_every_corner_of_its_part_of_the_table(speed: float) -> None:
+    env = Env(FREE, [BOX] * 8, threads=1)
+    corners = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+    for _ in range(80):
+        env.step(torch.cat([speed * corners, torch.zeros(8, 3)], 1))
+        assert (Scene(env.state).pads == 0).all(), "the table is not touched"
+    tip, aim = Scene(env.state).tip, env.state.tally[:, grasp.AIM]
+    assert (tip - aim).abs().max() < 2e-3
+    for axis, (low, high) in enumerate(((0.35, 0.65), (-0.2, 0.2), (0.02, 0.25))):
+        assert (tip[corners[:, axis] < 0, axis] < low + 1e-3).all()
+        assert (tip[corners[:, axis] > 0, axis] > high - 1e-3).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_observation_tells_nothing_that_is_hidden(name: str) -> None:
+    family = families.get(name)
+    task = family.space.sample("train", 1, 0)[0].as_dict()
+    assert len(set(family.observations)) == len(family.noise) == 19
+    hidden = {k: v * 0.8 for k, v in task.items() if k in ("mass", "friction", "room", "centre_x", "centre_y")}
+    hidden = {
+        k: v if family.space.params[family.space.names.index(k)].contains(v) else task[k] * 1.1
+        for k, v in hidden.items()
+    }
+    first = [Env(family, [task | change], seed=3, threads=1).reset(3) for change in ({}, hidden)]
+    assert first[0].shape == (1, 19)
+    assert torch.equal(*first)
+    assert not torch.equal(first[0], Env(family, [task], threads=1).reset(4))
+
+
+def test_the_observation_is_what_its_names_say() -> None:
+    env = small(SHAPES, 4, noise=(), horizon=1000, terminate=None)
+    for _ in range(45):
+        env.step(clever(env))
+    for _ in range(12):
+        step = env.step(torch.tensor([[0.2, -0.1, 0.15, 0.3, 0, 0]] * 4))
+    for world in range(4):
+        _, data = env.sim.snapshot(world)
+        seen = dict(zip(SHAPES.observations, step.obs[world].tolist(), strict=True))
+        tip, thing = data.site("tip"), data.body("object")
+        turned = thing.xmat.reshape(3, 3)
+        expected = {f"hand_{a}_m": x for a, x in zip("xyz", tip.xpos - [0.5, 0, 0.1], strict=True)}
+        expected |= {f"object_{a}_m": x for a, x in zip("xyz", thing.xpos - tip.xpos, strict=True)}
+        expected |= {f"object_x_axis_{a}": x for a, x in zip("xyz", turned[:, 0], strict=True)}
+        expected |= {f"object_z_axis_{a}": x for a, x in zip("xyz", turned[:, 2], strict=True)}
+        expected |= {"opening_m": data.qpos[7:9].sum()}
+        expected |= {
+            "closing": env.state.tally[world, grasp.FORCE] > 0,
+            "grasped": env.state.tally[world, grasp.GRIPPED],
+        }
+        assert {k: seen[k] for k in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, abs=2e-3)
+        jacobian = np.zeros((3, len(data.qvel)))
+        mujoco.mj_jacSite(*env.sim.snapshot(world), jacobian, None, tip.id)
+        assert [seen[f"hand_{a}_m/s"] for a in "xyz"] == pytest.approx(jacobian @ data.qvel, abs=0.05)
+        assert seen["opening_m/s"] == pytest.approx(data.qvel[7:9].sum(), abs=0.05)
+
+
+LIKED = ("reach", "grip", "lift", "hold", "success")
+
+
+def rolled(name: str, policy: Callable[[Env], Tensor]) -> list[Step]:
+    env = small(families.get(name), 8, 2)
+    return [env.step(policy(env)) for _ in range(80)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_term_of_the_reward_is_bounded(name: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    policies = (clever, lambda env: wild(env, rng), lambda env: 3 * wild(env, rng).sign())
+    steps = [s for policy in policies for s in rolled(name, policy)]
+    for step in steps:
+        assert step.terms.keys() == families.get(name).weights.keys()
+        for term, value in step.terms.items():
+            low, high = (0, 1) if term in LIKED else (-1, 0)
+            assert ((value >= low) & (value <= high)).all(), term
+    for term in LIKED:
+        assert torch.stack([s.terms[term] for s in steps]).max() > 0.5, f"{term} can be earned"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tally_starts_anew_with_every_episode(name: str) -> None:
+    family = families.get(name)
+    env, rng = small(family, 6, horizon=45), torch.Generator().manual_seed(0)
+    starts = [family.tally.begin(env.state).clone()]
+    for _ in range(3 * 45):
+        step = env.step(clever(env))
+        ended = step.terminated | step.truncated
+        fresh = family.tally.begin(env.state)
+        assert torch.equal(env.state.tally[ended], fresh[ended])
+        assert not ended.any() or (fresh[ended] != starts[0][ended]).any(), "the hand starts elsewhere"
+    assert (env.state.tally[:, : grasp.AIM.start] == 0).all()
+    for _ in range(20):
+        env.step(torch.where(torch.arange(6) < 4, 1.0, wild(env, rng)))
+    assert not torch.equal(env.state.tally, family.tally.begin(env.state))
+    env.reset(0)
+    assert torch.equal(env.state.tally, starts[0])
+
+
+BROKEN = {
+    "all positions": lambda env, action: env.state.qpos[1].fill_(torch.nan),
+    "one joint": lambda env, action: env.state.qpos[1, 3].fill_(torch.nan),
+    "the object": lambda env, action: env.state.qpos[1, -7:].fill_(torch.nan),
+    "speed": lambda env, action: env.state.qvel[1].fill_(1e30),
+    "action": lambda env, action: action[1].fill_(torch.nan),
+}
+
+
+@pytest.mark.parametrize("harm", BROKEN)
+def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(harm: str) -> None:
+    sound, harmed = (small(SHAPES, 3, horizon=40) for _ in range(2))
+    rng = torch.Generator().manual_seed(0)
+    for k in range(60):
+        action = wild(sound, rng)
+        a = sound.step(action)
+        if k == 20:
+            BROKEN[harm](harmed, action)
+        b = harmed.step(action)
+        assert b.faulted.tolist() == [False, k == 20, False]
+        assert b.terminated[1] >= b.faulted[1]
+        for x, y in zip(a._replace(terms=a.reward), b._replace(terms=b.reward), strict=True):
+            assert torch.equal(x[[0, 2]], y[[0, 2]])
+            assert y.isfinite().all()
+        assert all(v.isfinite().all() for v in b.terms.values())
+        assert torch.equal(sound.state.tally[[0, 2]], harmed.state.tally[[0, 2]])
+    assert harmed.state.tally.isfinite().all()
