@@ -27,7 +27,7 @@ LOWEST, HIGHEST = torch.tensor([0.35, -0.25, 0.013]).double(), torch.tensor([0.7
 """The box that the aim stays in, m."""
 WEAKEST, STRONGEST = 0.5, 60.0
 """Grip forces that can be asked for, N; the action between is their logarithm."""
-APPROACH, OPEN = 0.7, 1.5
+APPROACH, OPEN = 0.7, 1.0
 """Force on a finger that closes until it touches, and that opens, N."""
 CENTRE = torch.tensor([0.5, 0.0, 0.1]).double()
 """Middle of the workspace, m; positions are observed from it."""
@@ -133,7 +133,9 @@ def targets(state: State, action: Tensor, told: Tensor) -> Tensor:
     jacobian = torch.cat([lever, scene.axes], 2).transpose(1, 2)
     square = jacobian @ jacobian.transpose(1, 2) + 1e-4 * torch.eye(6).double()
     twist = torch.linalg.solve(square, torch.cat([place - scene.tip, upset], 1)[:, :, None])
-    step = (jacobian.transpose(1, 2) @ twist)[:, :, 0].clamp(-2 * _STEP, 2 * _STEP)
+    step = (jacobian.transpose(1, 2) @ twist)[:, :, 0]
+    # too fast for one joint is too fast for all: slower, but straight
+    step = step / (step.abs() / (2 * _STEP)).amax(1, keepdim=True).clamp_min(1)
     arm = (scene.angles + step).clamp(_LOW, _HIGH)
     asked, gripped = state.tally[:, FORCE], state.tally[:, GRIPPED] > 0
     grip = torch.where(asked > 0, torch.where(gripped, asked, APPROACH), -OPEN)

@@ -37,7 +37,12 @@ def superquadric(seed: int) -> Floats:
     rng = np.random.Generator(np.random.PCG64(seed))
     flat, round_ = rng.uniform(0.45, 1.0, 2)
     i = np.arange(POINTS) + 0.5
-    up, around = np.arcsin(1 - 2 * i / POINTS), np.pi * (1 + 5**0.5) * i + rng.uniform(0, 2 * np.pi)
+    height = 0.87 * (1 - 2 * i / POINTS)
+    around = np.pi * (1 + 5**0.5) * i + rng.uniform(0, 2 * np.pi)
+    # three points each to lie on, so that it stands
+    height[:3], height[-3:] = 0.9, -0.9
+    around[:3] = around[-3:] = around[0] + 2 * np.pi / 3 * np.arange(3)
+    up = np.arcsin(height)
     points = np.stack(
         [
             _power(np.cos(up), flat) * _power(np.cos(around), round_),
@@ -62,6 +67,11 @@ def rest(task: Mapping[str, Tensor]) -> Tensor:
     return torch.where(round_, half, flat)
 
 
+def _aside(share: float) -> float:
+    """Keep off the very middle: MuJoCo lays out its data otherwise for bodies that are symmetric all round."""
+    return share if abs(share) > 0.01 else 0.01
+
+
 def add(spec: mujoco.MjSpec) -> None:
     """Put the object into the world; ``shape`` gives it its form."""
     body = spec.worldbody.add_body(name="object", pos=[0.5, 0, 0.03])
@@ -81,10 +91,11 @@ def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
     capsule are as high as wide, an ellipsoid lies flat.
     """
     kind, seed = KINDS[int(task.get("kind", 0))], int(task.get("shape_seed", 0))
+    for name in ("width", "length", "height", "mass", "friction"):
+        if not 0 < task[name] < np.inf:
+            raise TaskError(f"an object's {name} must be a positive number, not {task[name]:g}")
     half, long = task["width"] / 2, task["width"] / 2 * task["length"]
     height = float(rest({k: torch.tensor(v).double() for k, v in task.items()}))
-    if not 0 < task["width"] < np.inf or not 0 < task["height"] < np.inf or not 0 < long < np.inf:
-        raise TaskError(f"an object {task['width']:g} m wide and {task['height']:g} m high is none")
     geom = spec.geom("object")
     geom.quat, geom.meshname = [1, 0, 0, 0], ""
     types = mujoco.mjtGeom
@@ -105,8 +116,7 @@ def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
     spec.mesh(_MESH).uservert = (superquadric(seed) * [long, half, height]).ravel()
     ballast = 0.2 if "centre_x" in task else 0.02
     geom.mass, spec.geom("ballast").mass = (1 - ballast) * task["mass"], ballast * task["mass"]
-    # never quite in the middle: MuJoCo lays its data out otherwise for bodies that are symmetric all round
-    spec.geom("ballast").pos = [task.get("centre_x", 0.01) * long, task.get("centre_y", 0.01) * half, 0]
+    spec.geom("ballast").pos = [_aside(task.get("centre_x", 0)) * long, _aside(task.get("centre_y", 0)) * half, 0]
     geom.friction = [task["friction"], 0.005, 0.0005]
     geom.rgba = [*COLOURS[KINDS.index(kind)], 1]
     spec.site("bottom").pos = [0, 0, -height]

@@ -111,8 +111,8 @@ _WHITE, _GREY = (0.93, 0.93, 0.95, 1.0), (0.25, 0.26, 0.28, 1.0)
 def panda() -> mujoco.MjSpec:
     """Build the arm on a table at the height of its base, its drives, and what its sensors feel.
 
-    Pads, palm and table touch objects, pads touch the table, and nothing else touches anything. The arm is held
-    against gravity by its own controller, as Franka's is.
+    Pads, palm and table touch objects, pads and palm touch the table, and nothing else touches anything. The arm is
+    held against gravity by its own controller, as Franka's is. It takes an implicit integrator.
     """
     spec = mujoco.MjSpec()
     spec.modelname = "panda"
@@ -142,6 +142,7 @@ def _add_hand(flange: Any) -> None:
         finger.explicitinertial, finger.mass, finger.inertia = True, 0.015, (2.375e-6, 2.375e-6, 7.5e-7)
         joint = finger.add_joint(name=FINGERS[side < 0], type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, side, 0])
         joint.range, joint.armature, joint.damping[0] = [0, STROKE / 2], 0.05, FINGER_DAMPING
+        joint.solref_limit, joint.solimp_limit[:3] = [0.01, 1], [0.99, 0.999, 0.001]  # hard stops
         _shown(finger, box, size=[0.0105, 0.007, 0.0225], pos=[0, side * 0.0145, 0.0225], rgba=_GREY)
         _touching(finger, f"{name}_pad", list(PAD), [0, side * PAD[1], 0.0445], _GREY)
         size = [PAD[0] + 0.003, PAD[1], PAD[2] + 0.003]
@@ -179,7 +180,7 @@ def equip(spec: mujoco.MjSpec) -> mujoco.MjSpec:
     tie = spec.add_equality(type=mujoco.mjtEq.mjEQ_JOINT, name1=FINGERS[0], name2=FINGERS[1])
     tie.data[1], tie.objtype = 1.0, mujoco.mjtObj.mjOBJ_JOINT
     drive = spec.add_actuator(name="grip", target="grip", trntype=mujoco.mjtTrn.mjTRN_TENDON)
-    drive.gainprm[0], drive.ctrlrange = -1.0, [-FORCE, FORCE]
+    drive.gainprm[0], drive.ctrlrange = -1.0, [-1, FORCE]
     for drive in spec.actuators:
         drive.dyntype, drive.dynprm[0] = mujoco.mjtDyn.mjDYN_FILTEREXACT, LAG
     site, of = mujoco.mjtObj.mjOBJ_SITE, mujoco.mjtSensor

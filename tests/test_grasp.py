@@ -161,12 +161,13 @@ def lived(family: Family, multiple: float | Tensor, worlds: int = 24) -> tuple[E
 
 
 @each_family
-def test_a_grip_too_weak_for_the_friction_slips(family: Family) -> None:
-    env, sums, top, _ = lived(family, 0.6)
-    assert (need(env) * 0.6 > FORCES[0]).all()
+@pytest.mark.parametrize("multiple", [0.6, 0.95])
+def test_a_grip_too_weak_for_the_friction_slips(family: Family, multiple: float) -> None:
+    env, sums, top, _ = lived(family, multiple, 12)
+    assert (need(env) * multiple > FORCES[0]).all()
     assert (sums["success"] == 0).all()
-    assert top.max() < 0.02
     assert (sums["hold"] == 0).all()
+    assert top.max() < (0.02 if multiple < 0.9 else grasp.LIFT / 2)
 
 
 @each_family
@@ -392,12 +393,11 @@ def test_the_observation_tells_nothing_that_is_hidden(name: str) -> None:
     family = families.get(name)
     task = family.space.sample("train", 1, 0)[0].as_dict()
     assert len(set(family.observations)) == len(family.noise) == 19
-    hidden = {k: v * 0.8 for k, v in task.items() if k in ("mass", "friction", "room", "centre_x", "centre_y")}
-    hidden = {
-        k: v if family.space.params[family.space.names.index(k)].contains(v) else task[k] * 1.1
-        for k, v in hidden.items()
-    }
-    first = [Env(family, [task | change], seed=3, threads=1).reset(3) for change in ({}, hidden)]
+    told = ("kind", "shape_seed", "width", "length", "height")
+    hidden = {p.name: p.train.low if task[p.name] > p.train.low else p.train.high for p in family.space.params}
+    other = task | {k: x for k, x in hidden.items() if k not in told}
+    assert {k for k in task if task[k] != other[k]} >= {"mass", "friction"}
+    first = [Env(family, [t], seed=3, threads=1).reset(3) for t in (task, other)]
     assert first[0].shape == (1, 19)
     assert torch.equal(*first)
     assert not torch.equal(first[0], Env(family, [task], threads=1).reset(4))
@@ -455,20 +455,20 @@ def test_every_term_of_the_reward_is_bounded(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tally_starts_anew_with_every_episode(name: str) -> None:
     family = families.get(name)
-    env, rng = small(family, 6, horizon=45), torch.Generator().manual_seed(0)
-    starts = [family.tally.begin(env.state).clone()]
+    env, episodes = small(family, 6, horizon=45), torch.zeros(6)
+    first = family.tally.begin(env.state).clone()
+    assert torch.equal(env.state.tally, first)
     for _ in range(3 * 45):
         step = env.step(clever(env))
         ended = step.terminated | step.truncated
         fresh = family.tally.begin(env.state)
         assert torch.equal(env.state.tally[ended], fresh[ended])
-        assert not ended.any() or (fresh[ended] != starts[0][ended]).any(), "the hand starts elsewhere"
-    assert (env.state.tally[:, : grasp.AIM.start] == 0).all()
-    for _ in range(20):
-        env.step(torch.where(torch.arange(6) < 4, 1.0, wild(env, rng)))
-    assert not torch.equal(env.state.tally, family.tally.begin(env.state))
+        assert (env.state.tally[~ended] != fresh[~ended]).any(1).all()
+        assert (fresh[ended] != first[ended]).any(1).all(), "the hand starts elsewhere"
+        episodes += ended
+    assert episodes.min() >= 3
     env.reset(0)
-    assert torch.equal(env.state.tally, starts[0])
+    assert torch.equal(env.state.tally, first)
 
 
 BROKEN = {
