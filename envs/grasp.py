@@ -29,6 +29,7 @@ WEIGHTS = {
     "crush": 5.0,
     "drop": 5.0,
     "calm": 0.05,
+    "effort": 0.3,
 }
 
 HELD, ANCHOR, DONE, CRUSHED, DROPPED, TOP = HAND, slice(HAND + 1, HAND + 4), HAND + 4, HAND + 5, HAND + 6, HAND + 7
@@ -97,6 +98,7 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
         "crush": before.tally[:, CRUSHED] - tally[:, CRUSHED],
         "drop": before.tally[:, DROPPED] - tally[:, DROPPED],
         "calm": -after.action[:, :4].square().mean(1),
+        "effort": -tally[:, GRIPPED] * tally[:, FORCE] / manipulation.STRONGEST,
     }
 
 
