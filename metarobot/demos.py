@@ -188,7 +188,7 @@ def _write(family: Family, split: str, out: Path, demos: Sequence[dict[str, Any]
     ]
     meta = {"family": family.name, "split": split, "space": family.space.hash, "parameters": family.space.names}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".demos-") as folder, _root(folder):
+    with tempfile.TemporaryDirectory(dir=out.parent.resolve(), prefix=".demos-") as folder, _root(folder):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # no author, no Gymnasium id
             minari.create_dataset_from_buffers(
