@@ -12,7 +12,7 @@ from torch import Tensor
 from metarobot.distributions import Choice, LogUniform, Uniform
 from metarobot.env import Family, State, Tally
 from metarobot.envs import manipulation, objects, panda
-from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, Scene
+from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
 from metarobot.tasks import Param, TaskSpace
 
 HORIZON = 100
@@ -38,11 +38,6 @@ grasp succeeded, whether the object broke or fell, and its highest lift, m."""
 TALLIES = HAND + 8
 
 
-def lift(scene: Scene, state: State) -> Tensor:
-    """Return how high the object is over where it stood, m."""
-    return scene.object[:, 2] - objects.rest(state.task)
-
-
 def limit(state: State) -> Tensor:
     """Return the grip force that crushes the object, N: a multiple of what just holds it, m·g / 2μ."""
     if "room" not in state.task:
@@ -62,16 +57,15 @@ def begin(state: State) -> Tensor:
 
 def count(before: State, after: State) -> Tensor:
     """Keep the tally: see ``HELD``."""
-    old, scene = before.tally, Scene(after)
+    old, scene = before.tally, sense(after)
     hand = manipulation.count(before, after, scene)
-    height = lift(scene, after)
     moved = (scene.within - old[:, ANCHOR]).norm(dim=1)
-    up = (height >= LIFT) & (hand[:, GRIPPED] > 0) & scene.held
+    up = (scene.lift >= LIFT) & (hand[:, GRIPPED] > 0) & scene.held
     held = torch.where(up & ((old[:, HELD] == 0) | (moved < SLIP)), old[:, HELD] + 1, 0.0)
     anchor = torch.where((held <= 1)[:, None], scene.within, old[:, ANCHOR])
     crushed = (old[:, CRUSHED] > 0) | (scene.pads.amax(1) > limit(after))
-    top = torch.maximum(old[:, TOP], height)
-    dropped = (old[:, DROPPED] > 0) | ((top > 0.03) & (height < top - 0.03) & ~scene.held)
+    top = torch.maximum(old[:, TOP], scene.lift)
+    dropped = (old[:, DROPPED] > 0) | ((top > 0.03) & (scene.lift < top - 0.03) & ~scene.held)
     done = (old[:, DONE] > 0) | ((held >= HOLD) & ~crushed)
     rows = [held, *anchor.unbind(1), done, crushed, dropped, top]
     return torch.cat([hand, torch.stack([r.double() for r in rows], 1)], 1)
@@ -79,20 +73,20 @@ def count(before: State, after: State) -> Tensor:
 
 def critic_observe(state: State) -> Tensor:
     """Return what the robot cannot feel: the forces, how long the object has been held, and how high it is."""
-    scene, tally = Scene(state), state.tally
+    scene, tally = sense(state), state.tally
     rows = [scene.pads / 10, tally[:, [HELD]] / HOLD, tally[:, [DONE, CRUSHED, DROPPED]], 10 * tally[:, [TOP]]]
     return torch.cat([*rows, (tally[:, [FORCE]] + 1).log(), (need(state)[:, None] + 1).log()], 1).float()
 
 
 def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
-    scene, tally = Scene(after), after.tally
+    scene, tally = sense(after), after.tally
     both = tally[:, GRIPPED] * scene.held
     aim = scene.offset.square().sum(1).sqrt()
     return {
         "reach": 1 - torch.tanh(8 * aim),
         "grip": both,
-        "lift": both * (lift(scene, after) / LIFT).clamp(0, 1),
+        "lift": both * (scene.lift / LIFT).clamp(0, 1),
         "hold": (tally[:, HELD] / HOLD).clamp_max(1),
         "success": tally[:, DONE] - before.tally[:, DONE],
         "crush": before.tally[:, CRUSHED] - tally[:, CRUSHED],
@@ -104,7 +98,7 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
 
 def over(state: State) -> Tensor:
     """Say where the object broke, fell or left the table, or the hand jams."""
-    scene, tally = Scene(state), state.tally
+    scene, tally = sense(state), state.tally
     away = (scene.object[:, :2] - manipulation.CENTRE[:2]).abs().amax(1) > 0.3
     jammed = scene.pads.amax(1) > 3 * panda.FORCE
     return (tally[:, CRUSHED] > 0) | (tally[:, DROPPED] > 0) | away | jammed
@@ -112,8 +106,8 @@ def over(state: State) -> Tensor:
 
 def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Show the grip force, and how high the object is."""
-    scene = Scene(after)
-    return {"grip N": scene.pads.amax(1), "lift cm": 100 * lift(scene, after)}
+    scene = sense(after)
+    return {"grip N": scene.pads.amax(1), "lift cm": 100 * scene.lift}
 
 
 def expert(state: State) -> Tensor:
@@ -121,15 +115,15 @@ def expert(state: State) -> Tensor:
 
     With a crush limit, with the geometric mean of what holds and what crushes. Returns actions ``(world, 6)``.
     """
-    scene, tally = Scene(state), state.tally
-    closed, low = tally[:, FORCE] > 0, (objects.rest(state.task) - 0.002).clamp_min(0.014)
+    scene, tally = sense(state), state.tally
+    closed, low = tally[:, FORCE] > 0, (scene.rest - 0.002).clamp_min(0.014)
     grasped = closed & scene.held
     off = scene.offset[:, :2].norm(dim=1)
     height = torch.where(grasped | (tally[:, TOP] > 0.01), 0.18, torch.where(closed | (off < 0.01), low, low + 0.06))
     place = torch.where(closed[:, None], tally[:, AIM][:, :2], scene.object[:, :2])
     move = (torch.cat([place, height[:, None]], 1) - tally[:, AIM]) / REACH
     # as the object's y axis lies, or against it, whichever is nearer
-    y = scene.turned[:, :2, 1]
+    y = scene.y[:, :2]
     turn = torch.atan(-y[:, 0] / y[:, 1]) - tally[:, YAW]
     turn = torch.where(closed, 0.0, turn) / TURN
     ready = (off < 0.003) & ((scene.tip[:, 2] - low).abs() < 0.004) & (scene.speed.norm(dim=1) < 0.02)
@@ -216,6 +210,7 @@ def grasp(name: str, doc: str, params: tuple[Param, ...]) -> Family:
         spec=manipulation.build,
         shape=objects.shape,
         observations=manipulation.OBSERVATIONS,
+        sense=manipulation.Scene,
         observe=manipulation.observe,
         noise=manipulation.NOISE,
         critic_observe=critic_observe,

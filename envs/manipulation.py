@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metarobot.env import Control, State
 from metarobot.envs import objects, panda
+from metarobot.envs.rotation import rotation
 from metarobot.types import Floats
 
 SUBSTEPS, TIMESTEP = 8, 0.005
@@ -55,41 +56,39 @@ _LOW, _HIGH = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
 _DOWN = torch.tensor([0.0, 0.0, -1.0]).double()
 
 
+def sense(state: State) -> Scene:
+    """Return what the sensors say of a moment, computed once."""
+    scene: Scene = state.sense or Scene(state)
+    return scene
+
+
 class Scene:
     """What the sensors and joints say, one row a world; m, rad, N, s."""
 
     def __init__(self, state: State) -> None:
-        joints, axes, self.tip, x, y, z, self.speed, self.pads, self.angles, pads, moving = torch.split(
+        joints, pointing, self.tip, x, y, z, self.speed, self.pads, self.angles, pads, moving = torch.split(
             state.sensors, [21, 21, 3, 3, 3, 3, 3, 2, 7, 6, 6], 1
         )
-        self.joints, self.axes, self.hand = joints.view(-1, 7, 3), axes.view(-1, 7, 3), torch.stack([x, y, z], 1)
+        self.joints, self.axes, self.hand = joints.view(-1, 7, 3), pointing.view(-1, 7, 3), torch.stack([x, y, z], 1)
         self.opening = ((pads[:, :3] - pads[:, 3:]) * y).sum(1)
         self.closing = ((moving[:, :3] - moving[:, 3:]) * y).sum(1)
-        self.object, self.turned = state.qpos[:, -7:-4], rotation(state.qpos[:, -4:])
+        self.object, turned = state.qpos[:, -7:-4], rotation(state.qpos[:, -4:])
+        self.x, self.y, self.z = turned.unbind(2)
         self.offset = self.object - self.tip
-        self.held = (self.pads > 0.05).all(1)
-
-    @property
-    def within(self) -> Tensor:
+        self.within = (self.hand @ self.offset[:, :, None])[:, :, 0]
         """Where the object is in the hand's frame, ``(world, 3)``."""
-        return (self.hand @ self.offset[:, :, None])[:, :, 0]
-
-
-def rotation(quat: Tensor) -> Tensor:
-    """Return the rotation of unit quaternions, ``(world, 3, 3)``: columns are the turned axes."""
-    w, x, y, z = quat.unbind(1)
-    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]
-    rows += [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]
-    rows += [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
-    return torch.stack(rows, 1).view(-1, 3, 3)
+        self.touched = self.pads > 0.05
+        self.held = self.touched.all(1)
+        self.rest = objects.rest(state.task)
+        """How high the object's middle is when it stands on the table, ``(world,)``."""
+        self.lift = self.object[:, 2] - self.rest
 
 
 def observe(state: State) -> Tensor:
     """Return ``(world, 19)``: see ``OBSERVATIONS``."""
-    scene, tally = Scene(state), state.tally
-    turned = torch.cat([scene.turned[:, :, 0], scene.turned[:, :, 2]], 1)
+    scene, tally = sense(state), state.tally
     fingers = torch.stack([scene.opening, scene.closing, (tally[:, FORCE] > 0).double(), tally[:, GRIPPED]], 1)
-    return torch.cat([scene.tip - CENTRE, scene.speed, scene.offset, turned, fingers], 1).float()
+    return torch.cat([scene.tip - CENTRE, scene.speed, scene.offset, scene.x, scene.z, fingers], 1).float()
 
 
 def begin(state: State) -> Tensor:
@@ -105,7 +104,7 @@ def count(before: State, after: State, scene: Scene) -> Tensor:
     asked = WEAKEST * (STRONGEST / WEAKEST) ** ((after.action[:, 5] + 1) / 2)
     force = torch.where((close > 0.5) & (old[:, FORCE] == 0), asked, old[:, FORCE])
     force = torch.where(close < -0.5, 0.0, force)
-    gripped = (force > 0) & ((scene.pads > 0.05).any(1) | (old[:, GRIPPED] > 0))
+    gripped = (force > 0) & (scene.touched.any(1) | (old[:, GRIPPED] > 0))
     place, turn = _aim(before, after.action)
     return torch.cat([force[:, None], gripped[:, None].double(), place, turn[:, None]], 1)
 
@@ -124,7 +123,7 @@ def targets(state: State, action: Tensor, told: Tensor) -> Tensor:
 
     Damped least squares: Buss (2004), "Introduction to inverse kinematics", eq. 11. The hand is kept pointing down.
     """
-    scene = Scene(state)
+    scene = sense(state)
     place, turn = _aim(state, action)
     x = scene.hand[:, 0]
     upset = torch.linalg.cross(scene.hand[:, 2], _DOWN.expand_as(x))

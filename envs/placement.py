@@ -17,7 +17,7 @@ from metarobot.distributions import Choice, LogUniform
 from metarobot.env import Family, State, Tally
 from metarobot.envs import manipulation, objects
 from metarobot.envs.grasp import SIZE
-from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, Scene
+from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
 from metarobot.tasks import Param, TaskSpace
 from metarobot.types import Floats
 
@@ -65,13 +65,13 @@ def observe(state: State, *, shown: bool = False) -> Tensor:
     """Return ``(world, 27)``; ``shown`` puts the way to the right place in the place of the code's first numbers."""
     seen = code(state)
     if shown:
-        seen = torch.cat([5 * (belongs(state) - Scene(state).tip[:, :2]), torch.zeros_like(seen[:, 2:])], 1)
+        seen = torch.cat([5 * (belongs(state) - sense(state).tip[:, :2]), torch.zeros_like(seen[:, 2:])], 1)
     return torch.cat([manipulation.observe(state), seen.float()], 1)
 
 
 def critic_observe(state: State) -> Tensor:
     """Return the way from the object to its place, and the tally of the placing."""
-    return torch.cat([10 * (belongs(state) - Scene(state).object[:, :2]), state.tally[:, HAND:]], 1).float()
+    return torch.cat([10 * (belongs(state) - sense(state).object[:, :2]), state.tally[:, HAND:]], 1).float()
 
 
 def begin(state: State) -> Tensor:
@@ -81,13 +81,12 @@ def begin(state: State) -> Tensor:
 
 def count(before: State, after: State) -> Tensor:
     """Keep the tally: see ``SEEN``."""
-    old, scene = before.tally, Scene(after)
+    old, scene = before.tally, sense(after)
     hand = manipulation.count(before, after, scene)
-    high = scene.object[:, 2] - objects.rest(after.task)
     gaps = torch.cdist(scene.object[:, :2], PLACES)
-    down = (hand[:, FORCE] == 0) & (scene.pads.amax(1) < 0.05) & (high.abs() < 0.01) & (gaps.amin(1) < NEAR)
+    down = (hand[:, FORCE] == 0) & (scene.pads.amax(1) < 0.05) & (scene.lift.abs() < 0.01) & (gaps.amin(1) < NEAR)
     seen = torch.where(down, old[:, SEEN] + 1, 0.0)
-    away = (old[:, AWAY] > 0) | (scene.held & (high > 0.02))
+    away = (old[:, AWAY] > 0) | (scene.held & (scene.lift > 0.02))
     settled, right = seen >= SETTLED, (scene.object[:, :2] - belongs(after)).norm(dim=1) < NEAR
     rows = [seen, away, (old[:, DONE] > 0) | (settled & right), (old[:, WRONG] > 0) | (settled & ~right)]
     return torch.cat([hand, torch.stack([r.double() for r in rows], 1)], 1)
@@ -95,7 +94,7 @@ def count(before: State, after: State) -> Tensor:
 
 def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
-    scene, tally = Scene(after), after.tally
+    scene, tally = sense(after), after.tally
     gap = (scene.object[:, :2] - belongs(after)).norm(dim=1)
     return {
         "reach": 1 - torch.tanh(8 * scene.offset.norm(dim=1)),
@@ -109,7 +108,7 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
 
 def over(state: State) -> Tensor:
     """Say where the object has been put down, or left the table."""
-    scene, tally = Scene(state), state.tally
+    scene, tally = sense(state), state.tally
     low, high = manipulation.LOWEST[:2] - 0.1, manipulation.HIGHEST[:2] + 0.1
     away = ((scene.object[:, :2] < low) | (scene.object[:, :2] > high)).any(1)
     return (tally[:, DONE] > 0) | (tally[:, WRONG] > 0) | away
@@ -117,15 +116,15 @@ def over(state: State) -> Tensor:
 
 def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Show which class is presented and how far it is from its place."""
-    gap = (Scene(after).object[:, :2] - belongs(after)).norm(dim=1)
+    gap = (sense(after).object[:, :2] - belongs(after)).norm(dim=1)
     return {"class": after.variant + 1.0, "to its place cm": 100 * gap}
 
 
 def expert(state: State) -> Tensor:
     """Grasp, lift, carry and put down with everything known; actions ``(world, 6)``."""
-    scene, tally = Scene(state), state.tally
+    scene, tally = sense(state), state.tally
     closed, away = tally[:, FORCE] > 0, tally[:, AWAY] > 0
-    rest = objects.rest(state.task)
+    rest = scene.rest
     low = (rest - 0.002).clamp_min(0.014)
     goal = belongs(state)
     gap, off = (scene.object[:, :2] - goal).norm(dim=1), scene.offset[:, :2].norm(dim=1)
@@ -143,7 +142,7 @@ def expert(state: State) -> Tensor:
     )
     place = torch.where((away & ~closed)[:, None], tally[:, AIM][:, :2], place)
     move = (torch.cat([place, height[:, None]], 1) - tally[:, AIM]) / REACH
-    y = scene.turned[:, :2, 1]
+    y = scene.y[:, :2]
     turn = torch.where(closed | away, 0.0, (torch.atan(-y[:, 0] / y[:, 1]) - tally[:, YAW]) / TURN)
     still = scene.speed.norm(dim=1) < 0.08
     ready = (off < 0.006) & ((scene.tip[:, 2] - low).abs() < 0.006) & still & ~away
@@ -187,6 +186,7 @@ def placement(name: str, doc: str, *, shown: bool = False) -> Family:
         spec=manipulation.build,
         shape=objects.shape,
         observations=OBSERVATIONS,
+        sense=manipulation.Scene,
         observe=(lambda state: observe(state, shown=True)) if shown else observe,
         noise=NOISE,
         critic_observe=critic_observe,

@@ -18,6 +18,7 @@ from torch import Tensor
 from metarobot.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
 from metarobot.env import Family, State
 from metarobot.envs import go2, terrain
+from metarobot.envs.rotation import rotation
 from metarobot.model import Edit
 from metarobot.tasks import Few, Param, TaskSpace
 from metarobot.types import Floats
@@ -63,28 +64,6 @@ WEIGHTS = {
 POSE, TORQUE, SPEED = (torch.from_numpy(x) for x in (go2.POSE, go2.TORQUE, go2.SPEED))
 
 
-def _quadratic() -> Tensor:
-    """Return the matrix ``(16, 9)`` that turns the products of a unit quaternion's elements into a rotation's."""
-    units = [np.outer(a, b) for a in np.eye(4) for b in np.eye(4)]
-    w, x, y, z = range(4)
-
-    def product(i: int, j: int) -> Floats:
-        return np.array([0.5 * (u[i, j] + u[j, i]) for u in units])
-
-    one = product(w, w) + product(x, x) + product(y, y) + product(z, z)
-    rows = [
-        *(one - 2 * (product(y, y) + product(z, z)), 2 * (product(x, y) - product(w, z))),
-        *(2 * (product(x, z) + product(w, y)), 2 * (product(x, y) + product(w, z))),
-        *(one - 2 * (product(x, x) + product(z, z)), 2 * (product(y, z) - product(w, x))),
-        *(2 * (product(x, z) - product(w, y)), 2 * (product(y, z) + product(w, x))),
-        one - 2 * (product(x, x) + product(y, y)),
-    ]
-    return torch.from_numpy(np.stack(rows, 1))
-
-
-_ROTATION = _quadratic()
-
-
 Columns = slice | list[int]
 """Where ``qvel`` holds the joints in our order; another model may have its legs in another."""
 OURS = slice(6, 18)
@@ -95,10 +74,15 @@ def joints(state: State, where: Columns) -> tuple[Tensor, Tensor]:
     return state.qpos[:, 1:][:, where] - POSE, state.qvel[:, where]
 
 
-def rotation(qpos: Tensor) -> Tensor:
+def sense(state: State) -> Tensor:
     """Return the trunk's rotation from its own frame to the world's, ``(world, 3, 3)``."""
-    q = qpos[:, 3:7]
-    return ((q[:, :, None] * q[:, None, :]).flatten(1) @ _ROTATION).view(-1, 3, 3)
+    return rotation(state.qpos[:, 3:7])
+
+
+def turned(state: State) -> Tensor:
+    """Return what ``sense`` made of a moment."""
+    turn: Tensor = sense(state) if state.sense is None else state.sense
+    return turn
 
 
 def gravity(state: State, turn: Tensor) -> Tensor:
@@ -122,7 +106,7 @@ def command(state: State) -> Tensor:
 
 def observe(state: State, *, hidden: bool = False, where: Columns = OURS) -> Tensor:
     """Return ``(world, 45)``; with a hidden command, zeros in its place."""
-    down = gravity(state, rotation(state.qpos))
+    down = gravity(state, turned(state))
     told = torch.zeros_like(down) if hidden else command(state)
     return torch.cat([down, state.qvel[:, 3:6], *joints(state, where), state.action, told], 1).float()
 
@@ -140,9 +124,7 @@ class Feet:
 def critic_observe(state: State) -> Tensor:
     """Return what the robot cannot measure: its velocity, its height over its feet, and which feet are down."""
     feet, height = Feet(state), state.qpos[:, 2:3]
-    return torch.cat(
-        [velocity(state, rotation(state.qpos)), height - feet.height, feet.down, command(state)], 1
-    ).float()
+    return torch.cat([velocity(state, turned(state)), height - feet.height, feet.down, command(state)], 1).float()
 
 
 _SQUARES = torch.from_numpy(np.repeat(np.diag([4, 0.25, 10 / 12, 1 / 12, 2 / 12]), [1, 2, 12, 12, 12], axis=0))
@@ -153,7 +135,7 @@ _ONES = torch.ones(24, dtype=torch.float64)
 def reward(before: State, after: State, dt: float, *, where: Columns = OURS) -> dict[str, Tensor]:
     """Return named terms: tracking and swing in [0, 1], everything else in [−1, 0]."""
     pose, fast = joints(after, where)
-    turn, feet, wanted = rotation(after.qpos), Feet(after), command(after)
+    turn, feet, wanted = turned(after), Feet(after), command(after)
     moving, spin = velocity(after, turn), after.qvel[:, 3:6]
     torque = feet.torque / TORQUE
     squared = torch.cat([moving[:, 2:], spin[:, :2], torque, after.action - before.action, pose], 1).square()
@@ -200,7 +182,7 @@ def fallen(state: State) -> Tensor:
 
 def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
     """Show the speed and what was commanded."""
-    return {"speed m/s": velocity(after, rotation(after.qpos))[:, 0], "wanted m/s": command(after)[:, 0]}
+    return {"speed m/s": velocity(after, turned(after))[:, 0], "wanted m/s": command(after)[:, 0]}
 
 
 def broken_links(task: Mapping[str, float]) -> list[str]:
@@ -343,6 +325,7 @@ def quadruped(
         spec=partial(_build, robot, rough, "payload" in space.names),
         shape=shape,
         observations=OBSERVATIONS,
+        sense=sense,
         observe=partial(observe, hidden=hidden, where=where),
         noise=NOISE,
         critic_observe=critic_observe,

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mujoco
 import numpy as np
@@ -50,7 +50,8 @@ def bench_sim(family: Family, *, worlds: int, seconds: float, threads: int = 0, 
     engine.set_models(models)
     shape = (family.horizon, worlds, env.act_dim)
     actions = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    _drive_engine(engine, actions, recorder.tape)
+    recorder.settle()
+    _replay(engine, recorder.tape)
     rounds: dict[str, list[float]] = {"env": [], "engine": []}
     began = time.perf_counter()
     with Progress(disable=not show, transient=True) as bar:
@@ -58,7 +59,8 @@ def bench_sim(family: Family, *, worlds: int, seconds: float, threads: int = 0, 
         while len(rounds["env"]) < 3 or time.perf_counter() - began < seconds:
             recorder.tape.clear()
             rounds["env"].append(_rate(lambda: _drive_env(env, actions), actions))
-            rounds["engine"].append(_rate(lambda: _drive_engine(engine, actions, recorder.tape), actions))
+            recorder.settle()
+            rounds["engine"].append(_rate(lambda: _replay(engine, recorder.tape), actions))
             if not np.array_equal(engine.bind("qpos"), env.state.qpos.numpy(), equal_nan=True):
                 raise MetarobotError(
                     f"{family.name}: the bare engine did not live the same physics; nothing to compare"
@@ -74,33 +76,56 @@ def _drive_env(env: Env, actions: Tensor) -> None:
 
 
 class _Recorder(CpuSim):
-    """The CPU backend, taping what it is told: a step as its substeps, a reset as (worlds, qpos, qvel)."""
+    """The CPU backend, taping what it is told: the drives' targets of each step, and each start."""
 
     def __init__(self, models: Sequence[mujoco.MjModel], threads: int = 0) -> None:
         super().__init__(models, threads)
-        self.tape: list[int | tuple[Any, Any, Any]] = []
+        self.tape: list[_Told] = []
+        self._ctrl, self._act = self.bind("ctrl"), self.bind("act")
 
     def step(self, substeps: int, ids: Sequence[int] | None = None) -> Tensor:
-        self.tape.append(substeps)
+        self.settle()
+        self.tape.append(_Told(substeps, ctrl=self._ctrl.numpy().copy()))
         return super().step(substeps, ids)
 
     def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
-        self.tape.append((ids, qpos.numpy(), qvel.numpy()))
+        self.tape.append(_Told(0, ids, {"qpos": qpos.numpy(), "qvel": qvel.numpy()}))
         super().reset(qpos, qvel, ids)
 
+    def settle(self) -> None:
+        """Note where the drives of the last worlds that were reset have been put since."""
+        for told in reversed(self.tape):
+            if told.substeps:
+                break
+            cast(dict[str, Any], told.start)["act"] = self._act[_rows(told.ids)].numpy().copy()
 
-def _drive_engine(engine: batch.Batch, actions: Tensor, tape: Iterable[int | tuple[Any, Any, Any]]) -> None:
-    ctrl, qpos, qvel = (engine.bind(k) for k in ("ctrl", "qpos", "qvel"))
-    queue = iter(actions.numpy())
+
+class _Told(NamedTuple):
+    substeps: int
+    """Zero for a start."""
+    ids: Sequence[int] | None = None
+    start: dict[str, Any] | None = None
+    ctrl: Any = None
+
+
+def _rows(ids: Sequence[int] | None) -> Any:
+    return slice(None) if ids is None else list(ids)
+
+
+def _replay(engine: batch.Batch, tape: Iterable[_Told]) -> None:
+    ctrl = engine.bind("ctrl")
     for told in tape:
-        if isinstance(told, int):
-            ctrl[:] = next(queue)
-            engine.step(nstep=told)
+        if told.substeps:
+            ctrl[:] = told.ctrl
+            engine.step(nstep=told.substeps)
         else:
-            ids, at, speed = told
-            engine.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
-            rows = slice(None) if ids is None else ids
-            qpos[rows], qvel[rows] = at, speed
+            engine.reset(told.ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+            for name, value in cast(dict[str, Any], told.start).items():
+                engine.bind(name)[_rows(told.ids)] = value
+
+
+def _drive_engine(engine: batch.Batch, actions: Tensor, substeps: int) -> None:
+    _replay(engine, [_Told(substeps, ctrl=a) for a in actions.numpy()])
 
 
 def _rate(drive: Callable[[], None], actions: Tensor) -> float:
@@ -152,7 +177,7 @@ def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0,
         task = bar.add_task("measuring", total=seconds)
         while len(rounds) < 2 or time.perf_counter() - began < seconds:
             engine.reset()
-            rate = _rate(lambda: _drive_engine(engine, actions, [family.substeps] * family.horizon), actions)
+            rate = _rate(lambda: _drive_engine(engine, actions, family.substeps), actions)
             measured = {"vmap": _maml_round(learner, env, tasks, threads, rate)}
             with looped():
                 measured["loop"] = _maml_round(learner, env, tasks, threads, rate)

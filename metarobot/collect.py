@@ -102,7 +102,7 @@ class Expert:
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
         """Do as the program says, disturbed by ``jitter`` times the noise, if there is any."""
-        action = self._program(self._env.state).float()
+        action = self._program(self._env.now).float()
         self.asked.append(action)
         return action if noise is None else action + self.jitter * noise, context
 

@@ -204,7 +204,7 @@ def read(path: Path, family: Family | None = None) -> Demonstrations:
         raise DemosError(f"{path} holds no Minari dataset: it has no folder called data")
     try:
         dataset = minari.MinariDataset(path / "data")
-        meta = json.loads(dataset.spec.description or "{}")
+        meta = json.loads(dataset.storage.metadata.get("description") or "{}")
         episodes = list(dataset.iterate_episodes())
     except Exception as e:  # whatever a damaged file makes HDF5 raise
         raise DemosError(f"{path} is no dataset that Minari reads: {' '.join(str(e).split())[:200]}") from e

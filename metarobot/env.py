@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
@@ -36,6 +36,8 @@ class State(NamedTuple):
     """What the family's ``Tally`` keeps of the episode so far, ``(world, tallies)``."""
     variant: Tensor = torch.zeros(0, dtype=torch.int64)
     """Which of the family's ``variants`` the episode is, ``(world,)``."""
+    sense: Any = None
+    """What the family's ``sense`` made of the moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,8 @@ class Family:
     """Physics steps a control step."""
     spec: Callable[[], mujoco.MjSpec]
     """Builds the nominal robot and floor."""
+    sense: Callable[[State], Any] | None = None
+    """State -> what several of the functions below need of a moment, computed once."""
     shape: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
     """Writes into the model the task parameters that say ``shapes``; sets all that it touches, whatever it holds."""
     observations: tuple[str, ...]
@@ -213,6 +217,8 @@ class Env:
         self._noise = torch.zeros(self.worlds, family.horizon + 1, len(self._noisy))
         self._weights = torch.tensor(list(family.weights.values())).double()
         self._rows = torch.arange(self.worlds)
+        self.now = self.state
+        """The present moment as the family's functions see it: a copy, with what they share."""
         self.reset(seed)
 
     @property
@@ -268,9 +274,16 @@ class Env:
             self._restart(np.flatnonzero(elsewhere).tolist())
         return self._observe()
 
+    def put(self, qpos: Tensor, qvel: Tensor) -> Tensor:
+        """Put every world into a state, ``(world, ...)`` each; return the observations."""
+        self.sim.reset(qpos, qvel)
+        self.now = self._moment()
+        return self._observe()
+
     def present(self, variant: Tensor) -> Tensor:
         """Make the episodes that are about to start of these variants, ``(world,)``; return the observations."""
         self.state.variant.copy_(variant)
+        self.now = self._moment()
         return self._observe()
 
     def _restart(self, ids: Sequence[int]) -> None:
@@ -293,11 +306,12 @@ class Env:
         self.elapsed[rows] = 0
         if self.family.tally is not None:
             self.state.tally[rows] = self.family.tally.begin(self.state)[rows]
+        self.now = self._moment()
         if self.family.control is not None:
             self._ctrl[rows] = self._act[rows] = self.family.control.rest(qpos)
 
     def _observe(self) -> Tensor:
-        obs = self.family.observe(self.state)
+        obs = self.family.observe(self.now)
         if not self.family.noise:
             return obs
         return obs.index_add_(1, self._noisy, self._noise[self._rows, self.elapsed])
@@ -305,7 +319,7 @@ class Env:
     def critic_obs(self) -> Tensor:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""
         see = self.family.critic_observe
-        return torch.zeros(self.worlds, 0) if see is None else see(self.state)
+        return torch.zeros(self.worlds, 0) if see is None else see(self.now)
 
     def step(self, action: Tensor, awake: Tensor | None = None) -> Step:
         """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset.
@@ -315,8 +329,7 @@ class Env:
         if tuple(action.shape) != (self.worlds, self.act_dim):
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
         family, state = self.family, self.state
-        qpos, qvel, sensors, last = (x.clone() for x in state[:4])
-        before = State(qpos, qvel, sensors, last, state.task, state.tally.clone(), state.variant)
+        before = self.now
         state.action.copy_(torch.clamp(action.double(), self.action_low, self.action_high))
         if awake is not None:
             state.action[~awake] = 0.0
@@ -329,14 +342,16 @@ class Env:
             for now, then in zip(state[:3], before[:3], strict=True):
                 now[faulted] = torch.nan_to_num(then[faulted])
             state.action[faulted] = 0.0
+        after = self.now = self._moment()
         if family.tally is not None:
-            state.tally.copy_(family.tally.count(before, state))
-        terms = family.reward(before, state, self.dt)
+            state.tally.copy_(family.tally.count(before, after))
+            after = self.now = after._replace(tally=state.tally.clone())
+        terms = family.reward(before, after, self.dt)
         reward = (self._weights @ torch.stack([terms[k] for k in family.weights])).float()
-        self.readout = family.readout(before, state, self.dt) if self.watched else {}
+        self.readout = family.readout(before, after, self.dt) if self.watched else {}
         obs = final_obs = self._observe()
         critic_obs = self.critic_obs()
-        terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(state)
+        terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(after)
         if bool(faulted.any()):
             reward = torch.where(faulted, 0.0, reward)
             terms = {k: torch.where(faulted, 0.0, v) for k, v in terms.items()}
@@ -347,6 +362,13 @@ class Env:
         if bool((terminated | truncated).any()):
             obs = self._autoreset(torch.nonzero(terminated | truncated)[:, 0].tolist())
         return Step(obs, reward, terms, terminated, truncated, faulted, final_obs, critic_obs)
+
+    def _moment(self) -> State:
+        """Copy the state, and make of it what the family's functions share."""
+        live = self.state
+        qpos, qvel, sensors, action = (x.clone() for x in live[:4])
+        moment = State(qpos, qvel, sensors, action, live.task, live.tally.clone(), live.variant)
+        return moment if self.family.sense is None else moment._replace(sense=self.family.sense(moment))
 
     watched = False
     """Set to compute ``readout`` at each step: only a video looks at it."""

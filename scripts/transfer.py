@@ -20,7 +20,7 @@ from metarobot.checkpoint import open_run, write_json
 from metarobot.collect import collect
 from metarobot.env import Env, Family, Step
 from metarobot.envs import go2
-from metarobot.envs.quadruped import Feet, rotation, velocity
+from metarobot.envs.quadruped import Feet, turned, velocity
 from metarobot.types import MetarobotError
 
 SPEEDS = (0.3, 0.6, 0.8, 1.0)
@@ -37,7 +37,7 @@ def walk(agent: Any, family: Family) -> list[dict[str, float]]:
         feet = Feet(env.state)
         rows.append(
             {
-                "speed": velocity(env.state, rotation(env.state.qpos))[:, 0].numpy().copy(),
+                "speed": velocity(env.now, turned(env.now))[:, 0].numpy().copy(),
                 "lift": (feet.height - go2.FOOT).numpy().copy(),
                 "slip": (feet.speed * feet.down).sum(1).div(feet.down.sum(1).clamp_min(1)).numpy().copy(),
                 "torque": (feet.torque.abs() / torch.from_numpy(go2.TORQUE)).amax(1).numpy().copy(),

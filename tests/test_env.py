@@ -108,7 +108,7 @@ def test_observations_share_no_memory(name: str) -> None:
     assert torch.equal(rows, given)
 
 
-RARE = {"limits", "grip", "lift", "hold", "success", "crush", "drop", "effort"}
+RARE = {"limits", "grip", "lift", "hold", "success", "crush", "drop", "effort", "carry", "wrong"}
 """Terms that no random action meets; tests of their family do."""
 
 

@@ -93,7 +93,7 @@ def test_rotations_are_mujocos(quat: np.ndarray) -> None:
     quat /= np.linalg.norm(quat)
     expected = np.zeros(9)
     mujoco.mju_quat2Mat(expected, quat)
-    assert quadruped.rotation(state(quat).qpos)[0].flatten().numpy() == pytest.approx(expected, abs=1e-12)
+    assert quadruped.turned(state(quat))[0].flatten().numpy() == pytest.approx(expected, abs=1e-12)
 
 
 def test_only_quadruped_vel_hides_the_command() -> None:
