@@ -14,7 +14,7 @@ from torch import Tensor
 from metarobot.collect import Expert, collect
 from metarobot.env import Env, Family, Step, families
 from metarobot.envs import grasp, panda
-from metarobot.envs.grasp import Scene
+from metarobot.envs.manipulation import Scene
 from metarobot.types import Floats
 
 NAMES = ["GraspFragile", "GraspMix", "GraspShapes"]
