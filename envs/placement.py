@@ -6,6 +6,7 @@ found out by trial, or read off demonstrations: the K-shot object task.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 
@@ -58,7 +59,7 @@ def belongs(state: State) -> Tensor:
 def code(state: State) -> Tensor:
     """Return the presented object's code, ``(world, CODE)``."""
     named = torch.stack([state.task[f"class_{i}"] for i in range(CLASSES)], 1).long()
-    return codes()[named.gather(1, state.variant[:, None])[:, 0]]
+    return codes()[named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()]
 
 
 def observe(state: State, *, shown: bool = False) -> Tensor:
@@ -156,10 +157,19 @@ def expert(state: State) -> Tensor:
 def named(i: int) -> Param:
     """Build one of a task's classes; no two of a task are alike."""
     known = tuple(map(float, range(i, KNOWN, CLASSES)))
-    other = tuple(float(KNOWN + c) for c in range(i, KNOWN, CLASSES))
-    return Param(name=f"class_{i}", train=Choice(known), beyond=Choice(other), nuisance=True, doc="a class of objects")
+    return Param(name=f"class_{i}", train=Choice(known), nuisance=True, doc="a class of objects")
 
 
+UNSEEN = Param(
+    name="unseen",
+    train=Choice((0.0,)),
+    beyond=Choice((1.0,)),
+    nuisance=True,
+    doc="whether all classes are others, that are never trained on",
+)
+
+
+FORM = tuple(replace(p, beyond=None) for p in SIZE)
 ORDER = Param(
     name="order", train=Choice(tuple(map(float, range(len(_ORDERS))))), doc="which class belongs where: a permutation"
 )
@@ -168,7 +178,6 @@ FRICTION = Param(name="friction", train=LogUniform(0.6, 1.2), shapes=True, doc="
 KIND = Param(
     name="kind",
     train=Choice((0.0, 1.0)),
-    beyond=Choice((3.0,)),
     shapes=True,
     doc="shape",
     words=tuple(f"{i} {k}" for i, k in enumerate(objects.KINDS)),
@@ -180,7 +189,7 @@ def placement(name: str, doc: str, *, shown: bool = False) -> Family:
     return Family(
         name=name,
         doc=doc,
-        space=TaskSpace(name, (*map(named, range(CLASSES)), ORDER, KIND, *SIZE, MASS, FRICTION)),
+        space=TaskSpace(name, (*map(named, range(CLASSES)), UNSEEN, ORDER, KIND, *FORM, MASS, FRICTION)),
         horizon=HORIZON,
         substeps=manipulation.SUBSTEPS,
         spec=manipulation.build,

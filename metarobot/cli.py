@@ -251,7 +251,9 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
     opened = open_run(run)
     last = read_metrics(opened.folder / "metrics.jsonl")[-1]
     facts: dict[str, Any] = {"steps": last["time/total_timesteps"], "wall_s": round(last["time/time_elapsed"], 1)}
-    facts |= {"seed": opened.config["seed"], "return_last_episode": round(last["meta/post_adapt_return"], 1)}
+    facts["seed"] = opened.config["seed"]
+    if "meta/post_adapt_return" in last:
+        facts["return_last_episode"] = round(last["meta/post_adapt_return"], 1)
     if "machine" in opened.config:
         facts["machine"] = f"{opened.config['machine']}, {opened.config['threads'] or 'all'} of them used"
     if report is not None:
@@ -309,7 +311,7 @@ def _train_command(agent: str) -> Callable[..., None]:
         settings = TrainConfig(**where, steps=whole, seed=seed, device=device, threads=threads, save_every=save_every)
         run = reopen(settings, config, out) if resume else start(settings, config, out)
         if run_training(run, resume=resume):
-            print(f"done: {out}; now: metarobot evaluate {out}")
+            print(f"done: {out}; now: metarobot {'shots' if demos else 'evaluate'} {out}")
         else:
             print(f"stopped and saved; continue with: metarobot {_again()}", file=sys.stderr)
             sys.exit(130)

@@ -115,6 +115,7 @@ def record(
     asked for: whoever imitates it sees how to come back (DART, Laskey et al. 2017). ``tick`` is called with the number
     of episodes written so far.
     """
+    _minari()
     if out.exists():
         raise DemosError(f"{out} is there already; choose another place")
     if tasks < 1 or shots < 1 or not 0 <= jitter < 10:
@@ -127,7 +128,12 @@ def record(
     for first in range(0, tasks, group):
         buffers += _recorded(family, wanted[first : first + group], shots, [seed, first], jitter, threads)
         tick(len(buffers))
-    _write(family, split, out, buffers)
+    if not buffers:
+        raise DemosError(f"the expert fails again and again in {family.name}: {wanted[0].describe()}")
+    try:
+        _write(family, split, out, buffers)
+    except OSError as e:
+        raise DemosError(f"cannot write {out}: {e.strerror or e}") from e
     return len(buffers)
 
 
@@ -204,18 +210,30 @@ def read(path: Path, family: Family | None = None) -> Demonstrations:
         raise DemosError(f"{path} holds no Minari dataset: it has no folder called data")
     try:
         dataset = minari.MinariDataset(path / "data")
-        meta = json.loads(dataset.storage.metadata.get("description") or "{}")
+        meta = _meta(dataset.storage.metadata.get("description"))
         episodes = list(dataset.iterate_episodes())
     except Exception as e:  # whatever a damaged file makes HDF5 raise
         raise DemosError(f"{path} is no dataset that Minari reads: {' '.join(str(e).split())[:200]}") from e
+    said = str(meta.get("family", ""))
     if family is None:
-        family = families.get(str(meta.get("family", "")))
+        family = families.get(said)
+    if said not in ("", family.name):
+        raise DemosError(f"{path} holds demonstrations of {said}, not of {family.name}")
     if not episodes:
         raise DemosError(f"{path} holds no demonstrations")
     groups: dict[tuple[tuple[float, ...], int], list[Any]] = defaultdict(list)
     for episode in episodes:
         groups[_checked(path, episode, family)].append(episode)
     return _gather(path, family, str(meta.get("split", "")), groups)
+
+
+def _meta(description: Any) -> dict[str, Any]:
+    """Return what we wrote of a dataset; others describe theirs in words, which say nothing to us."""
+    try:
+        meta = json.loads(description or "{}")
+    except ValueError:
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def _checked(path: Path, episode: Any, family: Family) -> tuple[tuple[float, ...], int]:
@@ -233,10 +251,14 @@ def _checked(path: Path, episode: Any, family: Family) -> tuple[tuple[float, ...
     for key in ("task", "variant"):
         if key not in infos:
             raise DemosError(f"{where}: infos lack {key!r}; they have: {', '.join(infos) or 'nothing'}")
-    values = tuple(float(x) for x in np.asarray(infos["task"])[0])
-    if len(values) != len(family.space.names):
-        raise DemosError(f"{where}: {len(values)} task values, but {family.name} has {len(family.space.names)}")
-    return values, int(np.asarray(infos["variant"])[0])
+    task, variant = np.asarray(infos["task"]), np.asarray(infos["variant"])
+    if task.ndim != 2 or variant.ndim != 1 or not len(task) or not len(variant):
+        raise DemosError(f"{where}: infos hold a task and a variant a step, these are {task.shape} and {variant.shape}")
+    if task.shape[1] != len(family.space.names):
+        raise DemosError(f"{where}: {task.shape[1]} task values, but {family.name} has {len(family.space.names)}")
+    if variant[0] not in range(family.variants):
+        raise DemosError(f"{where}: variant {variant[0]}, but {family.name} has 0 to {family.variants - 1}")
+    return tuple(float(x) for x in task[0]), int(variant[0])
 
 
 def _gather(path: Path, family: Family, split: str, groups: dict[Any, list[Any]]) -> Demonstrations:

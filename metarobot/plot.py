@@ -52,6 +52,9 @@ def adaptation(report: dict[str, Any], path: Path) -> None:
 
 def learning(runs: Sequence[Run], path: Path) -> None:
     """Plot the return of the trial's last episode, with exploration noise, over wall time and over steps."""
+    for run in runs:
+        if any("meta/post_adapt_return" not in r for r in read_metrics(run.folder / "metrics.jsonl")):
+            raise CheckpointError(f"{run.folder} has no returns to plot: it learned from demonstrations")
     figure = _figure(width=10.0)
     for axes, key, unit, scale in zip(
         figure.subplots(1, 2, sharey=True),

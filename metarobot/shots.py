@@ -50,7 +50,7 @@ def few_shot(
     if demos.family.name != run.family.name:
         raise DemosError(f"demonstrations of {demos.family.name} are no use to an agent of {run.family.name}")
     for k in shots:
-        if not 0 <= k <= demos.shots:
+        if not 1 <= k <= demos.shots:
             raise DemosError(f"{k} shots were asked for; the dataset holds 1 to {demos.shots} of every variant")
     tasks = range(len(demos.tasks))
     scene = _Stage(run, demos, seed, threads)
@@ -75,6 +75,8 @@ def few_shot(
     if reference is not None:
         shown = _Stage(reference, demos, seed, threads)
         policy = reference.load_agent()
+        if policy.privileged or (policy.begin(1) and not getattr(policy, "imitates", False)):
+            raise DemosError(f"{reference.folder} is no reference: {reference.agent} is told the task, or remembers")
         report["reference"] = {"run": reference.name, **shown.success(_Primed(policy, policy.begin(len(tasks))))}
         for row in rows:
             row["of_reference"] = row["mean"] / max(report["reference"]["mean"], 1e-9)

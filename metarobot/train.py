@@ -79,10 +79,13 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     """Make the run folder of a new training."""
     if config.robot and Path(config.robot).exists():
         config = replace(config, robot=str(Path(config.robot).resolve()))
+    if config.demos:
+        config = replace(config, demos=str(Path(config.demos).resolve()))
     check(config)
     for name, value in asdict(agent_config).items():
-        if type(value) is int and value < 1:
-            raise MetarobotError(f"{name} must be at least 1, not {value}")
+        least = 0 if name == "inner_steps" else 1
+        if type(value) is int and value < least:
+            raise MetarobotError(f"{name} must be at least {least}, not {value}")
         if type(value) is float and not 0 <= value < math.inf:
             raise MetarobotError(f"{name} must be a finite number of at least 0, not {value}")
     versions = {"metarobot": metarobot.__version__, "mujoco": mujoco.__version__, "torch": torch.__version__}
@@ -90,6 +93,8 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions, "machine": _machine()}
     family = family_on(config.family, config.robot)
     _begin(build_learner(config.agent, agent_config, family, config.seed), family, config)
+    if config.demos:
+        _imitated(family, agent_config.worlds, agent_config.rollouts, config)(0)
     return create(out, plain)
 
 
@@ -140,7 +145,8 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
     steady_heap()
     learner.agent.to(config.device)
     threads = config.threads or len(os.sched_getaffinity(0))
-    live = _imitated(run, learner, config.demos) if config.demos else _lived(run, learner, threads)
+    sizes = run.config["agent_config"].get("worlds", 0), run.rollouts
+    live = _imitated(run.family, *sizes, config) if config.demos else _lived(run, learner, threads)
     with (
         Log(run.folder, config.steps, counters["steps"], counters["iteration"], show=show) as log,
         deferred_signals() as stopped,
@@ -167,15 +173,12 @@ def _lived(run: Run, learner: Learner, threads: int) -> Callable[[int], Trials]:
     return live
 
 
-def _imitated(run: Run, learner: Learner, path: str) -> Callable[[int], Trials]:
+def _imitated(family: Family, worlds: int, rollouts: int, config: TrainConfig) -> Callable[[int], Trials]:
     """Return a function that draws the demonstrations of an iteration."""
-    demos, variants = read(Path(path), run.family), run.family.variants
-    if run.rollouts % variants:
-        raise MetarobotError(
-            f"rollouts = {run.rollouts} is not a multiple of {variants}, the variants of {run.family.name}"
-        )
-    tasks = run.config["agent_config"]["worlds"] // run.rollouts
-    return lambda i: demos.trials(tasks, run.rollouts // variants, [run.config["seed"], i])
+    demos, variants = read(Path(config.demos), family), family.variants
+    if rollouts % variants:
+        raise MetarobotError(f"rollouts = {rollouts} is not a multiple of {variants}, the variants of {family.name}")
+    return lambda i: demos.trials(worlds // rollouts, rollouts // variants, [config.seed, i])
 
 
 def _seed(run: Run, i: int) -> int:
