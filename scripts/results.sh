@@ -2,8 +2,8 @@
 # Every learning result of the README: meta-train, then evaluate on held-out tasks beside blind and oracle.
 # A stopped run continues where it was, a finished one is left alone. results/ holds reports, plots and logs.
 #
-#   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, quadruped, bench;
-#                                    default: all
+#   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, quadruped, grasp,
+#                                    placement, bench; default: all
 set -euo pipefail
 mkdir -p results
 
@@ -16,7 +16,7 @@ train() {  # run, then the arguments of metarobot train
 report() {  # family, split, runs
   local family=$1 split=$2
   shift 2
-  metarobot evaluate "$@" --split "$split" --tasks "${TASKS:-40}" --oracle "runs/$family-${ORACLE:-oracle}-0" \
+  metarobot evaluate "$@" --split "$split" --tasks "${TASKS:-40}" --episodes "${EPISODES:-2}" --oracle "runs/$family-${ORACLE:-oracle}-0" \
     --blind "runs/$family-blind-0" --controls --json "results/$family-$split.json" --plot "results/$family-$split.png"
 }
 
@@ -85,10 +85,11 @@ quadruped() {
   train QuadrupedMix-blind-0 QuadrupedMix --agent blind --steps 4e6 "${single[@]}"
   train QuadrupedTerrain-blind-0 QuadrupedTerrain --agent blind --steps 3e6 "${single[@]}"
   for agent in rl2-oracle rl2; do
+    train QuadrupedFlat-$agent-0 QuadrupedFlat --agent $agent --steps 1.5e6 "${walk[@]}" --worlds 32
     train QuadrupedMix-$agent-0 QuadrupedMix --agent $agent --steps 5e6 "${walk[@]}" --worlds 32
     train QuadrupedTerrain-$agent-0 QuadrupedTerrain --agent $agent --steps 3e6 "${walk[@]}" --worlds 32
   done
-  for family in QuadrupedDamage QuadrupedMix QuadrupedTerrain; do
+  for family in QuadrupedFlat QuadrupedDamage QuadrupedMix QuadrupedTerrain; do
     # robots differ in what can be earned: many tasks, or the intervals are wide
     for split in test extrapolate; do
       case $family-$split in QuadrupedMix-test) tasks=1600 ;; *) tasks=400 ;; esac
@@ -100,14 +101,39 @@ quadruped() {
     --json results/transfer.json
 }
 
+# The arm: an agent that grasps anything firmly first; where things break, the others begin as one that holds back.
+grasp() {
+  local usual=(--epochs 5 --minibatches 8 --gamma 0.98 --worlds 64) begun=(--lr 5e-4 --std 0.4)
+  train GraspShapes-blind-0 GraspShapes --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --std 0.6
+  train GraspFragile-blind-0 GraspFragile --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --lr 5e-4 --std 0.5 \
+    --init runs/GraspShapes-blind-0
+  for agent in rl2-oracle rl2; do
+    train GraspFragile-$agent-0 GraspFragile --agent $agent --steps 2e6 "${usual[@]}" "${begun[@]}" --episodes 3 \
+      --init runs/GraspFragile-blind-0
+  done
+  EPISODES=3 TASKS=400 ORACLE=rl2-oracle report GraspFragile test runs/GraspFragile-rl2-0
+}
+
+# Putting things in their place from demonstrations, classes never seen in training
+placement() {
+  [ -e demos/placement ] || metarobot record Placement --tasks 600 --shots 2 --jitter 0.1 --out demos/placement
+  [ -e demos/shown ] || metarobot record PlacementShown --tasks 300 --shots 2 --jitter 0.1 --out demos/shown
+  [ -e demos/unseen ] || metarobot record Placement --split extrapolate --tasks 100 --shots 5 --jitter 0.1 --out demos/unseen
+  train Placement-imitation-0 Placement --agent imitation --demos demos/placement --steps 40e6
+  train PlacementShown-imitation-0 PlacementShown --agent imitation --demos demos/shown --steps 20e6 --inner-steps 0
+  metarobot shots runs/Placement-imitation-0 --demos demos/unseen --shots 1 5 --reference runs/PlacementShown-imitation-0 \
+    --json results/Placement-shots.json
+}
+
 bench() {
   metarobot bench sim CheetahVel --worlds 512 --seconds 20 --json results/bench.json
   for family in QuadrupedFlat QuadrupedTerrain; do
     metarobot bench sim $family --worlds 512 --seconds 25 --json "results/bench-$family.json"
   done
+  metarobot bench sim GraspShapes --worlds 512 --seconds 25 --json results/bench-GraspShapes.json
   metarobot bench maml --seconds 60 --json results/bench-maml.json
 }
 
-for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients quadruped bench}"; do
+for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients quadruped grasp placement bench}"; do
   for name in $job; do $name; done
 done
