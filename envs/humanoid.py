@@ -12,11 +12,10 @@ from functools import partial
 
 import mujoco
 import numpy as np
-import torch
 from torch import Tensor
 
 from metarobot.env import Family, State
-from metarobot.envs.ant import direction, fallen, follow_direction, names, observe, published, readout, velocity
+from metarobot.envs.ant import direction, fallen, follow_direction, names, observe, published, readout
 from metarobot.types import Floats
 
 REACH = 0.4
@@ -42,10 +41,9 @@ def humanoid() -> mujoco.MjSpec:
 def centre_velocity(before: State, after: State, dt: float) -> Tensor:
     """Mean velocity of the centre of mass over a control step, m/s, ``(world, 2)``, one substep late.
 
-    At an episode's first step, before which nothing was sensed, it is the torso's.
+    An episode's first step holds a substep less.
     """
-    unsensed = (before.sensors == 0).all(1, keepdim=True)
-    return torch.where(unsensed, velocity(before, after, dt), (after.sensors - before.sensors)[:, :2] / dt)
+    return (after.sensors - before.sensors)[:, :2] / dt
 
 
 def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
