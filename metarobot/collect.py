@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metarobot.agent import Agent, Context
-from metarobot.env import Env, Step
+from metarobot.env import Env, Step, families
 from metarobot.tasks import Task
 from metarobot.types import MetarobotError, Percept, Rollout, Trials
 
@@ -91,7 +91,8 @@ class Expert:
 
     def __init__(self, env: Env, jitter: float = 0.0) -> None:
         if env.family.expert is None:
-            raise MetarobotError(f"nobody wrote an expert for {env.family.name}")
+            known = ", ".join(n for n in families.names() if families.get(n).expert is not None)
+            raise MetarobotError(f"{env.family.name} has no scripted expert; those that have one: {known}")
         self._env, self._program, self.jitter = env, env.family.expert, jitter
         self.asked: list[Tensor] = []
         """The actions asked for, step by step."""
