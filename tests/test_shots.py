@@ -374,7 +374,7 @@ BAD = {
     "backward inner rates": (f"{IMITATE} --demos {{hidden}} --inner-lr -1", "inner_lr must be a finite number of at"),
     "fewer inner steps than none": (f"{IMITATE} --demos {{hidden}} --inner-steps -1", "inner_steps must be at least"),
     "a taken place": ("record Placement --out {hidden}", "is there already; choose another place"),
-    "nobody to record": ("record CheetahVel --out {tmp}/a", "CheetahVel has no scripted expert; those that have one: GraspFragile"),
+    "nobody to record": ("record CheetahVel --out {tmp}/a", "CheetahVel has no scripted expert"),
     "shots of no dataset": ("shots {run} --demos {tmp}", "holds no Minari dataset"),
     "shots of no run": ("shots {tmp}/no --demos {hidden}", "no run folder"),
     "too many shots": ("shots {run} --demos {hidden} --shots 3", "3 shots were asked for; the dataset holds 1 to 2"),
