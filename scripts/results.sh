@@ -111,6 +111,10 @@ grasp() {
     train GraspFragile-$agent-0 GraspFragile --agent $agent --steps 2e6 "${usual[@]}" "${begun[@]}" --episodes 3 \
       --init runs/GraspFragile-blind-0
   done
+  for split in test extrapolate; do
+    metarobot evaluate runs/GraspShapes-blind-0 --split $split --tasks 200 --episodes 1 \
+      --json "results/GraspShapes-blind-$split.json"
+  done
   EPISODES=3 TASKS=400 ORACLE=rl2-oracle report GraspFragile test runs/GraspFragile-rl2-0
 }
 
