@@ -2,12 +2,15 @@
 
 An inner step lowers the squared error against the support's demonstrations; the outer step lowers the error that is
 left on other demonstrations of the same task. With no inner steps this is behaviour cloning.
+
+The policy acts on what it sees and on a guess of where it will all end: after Finn et al., whose network also tells the
+gripper's pose at a demonstration's end. It learns to act from the true end, and apart from that to tell the end from
+what a demonstration begins with; without that a policy only learns to go on as the hand already goes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,6 +37,12 @@ class ImitationConfig:
     """Width of the two hidden layers."""
     inner_lr: float = 0.05
     """Size of every weight's first inner steps; the rates are learned (Meta-SGD, Li et al. 2017)."""
+    guess: int = 2
+    """How many of the first observations, as they are at the end, the policy guesses and acts on."""
+    guess_lr: float = 0.02
+    """The same as ``inner_lr``, of the weights that guess."""
+    early: int = 10
+    """From so many of its first steps a demonstration's end is to be told."""
     inner_steps: int = 3
     """Gradient steps on the support; 0 clones behaviour and adapts to nothing."""
     first_order: bool = False
@@ -47,11 +56,30 @@ class ImitationConfig:
 
 
 class Support(NamedTuple):
-    """Demonstrations, ``(task, step, ...)``; steps that weigh nothing are padding."""
+    """Demonstrations, ``(task, step, ...)``; steps that weigh nothing are padding, or too late to guess."""
 
     x: Tensor
     action: Tensor
+    end: Tensor
     weight: Tensor
+    early: Tensor
+
+
+class Actor(nn.Module):
+    """A perceptron over what is seen and how it ends, which a linear layer guesses."""
+
+    def __init__(self, seen: int, guess: int, width: int, act: int) -> None:
+        super().__init__()
+        self.guess = nn.Linear(seen, guess) if guess else None
+        self.act = mlp(seen + guess, (width, width), act, gain=0.01)
+        if self.guess is not None:
+            nn.init.zeros_(self.guess.weight)
+            nn.init.zeros_(self.guess.bias)
+
+    def forward(self, x: Tensor, end: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return actions ``(..., act)`` for observations, acting on ``end`` if it is given; and the guess."""
+        guess = x[..., :0] if self.guess is None else self.guess(x)
+        return self.act(torch.cat([x, guess if end is None else end], -1)), guess
 
 
 class ImitationAgent(nn.Module):
@@ -66,9 +94,12 @@ class ImitationAgent(nn.Module):
             raise MetarobotError(f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}")
         self.config = config
         self.norm = RunningNorm(shapes.obs)
-        self.actor = mlp(shapes.obs, (config.width, config.width), shapes.act, gain=0.01)
-        size = sum(p.numel() for p in self.actor.parameters())
-        self.rates = nn.Parameter(torch.full((size,), config.inner_lr), requires_grad=config.inner_steps > 0)
+        self.actor = Actor(shapes.obs, config.guess, config.width, shapes.act)
+        rates = {
+            k: config.guess_lr if k.startswith("guess") else config.inner_lr for k, _ in self.actor.named_parameters()
+        }
+        first = torch.cat([torch.full((p.numel(),), rates[k]) for k, p in self.actor.named_parameters()])
+        self.rates = nn.Parameter(first, requires_grad=config.inner_steps > 0)
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return a copy of the initial weights for each task, ``(task, P)``."""
@@ -78,7 +109,7 @@ class ImitationAgent(nn.Module):
         """Act with each task's own weights; the worlds of a task stand together."""
         (weights,) = context
         x = self.norm(percept.obs).view(len(weights), -1, percept.obs.shape[-1])
-        action: Tensor = each(partial(call, self.actor))(weights, x)
+        action: Tensor = each(lambda w, seen: call(self.actor, w, seen)[0])(weights, x)
         return action.flatten(0, 1), context
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
@@ -91,14 +122,20 @@ class ImitationAgent(nn.Module):
 
     def support(self, episode: Rollout, tasks: int) -> Support:
         """Prepare demonstrations for gradient steps."""
-        x, action = by_task(self.norm(episode.obs), tasks), by_task(episode.action, tasks)
-        weight = by_task(episode.valid.to(x.dtype), tasks)
-        return Support(x, action, weight / weight.sum(1, keepdim=True).clamp_min(1.0))
+        seen, lived = self.norm(episode.obs), episode.valid.to(episode.obs.dtype)
+        last = (episode.valid.sum(0) - 1).clamp_min(0)
+        end = seen[last, torch.arange(len(last), device=last.device), : self.config.guess].expand(len(seen), -1, -1)
+        early = lived * (torch.arange(len(seen), device=last.device) < self.config.early)[:, None]
+        x, action, end, weight, early = (by_task(v, tasks) for v in (seen, episode.action, end, lived, early))
+        weight, early = (v / v.sum(1, keepdim=True).clamp_min(1.0) for v in (weight, early))
+        return Support(x, action, end, weight, early)
 
     def likeness(self, weights: Tensor, data: Support) -> Tensor:
-        """Return minus the mean squared error of one task's actions."""
-        error: Tensor = (call(self.actor, weights, data.x) - data.action).square().mean(-1)
-        return -(data.weight * error).sum()
+        """Return minus the mean squared error of one task's actions, and of the guess."""
+        action, guess = call(self.actor, weights, data.x, data.end)
+        error, missed = (action - data.action).square().mean(-1), (guess - data.end).square().sum(-1)
+        likeness: Tensor = -(data.weight * error).sum() - (data.early * missed).sum()
+        return likeness
 
 
 class Imitator:

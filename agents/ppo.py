@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.nets import RunningNorm, graft, linears, log_prob, mlp
+from metarobot.nets import RunningNorm, graft, linears, log_prob, mlp, taught
 from metarobot.parallel import gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
@@ -55,6 +55,9 @@ class PPOConfig:
     """Bound on the gradient's norm."""
     std: float = 0.6
     """Standard deviation of the first policy's actions."""
+    teach: float = 0.0
+    """Weight, at the start, of the squared error to what the family advises, or its expert does; it falls to none at
+    the end (kickstarting, Schmitt et al. 2018)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +110,14 @@ class Batch(NamedTuple):
     advantage: Tensor
     old: Tensor
     action: Tensor
+    advice: Tensor
 
 
 class PPO:
     """Trains a ``PPOAgent``."""
 
     def __init__(self, config: PPOConfig, shapes: Shapes) -> None:
-        self.config = config
+        self.config, self._teach = config, 0.0
         self.agent = PPOAgent(shapes, config)
         self.spread = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
@@ -125,7 +129,8 @@ class PPO:
         self.agent.norm.update(seq.percept.obs[seq.valid])
         self.critic_norm.to(seq.reward.device).update(seq.critic_obs[seq.valid])
         self.spread.to(seq.reward.device).update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
-        batch = Batch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action)))
+        batch = Batch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action, seq.advice)))
+        self._teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
@@ -172,11 +177,14 @@ class PPO:
     def _loss(self, batch: Batch, weight: float, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of some steps, and its parts."""
         c, x, advantage = self.config, batch.x[rows], batch.advantage[rows]
-        log_ratio = log_prob(self.agent.actor(x), self.agent.log_std, batch.action[rows]) - batch.old[rows]
+        mean = self.agent.actor(x)
+        log_ratio = log_prob(mean, self.agent.log_std, batch.action[rows]) - batch.old[rows]
         ratio = log_ratio.exp()
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -weight * surrogate.sum()
+        if self._teach > 0:
+            policy_loss = policy_loss + self._teach * weight * taught(mean, batch.advice[rows]).sum()
         value_loss = weight * (self.agent.critic(batch.told[rows])[:, 0] - batch.target[rows]).square().sum()
         with torch.no_grad():
             kl = weight * (ratio - 1 - log_ratio).sum()

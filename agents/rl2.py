@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.agents.ppo import PPOAgent
-from metarobot.nets import RunningNorm, graft, linears, log_prob, memory, mlp, orthogonal
+from metarobot.nets import RunningNorm, graft, linears, log_prob, memory, mlp, orthogonal, taught
 from metarobot.parallel import gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, sequence
@@ -61,6 +61,9 @@ class RL2Config:
     """Bound on the gradient's norm."""
     std: float = 0.6
     """Standard deviation of the first policy's actions."""
+    teach: float = 0.0
+    """Weight, at the start, of the squared error to what the family advises, or its expert does; it falls to none at
+    the end (kickstarting, Schmitt et al. 2018)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,7 @@ class Batch(NamedTuple):
     action: Tensor
     task: Tensor
     valid: Tensor
+    advice: Tensor
 
 
 class RL2:
@@ -148,7 +152,7 @@ class RL2:
     def __init__(self, config: RL2Config, shapes: Shapes) -> None:
         if config.worlds % config.minibatches:
             raise MetarobotError(f"worlds = {config.worlds} is not a multiple of minibatches = {config.minibatches}")
-        self.config = config
+        self.config, self._teach = config, 0.0
         self.agent = RL2Agent(shapes, config)
         self.spread = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
@@ -158,7 +162,8 @@ class RL2:
         """Learn from one set of trials."""
         c, seq = self.config, sequence(trials.episodes)
         self._normalise(seq)
-        batch = Batch(*(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float()))
+        batch = Batch(*(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float(), seq.advice))
+        self._teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
@@ -221,6 +226,8 @@ class RL2:
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -(weight * surrogate).sum()
+        if self._teach > 0:
+            policy_loss = policy_loss + self._teach * (weight * taught(mean, batch.advice[:, rows])).sum()
         value_loss = (weight * (value - batch.target[:, rows]).square()).sum()
         belief_loss = (weight * (belief - batch.task[rows]).square().mean(-1)).sum()
         with torch.no_grad():

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mujoco
 import numpy as np
 
+from metarobot.envs import models
 from metarobot.model import ModelError, compile_spec
 
 LEGS = ("FR", "FL", "RR", "RL")
@@ -124,19 +124,13 @@ def load(robot: str) -> mujoco.MjSpec:
     missing and what there is. Its own floor, actuators, sensors and keyframes give way to ours; masses,
     shapes and friction in its joints stay.
     """
-    path = _menagerie(robot.removeprefix("menagerie:")) if robot.startswith("menagerie:") else Path(robot)
-    if not path.is_file():
-        raise ModelError(f"no robot model {robot!r}: give a path to an MJCF file, or menagerie:unitree_go2")
-    try:
-        spec = mujoco.MjSpec.from_file(str(path))
-    except ValueError as e:
-        raise ModelError(f"{path} is no model that MuJoCo reads: {' '.join(str(e).split())}") from e
+    spec = models.read(robot, "quadruped", "unitree_go2")
     ours = [s for s in spec.sites if s.name in [f"{leg}_foot" for leg in LEGS]]
     ours += [b for b in spec.bodies if b.name == "payload"]
     for thing in (*spec.actuators, *spec.sensors, *spec.keys, *spec.worldbody.geoms, *spec.worldbody.lights, *ours):
         spec.delete(thing)
-    joints = _named(robot, "joint", spec.joints, [(f"{j}_joint", j) for j in JOINTS])
-    feet = _named(robot, "foot geom", spec.geoms, [(leg, f"{leg}_foot", f"{leg}_foot_collision") for leg in LEGS])
+    joints = models.named(robot, "joint", spec.joints, [(f"{j}_joint", j) for j in JOINTS])
+    feet = models.named(robot, "foot geom", spec.geoms, [(leg, f"{leg}_foot", f"{leg}_foot_collision") for leg in LEGS])
     trunks = [b for b in spec.worldbody.bodies if any(j.type == mujoco.mjtJoint.mjJNT_FREE for j in b.joints)]
     if len(trunks) != 1:
         raise ModelError(f"{robot} needs one body on a free joint, the trunk; it has {len(trunks)}")
@@ -144,32 +138,6 @@ def load(robot: str) -> mujoco.MjSpec:
         if spec.joint(name).type != mujoco.mjtJoint.mjJNT_HINGE:
             raise ModelError(f"{robot}: joint {name!r} is no hinge")
     return _equip(spec, trunks[0], joints, feet)
-
-
-def _menagerie(name: str) -> Path:
-    """Find a model of MuJoCo Menagerie, downloaded by its own package."""
-    try:
-        import mujoco_menagerie
-    except ImportError as e:
-        raise ModelError(f"menagerie:{name} needs a package: pip install 'metarobot[menagerie]'") from e
-    known = [r.name for r in mujoco_menagerie.robots("quadruped")]
-    if name not in known:
-        raise ModelError(f"no quadruped menagerie:{name}; there are: {', '.join(known)}")
-    try:
-        robot = mujoco_menagerie.get(name)
-        return Path(robot.xml(robot.default_model))
-    except mujoco_menagerie.MenagerieError as e:
-        raise ModelError(f"menagerie:{name} cannot be had: {' '.join(str(e).split())}") from e
-
-
-def _named(robot: str, kind: str, elements: Iterable[Any], wanted: list[tuple[str, ...]]) -> list[str]:
-    """Find each element under one of its names, or say all that is missing and all there is."""
-    there = [e.name for e in elements if e.name]
-    found = [next((n for n in names if n in there), "") for names in wanted]
-    missing = [names[0] for names, n in zip(wanted, found, strict=True) if not n]
-    if missing:
-        raise ModelError(f"{robot} lacks the {kind}s {', '.join(missing)}; it has: {', '.join(there) or 'none'}")
-    return found
 
 
 def _equip(spec: mujoco.MjSpec, trunk: Any, joints: list[str], feet: list[str]) -> mujoco.MjSpec:

@@ -6,6 +6,8 @@ size is felt alone.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -134,6 +136,13 @@ def expert(state: State) -> Tensor:
     return torch.cat([move, torch.stack([turn, close, force], 1)], 1).clamp(-1, 1)
 
 
+def advise(state: State) -> Tensor:
+    """Say which force to ask for, and how to lift once that is done; how to get there is not said. ``(world, 6)``."""
+    action, reaching = expert(state), state.tally[:, FORCE] == 0
+    action[:, :5] = torch.where(reaching[:, None], torch.nan, action[:, :5])
+    return action
+
+
 SIZE = (
     Param(
         name="width",
@@ -199,15 +208,15 @@ def friction(low: float, high: float, beyond: float) -> Param:
     )
 
 
-def grasp(name: str, doc: str, params: tuple[Param, ...]) -> Family:
-    """Build a family."""
+def grasp(name: str, doc: str, params: tuple[Param, ...], *, robot: str = "") -> Family:
+    """Build a family; ``robot`` is another model of its arm."""
     return Family(
         name=name,
         doc=doc,
         space=TaskSpace(name, params),
         horizon=HORIZON,
         substeps=manipulation.SUBSTEPS,
-        spec=manipulation.build,
+        spec=partial(manipulation.build, robot),
         shape=objects.shape,
         observations=manipulation.OBSERVATIONS,
         sense=manipulation.Scene,
@@ -218,11 +227,13 @@ def grasp(name: str, doc: str, params: tuple[Param, ...]) -> Family:
         tally=Tally(size=TALLIES, begin=begin, count=count),
         reward=reward,
         weights=WEIGHTS,
-        start=manipulation.start,
+        start=manipulation.starter(robot),
         terminate=over,
         readout=readout,
         expert=expert,
+        advise=advise,
         view=((0.45, 0.0, 0.17), 0.3),
+        on_robot=lambda other: grasp(name, doc, params, robot=other),
     )
 
 

@@ -7,6 +7,8 @@ which closes at one speed and then presses with the force asked for until it is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import mujoco
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metarobot.env import Control, State
-from metarobot.envs import objects, panda
+from metarobot.envs import arms, objects, panda
 from metarobot.envs.rotation import rotation
 from metarobot.types import Floats
 
@@ -154,21 +156,29 @@ def strength(force: Tensor) -> Tensor:
     return (2 * torch.log(force / WEAKEST) / math.log(STRONGEST / WEAKEST) - 1).clamp(-1, 1)
 
 
-def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
+OURS = np.array([*panda.READY, *2 * [panda.STROKE / 2]])
+"""Joint angles of our own arm and hand at the start, before they are disturbed."""
+
+
+def start(rng: np.random.Generator, model: mujoco.MjModel, *, ready: Floats = OURS) -> tuple[Floats, Floats]:
     """Hold the hand over the table, joints within ±0.03 rad; put the object within 5 cm and 0.5 rad of its middle."""
     yaw = rng.uniform(-0.5, 0.5)
     place = [CENTRE[0] + rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05), -model.site("bottom").pos[2]]
-    arm = panda.READY + rng.uniform(-0.03, 0.03, 7)
-    fingers = 2 * [panda.STROKE / 2]
+    arm, fingers = ready[:7] + rng.uniform(-0.03, 0.03, 7), ready[7:]
     return np.array([*arm, *fingers, *place, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]), np.zeros(model.nv)
 
 
-def build() -> mujoco.MjSpec:
-    """Build arm, table and object."""
-    spec = panda.panda()
+def starter(robot: str) -> Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]:
+    """Return how episodes start with our robot, or with another model of it."""
+    return partial(start, ready=arms.ready(robot)) if robot else start
+
+
+def build(robot: str = "") -> mujoco.MjSpec:
+    """Build arm, table and object; with another model of the robot, as ``arms.load`` has it."""
+    spec = arms.load(robot) if robot else panda.panda()
     spec.option.timestep, spec.option.integrator = TIMESTEP, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 100.0
     table = spec.worldbody.add_geom(name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1, 1, 0.1])
     table.contype, table.conaffinity, table.rgba = 3, 2, [0.75, 0.72, 0.68, 1]
     objects.add(spec)
-    return panda.equip(spec)
+    return spec if robot else panda.equip(spec)

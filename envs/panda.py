@@ -7,6 +7,7 @@ them. Frames as Franka's: x forward, y left, z up; lengths in m, masses in kg, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mujoco
@@ -28,6 +29,8 @@ DAMPING = 0.05 * STIFFNESS
 """Gains of the arm's joint position control, N·m/rad and N·m·s/rad."""
 LAG = 0.04
 """Time constant of every drive's response, s: targets that come in steps are moved to smoothly, as by Franka's own."""
+FINGER_INERTIA = 0.05
+"""Of the drive, felt at each finger, kg."""
 FINGER_DAMPING = 10.0
 """Resistance of each finger, N·s/m: a force of 1 N closes at Franka's top speed of 0.1 m/s."""
 READY = np.array([0.0, 0.15133, 0.0, -2.39803, 0.0, 2.54936, 0.7854])
@@ -141,12 +144,18 @@ def _add_hand(flange: Any) -> None:
         finger = hand.add_body(name=f"{name}_finger", pos=[0, 0, 0.0584], gravcomp=1)
         finger.explicitinertial, finger.mass, finger.inertia = True, 0.015, (2.375e-6, 2.375e-6, 7.5e-7)
         joint = finger.add_joint(name=FINGERS[side < 0], type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, side, 0])
-        joint.range, joint.armature, joint.damping[0] = [0, STROKE / 2], 0.05, FINGER_DAMPING
-        joint.solref_limit, joint.solimp_limit[:3] = [0.01, 1], [0.99, 0.999, 0.001]  # hard stops
+        joint.range = [0, STROKE / 2]
+        resist(joint)
         _shown(finger, box, size=[0.0105, 0.007, 0.0225], pos=[0, side * 0.0145, 0.0225], rgba=_GREY)
         _touching(finger, f"{name}_pad", list(PAD), [0, side * PAD[1], 0.0445], _GREY)
         size = [PAD[0] + 0.003, PAD[1], PAD[2] + 0.003]
         finger.add_site(name=f"{name}_pad", type=box, size=size, pos=[0, 0, 0.0445], rgba=[0, 0, 0, 0])
+
+
+def resist(joint: Any, lever: float = -1.0) -> None:
+    """Give a finger's joint its inertia, its resistance and hard stops; ``lever`` as for ``equip``."""
+    joint.armature, joint.damping[0] = FINGER_INERTIA * lever**2, FINGER_DAMPING * lever**2
+    joint.solref_limit, joint.solimp_limit[:3] = [0.01, 1], [0.99, 0.999, 0.001]
 
 
 def _touching(body: Any, name: str, size: list[float], pos: list[float], rgba: Any) -> None:
@@ -158,29 +167,38 @@ def _shown(body: Any, kind: Any, **shape: Any) -> None:
     body.add_geom(type=kind, mass=0, contype=0, conaffinity=0, **shape)
 
 
-def equip(spec: mujoco.MjSpec) -> mujoco.MjSpec:
-    """Add drives and sensors.
+def equip(
+    spec: mujoco.MjSpec,
+    arm: Sequence[str] = ARM,
+    fingers: Sequence[str] = FINGERS,
+    lever: float = -1.0,
+    *,
+    tied: bool = False,
+) -> mujoco.MjSpec:
+    """Add drives and sensors; for another model, to its joints of the arm and to those that close its hand.
 
+    ``lever``: how far a pad closes for a finger's joint, m per its unit; ``tied``: whether the fingers move as one.
     Drives: the arm's joints take target angles, rad, the hand a grip force, N, positive to close. Sensors, in this
     order: where each joint stands (21) and how its axis points (21); the tip's position (3), the hand's x (3), y (3)
     and z axes (3), the tip's velocity (3); the force on each pad (2); the joints' angles (7); where the pads' faces are
     (6), and their velocities (6).
     """
-    for i, name in enumerate(ARM):
-        drive = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    for i, (name, target) in enumerate(zip(ARM, arm, strict=True)):
+        drive = spec.add_actuator(name=name, target=target, trntype=mujoco.mjtTrn.mjTRN_JOINT)
         drive.gaintype, drive.biastype = mujoco.mjtGain.mjGAIN_FIXED, mujoco.mjtBias.mjBIAS_AFFINE
         drive.gainprm[0], drive.biasprm[:3] = STIFFNESS[i], [0, -STIFFNESS[i], -DAMPING[i]]
         drive.ctrlrange, drive.forcerange = [LOW[i], HIGH[i]], [-TORQUE[i], TORQUE[i]]
-        joint = spec.joint(name)
+        joint = spec.joint(target)
         place = joint.parent.add_site(name=name, pos=joint.pos, size=[0.001, 0, 0], rgba=[0, 0, 0, 0])
         place.alt.type, place.alt.zaxis = mujoco.mjtOrientation.mjORIENTATION_ZAXIS, joint.axis
     grip = spec.add_tendon(name="grip")
-    for name in FINGERS:
+    for name in fingers:
         grip.wrap_joint(name, 1.0)
-    tie = spec.add_equality(type=mujoco.mjtEq.mjEQ_JOINT, name1=FINGERS[0], name2=FINGERS[1])
-    tie.data[1], tie.objtype = 1.0, mujoco.mjtObj.mjOBJ_JOINT
+    if not tied:
+        tie = spec.add_equality(type=mujoco.mjtEq.mjEQ_JOINT, name1=fingers[0], name2=fingers[1])
+        tie.data[1], tie.objtype = 1.0, mujoco.mjtObj.mjOBJ_JOINT
     drive = spec.add_actuator(name="grip", target="grip", trntype=mujoco.mjtTrn.mjTRN_TENDON)
-    drive.gainprm[0], drive.ctrlrange = -1.0, [-1, FORCE]
+    drive.gainprm[0], drive.ctrlrange = lever, [-1, FORCE]
     for drive in spec.actuators:
         drive.dyntype, drive.dynprm[0] = mujoco.mjtDyn.mjDYN_FILTEREXACT, LAG
     site, of = mujoco.mjtObj.mjOBJ_SITE, mujoco.mjtSensor
@@ -197,7 +215,7 @@ def equip(spec: mujoco.MjSpec) -> mujoco.MjSpec:
         spec.add_sensor(type=kind, objtype=site, objname="tip")
     for name in ("left_pad", "right_pad"):
         spec.add_sensor(type=of.mjSENS_TOUCH, objtype=site, objname=name)
-    for name in ARM:
+    for name in arm:
         spec.add_sensor(type=of.mjSENS_JOINTPOS, objtype=mujoco.mjtObj.mjOBJ_JOINT, objname=name)
     for kind in (of.mjSENS_FRAMEPOS, of.mjSENS_FRAMELINVEL):
         for name in ("left_pad", "right_pad"):

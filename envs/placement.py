@@ -7,7 +7,7 @@ found out by trial, or read off demonstrations: the K-shot object task.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import permutations
 
 import numpy as np
@@ -26,7 +26,7 @@ HORIZON = 120
 """Control steps an episode."""
 CLASSES, KNOWN = 4, 1000
 """Classes of a task, each with a place of its own; and how many there are to train on. As many others are for tests."""
-CODE = 8
+CODE = 16
 """Length of the code that colours and texture are seen as."""
 PLACES = torch.tensor([[0.42, -0.2], [0.62, -0.12], [0.62, 0.12], [0.42, 0.2]]).double()
 """Middles of the places, x and y, m."""
@@ -34,6 +34,7 @@ NEAR, SETTLED = 0.04, 5
 """Put down means: within so many metres of a place's middle, let go of, for so many control steps."""
 OBSERVATIONS = (*manipulation.OBSERVATIONS, *(f"code_{i}" for i in range(CODE)))
 NOISE = (*manipulation.NOISE, *[0.05] * CODE)
+SHOWN = (*manipulation.OBSERVATIONS, "place_x_m", "place_y_m")
 WEIGHTS = {"reach": 0.3, "grip": 0.3, "carry": 1.0, "success": 20.0, "wrong": 10.0, "calm": 0.05}
 
 SEEN, AWAY, DONE, WRONG = HAND, HAND + 1, HAND + 2, HAND + 3
@@ -62,12 +63,15 @@ def code(state: State) -> Tensor:
     return codes()[named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()]
 
 
-def observe(state: State, *, shown: bool = False) -> Tensor:
-    """Return ``(world, 27)``; ``shown`` puts the way to the right place in the place of the code's first numbers."""
-    seen = code(state)
-    if shown:
-        seen = torch.cat([5 * (belongs(state) - sense(state).tip[:, :2]), torch.zeros_like(seen[:, 2:])], 1)
-    return torch.cat([manipulation.observe(state), seen.float()], 1)
+def observe(state: State) -> Tensor:
+    """Return ``(world, 35)``: what a grasping hand sees, and the presented object's code."""
+    return torch.cat([manipulation.observe(state), code(state).float()], 1)
+
+
+def observe_shown(state: State) -> Tensor:
+    """Return ``(world, 21)``: what a grasping hand sees, and where the object belongs, from the workspace's middle."""
+    place = belongs(state) - manipulation.CENTRE[:2]
+    return torch.cat([manipulation.observe(state), place.float()], 1)
 
 
 def critic_observe(state: State) -> Tensor:
@@ -184,31 +188,32 @@ KIND = Param(
 )
 
 
-def placement(name: str, doc: str, *, shown: bool = False) -> Family:
-    """Build a family; ``shown``: the agent sees where the object belongs, not what it is."""
+def placement(name: str, doc: str, *, shown: bool = False, robot: str = "") -> Family:
+    """Build a family; ``shown``: the agent sees where the object belongs, not what it is; ``robot``: another arm."""
     return Family(
         name=name,
         doc=doc,
         space=TaskSpace(name, (*map(named, range(CLASSES)), UNSEEN, ORDER, KIND, *FORM, MASS, FRICTION)),
         horizon=HORIZON,
         substeps=manipulation.SUBSTEPS,
-        spec=manipulation.build,
+        spec=partial(manipulation.build, robot),
         shape=objects.shape,
-        observations=OBSERVATIONS,
+        observations=SHOWN if shown else OBSERVATIONS,
         sense=manipulation.Scene,
-        observe=(lambda state: observe(state, shown=True)) if shown else observe,
-        noise=NOISE,
+        observe=observe_shown if shown else observe,
+        noise=(*manipulation.NOISE, 0.005, 0.005) if shown else NOISE,
         critic_observe=critic_observe,
         control=manipulation.CONTROL,
         tally=Tally(size=TALLIES, begin=begin, count=count),
         variants=CLASSES,
         reward=reward,
         weights=WEIGHTS,
-        start=manipulation.start,
+        start=manipulation.starter(robot),
         terminate=over,
         readout=readout,
         expert=expert,
         view=((0.5, 0.0, 0.15), 0.38),
+        on_robot=lambda other: placement(name, doc, shown=shown, robot=other),
     )
 
 
@@ -217,5 +222,7 @@ placement_task = placement(
     "Put each class of objects in its place, which demonstrations show or trials reveal: horizon 120, 25 Hz.",
 )
 placement_shown = placement(
-    "PlacementShown", "The same with the way to the right place in view: what Placement is compared with.", shown=True
+    "PlacementShown",
+    "The same with the right place in view, in the code's stead: what Placement is compared with.",
+    shown=True,
 )

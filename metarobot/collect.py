@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from metarobot.agent import Agent, Context
-from metarobot.env import Env, Step, families
+from metarobot.env import Env, Step
 from metarobot.tasks import Task
-from metarobot.types import MetarobotError, Percept, Rollout, Trials
+from metarobot.types import Percept, Rollout, Trials
 
 
 @torch.no_grad()
@@ -25,6 +25,7 @@ def collect(
     explore: bool | Sequence[bool] = True,
     between: Callable[[Context], Context] = lambda context: context,
     variant: Tensor | None = None,
+    advised: bool = False,
     watch: Callable[[int, Env, Step], None] | None = None,
 ) -> Trials:
     """Live one trial of ``episodes`` episodes in each task: act an episode, adapt, act the next.
@@ -33,7 +34,8 @@ def collect(
     effect. The worlds of a task share its context, so only an agent that leaves its context alone while it acts, as one
     that adapts between episodes does, can have more than one. ``explore``, one for all or one an episode, adds the
     agent's own exploration noise; ``variant`` ``(world,)`` says which variant the first episode is; ``between`` tampers
-    with the context after each episode (the controls of an evaluation); ``watch`` is called after every step with
+    with the context after each episode (the controls of an evaluation); ``advised`` also writes down what the family
+    advises at each step; ``watch`` is called after every step with
     (episode, env, step), for pictures.
     """
     env.set_tasks([task for task in tasks for _ in range(rollouts)])
@@ -48,7 +50,9 @@ def collect(
     lived = []
     exploring = [explore] * episodes if isinstance(explore, bool) else explore
     for k in range(episodes):
-        rollout, percept, context = _episode(agent, env, percept, context, noise if exploring[k] else None, k, watch)
+        book = _Recorder(env, advised)
+        percept, context = _episode(agent, env, book, percept, context, noise if exploring[k] else None, k, watch)
+        rollout = book.rollout()
         lived.append(rollout)
         if k + 1 < episodes:
             context = between(agent.adapt(context, rollout))
@@ -58,30 +62,30 @@ def collect(
 def _episode(
     agent: Agent,
     env: Env,
+    book: _Recorder,
     percept: Percept,
     context: Context,
     generator: torch.Generator | None,
     k: int,
     watch: Callable[[int, Env, Step], None] | None,
-) -> tuple[Rollout, Percept, Context]:
+) -> tuple[Percept, Context]:
     """Live one episode in every world; a world that ends early sleeps, its context untouched, until all have."""
-    book = _Recorder(env)
     shape = (env.family.horizon, env.worlds, env.act_dim)
     noise = None if generator is None else torch.randn(shape, generator=generator)
     last, zeros = percept, torch.zeros(env.worlds)
     while book.living:
         action, after = agent.act(percept, context, None if noise is None else noise[book.time])
-        critic_obs = env.critic_obs()
+        shown = env.critic_obs(), env.advice() if book.advised else None
         step = env.step(action, book.awake)
         ended = (step.terminated | step.truncated).float()
         arrived = Percept(step.obs, action, step.reward, ended, zeros)
         context = context if after is context else tuple(book.kept(after, context))
         last = Percept(*book.kept(arrived, last))
-        book.record(percept, critic_obs, action, step)
+        book.record(percept, *shown, action, step)
         percept = arrived
         if watch is not None:
             watch(k, env, step)
-    return book.rollout(), last._replace(obs=env.restart(k + 1)), context
+    return last._replace(obs=env.restart(k + 1)), context
 
 
 class Expert:
@@ -90,10 +94,8 @@ class Expert:
     privileged = explores = False
 
     def __init__(self, env: Env, jitter: float = 0.0) -> None:
-        if env.family.expert is None:
-            known = ", ".join(n for n in families.names() if families.get(n).expert is not None)
-            raise MetarobotError(f"{env.family.name} has no scripted expert; those that have one: {known}")
-        self._env, self._program, self.jitter = env, env.family.expert, jitter
+        self._env, self.jitter = env, jitter
+        env.expert()
         self.asked: list[Tensor] = []
         """The actions asked for, step by step."""
 
@@ -103,7 +105,7 @@ class Expert:
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
         """Do as the program says, disturbed by ``jitter`` times the noise, if there is any."""
-        action = self._program(self._env.now).float()
+        action = self._env.expert()
         self.asked.append(action)
         return action if noise is None else action + self.jitter * noise, context
 
@@ -115,7 +117,8 @@ class Expert:
 class _Recorder:
     """The buffers of one episode, and which worlds are still in it."""
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, env: Env, advised: bool = False) -> None:
+        self.advised = advised
         horizon, worlds = env.family.horizon, env.worlds
         self.time, self.living, self._all = 0, True, True
         self._alive = torch.ones(worlds, dtype=torch.bool)
@@ -125,6 +128,7 @@ class _Recorder:
         self._final_obs, self._faulted = torch.zeros(worlds, env.obs_dim), torch.zeros(worlds, dtype=torch.bool)
         self._final_critic_obs = torch.zeros_like(env.critic_obs())
         self._critic_obs = torch.zeros(horizon, *self._final_critic_obs.shape)
+        self._advice = torch.zeros(horizon, worlds, env.act_dim if advised else 0)
         self._terms: dict[str, Tensor] = {}
 
     @property
@@ -136,14 +140,16 @@ class _Recorder:
         """Take what is new in the living worlds, what was in the others."""
         return new if self._all else (_where(self._alive, a, b) for a, b in zip(new, old, strict=True))
 
-    def record(self, percept: Percept, critic_obs: Tensor, action: Tensor, step: Step) -> None:
-        """Write down one step: what was seen, done and got."""
+    def record(self, percept: Percept, critic_obs: Tensor, advice: Tensor | None, action: Tensor, step: Step) -> None:
+        """Write down one step: what was seen, advised, done and got."""
         t = self.time
         self._obs[t], self._action[t], self._reward[t] = percept.obs, action, step.reward
         self._flags[0, t], self._flags[1, t], self._flags[2, t] = step.terminated, step.truncated, self._alive
         for name, term in step.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term * self._alive
         self._critic_obs[t] = critic_obs
+        if advice is not None:
+            self._advice[t] = advice
         final = (step.final_obs, step.final_critic_obs)
         self._final_obs, self._final_critic_obs = self.kept(final, (self._final_obs, self._final_critic_obs))
         self._faulted |= step.faulted & self._alive
@@ -168,6 +174,7 @@ class _Recorder:
             critic_obs=self._critic_obs[lived],
             final_critic_obs=self._final_critic_obs,
             faulted=self._faulted,
+            advice=self._advice[lived],
             terms={k: v.float() for k, v in self._terms.items()},
         )
 

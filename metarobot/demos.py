@@ -79,6 +79,7 @@ class Demonstrations:
             critic_obs=torch.zeros(*valid.shape, 0),
             final_critic_obs=torch.zeros(worlds, 0),
             faulted=none[0],
+            advice=torch.zeros(*valid.shape, 0),
         )
 
     def trials(self, tasks: int, shots: int, seed: Sequence[int]) -> Trials:

@@ -108,6 +108,9 @@ class Family:
     """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
     expert: Callable[[State], Tensor] | None = None
     """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote one."""
+    advise: Callable[[State], Tensor] | None = None
+    """State -> the action that a learner is taught, ``(world, act)``, NaN where nothing is known; None if the expert's
+    is."""
     marked: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
     """Task values by name -> names of the bodies that pictures show in red: what is broken."""
     view: tuple[tuple[float, float, float], float] | None = None
@@ -320,6 +323,17 @@ class Env:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""
         see = self.family.critic_observe
         return torch.zeros(self.worlds, 0) if see is None else see(self.now)
+
+    def advice(self) -> Tensor:
+        """Return what a learner is taught to do now, ``(world, act)``, NaN where nothing is known."""
+        return self.expert() if self.family.advise is None else self.family.advise(self.now).float()
+
+    def expert(self) -> Tensor:
+        """Return what the family's expert would do now, ``(world, act)``; raise if it has none."""
+        if self.family.expert is None:
+            known = ", ".join(n for n in families.names() if families.get(n).expert is not None)
+            raise MetarobotError(f"{self.family.name} has no scripted expert; those that have one: {known}")
+        return self.family.expert(self.now).float()
 
     def step(self, action: Tensor, awake: Tensor | None = None) -> Step:
         """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset.

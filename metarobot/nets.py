@@ -101,6 +101,11 @@ def graft(layer: nn.Linear, other: nn.Linear) -> None:
         layer.bias[:rows] = other.bias
 
 
+def taught(mean: Tensor, advice: Tensor) -> Tensor:
+    """Squared error of the mean action to what is advised, where anything is, meaned over the action axis."""
+    return torch.where(advice.isnan(), 0.0, mean - advice.nan_to_num()).square().mean(-1)
+
+
 def log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """Log-density of ``action`` under a diagonal Gaussian, summed over the action axis."""
     z = (action - mean) * torch.exp(-log_std)

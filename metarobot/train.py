@@ -83,7 +83,7 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
         config = replace(config, demos=str(Path(config.demos).resolve()))
     check(config)
     for name, value in asdict(agent_config).items():
-        least = 0 if name == "inner_steps" else 1
+        least = 0 if name in ("inner_steps", "guess") else 1
         if type(value) is int and value < least:
             raise MetarobotError(f"{name} must be at least {least}, not {value}")
         if type(value) is float and not 0 <= value < math.inf:
@@ -92,6 +92,8 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
     plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions, "machine": _machine()}
     family = family_on(config.family, config.robot)
+    if getattr(agent_config, "teach", 0) > 0:
+        Env(family, family.space.sample("train", 1)).advice()
     _begin(build_learner(config.agent, agent_config, family, config.seed), family, config)
     if config.demos:
         _imitated(family, agent_config.worlds, agent_config.rollouts, config)(0)
@@ -162,13 +164,15 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
 def _lived(run: Run, learner: Learner, threads: int) -> Callable[[int], Trials]:
     """Return a function that lets the agent live the trials of an iteration."""
     config = run.config["agent_config"]
+    advised = config.get("teach", 0) > 0
     env = Env(run.family, run.family.space.sample("train", config["worlds"]), threads=threads)
 
     def live(i: int) -> Trials:
         tasks = run.family.space.sample("train", env.worlds // run.rollouts, [run.config["seed"], i])
         learner.agent.to("cpu")
         seed = _seed(run, i)
-        return collect(learner.agent, env, tasks, episodes=config["episodes"], seed=seed, rollouts=run.rollouts)
+        lived = {"episodes": config["episodes"], "seed": seed, "rollouts": run.rollouts, "advised": advised}
+        return collect(learner.agent, env, tasks, **lived)
 
     return live
 

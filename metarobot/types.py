@@ -43,7 +43,8 @@ class Rollout:
     reward, terminated, truncated, valid ``(time, world)``; final_obs ``(world, obs)``, the observation after each
     world's last valid step, before any reset; critic_obs ``(time, world, critic)`` and final_critic_obs ``(world,
     critic)``, what only a critic in training is shown beside these; terms, name -> ``(world,)``, each reward term's sum
-    over the episode; faulted ``(world,)``, true where the physics broke down.
+    over the episode; faulted ``(world,)``, true where the physics broke down; advice ``(time, world, act)``, what the
+    family advised, NaN where it knew nothing, or ``(time, world, 0)`` if it was not asked.
     """
 
     obs: Tensor
@@ -56,6 +57,7 @@ class Rollout:
     critic_obs: Tensor
     final_critic_obs: Tensor
     faulted: Tensor
+    advice: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: str) -> Rollout:
@@ -106,7 +108,7 @@ class Sequence(NamedTuple):
 
     Shapes: percepts ``(time, world, ...)`` each; action ``(time, world, act)``; reward, terminated, truncated, valid
     ``(time, world)``; next_obs ``(time, world, obs)``, the observation the step led to, before any reset; critic_obs
-    and next_critic_obs ``(time, world, critic)``.
+    and next_critic_obs ``(time, world, critic)``; advice ``(time, world, act)`` or ``(time, world, 0)``.
     """
 
     percept: Percept
@@ -118,11 +120,12 @@ class Sequence(NamedTuple):
     next_obs: Tensor
     critic_obs: Tensor
     next_critic_obs: Tensor
+    advice: Tensor
 
 
 def sequence(episodes: tuple[Rollout, ...]) -> Sequence:
     """Join the episodes of a trial into one sequence a world, in the order they were lived."""
-    names = ("obs", "action", "reward", "terminated", "truncated", "valid", "critic_obs")
+    names = ("obs", "action", "reward", "terminated", "truncated", "valid", "critic_obs", "advice")
     parts = {k: torch.cat([getattr(e, k) for e in episodes]) for k in names}
     parts["next_obs"] = torch.cat([_next(e, e.obs, e.final_obs) for e in episodes])
     parts["next_critic_obs"] = torch.cat([_next(e, e.critic_obs, e.final_critic_obs) for e in episodes])
@@ -135,7 +138,7 @@ def sequence(episodes: tuple[Rollout, ...]) -> Sequence:
     first = torch.zeros_like(reward)
     first[0] = 1.0
     percept = Percept(obs, shift(action), shift(reward), shift(done), first)
-    told = (parts[k] for k in ("next_obs", "critic_obs", "next_critic_obs"))
+    told = (parts[k] for k in ("next_obs", "critic_obs", "next_critic_obs", "advice"))
     return Sequence(percept, action, reward, terminated, truncated, valid, *told)
 
 

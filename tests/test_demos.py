@@ -289,7 +289,7 @@ def test_a_write_that_is_interrupted_leaves_nothing_behind(
 def episode(variant: int, steps: int = 5, task: int = 0, **changes: float) -> dict[str, Any]:
     values = list({**PLACEMENT.space.sample("train", 2, 0)[task].as_dict(), **changes}.values())
     rng = np.random.default_rng([variant, task])
-    obs, action = (rng.standard_normal((n, w)).astype(np.float32) for n, w in ((steps + 1, 27), (steps, 6)))
+    obs, action = (rng.standard_normal((n, w)).astype(np.float32) for n, w in ((steps + 1, 35), (steps, 6)))
     infos = {"task": np.repeat([values], steps + 1, 0), "variant": np.full(steps + 1, variant)}
     return {"observations": obs, "actions": action, "infos": infos}
 
@@ -300,7 +300,7 @@ def foreign(root: Path, episodes: list[dict[str, Any]], description: str | None 
         EpisodeBuffer(id=i, **e, **{k: np.zeros(len(e["actions"])) for k in ("rewards", "terminations", "truncations")})
         for i, e in enumerate(episodes)
     ]
-    spaces = {f"{k}_space": Box(-np.inf, np.inf, (n,), np.float32) for k, n in (("observation", 27), ("action", 6))}
+    spaces = {f"{k}_space": Box(-np.inf, np.inf, (n,), np.float32) for k, n in (("observation", 35), ("action", 6))}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no author, no Gymnasium id
         patch.setenv("MINARI_DATASETS_PATH", str(root))
@@ -332,7 +332,7 @@ STEPS = "episode 2 has 2 observations and 1 actions; it takes at least 2 steps"
 LESS = "episode 2 has 4 observations and 5 actions"
 MOOD = "episode 2: infos lack 'variant'; they have: mood, task"
 LACK = "some tasks lack demonstrations of some of the 4 variants"
-OBS = "episode 2: observations of Placement have 27 columns, these are (6, 9)"
+OBS = "episode 2: observations of Placement have 35 columns, these are (6, 9)"
 ACT = "episode 2: actions of Placement have 6 columns, these are (5,)"
 HIGH = "order = 77 is outside its bounds: {0, 1, 2, "
 DAMAGED: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -362,7 +362,7 @@ def test_demonstrations_that_nobody_can_learn_from_are_refused(tmp_path: Path, c
 
 @pytest.mark.parametrize(("family", "columns"), [("CheetahVel", 17), ("GraspShapes", 19)])
 def test_demonstrations_of_another_robot_are_refused(tmp_path: Path, family: str, columns: int) -> None:
-    path, message = foreign(tmp_path, GOOD, None), f"observations of {family} have {columns} columns, these are (6, 27)"
+    path, message = foreign(tmp_path, GOOD, None), f"observations of {family} have {columns} columns, these are (6, 35)"
     refused(lambda: read(path, families.get(family)), message)
 
 

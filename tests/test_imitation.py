@@ -22,7 +22,14 @@ def build(seed: int = 0, shapes: Shapes = SHAPES, **settings: Any) -> Imitator:
     """A learner of a small policy that does something, with rates that differ."""
     torch.manual_seed(seed)
     kind = agents.get("imitation")
-    usual = {"worlds": TASKS * ROLLOUTS, "rollouts": ROLLOUTS, "width": 8, "inner_steps": 2, "inner_lr": 0.05}
+    usual = {
+        "worlds": TASKS * ROLLOUTS,
+        "rollouts": ROLLOUTS,
+        "width": 8,
+        "inner_steps": 2,
+        "inner_lr": 0.05,
+        "early": 2,
+    }
     learner = kind.build(kind.config(**usual | settings), shapes)
     with torch.no_grad():
         for p in learner.agent.actor.parameters():
@@ -46,6 +53,7 @@ def rollout(obs: Tensor, action: Tensor, valid: Tensor) -> Rollout:
         critic_obs=torch.zeros(*valid.shape, 0),
         final_critic_obs=torch.zeros(worlds, 0),
         faulted=torch.zeros(worlds, dtype=torch.bool),
+        advice=torch.zeros(*valid.shape, 0),
     )
 
 
@@ -73,14 +81,19 @@ def adapted(agent: ImitationAgent, episode: Rollout) -> Tensor:
 
 
 def error(agent: ImitationAgent, weights: Tensor, episode: Rollout) -> list[Tensor]:
-    """Mean squared error of each task's own actions over the steps that are valid, task by task."""
-    left, names = [], [k for k, _ in agent.actor.named_parameters()]
+    """Mean squared error of each task's own actions, and of how it guesses the end at first, over valid steps."""
+    left, names, n = [], [k for k, _ in agent.actor.named_parameters()], agent.config.guess
     for i in range(TASKS):
         mine = slice(i * ROLLOUTS, (i + 1) * ROLLOUTS)
         valid = episode.valid[:, mine]
         own = dict(zip(names, unflatten(weights[i], agent.actor), strict=True))
-        action = functional_call(agent.actor, own, (agent.norm(episode.obs[:, mine][valid]),))
+        seen = agent.norm(episode.obs[:, mine])
+        ends = torch.stack([seen[int(v.sum()) - 1, j, :n] for j, v in enumerate(valid.T)]).expand(TIME, -1, -1)
+        action, guess = functional_call(agent.actor, own, (seen[valid], ends[valid]))
         left.append((action - episode.action[:, mine][valid]).square().mean())
+        early = valid & (torch.arange(TIME) < agent.config.early)[:, None]
+        guess = functional_call(agent.actor, own, (seen[early],))[1]
+        left[-1] = left[-1] + (guess - ends[early]).square().sum(1).mean()
     return left
 
 
@@ -153,7 +166,7 @@ def test_the_order_of_demonstrations_and_of_their_steps_does_not_matter() -> Non
     def mixed(e: Rollout) -> Rollout:
         return replace(e, **{k: getattr(e, k)[steps][:, worlds] for k in IN_TIME})
 
-    learners = [build() for _ in range(2)]
+    learners = [build(guess=0) for _ in range(2)]
     assert torch.allclose(*(adapted(learners[0].agent, t.episodes[0]) for t in (shown(), both(mixed))), atol=1e-6)
     for one, trials in zip(learners, (shown(), both(mixed)), strict=True):
         one.update(trials, 0.0, 0)
@@ -179,7 +192,7 @@ def test_tasks_do_not_mix() -> None:
 
 
 def test_each_task_acts_with_its_own_weights() -> None:
-    agent, (support, query) = build(inner_steps=5).agent, shown().episodes
+    agent, (support, query) = build(inner_steps=5, guess=0).agent, shown().episodes
     context = agent.adapt(agent.begin(TASKS), support)
     zeros = torch.zeros(TASKS * ROLLOUTS)
     percept = Percept(query.obs[0], torch.zeros(TASKS * ROLLOUTS, ACT), zeros, zeros, zeros)
@@ -338,7 +351,7 @@ def toy(rng: torch.Generator, orders: Sequence[int], shots: int = 2, steps: int 
 
 def test_a_toy_of_hidden_places_is_learned_from_demonstrations() -> None:
     shapes = Shapes(obs=CODES + 2, act=2, task=1, episodes=2)
-    settings = {"worlds": 8 * CODES * 2, "rollouts": CODES * 2, "width": 32, "inner_steps": 2, "lr": 5e-3}
+    settings = {"worlds": 8 * CODES * 2, "rollouts": CODES * 2, "width": 32, "inner_steps": 2, "lr": 5e-3, "guess": 0}
     learner, rng = build(shapes=shapes, **settings, inner_lr=0.1), torch.Generator().manual_seed(0)
     rows = []
     for i in range(150):
