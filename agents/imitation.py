@@ -39,11 +39,11 @@ class ImitationConfig:
     """Size of every weight's first inner steps; the rates are learned (Meta-SGD, Li et al. 2017)."""
     guess: int = 2
     """How many of the first observations, as they are at the end, the policy guesses and acts on."""
-    guess_lr: float = 0.02
+    guess_lr: float = 0.04
     """The same as ``inner_lr``, of the weights that guess."""
     early: int = 10
     """From so many of its first steps a demonstration's end is to be told."""
-    inner_steps: int = 3
+    inner_steps: int = 5
     """Gradient steps on the support; 0 clones behaviour and adapts to nothing."""
     first_order: bool = False
     """Leave second derivatives out."""

@@ -241,7 +241,7 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
         out: Folder to write.
         summary: What the agent is, in a sentence.
         command: The command that made it.
-        report: What ``metarobot evaluate --json`` found of it, to go on the card.
+        report: What ``metarobot evaluate --json`` or ``shots --json`` found of it, to go on the card.
     """
     from metarobot.checkpoint import open_run, read_json
     from metarobot.checkpoint import publish as copy

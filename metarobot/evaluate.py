@@ -310,7 +310,11 @@ def score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, Any]:
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a report what an agent's card says: split, tasks, and the means of each episode."""
+    """Return of a report what an agent's card says: split, tasks, and the means of each episode, or number of shots."""
+    if "shots" in report:
+        means = {k: round(report[k]["mean"], 4) for k in ("reference", "expert") if k in report}
+        shots = {str(r["shots"]): round(r["mean"], 4) for r in report["shots"]}
+        return {"split": report["split"], "tasks": report["tasks"], "success_after_shots": shots, **means}
     kept = ("mean", "ci95", "oracle", "blind", "score")
     rows = [{k: np.round(r[k], 2).tolist() for k in kept if k in r} for r in report["episodes"]]
     won = {k: [round(r["mean"], 4) for r in v] for k, v in report.get("success", {}).items()}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Put agents in the box, as scripts/results.sh trains them: the demo's references, ProMP on MAML's two benchmarks, and the
-# quadruped's.
+# Put agents in the box, as scripts/results.sh trains them: the demo's references, ProMP on MAML's two benchmarks, the
+# quadruped's and the arm's.
 set -euo pipefail
 publish() {  # family, agent, steps, what it is
   metarobot publish "runs/$1-$2-0" --out "agents/pretrained/$1-$2" --summary "$4" \
@@ -29,3 +29,15 @@ for family in ${QUADRUPEDS:-QuadrupedFlat QuadrupedDamage QuadrupedMix Quadruped
   [ $family = QuadrupedFlat ] || walker $family blind $blind "$begun --worlds 64 --episodes 1" "$family, one behaviour for all tasks: the lower reference"
   walker $family rl2 $many "$begun --worlds 32" "$family, adapts while it walks" --report "results/$family-test.json"
 done
+
+bold="--epochs 5 --minibatches 8 --gamma 0.98 --worlds 64"
+taught="--epochs 12 --minibatches 8 --gamma 0.98 --worlds 64 --lr 5e-4 --std 0.12 --teach 15 --kl-stop 0.5"
+walker GraspShapes blind 1.2e6 "$bold --episodes 1 --std 0.6" "GraspShapes, lifts whatever fits into its hand" --report results/GraspShapes-blind-extrapolate.json
+walker GraspFragile blind 6e5 "$taught --episodes 1 --init runs/GraspFragile-begin-0" "GraspFragile, one force for all things: the lower reference"
+taught+=" --episodes 3 --init runs/GraspFragile-begin-0"
+walker GraspFragile rl2-oracle 2e6 "$taught" "GraspFragile, shown weight, friction and fragility: the upper reference"
+walker GraspFragile rl2 2e6 "$taught" "GraspFragile, finds the force between dropping and crushing within three tries" --report results/GraspFragile-test.json
+metarobot publish runs/Placement-imitation-0 --out agents/pretrained/Placement-imitation \
+  --summary "Placement, puts classes it never saw in their places after one demonstration of each" \
+  --command "metarobot train Placement --agent imitation --demos demos/placement --steps 10e6 --seed 0 --threads 1 --out runs/Placement-imitation-0" \
+  --report results/Placement-shots.json

@@ -101,30 +101,38 @@ quadruped() {
     --json results/transfer.json
 }
 
-# The arm: an agent that grasps anything firmly first; where things break, the others begin as one that holds back.
+# The arm: an agent that grasps anything firmly first, one that holds back where things break; as those the others begin.
 grasp() {
-  local usual=(--epochs 5 --minibatches 8 --gamma 0.98 --worlds 64) begun=(--lr 5e-4 --std 0.4)
+  local usual=(--epochs 5 --minibatches 8 --gamma 0.98 --worlds 64)
+  local taught=(--epochs 12 --minibatches 8 --gamma 0.98 --worlds 64 --lr 5e-4 --std 0.12 --teach 15 --kl-stop 0.5)
   train GraspShapes-blind-0 GraspShapes --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --std 0.6
-  train GraspFragile-blind-0 GraspFragile --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --lr 5e-4 --std 0.5 \
-    --init runs/GraspShapes-blind-0
   for agent in rl2-oracle rl2; do
-    train GraspFragile-$agent-0 GraspFragile --agent $agent --steps 2e6 "${usual[@]}" "${begun[@]}" --episodes 3 \
-      --init runs/GraspFragile-blind-0
+    train GraspShapes-$agent-0 GraspShapes --agent $agent --steps 5e5 "${usual[@]}" --episodes 2 --lr 3e-4 --std 0.15 \
+      --init runs/GraspShapes-blind-0
+  done
+  train GraspFragile-begin-0 GraspFragile --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --lr 5e-4 --std 0.5 \
+    --init runs/GraspShapes-blind-0
+  train GraspFragile-blind-0 GraspFragile --agent blind --steps 6e5 "${taught[@]}" --episodes 1 --init runs/GraspFragile-begin-0
+  for agent in rl2-oracle rl2; do
+    train GraspFragile-$agent-0 GraspFragile --agent $agent --steps 2e6 "${taught[@]}" --episodes 3 \
+      --init runs/GraspFragile-begin-0
   done
   for split in test extrapolate; do
     metarobot evaluate runs/GraspShapes-blind-0 --split $split --tasks 200 --episodes 1 \
       --json "results/GraspShapes-blind-$split.json"
   done
-  EPISODES=3 TASKS=400 ORACLE=rl2-oracle report GraspFragile test runs/GraspFragile-rl2-0
+  TASKS=200 ORACLE=rl2-oracle report GraspShapes extrapolate runs/GraspShapes-rl2-0
+  for split in test extrapolate; do EPISODES=3 TASKS=400 ORACLE=rl2-oracle report GraspFragile $split runs/GraspFragile-rl2-0; done
+  metarobot plot runs/GraspFragile-{rl2,rl2-oracle,blind}-0 --out results/GraspFragile-learning.png
 }
 
 # Putting things in their place from demonstrations, classes never seen in training
 placement() {
-  [ -e demos/placement ] || metarobot record Placement --tasks 600 --shots 2 --jitter 0.1 --out demos/placement
-  [ -e demos/shown ] || metarobot record PlacementShown --tasks 300 --shots 2 --jitter 0.1 --out demos/shown
+  [ -e demos/placement ] || metarobot record Placement --tasks 500 --shots 2 --jitter 0.1 --out demos/placement
+  [ -e demos/shown ] || metarobot record PlacementShown --tasks 250 --shots 2 --jitter 0.1 --out demos/shown
   [ -e demos/unseen ] || metarobot record Placement --split extrapolate --tasks 100 --shots 5 --jitter 0.1 --out demos/unseen
-  train Placement-imitation-0 Placement --agent imitation --demos demos/placement --steps 40e6
-  train PlacementShown-imitation-0 PlacementShown --agent imitation --demos demos/shown --steps 20e6 --inner-steps 0
+  train Placement-imitation-0 Placement --agent imitation --demos demos/placement --steps 10e6
+  train PlacementShown-imitation-0 PlacementShown --agent imitation --demos demos/shown --steps 12e6 --inner-steps 0 --guess 0
   metarobot shots runs/Placement-imitation-0 --demos demos/unseen --shots 1 5 --reference runs/PlacementShown-imitation-0 \
     --json results/Placement-shots.json
 }
@@ -134,7 +142,7 @@ bench() {
   for family in QuadrupedFlat QuadrupedTerrain; do
     metarobot bench sim $family --worlds 512 --seconds 25 --json "results/bench-$family.json"
   done
-  metarobot bench sim GraspShapes --worlds 512 --seconds 25 --json results/bench-GraspShapes.json
+  metarobot bench sim GraspShapes --worlds 1024 --seconds 25 --json results/bench-GraspShapes.json
   metarobot bench maml --seconds 60 --json results/bench-maml.json
 }
 
