@@ -171,6 +171,12 @@ def create(folder: Path, config: dict[str, Any]) -> Run:
     return open_run(folder)
 
 
+def extend(run: Run, steps: int) -> Run:
+    """Let a run train for more steps than it was started for."""
+    write_json(run.folder / "config.json", {**run.config, "steps": steps})
+    return open_run(run.folder)
+
+
 def open_run(where: str | Path, robot: str = "") -> Run:
     """Open a run folder, or a pretrained agent by its name; ``robot`` puts it on another robot than its own."""
     folder = Path(where)

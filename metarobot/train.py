@@ -24,7 +24,7 @@ import torch
 
 import metarobot
 from metarobot.agent import Learner, agents
-from metarobot.checkpoint import CheckpointError, Run, build_learner, create, open_run, save
+from metarobot.checkpoint import CheckpointError, Run, build_learner, create, extend, open_run, save
 from metarobot.collect import collect
 from metarobot.demos import read
 from metarobot.env import Env, Family, family_on
@@ -119,16 +119,22 @@ def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
 
 
 def reopen(config: TrainConfig, agent_config: Any, out: Path) -> Run:
-    """Open a run to continue it, refusing settings other than those it was started with."""
+    """Open a run to continue it, refusing settings other than those it was started with, but for more steps.
+
+    A run that is made longer takes up its schedules where they now stand.
+    """
     run = open_run(out)
     asked = {**asdict(config), **{f"agent_config.{k}": v for k, v in asdict(agent_config).items()}}
     usual = {**asdict(TrainConfig(family="")), **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()}}
     held = {**run.config, **{f"agent_config.{k}": v for k, v in run.config["agent_config"].items()}}
     for name, value in asked.items():
         required = name in ("family", "agent")
-        if value != held.get(name) and (required or value != usual.get(name)):
+        longer = name == "steps" and int(value) > int(held["steps"])
+        if value != held.get(name) and not longer and (required or value != usual.get(name)):
             shown = name.removeprefix("agent_config.")
             raise MetarobotError(f"cannot resume {out} with {shown} {value!r}: it was trained with {held.get(name)!r}")
+    if config.steps > run.config["steps"] and config.steps != usual["steps"]:
+        run = extend(run, config.steps)
     return run
 
 

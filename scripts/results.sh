@@ -107,7 +107,7 @@ grasp() {
   local taught=(--epochs 12 --minibatches 8 --gamma 0.98 --worlds 64 --lr 5e-4 --std 0.12 --teach 15 --kl-stop 0.5)
   train GraspShapes-blind-0 GraspShapes --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --std 0.6
   for agent in rl2-oracle rl2; do
-    train GraspShapes-$agent-0 GraspShapes --agent $agent --steps 5e5 "${usual[@]}" --episodes 2 --lr 3e-4 --std 0.15 \
+    train GraspShapes-$agent-0 GraspShapes --agent $agent --steps 3e5 "${usual[@]}" --episodes 2 --lr 3e-4 --std 0.15 \
       --init runs/GraspShapes-blind-0
   done
   train GraspFragile-begin-0 GraspFragile --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --lr 5e-4 --std 0.5 \
@@ -120,6 +120,11 @@ grasp() {
   for split in test extrapolate; do
     metarobot evaluate runs/GraspShapes-blind-0 --split $split --tasks 200 --episodes 1 \
       --json "results/GraspShapes-blind-$split.json"
+  done
+  # other models of the arm: MuJoCo Menagerie's, and one with a Robotiq 2F-85
+  for model in "${PANDA_MJCF:+panda=$PANDA_MJCF}" "${ROBOTIQ_MJCF:+robotiq=$ROBOTIQ_MJCF}"; do
+    [ -z "$model" ] || metarobot evaluate runs/GraspShapes-blind-0 --robot "${model#*=}" --tasks 100 --episodes 1 \
+      --json "results/GraspShapes-blind-${model%%=*}.json"
   done
   TASKS=200 ORACLE=rl2-oracle report GraspShapes extrapolate runs/GraspShapes-rl2-0
   for split in test extrapolate; do EPISODES=3 TASKS=400 ORACLE=rl2-oracle report GraspFragile $split runs/GraspFragile-rl2-0; done

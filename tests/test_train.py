@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from metarobot.agent import agents
 from metarobot.checkpoint import open_run
 from metarobot.log import first_reach, read_metrics
-from metarobot.train import TrainConfig, start, train
+from metarobot.train import TrainConfig, reopen, start, train
 from metarobot.types import MetarobotError
 
 SMALL = ("--worlds", "4", "--minibatches", "2", "--epochs", "2", "--threads", "1", "--save-every", "1")
@@ -84,6 +85,26 @@ def test_kill_nine_and_resume_give_the_uninterrupted_bits(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "killed" / "checkpoint.json").read_text())["steps"] < 16000
     subprocess.run(command(tmp_path / "killed", "16000", "--resume"), check=True, capture_output=True)
     assert digest(tmp_path / "whole") == digest(tmp_path / "killed")
+
+
+def test_a_run_that_is_through_can_be_made_longer_but_not_shorter(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run")
+    kind = agents.get("rl2").config(**run.config["agent_config"])
+    longer = TrainConfig(
+        **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config} | {"steps": 4000}
+    )
+    with pytest.raises(MetarobotError, match="with steps 900: it was trained with 1600"):
+        reopen(replace(longer, steps=900), kind, run.folder)
+    again = reopen(replace(longer, steps=1600), kind, run.folder)
+    before = digest(run.folder)
+    assert train(again, resume=True, show=False)
+    assert digest(run.folder) == before
+    assert train(reopen(longer, kind, run.folder), resume=True, show=False)
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    assert rows[-1]["time/total_timesteps"] >= 4000
+    assert open_run(run.folder).config["steps"] == 4000
+    last = [r for r in rows if r["time/total_timesteps"] <= 1600][-1]
+    assert rows[-1]["train/learning_rate"] != last["train/learning_rate"]
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path) -> None:
