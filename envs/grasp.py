@@ -232,7 +232,7 @@ def grasp(name: str, doc: str, params: tuple[Param, ...], *, robot: str = "") ->
         readout=readout,
         expert=expert,
         advise=advise,
-        view=((0.5, 0.0, 0.12), 0.26),
+        view=((0.5, 0.0, 0.17), 0.3),
         on_robot=lambda other: grasp(name, doc, params, robot=other),
     )
 

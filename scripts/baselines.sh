@@ -34,8 +34,10 @@ bold="--epochs 5 --minibatches 8 --gamma 0.98 --worlds 64"
 taught="--epochs 12 --minibatches 8 --gamma 0.98 --worlds 64 --lr 5e-4 --std 0.12 --teach 15 --kl-stop 0.5"
 walker GraspShapes blind 1.2e6 "$bold --episodes 1 --std 0.6" "GraspShapes, lifts whatever fits into its hand" --report results/GraspShapes-blind-extrapolate.json
 walker GraspFragile blind 6e5 "$taught --episodes 1 --init runs/GraspFragile-begin-0" "GraspFragile, one force for all things: the lower reference"
+walker GraspShapes rl2 3e5 "$bold --episodes 2 --lr 3e-4 --std 0.15 --init runs/GraspShapes-blind-0" "GraspShapes, lifts what it never met" --report results/GraspShapes-extrapolate.json
+walker GraspShapes rl2-oracle 3e5 "$bold --episodes 2 --lr 3e-4 --std 0.15 --init runs/GraspShapes-blind-0" "GraspShapes, shown the object: the upper reference"
 taught+=" --episodes 3 --init runs/GraspFragile-begin-0"
-walker GraspFragile rl2-oracle 2e6 "$taught" "GraspFragile, shown weight, friction and fragility: the upper reference"
+walker GraspFragile rl2-oracle 2e6 "$taught" "GraspFragile, shown weight, friction and fragility: the upper reference (stopped after 0.87 M of 2 M steps)"
 walker GraspFragile rl2 2e6 "$taught" "GraspFragile, finds the force between dropping and crushing within three tries" --report results/GraspFragile-test.json
 metarobot publish runs/Placement-imitation-0 --out agents/pretrained/Placement-imitation \
   --summary "Placement, puts classes it never saw in their places after one demonstration of each" \

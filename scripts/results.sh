@@ -117,6 +117,8 @@ grasp() {
     train GraspFragile-$agent-0 GraspFragile --agent $agent --steps 2e6 "${taught[@]}" --episodes 3 \
       --init runs/GraspFragile-begin-0
   done
+  # a run that is through may go on, its schedules taken up where they now stand
+  train GraspFragile-rl2-0 GraspFragile --agent rl2 --steps 3e6 "${taught[@]}" --episodes 3 --init runs/GraspFragile-begin-0
   for split in test extrapolate; do
     metarobot evaluate runs/GraspShapes-blind-0 --split $split --tasks 200 --episodes 1 \
       --json "results/GraspShapes-blind-$split.json"

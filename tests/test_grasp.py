@@ -25,6 +25,8 @@ FORCES = 0.5, 60.0
 """The weakest and the strongest grip that can be asked for, N."""
 CLOSE, STRENGTH = 4, 5
 """Of the action."""
+PADS = slice(57, 59)
+"""Of the sensors: the force on each pad, N."""
 
 
 def strength(force: Tensor) -> Tensor:
@@ -216,6 +218,24 @@ def test_a_dropped_object_ends_the_episode_cleanly(family: Family) -> None:
         if over.all():
             break
     assert over.all()
+
+
+@each_family
+def test_an_object_off_the_table_and_a_jammed_hand_end_the_episode_cleanly(family: Family) -> None:
+    env = small(family, 4, 1)
+    qpos, qvel = env.now.qpos.clone(), env.now.qvel.clone()
+    qpos[1, -7] += 0.35
+    env.put(qpos, qvel)
+    step = env.step(torch.zeros(4, env.act_dim))
+    assert step.terminated.tolist() == [False, True, False, False]
+    assert not step.faulted.any()
+    assert all(x.isfinite().all() for x in (step.obs, step.reward, step.final_obs))
+    assert env.elapsed.tolist() == [1, 0, 1, 1]
+    pads = env.now.sensors.clone()
+    pads[2, PADS] = torch.tensor([10.0, 4 * panda.FORCE]).double()
+    jammed = env.now._replace(sensors=pads)
+    jammed = jammed._replace(sense=Scene(jammed._replace(sense=None)))
+    assert family.terminate(jammed).tolist() == [False, False, True, False]
 
 
 def grasped() -> Env:

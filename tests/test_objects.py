@@ -227,7 +227,11 @@ def refused(call: Callable[[], Any], value: float) -> None:
     assert re.search(rf"(?<![\w.-]){value:g}(?![\w.])", str(error.value)), error.value
 
 
-@pytest.mark.parametrize(("name", "value"), [*BAD, ("width", float("inf")), ("friction", 0.0), ("kind", 6.0)])
+WIDER = [("width", float("inf")), ("width", 0.081), ("length", 4.0), ("friction", 0.0), ("kind", 6.0)]
+"""Than the hand's stroke of 0.08 m, and what else cannot be grasped."""
+
+
+@pytest.mark.parametrize(("name", "value"), [*BAD, *WIDER])
 def test_a_family_refuses_an_object_that_cannot_be(name: str, value: float) -> None:
     refused(lambda: Env(SHAPES, [{**EASY, name: value}], threads=1), value)
 
