@@ -304,7 +304,7 @@ def _train_command(agent: str) -> Callable[..., None]:
             device: Where learning happens, cpu or cuda; physics runs on the CPU.
             threads: CPU threads; 0 takes all there are.
             save_every: Iterations between checkpoints.
-            resume: Continue the run in ``out``.
+            resume: Continue the run in ``out``; more steps than it had make it longer.
         """
         whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
         where = {"family": family, "agent": agent, "robot": robot, "init": init, "demos": demos}

@@ -38,7 +38,7 @@ walker GraspShapes rl2 3e5 "$bold --episodes 2 --lr 3e-4 --std 0.15 --init runs/
 walker GraspShapes rl2-oracle 3e5 "$bold --episodes 2 --lr 3e-4 --std 0.15 --init runs/GraspShapes-blind-0" "GraspShapes, shown the object: the upper reference"
 taught+=" --episodes 3 --init runs/GraspFragile-begin-0"
 walker GraspFragile rl2-oracle 2e6 "$taught" "GraspFragile, shown weight, friction and fragility: the upper reference (stopped after 0.87 M of 2 M steps)"
-walker GraspFragile rl2 2e6 "$taught" "GraspFragile, finds the force between dropping and crushing within three tries" --report results/GraspFragile-test.json
+walker GraspFragile rl2 3e6 "$taught" "GraspFragile, finds the force between dropping and crushing within three tries" --report results/GraspFragile-test.json
 metarobot publish runs/Placement-imitation-0 --out agents/pretrained/Placement-imitation \
   --summary "Placement, puts classes it never saw in their places after one demonstration of each" \
   --command "metarobot train Placement --agent imitation --demos demos/placement --steps 10e6 --seed 0 --threads 1 --out runs/Placement-imitation-0" \

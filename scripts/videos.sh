@@ -11,6 +11,6 @@ metarobot render runs/QuadrupedMix-rl2-0 --tasks 3 --episodes 2 --seed 1 --out v
 metarobot render runs/QuadrupedFlat-blind-0 --task command_x=0.8 command_turn=0.0 friction=0.8 --episodes 1 --size 480 320 \
   --out videos/walk.mp4
 metarobot render runs/GraspShapes-rl2-0 --split extrapolate --tasks 4 --episodes 2 --out videos/grasp.mp4
-metarobot render runs/GraspFragile-rl2-0 --tasks 1 --episodes 3 --seed @SEED@ --out videos/fragile.mp4
-metarobot render runs/GraspFragile-rl2-0 --tasks 1 --episodes 3 --seed @SEED@ --size 208 160 --fps 10 --out videos/fragile.gif
+metarobot render runs/GraspFragile-rl2-0 --tasks 1 --episodes 3 --seed 47 --out videos/fragile.mp4
+metarobot render runs/GraspFragile-rl2-0 --tasks 1 --episodes 3 --seed 47 --size 208 160 --fps 10 --out videos/fragile.gif
 cp runs/demo/adaptation.png videos/demo-adaptation.png
