@@ -92,6 +92,8 @@ class ImitationAgent(nn.Module):
         super().__init__()
         if config.worlds % config.rollouts:
             raise MetarobotError(f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}")
+        if config.guess > shapes.obs:
+            raise MetarobotError(f"guess must be at most {shapes.obs}, what there is to see, not {config.guess}")
         self.config = config
         self.norm = RunningNorm(shapes.obs)
         self.actor = Actor(shapes.obs, config.guess, config.width, shapes.act)

@@ -117,7 +117,7 @@ class PPO:
     """Trains a ``PPOAgent``."""
 
     def __init__(self, config: PPOConfig, shapes: Shapes) -> None:
-        self.config, self._teach = config, 0.0
+        self.config = config
         self.agent = PPOAgent(shapes, config)
         self.spread = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
@@ -130,14 +130,14 @@ class PPO:
         self.critic_norm.to(seq.reward.device).update(seq.critic_obs[seq.valid])
         self.spread.to(seq.reward.device).update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
         batch = Batch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action, seq.advice)))
-        self._teach = c.teach * (1.0 - progress)
+        teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
         kl, steps, sums = 0.0, 0, batch.x.new_zeros(4)
         for _ in range(c.epochs):
             for rows in torch.randperm(len(batch.x), generator=generator).chunk(c.minibatches):
-                losses = self._step(batch, rows)
+                losses = self._step(batch, rows, teach)
                 sums, steps, kl = sums + losses, steps + 1, float(losses[2])
                 if kl > c.kl_stop:
                     break
@@ -167,14 +167,14 @@ class PPO:
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x, told, value, target, advantage, log_prob(self.agent.actor(x), self.agent.log_std, seq.action)
 
-    def _step(self, batch: Batch, rows: Tensor) -> Tensor:
+    def _step(self, batch: Batch, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step; return the losses, the KL divergence and the clipped fraction."""
-        statistics = gradients(partial(self._loss, batch, 1.0 / len(rows)), rows, self.agent.parameters())
+        statistics = gradients(partial(self._loss, batch, teach, 1.0 / len(rows)), rows, self.agent.parameters())
         nn.utils.clip_grad_norm_(self.agent.parameters(), self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: Batch, weight: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch, teach: float, weight: float, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of some steps, and its parts."""
         c, x, advantage = self.config, batch.x[rows], batch.advantage[rows]
         mean = self.agent.actor(x)
@@ -183,8 +183,8 @@ class PPO:
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -weight * surrogate.sum()
-        if self._teach > 0:
-            policy_loss = policy_loss + self._teach * weight * taught(mean, batch.advice[rows]).sum()
+        if teach > 0:
+            policy_loss = policy_loss + teach * weight * taught(mean, batch.advice[rows]).sum()
         value_loss = weight * (self.agent.critic(batch.told[rows])[:, 0] - batch.target[rows]).square().sum()
         with torch.no_grad():
             kl = weight * (ratio - 1 - log_ratio).sum()

@@ -152,7 +152,7 @@ class RL2:
     def __init__(self, config: RL2Config, shapes: Shapes) -> None:
         if config.worlds % config.minibatches:
             raise MetarobotError(f"worlds = {config.worlds} is not a multiple of minibatches = {config.minibatches}")
-        self.config, self._teach = config, 0.0
+        self.config = config
         self.agent = RL2Agent(shapes, config)
         self.spread = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
@@ -163,14 +163,14 @@ class RL2:
         c, seq = self.config, sequence(trials.episodes)
         self._normalise(seq)
         batch = Batch(*(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float(), seq.advice))
-        self._teach = c.teach * (1.0 - progress)
+        teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
         kl, steps, sums = 0.0, 0, batch.x.new_zeros(5)
         for _ in range(c.epochs):
             for rows in torch.randperm(c.worlds, generator=generator).chunk(c.minibatches):
-                losses = self._step(batch, rows)
+                losses = self._step(batch, rows, teach)
                 sums, steps, kl = sums + losses, steps + 1, float(losses[3])
                 if kl > c.kl_stop:
                     break
@@ -209,15 +209,15 @@ class RL2:
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x[:-1], told[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
 
-    def _step(self, batch: Batch, rows: Tensor) -> Tensor:
+    def _step(self, batch: Batch, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
         weight = batch.valid / batch.valid[:, rows].sum()
-        statistics = gradients(partial(self._loss, batch, weight), rows, self.agent.parameters())
+        statistics = gradients(partial(self._loss, batch, teach, weight), rows, self.agent.parameters())
         nn.utils.clip_grad_norm_(self.agent.parameters(), self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: Batch, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch, teach: float, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of some trials, and its parts."""
         c, weight, advantage = self.config, weight[:, rows], batch.advantage[:, rows]
         mean, value, belief = self.agent(batch.x[:, rows], batch.task[rows], batch.critic_obs[:, rows])
@@ -226,8 +226,8 @@ class RL2:
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -(weight * surrogate).sum()
-        if self._teach > 0:
-            policy_loss = policy_loss + self._teach * (weight * taught(mean, batch.advice[:, rows])).sum()
+        if teach > 0:
+            policy_loss = policy_loss + teach * (weight * taught(mean, batch.advice[:, rows])).sum()
         value_loss = (weight * (value - batch.target[:, rows]).square()).sum()
         belief_loss = (weight * (belief - batch.task[rows]).square().mean(-1)).sum()
         with torch.no_grad():

@@ -264,6 +264,7 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
 def _train_command(agent: str) -> Callable[..., None]:
     """Make the train command for one agent, so that ``--help`` shows that agent's own settings."""
     from metarobot.agent import agents as registry
+    from metarobot.checkpoint import open_run
     from metarobot.train import TrainConfig, reopen, start
     from metarobot.train import train as run_training
 
@@ -279,7 +280,7 @@ def _train_command(agent: str) -> Callable[..., None]:
         robot: str = usual.robot,
         init: str = usual.init,
         demos: str = usual.demos,
-        steps: float = float(usual.steps),
+        steps: float | None = None,
         seed: int = usual.seed,
         device: str = usual.device,
         threads: int = usual.threads,
@@ -299,13 +300,15 @@ def _train_command(agent: str) -> Callable[..., None]:
             robot: Another model of the family's robot: a path to an MJCF, or menagerie:name.
             init: A policy without memory to begin as: an agent trained as ppo or blind.
             demos: Minari dataset to imitate, for ``--agent imitation``; ``metarobot record`` makes them.
-            steps: Environment steps to train for, e.g. 2e6.
+            steps: Environment steps to train for; 2e6 if not given, or with ``--resume`` what the run was started with.
             seed: The same seed, settings and thread count give the same weights.
             device: Where learning happens, cpu or cuda; physics runs on the CPU.
             threads: CPU threads; 0 takes all there are.
             save_every: Iterations between checkpoints.
             resume: Continue the run in ``out``; more steps than it had make it longer.
         """
+        if steps is None:
+            steps = open_run(out).config["steps"] if resume else usual.steps
         whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
         where = {"family": family, "agent": agent, "robot": robot, "init": init, "demos": demos}
         settings = TrainConfig(**where, steps=whole, seed=seed, device=device, threads=threads, save_every=save_every)

@@ -66,21 +66,7 @@ class Demonstrations:
         variants = torch.arange(self.obs.shape[1])[None, :, None]
         picked = (x[rows, variants, shots[:, None]].flatten(0, 2) for x in (self.obs, self.action, self.valid))
         obs, action, valid = (x.transpose(0, 1) for x in picked)
-        nothing, none = torch.zeros(valid.shape), torch.zeros(valid.shape, dtype=torch.bool)
-        worlds = valid.shape[1]
-        return Rollout(
-            obs=obs,
-            action=action,
-            reward=nothing,
-            terminated=none,
-            truncated=none,
-            valid=valid,
-            final_obs=obs[-1],
-            critic_obs=torch.zeros(*valid.shape, 0),
-            final_critic_obs=torch.zeros(worlds, 0),
-            faulted=none[0],
-            advice=torch.zeros(*valid.shape, 0),
-        )
+        return demonstrated(obs, action, valid)
 
     def trials(self, tasks: int, shots: int, seed: Sequence[int]) -> Trials:
         """Draw tasks, and for each ``shots`` demonstrations of every variant to adapt to and as many to match."""
@@ -96,6 +82,24 @@ class Demonstrations:
         worlds = len(episodes[0].valid[0]) // tasks
         code = self.family.space.encode([self.tasks[i] for i in chosen])
         return Trials(episodes=episodes, task=code.repeat_interleave(worlds, 0))
+
+
+def demonstrated(obs: Tensor, action: Tensor, valid: Tensor) -> Rollout:
+    """Return demonstrations, ``(time, world, ...)``, as the episode of worlds that earn nothing."""
+    none = torch.zeros(valid.shape, dtype=torch.bool)
+    return Rollout(
+        obs=obs,
+        action=action,
+        reward=torch.zeros(valid.shape),
+        terminated=none,
+        truncated=none,
+        valid=valid,
+        final_obs=obs[-1],
+        critic_obs=torch.zeros(*valid.shape, 0),
+        final_critic_obs=torch.zeros(valid.shape[1], 0),
+        faulted=none[0],
+        advice=torch.zeros(*valid.shape, 0),
+    )
 
 
 def record(

@@ -128,14 +128,12 @@ def reopen(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     usual = {**asdict(TrainConfig(family="")), **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()}}
     held = {**run.config, **{f"agent_config.{k}": v for k, v in run.config["agent_config"].items()}}
     for name, value in asked.items():
-        required = name in ("family", "agent")
+        required = name in ("family", "agent", "steps")
         longer = name == "steps" and int(value) > int(held["steps"])
         if value != held.get(name) and not longer and (required or value != usual.get(name)):
             shown = name.removeprefix("agent_config.")
             raise MetarobotError(f"cannot resume {out} with {shown} {value!r}: it was trained with {held.get(name)!r}")
-    if config.steps > run.config["steps"] and config.steps != usual["steps"]:
-        run = extend(run, config.steps)
-    return run
+    return extend(run, config.steps) if config.steps > run.config["steps"] else run
 
 
 def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
@@ -177,8 +175,15 @@ def _lived(run: Run, learner: Learner, threads: int) -> Callable[[int], Trials]:
         tasks = run.family.space.sample("train", env.worlds // run.rollouts, [run.config["seed"], i])
         learner.agent.to("cpu")
         seed = _seed(run, i)
-        lived = {"episodes": config["episodes"], "seed": seed, "rollouts": run.rollouts, "advised": advised}
-        return collect(learner.agent, env, tasks, **lived)
+        return collect(
+            learner.agent,
+            env,
+            tasks,
+            episodes=config["episodes"],
+            seed=seed,
+            rollouts=run.rollouts,
+            advised=advised,
+        )
 
     return live
 

@@ -113,10 +113,10 @@ grasp() {
   train GraspFragile-begin-0 GraspFragile --agent blind --steps 1.2e6 "${usual[@]}" --episodes 1 --lr 5e-4 --std 0.5 \
     --init runs/GraspShapes-blind-0
   train GraspFragile-blind-0 GraspFragile --agent blind --steps 6e5 "${taught[@]}" --episodes 1 --init runs/GraspFragile-begin-0
-  for agent in rl2-oracle rl2; do
-    train GraspFragile-$agent-0 GraspFragile --agent $agent --steps 2e6 "${taught[@]}" --episodes 3 \
-      --init runs/GraspFragile-begin-0
-  done
+  train GraspFragile-rl2-oracle-0 GraspFragile --agent rl2-oracle --steps 2e6 "${taught[@]}" --episodes 3 \
+    --init runs/GraspFragile-begin-0
+  grep -qs '"steps": 3000000' runs/GraspFragile-rl2-0/config.json || train GraspFragile-rl2-0 GraspFragile --agent rl2 \
+    --steps 2e6 "${taught[@]}" --episodes 3 --init runs/GraspFragile-begin-0
   # a run that is through may go on, its schedules taken up where they now stand
   train GraspFragile-rl2-0 GraspFragile --agent rl2 --steps 3e6 "${taught[@]}" --episodes 3 --init runs/GraspFragile-begin-0
   for split in test extrapolate; do

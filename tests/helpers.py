@@ -1,3 +1,4 @@
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -11,6 +12,7 @@ from torch import Tensor
 from metarobot.agent import Learner, Shapes, agents
 from metarobot.agents.gradient import Batch, GradientAgent
 from metarobot.checkpoint import Run
+from metarobot.cli import main
 from metarobot.collect import collect
 from metarobot.env import Env, families
 from metarobot.train import TrainConfig, start, train
@@ -25,6 +27,26 @@ def tiny_run(out: Path, agent: str = "rl2", family: str = "CheetahDir100", seed:
     run = start(settings, config, out)
     assert train(run, show=False)
     return run
+
+
+def written(path: Path, root: ET.Element, **renamed: str) -> str:
+    """A model written to a file, some of its names changed; the path."""
+    text = ET.tostring(root, encoding="unicode")
+    for old, new in renamed.items():
+        text = text.replace(f'"{old}"', f'"{new}"')
+    path.write_text(text)
+    return str(path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    """The command line: its exit code, and what it printed to both streams."""
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
 
 
 JUDGED = ("fomaml", "maml", "maml-ppo", "promp")

@@ -8,7 +8,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_run
+from helpers import tiny_run, written
 
 from metarobot.cli import main
 from metarobot.collect import Expert, collect
@@ -37,14 +37,6 @@ def bare() -> ET.Element:
     for body in spec.bodies[1:]:
         body.ipos = np.nan_to_num(body.ipos)  # a file holds the mass of bodies alone that say where its middle is
     return ET.fromstring(spec.to_xml())
-
-
-def written(path: Path, root: ET.Element, **renamed: str) -> str:
-    text = ET.tostring(root, encoding="unicode")
-    for old, new in renamed.items():
-        text = text.replace(f'"{old}"', f'"{new}"')
-    path.write_text(text)
-    return str(path)
 
 
 def built(robot: str | Path = "", cube: float = 0.0) -> mujoco.MjModel:

@@ -7,18 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from metarobot.cli import main
-
-
-def run(capsys, *argv: str) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(argv)
-    except SystemExit as e:
-        code = int(e.code or 0)
-    out = capsys.readouterr()
-    return code, out.out, out.err
+from helpers import run
 
 
 def test_families_says_what_varies_over_which_ranges_and_splits(capsys) -> None:
@@ -250,6 +239,10 @@ BAD = {
     "resume another seed": (
         "train CheetahDir100 --seed 5 --out {run} --resume",
         "with seed 5: it was trained with 0",
+    ),
+    "resume with fewer steps": (
+        "train CheetahDir100 --steps 900 --out {run} --resume",
+        "with steps 900: it was trained with 1600",
     ),
     "resume another width": (
         "train CheetahDir100 --width 64 --out {run} --resume",

@@ -8,6 +8,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from helpers import written
 
 from metarobot.env import Env, Family, family_on
 from metarobot.envs import go2
@@ -207,14 +208,6 @@ def bare() -> ET.Element:
     for thing in (*spec.sensors, *spec.sites, spec.body("payload")):
         spec.delete(thing)
     return ET.fromstring(spec.to_xml())
-
-
-def written(path: Path, root: ET.Element, **renamed: str) -> str:
-    text = ET.tostring(root, encoding="unicode")
-    for old, new in renamed.items():
-        text = text.replace(f'"{old}"', f'"{new}"')
-    path.write_text(text)
-    return str(path)
 
 
 SHORT = {f"{j}_joint": j for j in go2.JOINTS}

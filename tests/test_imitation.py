@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from metarobot.agent import Shapes, agents
 from metarobot.agents.imitation import ImitationAgent, Imitator
+from metarobot.demos import demonstrated
 from metarobot.inner import unflatten
 from metarobot.types import MetarobotError, Percept, Rollout, Trials
 
@@ -38,25 +39,6 @@ def build(seed: int = 0, shapes: Shapes = SHAPES, **settings: Any) -> Imitator:
     return learner
 
 
-def rollout(obs: Tensor, action: Tensor, valid: Tensor) -> Rollout:
-    """Demonstrations, ``(time, world, ...)``."""
-    nothing, worlds = torch.zeros(valid.shape), valid.shape[1]
-    none = nothing.bool()
-    return Rollout(
-        obs=obs,
-        action=action,
-        reward=nothing,
-        terminated=none,
-        truncated=none,
-        valid=valid,
-        final_obs=obs[-1],
-        critic_obs=torch.zeros(*valid.shape, 0),
-        final_critic_obs=torch.zeros(worlds, 0),
-        faulted=torch.zeros(worlds, dtype=torch.bool),
-        advice=torch.zeros(*valid.shape, 0),
-    )
-
-
 @cache
 def shown() -> Trials:
     """Support and query: in every task the action is another linear function of what is seen; of various lengths."""
@@ -66,7 +48,7 @@ def shown() -> Trials:
     for _ in range(2):
         obs = 2 * torch.randn(TIME, TASKS * ROLLOUTS, OBS, generator=rng) + 1
         valid = torch.arange(TIME)[:, None] < torch.randint(2, TIME + 1, (TASKS * ROLLOUTS,), generator=rng)
-        episodes.append(rollout(obs, torch.einsum("two,wof->twf", obs, way), valid))
+        episodes.append(demonstrated(obs, torch.einsum("two,wof->twf", obs, way), valid))
     assert not all(e.valid.all() for e in episodes)
     return Trials(episodes=tuple(episodes), task=torch.zeros(TASKS * ROLLOUTS, 1))
 
@@ -345,7 +327,7 @@ def toy(rng: torch.Generator, orders: Sequence[int], shots: int = 2, steps: int 
         obs = torch.cat(
             [seen + 0.1 * torch.randn(seen.shape, generator=rng), torch.randn(steps, worlds, 2, generator=rng)], 2
         )
-        episodes.append(rollout(obs, place.expand(steps, -1, -1), torch.ones(steps, worlds, dtype=torch.bool)))
+        episodes.append(demonstrated(obs, place.expand(steps, -1, -1), torch.ones(steps, worlds, dtype=torch.bool)))
     return Trials(episodes=tuple(episodes), task=torch.zeros(worlds, 1))
 
 
@@ -374,3 +356,8 @@ def test_a_toy_of_hidden_places_is_learned_from_demonstrations() -> None:
 def test_demonstrations_that_are_no_whole_tasks_are_refused() -> None:
     with pytest.raises(MetarobotError, match="worlds = 10 is not a multiple of rollouts = 4"):
         build(worlds=10)
+
+
+def test_more_cannot_be_guessed_than_is_seen() -> None:
+    with pytest.raises(MetarobotError, match="guess must be at most 5, what there is to see, not 6"):
+        build(guess=6)

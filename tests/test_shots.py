@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import run
 from torch import Tensor
 
 from metarobot import shots as module
 from metarobot import train as training
 from metarobot.agent import agents
 from metarobot.checkpoint import Run, open_run, save
-from metarobot.cli import main
 from metarobot.collect import Expert
 from metarobot.demos import Demonstrations, DemosError, read, record
 from metarobot.env import Env, families
@@ -307,16 +307,6 @@ def test_cloning_behaviour_trains_and_gains_nothing_from_demonstrations(
     context = agent.begin(TASKS)
     shown = demos.rollout(range(TASKS), torch.zeros(TASKS, 1, dtype=torch.int64))
     assert torch.equal(agent.adapt(context, shown)[0], context[0])
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    code = 0
-    try:
-        main(argv)
-    except SystemExit as e:
-        code = int(e.code or 0)
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 SETTINGS = "--worlds 8 --rollouts 4 --width 8 --inner-steps 1 --threads 1"

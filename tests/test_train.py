@@ -87,6 +87,22 @@ def test_kill_nine_and_resume_give_the_uninterrupted_bits(tmp_path: Path) -> Non
     assert digest(tmp_path / "whole") == digest(tmp_path / "killed")
 
 
+def test_a_run_is_resumed_for_the_steps_it_was_started_for_unless_told_otherwise(tmp_path: Path) -> None:
+    argv = command(tmp_path / "x", "16000")
+    resumed = [a for a in argv if a not in ("--steps", "16000")] + ["--resume"]
+    victim = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "x" / "checkpoint.json").exists():
+        time.sleep(0.005)
+    victim.kill()
+    victim.wait()
+    subprocess.run(resumed, check=True, capture_output=True)
+    before = digest(tmp_path / "x")
+    assert json.loads((tmp_path / "x" / "checkpoint.json").read_text())["steps"] == 16000
+    assert open_run(tmp_path / "x").config["steps"] == 16000
+    subprocess.run(resumed, check=True, capture_output=True)
+    assert digest(tmp_path / "x") == before
+
+
 def test_a_run_that_is_through_can_be_made_longer_but_not_shorter(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run")
     kind = agents.get("rl2").config(**run.config["agent_config"])
