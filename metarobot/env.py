@@ -198,6 +198,8 @@ class Env:
         self.tasks = [family.space.coerce(t) for t in tasks]
         self.sim = make_sim([self.model(t) for t in self.tasks], threads)
         self.worlds = len(self.tasks)
+        self.numbers = list(range(self.worlds))
+        """Numbers of the worlds, which key their starts."""
         first = self.model(self.tasks[0])
         self.dt = first.opt.timestep * family.substeps
         bounds = torch.from_numpy(first.actuator_ctrlrange.T.copy())
@@ -293,7 +295,7 @@ class Env:
         starts = []
         for i in ids:
             self._episode[i] += 1
-            stream = np.random.Philox(key=[self.seed, i], counter=[0, 0, 0, int(self._episode[i])])
+            stream = np.random.Philox(key=[self.seed, self.numbers[i]], counter=[0, 0, 0, int(self._episode[i])])
             rng = np.random.Generator(stream)
             starts.append(self.family.start(rng, self.model(self.tasks[i])))
             if self.family.noise:
@@ -342,15 +344,23 @@ class Env:
         """
         if tuple(action.shape) != (self.worlds, self.act_dim):
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
-        family, state = self.family, self.state
-        before = self.now
+        self.command(action, awake)
+        step = self.arrive(self.sim.step(self.family.substeps, _rows(awake)), awake)
+        if bool((step.terminated | step.truncated).any()):
+            step = step._replace(obs=self._autoreset(_rows(step.terminated | step.truncated)))
+        return step
+
+    def command(self, action: Tensor, awake: Tensor | None = None) -> None:
+        """Set the drives' targets for ``action`` ``(world, act)``, clipped: the first part of ``step``."""
+        state, control = self.state, self.family.control
         state.action.copy_(torch.clamp(action.double(), self.action_low, self.action_high))
         if awake is not None:
             state.action[~awake] = 0.0
-        self._ctrl.copy_(
-            state.action if family.control is None else family.control.targets(before, state.action, self._ctrl)
-        )
-        faulted = self.sim.step(family.substeps, None if awake is None else torch.nonzero(awake)[:, 0].tolist())
+        self._ctrl.copy_(state.action if control is None else control.targets(self.now, state.action, self._ctrl))
+
+    def arrive(self, faulted: Tensor, awake: Tensor | None = None) -> Step:
+        """Say what the physics of a control step led to, ``faulted`` where it broke down: the last part of ``step``."""
+        family, state, before = self.family, self.state, self.now
         self.elapsed += 1 if awake is None else awake
         if bool(faulted.any()):
             for now, then in zip(state[:3], before[:3], strict=True):
@@ -363,8 +373,7 @@ class Env:
         terms = family.reward(before, after, self.dt)
         reward = (self._weights @ torch.stack([terms[k] for k in family.weights])).float()
         self.readout = family.readout(before, after, self.dt) if self.watched else {}
-        obs = final_obs = self._observe()
-        critic_obs = self.critic_obs()
+        obs = self._observe()
         terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(after)
         if bool(faulted.any()):
             reward = torch.where(faulted, 0.0, reward)
@@ -373,9 +382,7 @@ class Env:
         truncated = (self.elapsed >= family.horizon) & ~terminated
         if awake is not None:
             terminated, truncated, faulted = terminated & awake, truncated & awake, faulted & awake
-        if bool((terminated | truncated).any()):
-            obs = self._autoreset(torch.nonzero(terminated | truncated)[:, 0].tolist())
-        return Step(obs, reward, terms, terminated, truncated, faulted, final_obs, critic_obs)
+        return Step(obs, reward, terms, terminated, truncated, faulted, obs, self.critic_obs())
 
     def _moment(self) -> State:
         """Copy the state, and make of it what the family's functions share."""
@@ -392,3 +399,8 @@ class Env:
             self.set_tasks([self.resample(i, int(self._episode[i]) + 1) for i in ids], ids)
         self._restart(ids)
         return self._observe()
+
+
+def _rows(mask: Tensor | None) -> Any:
+    """List the rows of a mask; None is all of them."""
+    return None if mask is None else torch.nonzero(mask)[:, 0].tolist()
