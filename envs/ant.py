@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from metarobot.distributions import Uniform
-from metarobot.env import Family, State
 from metarobot.envs.cheetah import effort, start
+from metarobot.family import Family, State
 from metarobot.tasks import Param, TaskSpace
 
 Velocity = Callable[[State, State, float], Tensor]

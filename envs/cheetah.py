@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metarobot.distributions import Choice, Uniform
-from metarobot.env import Family, State
+from metarobot.family import Family, State
 from metarobot.tasks import Param, TaskSpace
 from metarobot.types import Floats
 

@@ -12,8 +12,8 @@ import mujoco
 from torch import Tensor
 
 from metarobot.distributions import Choice, LogUniform, Mixture, Uniform
-from metarobot.env import State
 from metarobot.envs.cheetah import JOINTS, cheetah, cheetah_vel, effort, speed
+from metarobot.family import State
 from metarobot.model import Edit, compile_spec
 from metarobot.tasks import Param, TaskSpace
 

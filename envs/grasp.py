@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from metarobot.distributions import Choice, LogUniform, Uniform
-from metarobot.env import Family, State, Tally
 from metarobot.envs import manipulation, objects, panda
 from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
+from metarobot.family import Family, State, Tally
 from metarobot.tasks import Param, TaskSpace
 
 HORIZON = 100

@@ -14,8 +14,8 @@ import mujoco
 import numpy as np
 from torch import Tensor
 
-from metarobot.env import Family, State
 from metarobot.envs.ant import direction, fallen, follow_direction, names, observe, published, readout
+from metarobot.family import Family, State
 from metarobot.types import Floats
 
 REACH = 0.4

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.env import Control, State
 from metarobot.envs import arms, objects, panda
 from metarobot.envs.rotation import rotation
+from metarobot.family import Control, State
 from metarobot.types import Floats
 
 SUBSTEPS, TIMESTEP = 8, 0.005

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from metarobot.distributions import LogUniform, Mixture
-from metarobot.env import Family, State
 from metarobot.envs.ant import published
 from metarobot.envs.cheetah import effort, readout, speed
+from metarobot.family import Family, State
 from metarobot.model import Edit, compile_spec
 from metarobot.tasks import Param, TaskSpace
 from metarobot.types import Floats

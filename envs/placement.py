@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from metarobot.distributions import Choice, LogUniform
-from metarobot.env import Family, State, Tally
 from metarobot.envs import manipulation, objects
 from metarobot.envs.grasp import SIZE
 from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
+from metarobot.family import Family, State, Tally
 from metarobot.tasks import Param, TaskSpace
 from metarobot.types import Floats
 

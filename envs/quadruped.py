@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from metarobot.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
-from metarobot.env import Family, State
 from metarobot.envs import go2, terrain
 from metarobot.envs.rotation import rotation
+from metarobot.family import Family, State
 from metarobot.model import Edit
 from metarobot.tasks import Few, Param, TaskSpace
 from metarobot.types import Floats

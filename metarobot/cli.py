@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from metarobot import cli_demos
+from metarobot import cli_demos, cli_robot
 from metarobot.progress import bar
 from metarobot.types import MetarobotError
 
@@ -376,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "publish": publish,
         "record": cli_demos.record,
         "shots": cli_demos.shots,
+        **cli_robot.COMMANDS,
     }
     try:
         _check_gl()

@@ -13,11 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metarobot.errors import MetarobotError as MetarobotError
+
 Floats = NDArray[np.float64]
-
-
-class MetarobotError(Exception):
-    """A mistake the user can mend: one line that names the bad value and what would be right."""
 
 
 class Percept(NamedTuple):
