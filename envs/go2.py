@@ -206,3 +206,25 @@ def model(robot: str = "") -> mujoco.MjSpec:
 def builder(robot: str) -> Any:
     """Return a function that builds the robot."""
     return partial(model, robot)
+
+
+def legs(compiled: mujoco.MjModel) -> dict[str, dict[str, list[float]]]:
+    """Return what a robot needs to know where its feet are: each joint's place in the link before it, m.
+
+    The foot's is in the calf. Axes are x, y and y, as the pose of all zeros has all links' axes parallel.
+    """
+    places = {}
+    for leg in LEGS:
+        bodies = [compiled.body(compiled.joint(j).bodyid[0]) for j in _joints(compiled, leg)]
+        places[leg] = {part: body.pos.tolist() for part, body in zip(PARTS, bodies, strict=True)}
+        places[leg]["foot"] = compiled.site(f"{leg}_foot").pos.tolist()
+    return places
+
+
+def ranges(compiled: mujoco.MjModel) -> list[list[float]]:
+    """Return the joints' limits, rad, in our order."""
+    return [compiled.joint(j).range.tolist() for leg in LEGS for j in _joints(compiled, leg)]
+
+
+def _joints(compiled: mujoco.MjModel, leg: str) -> list[int]:
+    return [int(compiled.actuator(f"{leg}_{part}").trnid[0]) for part in PARTS]

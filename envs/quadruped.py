@@ -18,8 +18,8 @@ from torch import Tensor
 from metarobot.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
 from metarobot.envs import go2, terrain
 from metarobot.envs.rotation import rotation
-from metarobot.family import Family, State
-from metarobot.model import Edit
+from metarobot.family import Family, Hardware, State
+from metarobot.model import Edit, compile_spec
 from metarobot.tasks import Few, Param, TaskSpace
 from metarobot.types import Floats
 
@@ -29,8 +29,11 @@ LOCK = 2000.0
 """Damping of a seized joint, N·m·s/rad: the whole robot's weight moves it by less than 1 degree in an episode."""
 SPARED = ("FL_hip", "RR_thigh", "RL_calf")
 """Joints that break in ``extrapolate`` alone, one of each kind."""
-LOWEST = 0.17
-"""Height of the trunk over the lowest foot, m, below which the robot has fallen: kneeling is no gait."""
+LOWEST, UPRIGHT = 0.17, 0.7
+"""Height of the trunk over the lowest foot, m, and cosine of its tilt, below which the robot has fallen: kneeling is no
+gait."""
+TOUCH = 1.0
+"""Force on a foot that is down, N."""
 STEP_HEIGHT = 0.07
 """How high feet are to swing, m."""
 
@@ -118,7 +121,7 @@ class Feet:
         place, motion, force, self.torque = torch.split(state.sensors, [12, 12, 4, 12], 1)
         self.height = place[:, 2::3]
         self.speed = torch.hypot(motion[:, 0::3], motion[:, 1::3])
-        self.down = force > 1.0
+        self.down = force > TOUCH
 
 
 def critic_observe(state: State) -> Tensor:
@@ -177,7 +180,7 @@ def fallen(state: State) -> Tensor:
     """Say where the trunk is tilted by more than 45 degrees, or sinks down between its feet."""
     low = state.qpos[:, 2] - state.sensors[:, 2:12:3].amin(1) < LOWEST
     upright = 1 - 2 * state.qpos[:, 4:6].square().sum(1)
-    return low | (upright < 0.7)
+    return low | (upright < UPRIGHT)
 
 
 def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
@@ -336,6 +339,25 @@ def quadruped(
         readout=readout,
         marked=broken_links,
         on_robot=lambda other: quadruped(name, doc, params, few, hidden=hidden, robot=other),
+        hardware=partial(hardware, robot, hidden),
+    )
+
+
+def hardware(robot: str, hidden: bool) -> Hardware:
+    """Say what the robot's drives must be told, and what it needs to reward itself."""
+    compiled = compile_spec(go2.model(robot))
+    measures = {"foot_radius": go2.FOOT, "step_height": STEP_HEIGHT, "touch": TOUCH, "lowest": LOWEST}
+    return Hardware(
+        joints=go2.JOINTS,
+        stiffness=(go2.STIFFNESS,) * 12,
+        damping=(go2.DAMPING,) * 12,
+        pose=tuple(go2.POSE.tolist()),
+        scale=(go2.ACTION_SCALE,) * 12,
+        position=tuple((low, high) for low, high in go2.ranges(compiled)),
+        velocity=tuple(go2.SPEED.tolist()),
+        torque=tuple(go2.TORQUE.tolist()),
+        commands=() if hidden else OBSERVATIONS[-3:],
+        reward={"kind": "quadruped", "legs": go2.legs(compiled), **measures, "upright": UPRIGHT},
     )
 
 

@@ -81,8 +81,9 @@ class Hardware:
     """Highest torque, N·m."""
     commands: tuple[str, ...] = ()
     """Observations that an operator sets."""
-    reward: str = ""
-    """Name of the reward that a robot computes from its own signals; none if empty."""
+    reward: Mapping[str, Any] = field(default_factory=dict)
+    """What a robot needs to compute its reward from its own signals, as JSON data with a ``kind``; nothing if it
+    cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)
