@@ -1,0 +1,98 @@
+"""The ROS 2 messages of the bridge, as ROS 2's own DDS names them (common_interfaces 5, Apache-2.0)."""
+# annotations are evaluated here: cyclonedds makes its types of them
+
+from dataclasses import dataclass
+
+from cyclonedds.idl import IdlStruct
+from cyclonedds.idl.types import array, float64, int32, sequence, uint32
+
+
+@dataclass
+class Time(IdlStruct, typename="builtin_interfaces::msg::dds_::Time_"):
+    """A moment, s and ns."""
+
+    sec: int32
+    nanosec: uint32
+
+
+@dataclass
+class Header(IdlStruct, typename="std_msgs::msg::dds_::Header_"):
+    """When and where something was measured."""
+
+    stamp: Time
+    frame_id: str
+
+
+@dataclass
+class JointState(IdlStruct, typename="sensor_msgs::msg::dds_::JointState_"):
+    """Joints in any order: rad, rad/s, N·m; what is not measured is left empty."""
+
+    header: Header
+    name: sequence[str]
+    position: sequence[float64]
+    velocity: sequence[float64]
+    effort: sequence[float64]
+
+
+@dataclass
+class Quaternion(IdlStruct, typename="geometry_msgs::msg::dds_::Quaternion_"):
+    """An orientation."""
+
+    x: float64
+    y: float64
+    z: float64
+    w: float64
+
+
+@dataclass
+class Vector3(IdlStruct, typename="geometry_msgs::msg::dds_::Vector3_"):
+    """A vector."""
+
+    x: float64
+    y: float64
+    z: float64
+
+
+@dataclass
+class Imu(IdlStruct, typename="sensor_msgs::msg::dds_::Imu_"):
+    """Orientation in the world, rad/s and m/s² in the body's frame, with covariances."""
+
+    header: Header
+    orientation: Quaternion
+    orientation_covariance: array[float64, 9]
+    angular_velocity: Vector3
+    angular_velocity_covariance: array[float64, 9]
+    linear_acceleration: Vector3
+    linear_acceleration_covariance: array[float64, 9]
+
+
+@dataclass
+class MultiArrayDimension(IdlStruct, typename="std_msgs::msg::dds_::MultiArrayDimension_"):
+    """One axis of an array."""
+
+    label: str
+    size: uint32
+    stride: uint32
+
+
+@dataclass
+class MultiArrayLayout(IdlStruct, typename="std_msgs::msg::dds_::MultiArrayLayout_"):
+    """The axes of an array; empty for a plain list."""
+
+    dim: sequence[MultiArrayDimension]
+    data_offset: uint32
+
+
+@dataclass
+class Float64MultiArray(IdlStruct, typename="std_msgs::msg::dds_::Float64MultiArray_"):
+    """A list of numbers: what forward_command_controller takes."""
+
+    layout: MultiArrayLayout
+    data: sequence[float64]
+
+
+@dataclass
+class Float64(IdlStruct, typename="std_msgs::msg::dds_::Float64_"):
+    """A number."""
+
+    data: float64
