@@ -128,12 +128,13 @@ def render(
     """
     from metarobot.checkpoint import open_run
     from metarobot.evaluate import Protocol
+    from metarobot.tasks import assignments
     from metarobot.video import film
 
     Protocol(split=split, tasks=tasks, episodes=episodes)
     opened = open_run(run, robot)
     space = opened.family.space
-    chosen = [space.task(**_assignments(task))] if task else space.sample(split, tasks, seed)
+    chosen = [space.task(**assignments(task))] if task else space.sample(split, tasks, seed)
     agent = opened.load_agent()
     title = f"{opened.family.name}  ·  {opened.agent}"
     take = partial(film, episodes=episodes, seed=seed, rollouts=opened.rollouts, title=title)
@@ -349,17 +350,6 @@ def _agent_in(argv: Sequence[str]) -> str:
         if word == "--agent" and i + 1 < len(argv):
             return argv[i + 1]
     return "rl2"
-
-
-def _assignments(words: Sequence[str]) -> dict[str, float]:
-    values = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        try:
-            values[name] = float(value)
-        except ValueError:
-            raise MetarobotError(f"{word!r} is not name=value with a number") from None
-    return values
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -124,6 +124,15 @@ class Env:
         return len(self.action_low)
 
     @property
+    def action_names(self) -> tuple[str, ...]:
+        """Name the action's elements: by the family's controller, or its drives; a nameless drive by its joint."""
+        if self.family.control is not None:
+            return self.family.control.actions
+        model = self.model(self.tasks[0])
+        joints = [model.joint(j).name for j in model.actuator_trnid[:, 0]]
+        return tuple(model.actuator(i).name or joint for i, joint in enumerate(joints))
+
+    @property
     def obs_dim(self) -> int:
         """Length of the observation."""
         return len(self.family.observations)

@@ -331,3 +331,15 @@ def _load_param(data: Mapping[str, Any]) -> Param:
 def _load_few(data: Mapping[str, Any]) -> Few:
     names = {k: tuple(data[k]) for k in ("params", "spared")}
     return Few(least=data["least"], most=data["most"], **names)
+
+
+def assignments(words: Iterable[str]) -> dict[str, float]:
+    """Read ``name=value`` words, as a task is given on the command line."""
+    values = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise TaskError(f"{word!r} is not name=value with a number") from None
+    return values
