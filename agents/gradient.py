@@ -93,6 +93,7 @@ class GradientAgent(nn.Module):
 
     privileged = False
     explores = True
+    context_names = ("weights",)
 
     def __init__(self, shapes: Shapes, config: InnerConfig) -> None:
         super().__init__()

@@ -87,6 +87,7 @@ class ImitationAgent(nn.Module):
 
     privileged = explores = False
     imitates = True
+    context_names = ("weights",)
 
     def __init__(self, shapes: Shapes, config: ImitationConfig) -> None:
         super().__init__()

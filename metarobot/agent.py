@@ -33,7 +33,10 @@ class Shapes:
 
 
 class Agent(Protocol):
-    """A meta-learner at work. Kinds of meta-learner differ only in what their context is."""
+    """A meta-learner at work. Kinds of meta-learner differ only in what their context is.
+
+    An agent may also name its context's tensors, ``context_names``; robots know them by these.
+    """
 
     privileged: bool
     """Whether the agent is shown the task: an oracle, never a result."""

@@ -19,9 +19,11 @@ from metarobot.train import TrainConfig, start, train
 from metarobot.types import Rollout, Trials
 
 
-def tiny_run(out: Path, agent: str = "rl2", family: str = "CheetahDir100", seed: int = 0, steps: int = 1600) -> Run:
+def tiny_run(
+    out: Path, agent: str = "rl2", family: str = "CheetahDir100", seed: int = 0, steps: int = 1600, **settings: Any
+) -> Run:
     """Train for a few small iterations: real weights and a real run folder, no skill."""
-    kind, small = agents.get(agent).config, {"worlds": 4, "rollouts": 2, "minibatches": 2, "epochs": 2}
+    kind, small = agents.get(agent).config, {"worlds": 4, "rollouts": 2, "minibatches": 2, "epochs": 2, **settings}
     config = kind(**{k: v for k, v in small.items() if k in kind.__dataclass_fields__})
     settings = TrainConfig(family=family, agent=agent, steps=steps, seed=seed, threads=1, save_every=1)
     run = start(settings, config, out)
