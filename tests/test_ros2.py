@@ -1,5 +1,7 @@
 import itertools
+import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from wires import Controller, domain, meta, until
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.ros2 import Ros2
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -237,3 +241,16 @@ def test_who_is_killed_freezes_and_nothing_waits_for_it() -> None:
         assert robot.send_action({"a.pos": 0.0, "b.pos": 0.0})
     robot.damp()
     assert time.monotonic() - begun < 1.0
+
+
+def test_a_real_ros2_takes_every_command(tmp_path: Path) -> None:
+    python = ROOT / os.environ.get("ROS_VENV", ".ros") / "bin/python"
+    if not python.exists():
+        pytest.skip("no ROS 2 is there: scripts/ros_peer.sh")
+    figures = tmp_path / "figures.json"
+    script = [sys.executable, ROOT / "scripts/ros_loop.py", "--seconds", "2", "--hz", "50", "--python", python]
+    done = subprocess.run([*script, "--json", figures], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(figures.read_text())
+    assert told["commands_received"] == told["sent"] == 100
+    assert told["peer"]["height_m"] > 0.2

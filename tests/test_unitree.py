@@ -1,8 +1,12 @@
+import json
 import math
+import os
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -19,6 +23,7 @@ idl = pytest.importorskip("cyclonedds.idl")
 
 ZEROS = {go.LowCmd: 0x4B5A4880, go.LowState: 0x85F11EA6}
 """Checksums of messages of zeros by Unitree's own library (``crc_amd64.so`` of unitree_sdk2_python)."""
+ROOT = Path(__file__).parents[1]
 HEADER = b"\0\1\0\0"
 
 
@@ -238,3 +243,34 @@ def test_who_is_not_there_or_leaves(far: Go2) -> None:
         until(lambda: robot.get_observation() and False)
     robot.disconnect()
     robot.damp()
+
+
+def test_round_trip_through_the_vendors_own_types() -> None:
+    python = ROOT / os.environ.get("UNITREE_VENV", ".unitree") / "bin/python"
+    if not python.exists():
+        pytest.skip("Unitree's SDK is not there: scripts/unitree_peer.sh")
+    number = domain()
+    command = [python, ROOT / "scripts/unitree_peer.py", "--domain", str(number)]
+    peer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        robot = Unitree(meta(JOINTS), domain=number, timeout=20.0)
+        robot.connect()
+        targets = {f"{joint}.pos": 0.125 * i for i, joint in enumerate(JOINTS)}
+        for _ in range(50):
+            robot.send_action(targets)
+            time.sleep(0.01)
+        # the vendor's side moves its motors to the targets, and tells the gains it was sent as speed and torque
+        reading = until(lambda: (r := robot.get_observation()) and r["FR_thigh.pos"] and r)
+        assert {key: reading[key] for key in targets} == targets
+        assert [reading[f"{joint}.tau"] for joint in JOINTS] == [10.0 * k for k in range(1, 13)]
+        assert [reading[f"{joint}.vel"] for joint in JOINTS] == [0.5 * k for k in range(1, 13)]
+        assert [reading[f"{leg}.force"] for leg in ("FR", "FL", "RR", "RL")] == [40, 41, 42, 43]
+        robot.damp()
+        time.sleep(0.2)
+    finally:
+        peer.terminate()
+        told = peer.communicate(timeout=20)[0]
+    counted = json.loads(told.splitlines()[-1])
+    assert counted.pop("last") == [[1, POS_STOP, 0.0, 0.0, 0.0, 4.0]] * 12
+    assert counted == {"commands": 51, "bad_checksum": 0, "not_low_level": 0}
+    assert robot.bad == 0
