@@ -1,0 +1,159 @@
+"""A run from the command line: everything put together in the order in which it must be undone."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metarobot.bridge import robots
+from metarobot.bridge.controller import Controller
+from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.gate import Watch, bounds
+from metarobot.bridge.guard import guarding
+from metarobot.bridge.pace import Monotonic, Stepped
+from metarobot.bridge.panel import screen
+from metarobot.bridge.policy import Policy
+from metarobot.bridge.session import Report, Settings
+from metarobot.bridge.stop import signs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What ``metarobot run`` is told; also the arguments of ``python -m metarobot.bridge``."""
+
+    robot: str = "sim"
+    """Robot: sim, ros2, unitree, or module:Class of your own."""
+    set: tuple[str, ...] = ()
+    """Settings of the robot, name=value."""
+    hz: float = 0.0
+    """Control rate; the policy's own if not given."""
+    any_rate: bool = False
+    """Run at a rate that the policy was not trained for."""
+    seconds: float = 60.0
+    """When to stop."""
+    trials: int = 0
+    """When to stop, too: after so many trials; 0 is as many as there is time for."""
+    episodes: int = 0
+    """Episodes a trial; 0 is as many as the policy was trained for."""
+    command: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """For walkers: forward and sideways velocity, m/s, and turn, rad/s."""
+    log: Path | None = None
+    """MCAP file to write every step to."""
+    adapt: bool = False
+    """Let an agent that adapts between episodes do so, in a process beside this one that has torch."""
+    rollouts: int = 20
+    """Episodes to live before each adaptation."""
+    kl: float = 1.0
+    """How far an adaptation may move the policy, KL divergence; what moves it further is refused."""
+    run: str = ""
+    """Run folder that adapts; the one the policy was exported from if not given."""
+    ready_s: float = 2.0
+    """How long the robot takes to the pose that an episode begins with."""
+    soft_s: float = 1.0
+    """How long the policy's commands are blended in at an episode's start."""
+    rate: float = 1.0
+    """How fast a target may move, as a multiple of the joint's speed limit."""
+    seed: int = 0
+    """Draws the noise of agents that explore."""
+    plain: bool = False
+    """Show lines, not a panel."""
+
+
+def run(folder: str, options: Options) -> Report:
+    """Run a policy on a robot. Nothing is sent before all fits; whatever happens then, damping is the last word."""
+    o = options
+    policy = Policy.load(folder)
+    hz = robots.rate(policy.meta, o.hz, o.any_rate)
+    if not o.seconds > 0 or math.isinf(o.seconds) or min(o.trials, o.episodes) < 0:
+        raise BridgeError(
+            f"seconds must be above 0, trials and episodes at least 0, not {o.seconds:g}, {o.trials}, {o.episodes}"
+        )
+    layout = robots.layout(policy.meta)
+    if hasattr(layout, "command"):
+        layout.command[:] = o.command
+    chosen = robots.settings(_pairs(o.set))
+    robot = robots.make(o.robot, policy.meta, **chosen)
+    pick = {k: getattr(o, k) for k in ("seconds", "trials", "episodes", "ready_s", "soft_s", "rate", "seed")}
+    with ExitStack() as stack:
+        stack.enter_context(robots.alone(robot.identity))
+        stack.callback(robot.disconnect)
+        robot.connect()
+        robots.fits(policy.meta, layout.needed(), robot)
+        beat = stack.enter_context(guarding(folder, o.robot, chosen, 1 / hz)) if robot.guarded else lambda: None
+        shown = stack.enter_context(screen(f"{policy.meta.family} · {policy.meta.agent} · {robot.name}", o.plain))
+        stop = stack.enter_context(signs())
+        controller = Controller(
+            policy,
+            robot,
+            layout,
+            Settings(hz=hz, **pick),
+            clock=Stepped() if chosen.get("lockstep") else Monotonic(),
+            beat=beat,
+            log=o.log,
+            adaptation=_adaptation(policy.meta, o) if o.adapt else None,
+            show=shown.show,
+            tell=shown.tell,
+        )
+        watch = stack.enter_context(Watch(controller.gate, stop.files))
+        watch.hung = lambda: _abandon(stop.restore, controller.gate.reason)
+        reading, command = bounds(1 / hz)
+        shown.tell(
+            f"{hz:g} Hz; damping within {1e3 * reading:.0f} ms of the last good reading, {1e3 * command:.0f} ms of the "
+            "last command; any key, Ctrl-C or SIGTERM stops"
+        )
+        return controller.run()
+
+
+def _adaptation(meta: Any, o: Options) -> Any:
+    kind = importlib.import_module("metarobot.bridge.adaptation").Adaptation
+    return kind(meta, rollouts=o.rollouts, kl=o.kl, run=o.run)
+
+
+def _abandon(restore: Any, reason: str) -> None:
+    """End the process although the loop does not come back; the robot is damped already."""
+    restore()
+    print(f"\nerror: {reason}; the policy or the robot's driver does not return", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _pairs(words: tuple[str, ...]) -> Mapping[str, str]:
+    pairs = dict(word.partition("=")[::2] for word in words)
+    if odd := [word for word in words if "=" not in word]:
+        raise BridgeError(f"{odd[0]!r} is not name=value")
+    return pairs
+
+
+def tell(report: Report) -> None:
+    """Say what came of a run."""
+    p = report.pace
+    print(f"stopped: {report.reason}; damping was sent")
+    print(
+        f"{p['ticks']:,} steps, {report.sent:,} commands; deadlines missed: {p['missed_own']} by the loop, "
+        f"{p['missed_host']} by the host"
+    )
+    print(
+        f"begun late: p50 {p['late_p50_ms']:.2f}, p99 {p['late_p99_ms']:.2f}, at most {p['late_max_ms']:.2f} ms; "
+        f"a step took p50 {p['work_p50_ms']:.2f}, p99 {p['work_p99_ms']:.2f}, at most {p['work_max_ms']:.2f} ms"
+    )
+    for i, returns in enumerate(report.returns):
+        if returns:
+            print(f"trial {i + 1}: return {' → '.join(f'{r:.1f}' for r in returns)}")
+    for said in report.adapted:
+        print(said)
+    for joint, kinds in report.limited.items():
+        print(f"limited {joint}: {', '.join(f'{k} {n}' for k, n in kinds.items())}")
+    if report.dropped:
+        print(f"{report.dropped} steps are not in the log: the disk is too slow")
+
+
+def code(report: Report) -> int:
+    """Return the exit code of a run: 1 after a fault, 128 + n after signal n."""
+    signals = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
+    return 1 if report.fault else signals.get(report.reason, 0)
