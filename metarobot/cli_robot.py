@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
+from metarobot.bridge.options import Options
 from metarobot.progress import bar
 
 
@@ -36,5 +39,46 @@ def export(run: Positional[str], /, out: Path, robot: str = "", tasks: int = 3, 
     print(f"wrote {out}: actions within {found['difference']:.1g} of torch's over {found['steps']:,} steps")
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"export": export}
+def run(policy: Positional[str], /, options: Annotated[Options, tyro.conf.arg(name="")]) -> None:
+    """Run an exported policy on a robot, at a fixed rate and within its limits, until the time is over.
+
+    Any key, Ctrl-C and SIGTERM stop it; so do a lost link, a reading that is stale or no number, and a policy that is
+    late. Damping is sent before the process ends.
+
+    Exit code 0: the time is over, or a key; 1: something went wrong; 2: something does not fit, and nothing was sent;
+    130 and 143: signals.
+
+    Args:
+        policy: Policy folder that metarobot export wrote.
+        options: How to run it.
+    """
+    from metarobot.bridge import run as bridge
+
+    report = bridge.run(policy, options)
+    bridge.tell(report)
+    sys.exit(bridge.code(report))
+
+
+def replay(log: Positional[Path], policy: Positional[str], /, tolerance: float = 1e-5) -> None:
+    """Run a log of metarobot run through a policy again, without a robot, and compare what it chooses.
+
+    Exit code 1 if any action differs by more than the tolerance.
+
+    Args:
+        log: MCAP file that metarobot run --log wrote; one cut off by a kill will do.
+        policy: Policy folder, the one of the log or another for the same robot.
+        tolerance: How far actions may differ.
+    """
+    from metarobot.bridge.policy import Policy
+    from metarobot.bridge.replay import replay as again
+
+    found = again(log, Policy.load(policy), tolerance)
+    whose = "this" if found.same else "another"
+    print(f"{found.steps:,} steps of {whose} policy: actions differ by {found.difference:.2g} at most")
+    if found.differing:
+        print(f"{found.differing:,} steps differ by more than {tolerance:g}, most at {found.where}")
+        sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "run": run, "replay": replay}
 """Name -> subcommand."""

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from metarobot.bridge import run
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.run import Options
+from metarobot.bridge.options import Options
 
-HELP = {
-    "robot": "sim, ros2, unitree, or module:Class of your own",
-    "set": "settings of the robot, name=value",
-    "hz": "control rate; the policy's own if not given",
-    "any_rate": "run at a rate that the policy was not trained for",
-    "seconds": "when to stop",
-    "trials": "stop after so many trials; 0: as many as there is time for",
-    "episodes": "episodes a trial; 0: as many as the policy was trained for",
-    "command": "for walkers: forward and sideways velocity, m/s, and turn, rad/s",
-    "log": "MCAP file to write every step to",
-    "adapt": "let an agent that adapts between episodes do so, in a process that has torch",
-    "rollouts": "episodes to live before each adaptation",
-    "kl": "how far an adaptation may move the policy, KL divergence",
-    "run": "run folder that adapts; the one the policy was exported from if not given",
-    "ready_s": "how long the robot takes to the pose that an episode begins with",
-    "soft_s": "how long commands are blended in at an episode's start",
-    "rate": "how fast a target may move, as a multiple of the joint's speed limit",
-    "seed": "draws the noise of agents that explore",
-    "plain": "show lines, not a panel",
-}
+
+def _helps() -> dict[str, str]:
+    """Return what ``Options`` says of each of its fields."""
+    body = cast(ast.ClassDef, ast.parse(inspect.getsource(Options)).body[0]).body
+    pairs = [(a.target, b.value) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    return {cast(ast.Name, name).id: cast(ast.Constant, text).value for name, text in pairs}  # type: ignore[misc]
 
 
 def parser() -> argparse.ArgumentParser:
     """Make the command line out of ``Options``."""
     made = argparse.ArgumentParser("python -m metarobot.bridge", description="Run an exported policy on a robot.")
+    helps = _helps()
     made.add_argument("policy", help="policy folder that metarobot export wrote")
     for name, usual in vars(Options()).items():
-        how: dict[str, Any] = {"default": usual, "help": HELP[name]}
+        how: dict[str, Any] = {"default": usual, "help": helps[name].replace("%", "%%")}
         if isinstance(usual, bool):
             how["action"] = "store_true"
         elif name in ("set", "command"):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from metarobot.bridge import robots
@@ -17,6 +14,7 @@ from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.gate import Watch, bounds
 from metarobot.bridge.guard import guarding
+from metarobot.bridge.options import Options
 from metarobot.bridge.pace import Monotonic, Stepped
 from metarobot.bridge.panel import screen
 from metarobot.bridge.policy import Policy
@@ -24,57 +22,12 @@ from metarobot.bridge.session import Report, Settings
 from metarobot.bridge.stop import signs
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What ``metarobot run`` is told; also the arguments of ``python -m metarobot.bridge``."""
-
-    robot: str = "sim"
-    """Robot: sim, ros2, unitree, or module:Class of your own."""
-    set: tuple[str, ...] = ()
-    """Settings of the robot, name=value."""
-    hz: float = 0.0
-    """Control rate; the policy's own if not given."""
-    any_rate: bool = False
-    """Run at a rate that the policy was not trained for."""
-    seconds: float = 60.0
-    """When to stop."""
-    trials: int = 0
-    """When to stop, too: after so many trials; 0 is as many as there is time for."""
-    episodes: int = 0
-    """Episodes a trial; 0 is as many as the policy was trained for."""
-    command: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """For walkers: forward and sideways velocity, m/s, and turn, rad/s."""
-    log: Path | None = None
-    """MCAP file to write every step to."""
-    adapt: bool = False
-    """Let an agent that adapts between episodes do so, in a process beside this one that has torch."""
-    rollouts: int = 20
-    """Episodes to live before each adaptation."""
-    kl: float = 1.0
-    """How far an adaptation may move the policy, KL divergence; what moves it further is refused."""
-    run: str = ""
-    """Run folder that adapts; the one the policy was exported from if not given."""
-    ready_s: float = 2.0
-    """How long the robot takes to the pose that an episode begins with."""
-    soft_s: float = 1.0
-    """How long the policy's commands are blended in at an episode's start."""
-    rate: float = 1.0
-    """How fast a target may move, as a multiple of the joint's speed limit."""
-    seed: int = 0
-    """Draws the noise of agents that explore."""
-    plain: bool = False
-    """Show lines, not a panel."""
-
-
 def run(folder: str, options: Options) -> Report:
     """Run a policy on a robot. Nothing is sent before all fits; whatever happens then, damping is the last word."""
     o = options
     policy = Policy.load(folder)
     hz = robots.rate(policy.meta, o.hz, o.any_rate)
-    if not o.seconds > 0 or math.isinf(o.seconds) or min(o.trials, o.episodes) < 0:
-        raise BridgeError(
-            f"seconds must be above 0, trials and episodes at least 0, not {o.seconds:g}, {o.trials}, {o.episodes}"
-        )
+    o.check()
     layout = robots.layout(policy.meta)
     if hasattr(layout, "command"):
         layout.command[:] = o.command
