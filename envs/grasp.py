@@ -70,7 +70,7 @@ def count(before: State, after: State) -> Tensor:
     dropped = (old[:, DROPPED] > 0) | ((top > 0.03) & (scene.lift < top - 0.03) & ~scene.held)
     done = (old[:, DONE] > 0) | ((held >= HOLD) & ~crushed)
     rows = [held, *anchor.unbind(1), done, crushed, dropped, top]
-    return torch.cat([hand, torch.stack([r.double() for r in rows], 1)], 1)
+    return torch.cat([hand, torch.stack([r.to(hand) for r in rows], 1)], 1)
 
 
 def critic_observe(state: State) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from metarobot.envs import arms, objects, panda
 from metarobot.envs.rotation import rotation
 from metarobot.family import Control, State
-from metarobot.types import Floats
+from metarobot.types import Floats, like
 
 SUBSTEPS, TIMESTEP = 8, 0.005
 """Physics steps a control step, of so many seconds."""
@@ -55,7 +55,7 @@ rad; and how many columns that takes."""
 
 _STEP = torch.from_numpy(panda.SPEED * SUBSTEPS * TIMESTEP)
 _LOW, _HIGH = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
-_DOWN = torch.tensor([0.0, 0.0, -1.0]).double()
+_DOWN, _EYE = torch.tensor([0.0, 0.0, -1.0]).double(), torch.eye(6).double()
 
 
 def sense(state: State) -> Scene:
@@ -89,14 +89,14 @@ class Scene:
 def observe(state: State) -> Tensor:
     """Return ``(world, 19)``: see ``OBSERVATIONS``."""
     scene, tally = sense(state), state.tally
-    fingers = torch.stack([scene.opening, scene.closing, (tally[:, FORCE] > 0).double(), tally[:, GRIPPED]], 1)
-    return torch.cat([scene.tip - CENTRE, scene.speed, scene.offset, scene.x, scene.z, fingers], 1).float()
+    fingers = torch.stack([scene.opening, scene.closing, (tally[:, FORCE] > 0).to(tally), tally[:, GRIPPED]], 1)
+    return torch.cat([scene.tip - like(CENTRE, scene.tip), scene.speed, scene.offset, scene.x, scene.z, fingers], 1).float()
 
 
 def begin(state: State) -> Tensor:
     """Return the tally of a hand that is open and to stay where it is, ``(world, HAND)``."""
     tip, x = state.sensors[:, 42:45], state.sensors[:, 45:48]
-    still = torch.zeros(len(tip), 2).double()
+    still = tip.new_zeros(len(tip), 2)
     return torch.cat([still, tip, torch.atan2(x[:, 1], x[:, 0])[:, None]], 1)
 
 
@@ -108,7 +108,7 @@ def count(before: State, after: State, scene: Scene) -> Tensor:
     force = torch.where(close < -0.5, 0.0, force)
     gripped = (force > 0) & (scene.touched.any(1) | (old[:, GRIPPED] > 0))
     place, turn = _aim(before, after.action)
-    return torch.cat([force[:, None], gripped[:, None].double(), place, turn[:, None]], 1)
+    return torch.cat([force[:, None], gripped[:, None].to(place), place, turn[:, None]], 1)
 
 
 def _aim(state: State, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def _aim(state: State, action: Tensor) -> tuple[Tensor, Tensor]:
     place = tally[:, AIM] + REACH * action[:, :3]
     place = torch.minimum(torch.maximum(place, tip - AHEAD), tip + AHEAD)
     turn = (tally[:, YAW] + TURN * action[:, 3]).clamp(-1.0, 1.0)
-    return torch.minimum(torch.maximum(place, LOWEST), HIGHEST), turn
+    return torch.minimum(torch.maximum(place, like(LOWEST, place)), like(HIGHEST, place)), turn
 
 
 def targets(state: State, action: Tensor, told: Tensor) -> Tensor:
@@ -128,16 +128,16 @@ def targets(state: State, action: Tensor, told: Tensor) -> Tensor:
     scene = sense(state)
     place, turn = _aim(state, action)
     x = scene.hand[:, 0]
-    upset = torch.linalg.cross(scene.hand[:, 2], _DOWN.expand_as(x))
+    upset = torch.linalg.cross(scene.hand[:, 2], like(_DOWN, x).expand_as(x))
     upset[:, 2] += turn - torch.atan2(x[:, 1], x[:, 0])
     lever = torch.linalg.cross(scene.axes, scene.tip[:, None] - scene.joints)
     jacobian = torch.cat([lever, scene.axes], 2).transpose(1, 2)
-    square = jacobian @ jacobian.transpose(1, 2) + 1e-4 * torch.eye(6).double()
+    square = jacobian @ jacobian.transpose(1, 2) + 1e-4 * like(_EYE, jacobian)
     twist = torch.linalg.solve(square, torch.cat([place - scene.tip, upset], 1)[:, :, None])
     step = (jacobian.transpose(1, 2) @ twist)[:, :, 0]
     # too fast for one joint is too fast for all: slower, but straight
-    step = step / (step.abs() / (2 * _STEP)).amax(1, keepdim=True).clamp_min(1)
-    arm = (scene.angles + step).clamp(_LOW, _HIGH)
+    step = step / (step.abs() / (2 * like(_STEP, step))).amax(1, keepdim=True).clamp_min(1)
+    arm = (scene.angles + step).clamp(like(_LOW, step), like(_HIGH, step))
     asked, gripped = state.tally[:, FORCE], state.tally[:, GRIPPED] > 0
     grip = torch.where(asked > 0, torch.where(gripped, asked, APPROACH), -OPEN)
     return torch.cat([arm, grip[:, None]], 1)

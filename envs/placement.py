@@ -20,7 +20,7 @@ from metarobot.envs.grasp import SIZE
 from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
 from metarobot.family import Family, State, Tally
 from metarobot.tasks import Param, TaskSpace
-from metarobot.types import Floats
+from metarobot.types import Floats, like
 
 HORIZON = 120
 """Control steps an episode."""
@@ -54,13 +54,14 @@ def codes() -> Tensor:
 
 def belongs(state: State) -> Tensor:
     """Return the middle of the place where the presented object belongs, ``(world, 2)``, m."""
-    return PLACES[_ORDERS[state.task["order"].long(), state.variant]]
+    orders = like(_ORDERS, state.variant)
+    return like(PLACES, state.qpos)[orders[state.task["order"].long(), state.variant]]
 
 
 def code(state: State) -> Tensor:
     """Return the presented object's code, ``(world, CODE)``."""
     named = torch.stack([state.task[f"class_{i}"] for i in range(CLASSES)], 1).long()
-    return codes()[named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()]
+    return like(codes(), state.qpos)[named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()]
 
 
 def observe(state: State) -> Tensor:
@@ -70,7 +71,7 @@ def observe(state: State) -> Tensor:
 
 def observe_shown(state: State) -> Tensor:
     """Return ``(world, 21)``: what a grasping hand sees, and where the object belongs, from the workspace's middle."""
-    place = belongs(state) - manipulation.CENTRE[:2]
+    place = belongs(state) - like(manipulation.CENTRE, state.qpos)[:2]
     return torch.cat([manipulation.observe(state), place.float()], 1)
 
 
@@ -88,13 +89,13 @@ def count(before: State, after: State) -> Tensor:
     """Keep the tally: see ``SEEN``."""
     old, scene = before.tally, sense(after)
     hand = manipulation.count(before, after, scene)
-    gaps = torch.cdist(scene.object[:, :2], PLACES)
+    gaps = torch.cdist(scene.object[:, :2], like(PLACES, scene.object))
     down = (hand[:, FORCE] == 0) & (scene.pads.amax(1) < 0.05) & (scene.lift.abs() < 0.01) & (gaps.amin(1) < NEAR)
     seen = torch.where(down, old[:, SEEN] + 1, 0.0)
     away = (old[:, AWAY] > 0) | (scene.held & (scene.lift > 0.02))
     settled, right = seen >= SETTLED, (scene.object[:, :2] - belongs(after)).norm(dim=1) < NEAR
     rows = [seen, away, (old[:, DONE] > 0) | (settled & right), (old[:, WRONG] > 0) | (settled & ~right)]
-    return torch.cat([hand, torch.stack([r.double() for r in rows], 1)], 1)
+    return torch.cat([hand, torch.stack([r.to(hand) for r in rows], 1)], 1)
 
 
 def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
@@ -114,8 +115,8 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
 def over(state: State) -> Tensor:
     """Say where the object has been put down, or left the table."""
     scene, tally = sense(state), state.tally
-    low, high = manipulation.LOWEST[:2] - 0.1, manipulation.HIGHEST[:2] + 0.1
-    away = ((scene.object[:, :2] < low) | (scene.object[:, :2] > high)).any(1)
+    low, high = (like(x, scene.object)[:2] for x in (manipulation.LOWEST, manipulation.HIGHEST))
+    away = ((scene.object[:, :2] < low - 0.1) | (scene.object[:, :2] > high + 0.1)).any(1)
     return (tally[:, DONE] > 0) | (tally[:, WRONG] > 0) | away
 
 

@@ -21,7 +21,7 @@ from metarobot.envs.rotation import rotation
 from metarobot.family import Family, Hardware, State
 from metarobot.model import Edit, compile_spec
 from metarobot.tasks import Few, Param, TaskSpace
-from metarobot.types import Floats
+from metarobot.types import Floats, like
 
 SUBSTEPS, HORIZON = 4, 200
 """Physics steps of 5 ms a control step; control steps an episode."""
@@ -74,7 +74,7 @@ OURS = slice(6, 18)
 
 def joints(state: State, where: Columns) -> tuple[Tensor, Tensor]:
     """Return the joints' angles off the default pose, rad, and their velocities, rad/s, ``(world, 12)`` each."""
-    return state.qpos[:, 1:][:, where] - POSE, state.qvel[:, where]
+    return state.qpos[:, 1:][:, where] - like(POSE, state.qpos), state.qvel[:, where]
 
 
 def sense(state: State) -> Tensor:
@@ -140,25 +140,26 @@ def reward(before: State, after: State, dt: float, *, where: Columns = OURS) -> 
     pose, fast = joints(after, where)
     turn, feet, wanted = turned(after), Feet(after), command(after)
     moving, spin = velocity(after, turn), after.qvel[:, 3:6]
-    torque = feet.torque / TORQUE
+    ones = like(_ONES, feet.torque)
+    torque = feet.torque / like(TORQUE, feet.torque)
     squared = torch.cat([moving[:, 2:], spin[:, :2], torque, after.action - before.action, pose], 1).square()
-    bounce, wobble, effort, jerk, crouch = (squared @ _SQUARES).unbind(1)
+    bounce, wobble, effort, jerk, crouch = (squared @ like(_SQUARES, squared)).unbind(1)
     costs = {
         "bounce": bounce,
         "wobble": wobble,
         "tilt": 10 * (1 - turn[:, 2, 2]),
         "effort": effort,
         "jerk": jerk,
-        "slip": (feet.down * feet.speed.square()) @ (4 * _ONES[:4]),
+        "slip": (feet.down * feet.speed.square()) @ (4 * ones[:4]),
         "pose": crouch,
-        "limits": (torch.cat([torque, fast / SPEED], 1).abs() - 0.9).clamp_min(0) @ (10 * _ONES),
+        "limits": (torch.cat([torque, fast / like(SPEED, fast)], 1).abs() - 0.9).clamp_min(0) @ (10 * ones),
     }
     # steep where the error is small, and not flat where it is large
     off = torch.hypot(moving[:, 0] - wanted[:, 0], moving[:, 1] - wanted[:, 1])
     track, turning = 1 - torch.tanh(2 * off), torch.exp(-4 * (spin[:, 2] - wanted[:, 2]).square())
     # each foot's swing for itself: fast and high; not where the command is to stand
     high = ((feet.height - go2.FOOT) / STEP_HEIGHT).clamp(0, 1)
-    swing = torch.tanh(2 * ~feet.down * high.square() * feet.speed) @ (0.25 * _ONES[:4])
+    swing = torch.tanh(2 * ~feet.down * high.square() * feet.speed) @ (0.25 * ones[:4])
     swing = swing * (torch.hypot(wanted[:, 0], wanted[:, 1]) / 0.3).clamp_max(1)
     bounded = -torch.tanh(torch.stack(list(costs.values())))
     return {"track": track, "turn": turning, "swing": swing, **dict(zip(costs, bounded, strict=True))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ def collect(
     obs = env.reset(seed)
     if variant is not None:
         obs = env.present(variant)
-    noise = torch.Generator().manual_seed(seed)
-    task = env.family.space.encode(tasks)
+    noise = torch.Generator(env.device).manual_seed(seed)
+    task = env.family.space.encode(tasks).to(env.device)
     context = agent.begin(len(tasks), task if agent.privileged else None)
-    zeros = torch.zeros(env.worlds)
-    percept = Percept(obs, torch.zeros(env.worlds, env.act_dim), zeros, zeros, zeros + 1)
+    zeros = obs.new_zeros(env.worlds)
+    percept = Percept(obs, obs.new_zeros(env.worlds, env.act_dim), zeros, zeros, zeros + 1)
     lived = []
     exploring = [explore] * episodes if isinstance(explore, bool) else explore
     for k in range(episodes):
@@ -71,8 +72,8 @@ def _episode(
 ) -> tuple[Percept, Context]:
     """Live one episode in every world; a world that ends early sleeps, its context untouched, until all have."""
     shape = (env.family.horizon, env.worlds, env.act_dim)
-    noise = None if generator is None else torch.randn(shape, generator=generator)
-    last, zeros = percept, torch.zeros(env.worlds)
+    noise = None if generator is None else torch.randn(shape, generator=generator, device=env.device)
+    last, zeros = percept, torch.zeros_like(percept.reward)
     while book.living:
         action, after = agent.act(percept, context, None if noise is None else noise[book.time])
         shown = env.critic_obs(), env.advice() if book.advised else None
@@ -118,17 +119,17 @@ class _Recorder:
     """The buffers of one episode, and which worlds are still in it."""
 
     def __init__(self, env: Env, advised: bool = False) -> None:
-        self.advised = advised
-        horizon, worlds = env.family.horizon, env.worlds
+        self.advised, self._some = advised, env.some
+        horizon, worlds, zeros = env.family.horizon, env.worlds, partial(torch.zeros, device=env.device)
         self.time, self.living, self._all = 0, True, True
-        self._alive = torch.ones(worlds, dtype=torch.bool)
-        self._obs, self._action = torch.zeros(horizon, worlds, env.obs_dim), torch.zeros(horizon, worlds, env.act_dim)
-        self._reward = torch.zeros(horizon, worlds)
-        self._flags = torch.zeros(3, horizon, worlds, dtype=torch.bool)
-        self._final_obs, self._faulted = torch.zeros(worlds, env.obs_dim), torch.zeros(worlds, dtype=torch.bool)
+        self._alive = torch.ones(worlds, dtype=torch.bool, device=env.device)
+        self._obs, self._action = zeros(horizon, worlds, env.obs_dim), zeros(horizon, worlds, env.act_dim)
+        self._reward = zeros(horizon, worlds)
+        self._flags = zeros(3, horizon, worlds, dtype=torch.bool)
+        self._final_obs, self._faulted = zeros(worlds, env.obs_dim), zeros(worlds, dtype=torch.bool)
         self._final_critic_obs = torch.zeros_like(env.critic_obs())
-        self._critic_obs = torch.zeros(horizon, *self._final_critic_obs.shape)
-        self._advice = torch.zeros(horizon, worlds, env.act_dim if advised else 0)
+        self._critic_obs = zeros(horizon, *self._final_critic_obs.shape)
+        self._advice = zeros(horizon, worlds, env.act_dim if advised else 0)
         self._terms: dict[str, Tensor] = {}
 
     @property
@@ -155,9 +156,9 @@ class _Recorder:
         self._faulted |= step.faulted & self._alive
         self.time += 1
         ended = step.terminated | step.truncated
-        if bool(ended.any()):
+        if self._some(ended):
             self._alive &= ~ended
-            self._all, self.living = False, bool(self._alive.any())
+            self._all, self.living = False, self.time < len(self._reward) and self._some(self._alive)
 
     def rollout(self) -> Rollout:
         """Return the episode, cut to the steps some world lived."""

@@ -91,27 +91,33 @@ class Env:
         self.dt = first.opt.timestep * family.substeps
         bounds = torch.from_numpy(first.actuator_ctrlrange.T.copy())
         if family.control is not None:
-            bounds = torch.tensor([[-1.0], [1.0]]).double().expand(2, len(family.control.actions))
-        self.action_low, self.action_high = bounds
-        self._values = family.space.values(self.tasks)
-        self.task_values = dict(zip(family.space.names, self._values.unbind(1), strict=True))
-        """Each task parameter over the worlds, name -> ``(world,)``, float64."""
-        sensors = self.sim.bind("sensordata") if first.nsensordata else torch.zeros(self.worlds, 0).double()
-        action = torch.zeros(self.worlds, self.act_dim).double()
-        tally = torch.zeros(self.worlds, 0 if family.tally is None else family.tally.size).double()
-        variant = torch.zeros(self.worlds, dtype=torch.int64)
+            bounds = torch.tensor([[-1.0], [1.0]]).expand(2, len(family.control.actions))
         qpos, qvel = self.sim.bind("qpos"), self.sim.bind("qvel")
+        self.device = qpos.device
+        self.action_low, self.action_high = bounds.to(qpos)
+        self._values = family.space.values(self.tasks).to(qpos)
+        self.task_values = dict(zip(family.space.names, self._values.unbind(1), strict=True))
+        """Each task parameter over the worlds, name -> ``(world,)``."""
+        sensors = self.sim.bind("sensordata") if first.nsensordata else qpos.new_zeros(self.worlds, 0)
+        action = qpos.new_zeros(self.worlds, self.act_dim)
+        tally = qpos.new_zeros(self.worlds, 0 if family.tally is None else family.tally.size)
+        variant = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
         self.state = State(qpos, qvel, sensors, action, self.task_values, tally, variant)
         self._ctrl, self._act = self.sim.bind("ctrl"), self.sim.bind("act")
-        self.elapsed = torch.zeros(self.worlds, dtype=torch.int64)
-        self._noisy = torch.tensor(family.noise).nonzero()[:, 0]
-        self._amplitude = torch.tensor(family.noise)[self._noisy]
-        self._noise = torch.zeros(self.worlds, family.horizon + 1, len(self._noisy))
-        self._weights = torch.tensor(list(family.weights.values())).double()
-        self._rows = torch.arange(self.worlds)
+        self.elapsed = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
+        noisy = torch.tensor(family.noise).nonzero()[:, 0]
+        self._amplitude = torch.tensor(family.noise)[noisy].to(self.device)
+        self._noisy = noisy.to(self.device)
+        self._weights = torch.tensor(list(family.weights.values())).to(qpos)
         self.now = self.state
         """The present moment as the family's functions see it: a copy, with what they share."""
+        self._prepare()
         self.reset(seed)
+
+    def _prepare(self) -> None:
+        """Make room for the noise of whole episodes, drawn at their starts."""
+        self._noise = torch.zeros(self.worlds, self.family.horizon + 1, len(self._noisy))
+        self._rows = torch.arange(self.worlds)
 
     @property
     def control_hz(self) -> float:
@@ -155,7 +161,7 @@ class Env:
         for i, task in zip(rows, checked, strict=True):
             self.tasks[i] = task
         self.sim.set_models([self.model(t) for t in checked], rows)
-        self._values[rows] = self.family.space.values(checked)
+        self._values[rows] = self.family.space.values(checked).to(self._values)
 
     def reset(self, seed: int | None = None) -> Tensor:
         """Start an episode in every world and return the observations; a seed restarts the count of episodes."""
@@ -200,9 +206,13 @@ class Env:
                 noise.mul_(2).sub_(1).mul_(self._amplitude)
             if self.family.variants > 1:
                 self.state.variant[i] = int(rng.integers(self.family.variants))
-        rows = slice(None) if len(ids) == self.worlds else list(ids)
         qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
-        self.sim.reset(qpos, qvel, None if len(ids) == self.worlds else list(ids))
+        self._begin(qpos, qvel, None if len(ids) == self.worlds else list(ids))
+
+    def _begin(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
+        """Put the worlds of ``ids`` (default: all) at the start of an episode."""
+        rows: Any = slice(None) if ids is None else ids
+        self.sim.reset(qpos, qvel, ids)
         self.state.action[rows] = 0.0
         self.elapsed[rows] = 0
         if self.family.tally is not None:
@@ -213,14 +223,16 @@ class Env:
 
     def _observe(self) -> Tensor:
         obs = self.family.observe(self.now)
-        if not self.family.noise:
-            return obs
-        return obs.index_add_(1, self._noisy, self._noise[self._rows, self.elapsed])
+        return obs if not self.family.noise else obs.index_add_(1, self._noisy, self._disturbance())
+
+    def _disturbance(self) -> Tensor:
+        """Return the noise of the observations that have any, ``(world, noisy)``."""
+        return self._noise[self._rows, self.elapsed]
 
     def critic_obs(self) -> Tensor:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""
         see = self.family.critic_observe
-        return torch.zeros(self.worlds, 0) if see is None else see(self.now)
+        return torch.zeros(self.worlds, 0, device=self.device) if see is None else see(self.now)
 
     def advice(self) -> Tensor:
         """Return what a learner is taught to do now, ``(world, act)``, NaN where nothing is known."""
@@ -242,26 +254,27 @@ class Env:
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
         self.command(action, awake)
         step = self.arrive(self.sim.step(self.family.substeps, _rows(awake)), awake)
-        if bool((step.terminated | step.truncated).any()):
+        if self.some(step.terminated | step.truncated):
             step = step._replace(obs=self._autoreset(_rows(step.terminated | step.truncated)))
         return step
 
     def command(self, action: Tensor, awake: Tensor | None = None) -> None:
         """Set the drives' targets for ``action`` ``(world, act)``, clipped: the first part of ``step``."""
         state, control = self.state, self.family.control
-        state.action.copy_(torch.clamp(action.double(), self.action_low, self.action_high))
+        state.action.copy_(torch.clamp(action.to(state.action.dtype), self.action_low, self.action_high))
         if awake is not None:
-            state.action[~awake] = 0.0
+            state.action.masked_fill_(~awake[:, None], 0.0)
         self._ctrl.copy_(state.action if control is None else control.targets(self.now, state.action, self._ctrl))
 
     def arrive(self, faulted: Tensor, awake: Tensor | None = None) -> Step:
         """Say what the physics of a control step led to, ``faulted`` where it broke down: the last part of ``step``."""
         family, state, before = self.family, self.state, self.now
         self.elapsed += 1 if awake is None else awake
-        if bool(faulted.any()):
+        broken = self.some(faulted)
+        if broken:
             for now, then in zip(state[:3], before[:3], strict=True):
-                now[faulted] = torch.nan_to_num(then[faulted])
-            state.action[faulted] = 0.0
+                now.copy_(torch.where(faulted[:, None], torch.nan_to_num(then), now))
+            state.action.masked_fill_(faulted[:, None], 0.0)
         after = self.now = self._moment()
         if family.tally is not None:
             state.tally.copy_(family.tally.count(before, after))
@@ -271,7 +284,7 @@ class Env:
         self.readout = family.readout(before, after, self.dt) if self.watched else {}
         obs = self._observe()
         terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(after)
-        if bool(faulted.any()):
+        if broken:
             reward = torch.where(faulted, 0.0, reward)
             terms = {k: torch.where(faulted, 0.0, v) for k, v in terms.items()}
             terminated = terminated | faulted
@@ -286,6 +299,10 @@ class Env:
         qpos, qvel, sensors, action = (x.clone() for x in live[:4])
         moment = State(qpos, qvel, sensors, action, live.task, live.tally.clone(), live.variant)
         return moment if self.family.sense is None else moment._replace(sense=self.family.sense(moment))
+
+    def some(self, mask: Tensor) -> bool:
+        """Say whether a mask ``(world,)`` holds for any world; where the answer would have to be waited for, yes."""
+        return bool(mask.any())
 
     watched = False
     """Set to compute ``readout`` at each step: only a video looks at it."""

@@ -18,6 +18,19 @@ from metarobot.errors import MetarobotError as MetarobotError
 Floats = NDArray[np.float64]
 
 
+_COPIES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def like(constant: Tensor, x: Tensor) -> Tensor:
+    """Return a constant of a module with the dtype and on the device of ``x``; it is copied there once."""
+    if constant.dtype == x.dtype and constant.device == x.device:
+        return constant
+    key = (id(constant), x.dtype, x.device)
+    if key not in _COPIES:
+        _COPIES[key] = constant.to(x)
+    return _COPIES[key]
+
+
 class Percept(NamedTuple):
     """What an agent is given at one step, all of it known to a real robot too.
 

@@ -20,7 +20,7 @@ class Sim(Protocol):
         """Put each world of ``ids`` (default: all) on its model; its state is kept until the next reset."""
 
     def bind(self, field: str) -> Tensor:
-        """Return the live tensor ``(world, ...)`` of an ``MjData`` field, float64 in MuJoCo's units.
+        """Return the live tensor ``(world, ...)`` of an ``MjData`` field in MuJoCo's units: float64, on a GPU float32.
 
         State fields (qpos, qvel, ctrl, ...) are read and written in place; derived ones (xpos, sensordata, ...) lag the
         state by one substep after ``step``.

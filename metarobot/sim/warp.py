@@ -99,7 +99,7 @@ class WarpSim:
             if name in _FIELDS:
                 continue
             self._view(name)[where] = self._library.rows[name][rows]
-        if self._library.grounds and "geom_dataid" in self._library.varied:
+        if "hfield_data" in self._library.varied or "hfield_size" in self._library.varied:
             self._library.point(self._view("geom_dataid"), where, rows)
 
     def _widen(self, name: str) -> None:
@@ -108,7 +108,10 @@ class WarpSim:
         with wp.ScopedDevice(self._device):
             if name in _FIELDS:
                 self._library.lay(self.model)
-            elif name not in _STATIC:
+                name = "geom_dataid"
+            if name == "geom_dataid" and self.model.geom_dataid.shape[0] == self.worlds:
+                return
+            if name not in _STATIC:
                 holder = self.model.opt if hasattr(self.model.opt, name) else self.model
                 shared = getattr(holder, name)
                 wide = wp.empty((self.worlds, *shared.shape[1:]), dtype=shared.dtype)
@@ -278,7 +281,6 @@ def _values(model: mujoco.MjModel) -> dict[str, Any]:
                 found[field.name] = _laid_out(getattr(holder, field.name), field.type)
     if model.nhfield:
         found |= {k: np.asarray(getattr(model, k), np.float32).copy() for k in _FIELDS}
-        found["geom_dataid"] = model.geom_dataid.astype(np.int32)
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     still = (model.body_weldid[model.geom_bodyid] == 0)[:, None]
