@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from metarobot.scan import scan
 from metarobot.types import MetarobotError
 
 State = tuple[Tensor, ...]
@@ -196,57 +197,3 @@ def memory(kind: str, inputs: int, width: int) -> Any:
     if kind not in MEMORIES:
         raise MetarobotError(f"no memory called {kind!r}; there are: {', '.join(MEMORIES)}")
     return MEMORIES[kind](inputs, width)
-
-
-class _Scan(torch.autograd.Function):
-    """``h_t = a_t h_{t−1} + b_t`` from ``h_{−1} = 0``, with its hand-written backward, the same recurrence reversed.
-
-    Both run in ~2√T vectorised steps: all chunks of √T steps at once, then the chunks' ends in order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        h, decay = torch.empty_like(b), torch.empty_like(a)
-        hs, decays, gates, inputs = h.unbind(1), decay.unbind(1), a.unbind(1), b.unbind(1)
-        hs[0].copy_(inputs[0])
-        decays[0].copy_(gates[0])
-        for t in range(1, len(hs)):
-            torch.addcmul(inputs[t], gates[t], hs[t - 1], out=hs[t])
-            torch.mul(gates[t], decays[t - 1], out=decays[t])
-        start = torch.zeros_like(h[:, 0])
-        for c in range(1, len(h)):
-            torch.addcmul(h[c - 1, -1], decay[c - 1, -1], start[c - 1], out=start[c])
-        h.addcmul_(decay, start[:, None])
-        ctx.save_for_backward(a, h)
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        # g_t = ∂L/∂h_t + a_{t+1} g_{t+1};   ∂L/∂b_t = g_t;   ∂L/∂a_t = g_t h_{t−1}
-        a, h = ctx.saved_tensors
-        g, decay = torch.empty_like(h), torch.empty_like(a)
-        gs, decays, gates, outer = g.unbind(1), decay.unbind(1), a.unbind(1), grads[0].unbind(1)
-        gs[-1].copy_(outer[-1])
-        decays[-1].fill_(1.0)
-        for t in range(len(gs) - 2, -1, -1):
-            torch.addcmul(outer[t], gates[t + 1], gs[t + 1], out=gs[t])
-            torch.mul(gates[t + 1], decays[t + 1], out=decays[t])
-        start = torch.zeros_like(g[:, 0])
-        for c in range(len(g) - 2, -1, -1):
-            torch.addcmul(g[c + 1, 0], decay[c + 1, 0], start[c + 1], out=start[c]).mul_(a[c + 1, 0])
-        g.addcmul_(decay, start[:, None])
-        grad_a = torch.zeros_like(a)
-        torch.mul(g.flatten(0, 1)[1:], h.flatten(0, 1)[:-1], out=grad_a.flatten(0, 1)[1:])
-        return grad_a, g
-
-
-def scan(a: Tensor, b: Tensor) -> Tensor:
-    """Solve ``h_t = a_t h_{t−1} + b_t``, ``(time, ...)``, differentiable in both."""
-    time, rest = len(a), a.shape[1:]
-    chunk = max(1, round(math.sqrt(time)))
-    pad = -time % chunk
-    if pad:
-        a, b = (torch.cat([x, x.new_zeros(pad, *rest)]) for x in (a, b))
-    chunks = (x.reshape(-1, chunk, *rest).contiguous() for x in (a, b))
-    h: Tensor = _Scan.apply(*chunks)  # type: ignore[no-untyped-call]
-    return h.reshape(-1, *rest)[:time]

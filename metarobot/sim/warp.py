@@ -192,7 +192,7 @@ class WarpSim:
 
 
 class _Library:
-    """The values of all models seen, field by field, of the fields in which they differ: ``rows[field] (model, ...)``."""
+    """The values of all models seen, of the fields in which they differ: ``rows[field]`` is ``(model, ...)``."""
 
     def __init__(self, nominal: mujoco.MjModel, device: str) -> None:
         self.device = device
@@ -315,4 +315,5 @@ def _repeated(value: Any, n: int, device: str) -> Tensor:
 
 
 def _too_large(worlds: int, error: Exception) -> WarpError:
-    return WarpError(f"{worlds:,} worlds do not fit the device's memory ({' '.join(str(error).split())[:120]}); use fewer")
+    why = " ".join(str(error).split())[:120]
+    return WarpError(f"{worlds:,} worlds do not fit the device's memory ({why}); use fewer")
