@@ -90,7 +90,9 @@ def observe(state: State) -> Tensor:
     """Return ``(world, 19)``: see ``OBSERVATIONS``."""
     scene, tally = sense(state), state.tally
     fingers = torch.stack([scene.opening, scene.closing, (tally[:, FORCE] > 0).to(tally), tally[:, GRIPPED]], 1)
-    return torch.cat([scene.tip - like(CENTRE, scene.tip), scene.speed, scene.offset, scene.x, scene.z, fingers], 1).float()
+    return torch.cat(
+        [scene.tip - like(CENTRE, scene.tip), scene.speed, scene.offset, scene.x, scene.z, fingers], 1
+    ).float()
 
 
 def begin(state: State) -> Tensor:

@@ -61,7 +61,9 @@ def belongs(state: State) -> Tensor:
 def code(state: State) -> Tensor:
     """Return the presented object's code, ``(world, CODE)``."""
     named = torch.stack([state.task[f"class_{i}"] for i in range(CLASSES)], 1).long()
-    return like(codes(), state.qpos)[named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()]
+    return like(codes(), state.qpos)[
+        named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()
+    ]
 
 
 def observe(state: State) -> Tensor:

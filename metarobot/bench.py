@@ -24,7 +24,8 @@ from metarobot.collect import collect
 from metarobot.env import Env, Family
 from metarobot.inner import looped
 from metarobot.parallel import steady_heap
-from metarobot.sim.cpu import CpuSim
+from metarobot.sim import Rows
+from metarobot.sim.cpu import CpuSim, numbers
 from metarobot.types import MetarobotError
 
 
@@ -83,14 +84,14 @@ class _Recorder(CpuSim):
         self.tape: list[_Told] = []
         self._ctrl, self._act = self.bind("ctrl"), self.bind("act")
 
-    def step(self, substeps: int, ids: Sequence[int] | None = None) -> Tensor:
+    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
         self.settle()
         self.tape.append(_Told(substeps, ctrl=self._ctrl.numpy().copy()))
-        return super().step(substeps, ids)
+        return super().step(substeps, rows)
 
-    def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
-        self.tape.append(_Told(0, ids, {"qpos": qpos.numpy(), "qvel": qvel.numpy()}))
-        super().reset(qpos, qvel, ids)
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+        self.tape.append(_Told(0, numbers(rows), {"qpos": qpos.numpy(), "qvel": qvel.numpy()}))
+        super().reset(qpos, qvel, rows)
 
     def settle(self) -> None:
         """Note where the drives of the last worlds that were reset have been put since."""

@@ -253,9 +253,9 @@ class Env:
         if tuple(action.shape) != (self.worlds, self.act_dim):
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
         self.command(action, awake)
-        step = self.arrive(self.sim.step(self.family.substeps, _rows(awake)), awake)
+        step = self.arrive(self.sim.step(self.family.substeps, awake), awake)
         if self.some(step.terminated | step.truncated):
-            step = step._replace(obs=self._autoreset(_rows(step.terminated | step.truncated)))
+            step = step._replace(obs=self._autoreset(step.terminated | step.truncated))
         return step
 
     def command(self, action: Tensor, awake: Tensor | None = None) -> None:
@@ -307,13 +307,9 @@ class Env:
     watched = False
     """Set to compute ``readout`` at each step: only a video looks at it."""
 
-    def _autoreset(self, ids: list[int]) -> Tensor:
+    def _autoreset(self, over: Tensor) -> Tensor:
+        ids = torch.nonzero(over)[:, 0].tolist()
         if self.resample is not None:
             self.set_tasks([self.resample(i, int(self._episode[i]) + 1) for i in ids], ids)
         self._restart(ids)
         return self._observe()
-
-
-def _rows(mask: Tensor | None) -> Any:
-    """List the rows of a mask; None is all of them."""
-    return None if mask is None else torch.nonzero(mask)[:, 0].tolist()

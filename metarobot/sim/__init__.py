@@ -8,6 +8,9 @@ from typing import Protocol
 import mujoco
 from torch import Tensor
 
+Rows = Sequence[int] | Tensor
+"""Which worlds: their numbers, or a mask ``(world,)``."""
+
 
 class Sim(Protocol):
     """Many worlds of the same layout, each with its own model and state. The world axis is axis 0."""
@@ -26,14 +29,17 @@ class Sim(Protocol):
         state by one substep after ``step``.
         """
 
-    def step(self, substeps: int, ids: Sequence[int] | None = None) -> Tensor:
-        """Advance the worlds of ``ids`` (default: all); return ``(world,)``, true where the physics broke down.
+    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
+        """Advance worlds (default: all); return ``(world,)``, true where the physics broke down.
 
         NaN, a warning of MuJoCo's, or an error.
         """
 
-    def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
-        """Put the worlds of ``ids`` into a fresh state with these joint positions and velocities ``(id, ...)``."""
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+        """Put worlds (default: all) into a fresh state with these joint positions and velocities.
+
+        A row for each number; with a mask, a row for each world there is.
+        """
 
     def snapshot(self, world: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
         """Return one world's model and a copy of its data, forward kinematics computed: for pictures."""

@@ -11,6 +11,8 @@ import torch
 from mujoco import batch
 from torch import Tensor
 
+from metarobot.sim import Rows
+
 
 class CpuSim:
     """Worlds in a ``mujoco.batch.Batch``; tensors are views of its memory, nothing is copied."""
@@ -39,11 +41,11 @@ class CpuSim:
         array.flags.writeable = True  # derived fields are read-only to numpy; torch warns about that
         return torch.from_numpy(array)
 
-    def step(self, substeps: int, ids: Sequence[int] | None = None) -> Tensor:
-        """Advance the worlds of ``ids`` (default: all); return ``(world,)``, true where the physics broke down."""
+    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
+        """Advance worlds (default: all); return ``(world,)``, true where the physics broke down."""
         failed: np.ndarray | None = None
         try:
-            self._batch.step(ids, nstep=substeps)
+            self._batch.step(numbers(rows), nstep=substeps)
         except batch.SimulationError as e:
             failed = e.ids
         bad = torch.from_numpy(self._batch.warning[:, :, 1].any(1))
@@ -52,11 +54,14 @@ class CpuSim:
             bad[torch.from_numpy(failed)] = True
         return bad
 
-    def reset(self, qpos: Tensor, qvel: Tensor, ids: Sequence[int] | None = None) -> None:
-        """Put the worlds of ``ids`` into a fresh state: warnings cleared, sensors of place and motion current."""
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+        """Put worlds (default: all) into a fresh state: warnings cleared, sensors of place and motion current."""
+        ids = numbers(rows)
+        if isinstance(rows, Tensor):
+            qpos, qvel = qpos[rows], qvel[rows]
         self._batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
-        rows = slice(None) if ids is None else torch.as_tensor(ids)
-        self._qpos[rows], self._qvel[rows] = qpos, qvel
+        where = slice(None) if ids is None else torch.as_tensor(ids)
+        self._qpos[where], self._qvel[where] = qpos, qvel
         if self._models[0].nsensordata:
             self._batch.forward(ids, stage=mujoco.mjtStage.mjSTAGE_VEL.value)
 
@@ -65,3 +70,8 @@ class CpuSim:
         model, data = self._models[world], self._batch.get_data(world)
         mujoco.mj_forward(model, data)
         return model, data
+
+
+def numbers(rows: Rows | None) -> Sequence[int] | None:
+    """List the numbers of worlds; None is all of them."""
+    return torch.nonzero(rows)[:, 0].tolist() if isinstance(rows, Tensor) else rows

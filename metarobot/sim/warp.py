@@ -7,6 +7,7 @@ is shared. Height fields and their sizes are a library that worlds point into. N
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarobot.sim import Rows
 from metarobot.types import MetarobotError
 
 try:
@@ -23,7 +25,7 @@ try:
 except ImportError as e:
     raise MetarobotError("MuJoCo Warp is not installed: pip install 'metarobot[gpu]'") from e
 
-wp.config.quiet = True
+wp.config.log_level = logging.WARNING
 _BATCHED = ("*",)
 _FIELDS = ("hfield_size", "hfield_data")
 """Of a height field: what the library holds, a row for each model."""
@@ -122,16 +124,18 @@ class WarpSim:
     def _view(self, name: str) -> Tensor:
         """Return a model field over the worlds, ``(world, ...)``, or where static geoms are."""
         holder = next(h for h in (self.data, self.model.opt, self.model) if hasattr(h, name))
-        return wp.to_torch(getattr(holder, name))
+        view: Tensor = wp.to_torch(getattr(holder, name))
+        return view
 
     def bind(self, field: str) -> Tensor:
         """Return the live tensor ``(world, ...)`` of an ``MjData`` field, float32 in MuJoCo's units."""
-        return wp.to_torch(getattr(self.data, field))
+        live: Tensor = wp.to_torch(getattr(self.data, field))
+        return live
 
-    def step(self, substeps: int, awake: Tensor | None = None) -> Tensor:
+    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
         """Advance all worlds; return ``(world,)``, true where the physics broke down, or lost a contact.
 
-        Nothing is read back. What worlds that are not ``awake`` do is not counted.
+        Nothing is read back. What worlds that are not in ``rows`` do is not counted.
         """
         with wp.ScopedDevice(self._device):
             if not self._device.is_cuda:
@@ -143,12 +147,20 @@ class WarpSim:
                     self._graphs[substeps] = capture.graph
                 wp.capture_launch(self._graphs[substeps])
         lost = (self._overflow & _LOST) != 0
-        if awake is not None:
-            lost &= awake
+        if rows is not None:
+            lost &= self._mask(rows)
         self._lost |= torch.where(lost, self._overflow & _LOST, 0)
         self._overflow.zero_()
         finite = torch.isfinite(self.bind("qpos").sum(1) + self.bind("qvel").sum(1))
-        return ~finite | lost
+        broken: Tensor = ~finite | lost
+        return broken
+
+    def _mask(self, rows: Rows) -> Tensor:
+        if isinstance(rows, Tensor):
+            return rows
+        return torch.zeros_like(self._overflow, dtype=torch.bool).index_fill_(
+            0, torch.tensor(rows, device=self._overflow.device), True
+        )
 
     def _advance(self, substeps: int) -> None:
         for _ in range(substeps):
@@ -161,11 +173,15 @@ class WarpSim:
         counts = {name: int(((bits & int(mjw.OverflowType[name])) != 0).sum()) for name in BUFFERS}
         return {name: n for name, n in counts.items() if n}
 
-    def reset(self, qpos: Tensor, qvel: Tensor, where: Tensor | None = None) -> None:
-        """Put worlds, all or those of the mask ``where``, into a fresh state; ``qpos``, ``qvel`` ``(world, ...)``.
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+        """Put worlds (default: all) into a fresh state with these joint positions and velocities.
 
         If all are, sensors of place and motion are current and those of forces zero; otherwise all keep what they have.
         """
+        where = None if rows is None else self._mask(rows)
+        if rows is not None and not isinstance(rows, Tensor):
+            ids = torch.tensor(rows, device=self._overflow.device)
+            qpos, qvel = (self.bind(k).index_copy(0, ids, x.float()) for k, x in (("qpos", qpos), ("qvel", qvel)))
         for name, value in {"qpos": qpos, "qvel": qvel, **self._fresh}.items():
             live = self.bind(name)
             live.copy_(value if where is None else torch.where(where.view(-1, *[1] * (live.dim() - 1)), value, live))
