@@ -16,6 +16,7 @@ from metarobot.envs import manipulation, objects, panda
 from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
 from metarobot.family import Family, State, Tally
 from metarobot.tasks import Param, TaskSpace
+from metarobot.types import like
 
 HORIZON = 100
 """Control steps an episode."""
@@ -101,7 +102,7 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
 def over(state: State) -> Tensor:
     """Say where the object broke, fell or left the table, or the hand jams."""
     scene, tally = sense(state), state.tally
-    away = (scene.object[:, :2] - manipulation.CENTRE[:2]).abs().amax(1) > 0.3
+    away = (scene.object[:, :2] - like(manipulation.CENTRE, scene.object)[:2]).abs().amax(1) > 0.3
     jammed = scene.pads.amax(1) > 3 * panda.FORCE
     return (tally[:, CRUSHED] > 0) | (tally[:, DROPPED] > 0) | away | jammed
 

@@ -31,6 +31,8 @@ _FIELDS = ("hfield_size", "hfield_data")
 """Of a height field: what the library holds, a row for each model."""
 _STATIC = ("geom_xpos", "geom_xmat")
 """Where geoms that never move are: computed once by MuJoCo Warp, so it has to be told when they differ."""
+_UNREAD = ("dof_length",)
+"""What only the sleeping of bodies reads, which no model here asks for."""
 BUFFERS = ("NEFC", "NJMAX_NNZ", "BROADPHASE", "NARROWPHASE", "CCD", "HFIELD", "EPA_HORIZON")
 """Overflows that lose a contact or a constraint, as MuJoCo Warp calls them."""
 _LOST = sum(int(mjw.OverflowType[name]) for name in BUFFERS if name in mjw.OverflowType.__members__)
@@ -168,7 +170,7 @@ class WarpSim:
 
     def lost(self) -> dict[str, int]:
         """Count, since the last call, the worlds in which each buffer overflowed; reads from the device."""
-        bits = self._lost.cpu()
+        bits = self._lost.clone().cpu()
         self._lost.zero_()
         counts = {name: int(((bits & int(mjw.OverflowType[name])) != 0).sum()) for name in BUFFERS}
         return {name: n for name, n in counts.items() if n}
@@ -320,7 +322,7 @@ def _fixed(model: mujoco.MjModel) -> dict[str, Any]:
     for field in dataclasses.fields(mjw.Model):
         spec, name = getattr(field.type, "shape", ()), field.name
         value = getattr(model, name, None)
-        varies = (isinstance(spec, tuple) and spec[:1] == _BATCHED) or name in _FIELDS
+        varies = (isinstance(spec, tuple) and spec[:1] == _BATCHED) or name in (*_FIELDS, *_UNREAD)
         if isinstance(value, np.ndarray) and value.size and not varies and (meshed or not name.startswith("mesh_")):
             shared[name] = value.copy()
     return shared
