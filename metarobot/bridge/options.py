@@ -35,7 +35,7 @@ class Options:
     """Let an agent that adapts between episodes do so, in a process beside this one that has torch."""
     rollouts: int = 20
     """Episodes to live before each adaptation."""
-    kl: float = 1.0
+    kl: float = 100.0
     """How far an adaptation may move the policy, KL divergence; what moves it further is refused."""
     run: str = ""
     """Run folder that adapts; the one the policy was exported from if not given."""

@@ -77,7 +77,7 @@ class Sim:
     After ``restart`` it is held where the episode begins until the first command: its time starts with that. A reading
     is handed out once: in real time ``get_observation`` waits for the next one, not much longer than a control period,
     if the newest has been taken, so that controller and robot keep step whatever their phase; ``wait = False`` turns
-    that off.
+    that off. Settings are those of ``python -m metarobot.simrobot``; ``task`` may be words, ``a=1,b=2``.
     """
 
     name = "sim"
@@ -92,7 +92,7 @@ class Sim:
         split: str = "test",
         tasks: int = 1,
         seed: int = 0,
-        task: Mapping[str, float] | None = None,
+        task: Mapping[str, float] | str = "",
         robot: str = "",
         lockstep: bool = False,
         noise: bool = True,
@@ -101,13 +101,15 @@ class Sim:
         address: str = "",
     ) -> None:
         self.meta, self.address, self.world = meta, address, 0
+        words = task.split(",") if isinstance(task, str) else [f"{k}={v!r}" for k, v in task.items()]
+        numbers = {"tasks": int(tasks), "seed": int(seed), "watchdog-s": watchdog_s, "publish-hz": publish_hz}
         self._arguments = [
-            *(family or meta.family, "--split", split, "--tasks", str(tasks), "--seed", str(seed)),
-            *(("--task", *(f"{k}={v!r}" for k, v in task.items())) if task else ()),
+            *(family or meta.family, "--split", split, "--until-eof"),
+            *(word for name, x in numbers.items() for word in (f"--{name}", str(x))),
+            *(("--task", *words) if task else ()),
             *(("--robot", robot) if robot else ()),
             *(("--lockstep",) if lockstep else ()),
             *(() if noise else ("--no-noise",)),
-            *("--watchdog-s", str(watchdog_s), "--publish-hz", str(publish_hz), "--until-eof"),
         ]
         self.info: dict[str, Any] = {}
         """What the robot says of itself: family, keys, rates, tasks."""
