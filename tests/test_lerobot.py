@@ -1,6 +1,12 @@
+import json
 import math
+import os
+import pty
 import threading
 import time
+import tty
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -185,3 +191,80 @@ def test_it_must_be_calibrated() -> None:
     with pytest.raises(BridgeError, match="run lerobot-calibrate"):
         connected(arm)
     assert not arm.open
+
+
+class Servos(threading.Thread):
+    """Six Feetech servos on a pseudo-terminal, as an arm has on its serial port; each goes where it is told at once."""
+
+    goal, position, torque = 42, 56, 40
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.end, slave = pty.openpty()
+        tty.setraw(slave)
+        self.port = os.ttyname(slave)
+        self.memory = {i: bytearray(256) for i in range(1, 7)}
+        for memory in self.memory.values():
+            memory[3:5] = (777).to_bytes(2, "little")  # an STS3215
+            memory[9:13] = (1024).to_bytes(2, "little") + (3072).to_bytes(2, "little")  # the calibrated range
+            memory[self.position : self.position + 2] = (2048).to_bytes(2, "little")
+
+    def run(self) -> None:
+        data = b""
+        while data := data + os.read(self.end, 1024):
+            while len(data) >= 4 and len(data) >= 4 + data[3]:
+                packet, data = data[: 4 + data[3]], data[4 + data[3] :]
+                self.obey(packet[2], packet[4], packet[5:-1])
+
+    def obey(self, servo: int, verb: int, told: bytes) -> None:
+        if verb in (1, 2):  # ping, read
+            self.answer(servo, told[0] if told else 0, told[1] if told else 0)
+        elif verb == 3:  # write
+            self.store(servo, told[0], told[1:])
+            self.answer(servo, 0, 0)
+        elif verb == 0x82:  # read from several
+            for each in told[2:]:
+                self.answer(each, told[0], told[1])
+        elif verb == 0x83:  # write to several
+            for k in range(2, len(told), 1 + told[1]):
+                self.store(told[k], told[0], told[k + 1 : k + 1 + told[1]])
+
+    def store(self, servo: int, at: int, data: bytes) -> None:
+        memory = self.memory[servo]
+        memory[at : at + len(data)] = data
+        if at == self.goal and memory[self.torque]:
+            memory[self.position : self.position + 2] = memory[self.goal : self.goal + 2]
+
+    def answer(self, servo: int, at: int, length: int) -> None:
+        body = bytes([servo, length + 2, 0, *self.memory[servo][at : at + length]])
+        os.write(self.end, b"\xff\xff" + body + bytes([~sum(body) & 0xFF]))
+
+
+def test_a_real_lerobot_arm_on_its_serial_bus(tmp_path: Path) -> None:
+    so = pytest.importorskip("lerobot.robots.so_follower", reason="LeRobot is not installed here")
+    servos = Servos()
+    servos.start()
+    motors = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+    measures = {"drive_mode": 0, "homing_offset": 0, "range_min": 1024, "range_max": 3072}
+    (tmp_path / "left.json").write_text(json.dumps({m: {"id": i + 1, **measures} for i, m in enumerate(motors)}))
+    arm = so.SO101Follower(so.SO101FollowerConfig(port=servos.port, id="left", calibration_dir=tmp_path))
+    joints = SimpleNamespace(joint_names=("pan", "grip"), layout="direct")
+    robot = LeRobot(arm, joints, {"pan": Channel.degrees("shoulder_pan.pos"), "grip": TABLE["grip"]})
+    robot.connect()
+    reading = robot.get_observation()
+    assert (reading["pan.pos"], reading["grip.pos"]) == pytest.approx((0.0, 0.75), abs=2e-3)
+    sent = robot.send_action({"pan.pos": 0.5, "grip.pos": 0.3})
+    assert sent == pytest.approx({"pan.pos": 0.5, "grip.pos": 0.3})
+    reading = robot.get_observation()
+    assert (reading["pan.pos"], reading["grip.pos"]) == pytest.approx((0.5, 0.3), abs=2e-3)
+    assert all(memory[Servos.torque] for memory in servos.memory.values())
+    # from another thread, while this one is at the bus all the time
+    damping = threading.Timer(0.05, robot.damp)
+    damping.start()
+    while damping.is_alive():
+        with suppress(BridgeError):
+            robot.get_observation()
+        time.sleep(0.001)
+    assert not any(memory[Servos.torque] for memory in servos.memory.values())
+    assert robot.send_action({"pan.pos": 0.0, "grip.pos": 0.0}) == {}
+    robot.disconnect()

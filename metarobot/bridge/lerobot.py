@@ -106,13 +106,16 @@ class LeRobot:
         _tried(lambda: self._robot.connect(calibrate=False))
         self._connected, self._damped = True, False
         self._angles, self._stamp, self._seq = [math.nan] * len(self._table), 0.0, 0
+        self._reading: dict[str, float] = {}
         if not self._robot.is_calibrated:
             self.disconnect()
             raise BridgeError(f"{self._robot.name} is not calibrated; run lerobot-calibrate first")
         self.get_observation()
 
     def get_observation(self) -> dict[str, float]:
-        """Read all motors now; speeds are 0 on the first reading."""
+        """Read all motors now; speeds are 0 on the first reading. After ``damp``, which has the bus, it is the last."""
+        if self._damped:
+            return dict(self._reading)
         numbers = _tried(self._robot.get_observation)
         stamp = time.monotonic()
         angles = [c.zero + c.scale * float(numbers[c.key]) for c in self._table.values()]
@@ -120,7 +123,13 @@ class LeRobot:
         speeds = [(new - old) / passed if self._seq else 0.0 for new, old in zip(angles, self._angles, strict=True)]
         self._angles, self._stamp, self._seq = angles, stamp, self._seq + 1
         velocities = zip((f"{joint}.vel" for joint in self._table), speeds, strict=True)
-        return {"stamp": stamp, "seq": self._seq, **dict(zip(self._keys, angles, strict=True)), **dict(velocities)}
+        self._reading = {
+            "stamp": stamp,
+            "seq": self._seq,
+            **dict(zip(self._keys, angles, strict=True)),
+            **dict(velocities),
+        }
+        return dict(self._reading)
 
     def send_action(self, action: Command) -> dict[str, float]:
         """Command the motors; return what LeRobot says it really sent. After ``damp`` nothing is sent."""
