@@ -58,7 +58,7 @@ def test_what_is_not_measured_is_left_out(far: Controller) -> None:
 
 
 def test_commands_go_out_in_the_controllers_order(far: Controller) -> None:
-    robot = near(far, joints=["b", "a"])
+    robot = near(far, joints="b,a")
     assert robot.send_action({"a.pos": 0.1, "b.pos": 0.2}) == {"a.pos": 0.1, "b.pos": 0.2}
     assert until(far.commanded) == [0.2, 0.1]
 
@@ -147,7 +147,7 @@ def test_without_what_it_needs_it_does_not_connect(far: Controller) -> None:
     with far.alive(position=[0.0, math.nan, 0.0]), pytest.raises(BridgeError, match="not finite"):
         Ros2(meta(), **wanting | {"timeout": 2.0}).connect()
     with pytest.raises(BridgeError, match="the policy's joints a, b are not fwd's: a, b, c"):
-        Ros2(meta(), controller="fwd", joints=["a", "b", "c"])
+        Ros2(meta(), controller="fwd", joints="a,b,c")
     assert far.commanded() is None
 
 

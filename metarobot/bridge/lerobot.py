@@ -10,11 +10,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from metarobot.bridge.commands import checked
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot import Command
+
+if TYPE_CHECKING:
+    from metarobot.bridge.meta import Meta
 
 RETRY = 0.2
 """How long ``damp`` tries when the robot's bus is busy, s."""
@@ -85,7 +88,7 @@ class LeRobot:
     def __init__(
         self,
         robot: LeRobotLike,
-        meta: Any,
+        meta: Meta,
         table: Mapping[str, Channel],
         limp: Callable[[], object] | None = None,
     ) -> None:

@@ -19,6 +19,7 @@ from metarobot.bridge.robot import GYRO, QUAT, Command
 
 if TYPE_CHECKING:
     from metarobot.bridge.dds import Wire
+    from metarobot.bridge.meta import Meta
     from metarobot.bridge.ros2_idl import Float64, Float64MultiArray, Header, Imu, JointState
 
 
@@ -27,8 +28,8 @@ class Ros2:
 
     interface, domain: network interface and ROS_DOMAIN_ID.
     controller: name of the forward_command_controller.
-    joints: its parameter ``joints``, as the policy calls them; the policy's own order if not given. ROS may call
-    joint ``x`` ``x_joint``.
+    joints: its parameter ``joints``, as the policy calls them and with commas between; the policy's own order if not
+    given. ROS may call joint ``x`` ``x_joint``.
     states, imu, reward: topics; ``imu`` is read for a legged policy, ``reward`` (std_msgs/Float64) if given.
     timeout: s, how long ``connect`` waits for each of them.
     guard: whether it stands beside a controller, to damp when that one dies; else another one is not suffered.
@@ -42,12 +43,12 @@ class Ros2:
 
     def __init__(
         self,
-        meta: Any,
+        meta: Meta,
         *,
         interface: str = "lo",
         domain: int = 0,
         controller: str = "forward_position_controller",
-        joints: Sequence[str] = (),
+        joints: str = "",
         states: str = "joint_states",
         imu: str = "imu/data",
         reward: str = "",
@@ -55,7 +56,7 @@ class Ros2:
         guard: bool = False,
     ) -> None:
         self.identity = f"ros2 {controller} on {interface}, domain {domain}"
-        self._joints = tuple(joints or meta.joint_names)
+        self._joints = tuple(joints.split(",")) if joints else tuple(meta.joint_names)
         if sorted(self._joints) != sorted(meta.joint_names):
             ours, theirs = ", ".join(meta.joint_names), ", ".join(self._joints)
             raise BridgeError(f"the policy's joints {ours or 'none'} are not {controller}'s: {theirs or 'none'}")

@@ -8,7 +8,7 @@ publishes the same commands, and ``connect`` refuses while it does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from metarobot.bridge.commands import checked
 from metarobot.bridge.errors import BridgeError
@@ -16,6 +16,7 @@ from metarobot.bridge.robot import GYRO, QUAT, Command
 
 if TYPE_CHECKING:
     from metarobot.bridge.dds import Wire
+    from metarobot.bridge.meta import Meta
     from metarobot.bridge.unitree_idl import LowCmd, LowState
 
 LEGS = ("FR", "FL", "RR", "RL")
@@ -55,7 +56,7 @@ class Unitree:
 
     def __init__(
         self,
-        meta: Any,
+        meta: Meta,
         *,
         interface: str = "lo",
         domain: int = 0,
