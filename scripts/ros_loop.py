@@ -112,7 +112,7 @@ def main() -> None:
         command = [args.python, ROOT / "scripts/ros_peer.py", written(Path(folder)), "--hz", str(args.hz)]
         environment = os.environ | {"ROS_DOMAIN_ID": str(args.domain)}
         peer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        robot = Ros2(META, domain=args.domain, timeout=20.0)
+        robot = Ros2(META, domain=args.domain, timeout=60.0)
         robot.connect()
         here = DomainParticipant(args.domain)
         keep = Qos(Policy.History.KeepAll)

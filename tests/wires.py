@@ -33,7 +33,7 @@ def meta(joints: Sequence[str] = ("a", "b"), layout: str = "direct") -> Any:
     )
 
 
-def until(ready: Callable[[], Any], timeout: float = 5.0) -> Any:
+def until(ready: Callable[[], Any], timeout: float = 15.0) -> Any:
     """Poll for something; fail after a while."""
     end = time.monotonic() + timeout
     while not (answer := ready()):
