@@ -10,12 +10,13 @@ The round trip is from a command's leaving to its echo's coming back from the ca
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from metarobot.envs import go2
 from metarobot.model import compile_spec
 
 ROOT, CONTROLLER = Path(__file__).parents[1], "forward_position_controller"
+PYTHON = ROOT / ".ros/bin/python"
 META: Any = SimpleNamespace(joint_names=go2.JOINTS, layout="legged")
 
 
@@ -98,36 +100,49 @@ def numbers(reader: Any) -> list[int]:
     return [int(state.header.frame_id) for state in reader.take(100_000)]
 
 
+@contextmanager
+def peer(python: str, domain: int, hz: float, log: str = "") -> Iterator[list[dict[str, Any]]]:
+    """Run the rclpy node; the list lent holds, afterwards, what it counted."""
+    counted: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, ROOT / "scripts/ros_peer.py", written(Path(folder)), "--hz", str(hz), "--log", log]
+        environment = os.environ | {"ROS_DOMAIN_ID": str(domain)}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            yield counted
+        finally:
+            process.terminate()
+            counted.append(json.loads(process.communicate(timeout=20)[0].splitlines()[-1]))
+
+
+def measured(domain: int, hz: float, seconds: float) -> tuple[dict[str, Any], list[int], np.ndarray]:
+    """Close the loop; return what was counted, the numbers of the states that came, and the round trips, ms."""
+    robot = Ros2(META, domain=domain, timeout=60.0)
+    robot.connect()
+    here, keep = DomainParticipant(domain), Qos(Policy.History.KeepAll)
+    states = DataReader(here, Topic(here, "rt/joint_states", JointState), keep)
+    echoes = Echoes(DataReader(here, Topic(here, f"rt/{CONTROLLER}/echo", Float64MultiArray), keep))
+    echoes.start()
+    time.sleep(1.0)
+    numbers(states)
+    figures = close_the_loop(robot, echoes, hz, seconds)
+    came = numbers(states)
+    robot.damp()
+    echoes.join()
+    return figures, came, np.array(echoes.trips) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--hz", type=float, default=200.0)
     parser.add_argument("--domain", type=int, default=os.getpid() % 200 + 1, help="ROS_DOMAIN_ID")
-    parser.add_argument(
-        "--python", default=str(ROOT / ".ros/bin/python"), help="one that has rclpy (scripts/ros_peer.sh)"
-    )
+    parser.add_argument("--python", default=str(PYTHON), help="one that has rclpy (scripts/ros_peer.sh)")
     parser.add_argument("--json", default="", help="where to write the figures")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        command = [args.python, ROOT / "scripts/ros_peer.py", written(Path(folder)), "--hz", str(args.hz)]
-        environment = os.environ | {"ROS_DOMAIN_ID": str(args.domain)}
-        peer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        robot = Ros2(META, domain=args.domain, timeout=60.0)
-        robot.connect()
-        here = DomainParticipant(args.domain)
-        keep = Qos(Policy.History.KeepAll)
-        states = DataReader(here, Topic(here, "rt/joint_states", JointState), keep)
-        echoes = Echoes(DataReader(here, Topic(here, f"rt/{CONTROLLER}/echo", Float64MultiArray), keep))
-        echoes.start()
-        time.sleep(1.0)
-        numbers(states)
-        figures = close_the_loop(robot, echoes, args.hz, args.seconds)
-        came = numbers(states)
-        robot.damp()
-        echoes.join()
-        peer.send_signal(signal.SIGTERM)
-        counted = json.loads(peer.communicate(timeout=20)[0].splitlines()[-1])
-    trips = np.array(echoes.trips) * 1e3
+    with peer(args.python, args.domain, args.hz) as told:
+        figures, came, trips = measured(args.domain, args.hz, args.seconds)
+    (counted,) = told
     figures |= {
         "commands_received": counted["commands"] - 1,
         "commands_lost": figures["sent"] + 1 - counted["commands"],
@@ -142,12 +157,8 @@ def main() -> None:
     print(text)
     if args.json:
         Path(args.json).write_text(text + "\n")
-    good = (
-        counted["active"]
-        and not any(figures[f"commands_{w}"] for w in ("lost", "refused"))
-        and not figures["states_lost"]
-    )
-    sys.exit(0 if good else 1)
+    bad = [figures[what] for what in ("commands_lost", "commands_refused", "states_lost")]
+    sys.exit(0 if counted["active"] and not any(bad) else 1)
 
 
 if __name__ == "__main__":
