@@ -295,17 +295,21 @@ def _prune(model: onnx.ModelProto) -> list[str]:
     return [i.name for i in kept]
 
 
-def properties(meta: dict[str, Any]) -> dict[str, str]:
-    """Write metadata as strings: flat lists as comma-separated values, all else as JSON, words as they are."""
-    return {key: _word(value) for key, value in meta.items()}
+def properties(value: Any, key: str = "") -> dict[str, str]:
+    """Write metadata as strings: ``trial.horizon`` for what is in a part, comma-separated values for lists."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in value}
+    if isinstance(value, dict):
+        return {k: v for name, x in value.items() for k, v in properties(x, f"{key}.{name}" if key else name).items()}
+    return {key: ",".join(_words(value))}
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value):
-        return ",".join(map(str, value))
-    return json.dumps(value, ensure_ascii=False)
+def _words(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for x in value:
+            yield from _words(x)
+    else:
+        yield value if isinstance(value, str) else json.dumps(value)
 
 
 def _write(folder: Path, model: onnx.ModelProto, meta: dict[str, Any]) -> None:
