@@ -35,7 +35,7 @@ from metarobot.model import compile_spec
 
 ROOT, CONTROLLER = Path(__file__).parents[1], "forward_position_controller"
 PYTHON = ROOT / ".ros/bin/python"
-META: Any = SimpleNamespace(joint_names=go2.JOINTS, layout="legged")
+META: Any = SimpleNamespace(joint_names=go2.JOINTS, layout="legged", reward=None)
 
 
 def written(folder: Path) -> Path:

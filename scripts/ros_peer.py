@@ -1,9 +1,9 @@
 """A robot on a real ROS 2, for scripts/ros_loop.py: MuJoCo behind forward_command_controller's rules. Needs rclpy.
 
-Publishes /joint_states (names with _joint, in an order of its own) and /imu/data at a fixed rate, and holds the last
-command for ever, as ros2_control does: a message with a number that is not finite is dropped, one of the wrong length
-puts the controller out of action. What came in is sent back at once on /<controller>/echo. Ends on SIGTERM or SIGINT,
-and then prints what it counted as JSON.
+Publishes /joint_states (names with _joint, in an order of its own), /imu/data and /foot_forces at a fixed rate, and
+holds the last command for ever, as ros2_control does: a message with a number that is not finite is dropped, one of the
+wrong length puts the controller out of action. What came in is sent back at once on /<controller>/echo. Ends on SIGTERM
+or SIGINT, and then prints what it counted as JSON.
 """
 
 import argparse
@@ -37,6 +37,8 @@ class Robot:
         self.joints = [self.model.joint(self.model.actuator(i).trnid[0]).name for i in range(self.model.nu)]
         self._qpos = [self.model.joint(name).qposadr[0] for name in self.joints]
         self._dof = [self.model.joint(name).dofadr[0] for name in self.joints]
+        touch = [i for i in range(self.model.nsensor) if self.model.sensor_type[i] == mujoco.mjtSensor.mjSENS_TOUCH]
+        self._touch = [self.model.sensor_adr[i] for i in touch]
         if self.model.nkey:
             mujoco.mj_resetDataKeyframe(self.model, self.data, 0)
         mujoco.mj_forward(self.model, self.data)
@@ -53,6 +55,9 @@ class Robot:
     def speeds(self) -> np.ndarray:
         return self.data.qvel[self._dof]
 
+    def forces(self) -> list[float]:
+        return self.data.sensordata[self._touch].tolist()
+
 
 class Peer(Node):
     """forward_command_controller, joint_state_broadcaster and imu_sensor_broadcaster in one node."""
@@ -67,6 +72,7 @@ class Peer(Node):
         self.log = Path(log).open("w") if log else None  # noqa: SIM115
         self.states = self.create_publisher(JointState, "/joint_states", qos_profile_system_default)
         self.imu = self.create_publisher(Imu, "/imu/data", qos_profile_system_default)
+        self.feet = self.create_publisher(Float64MultiArray, "/foot_forces", qos_profile_system_default)
         self.echo = self.create_publisher(Float64MultiArray, f"/{controller}/echo", qos_profile_system_default)
         # a queue, for this callback shares its thread with MuJoCo, and ros2_control's does not
         deep = QoSProfile(depth=100, reliability=ReliabilityPolicy.SYSTEM_DEFAULT)
@@ -98,6 +104,7 @@ class Peer(Node):
         now = self.get_clock().now().to_msg()
         self.publish_joints(now)
         self.publish_imu(now)
+        self.feet.publish(Float64MultiArray(data=self.robot.forces()))
 
     def publish_joints(self, now: Time) -> None:
         message = JointState()

@@ -127,6 +127,7 @@ def test_a_legged_policy_has_the_trunk_too_and_either_may_freeze(far: Controller
     reading = sees(robot, 100.0)
     assert [reading[f"imu.quat.{a}"] for a in "wxyz"] == [1.0, 2.0, 3.0, 4.0]
     assert [reading[f"imu.gyro.{a}"] for a in "xyz"] == [5.0, 6.0, 7.0]
+    assert (reading["FL.force"], reading["FR.force"]) == (10.0, 20.0)
     for stamp in (100.2, 100.3):
         far.publish(stamp)
         time.sleep(0.02)

@@ -160,7 +160,7 @@ def sees(robot: Unitree, stamp: float) -> dict[str, float]:
 
 
 def test_a_reading_has_all_that_was_measured(far: Go2) -> None:
-    robot = near(far)
+    robot = near(far, foot_zero=88.0, foot_scale=0.5)
     far.publish(100.007)
     reading = sees(robot, 100.007)
     assert reading.pop("seq") == 100007
@@ -171,7 +171,7 @@ def test_a_reading_has_all_that_was_measured(far: Go2) -> None:
         assert [reading.pop(f"{joint}.{part}") for part in ("pos", "vel", "tau")] == [
             (23 + 12 * i + k) % 100 for k in (1, 2, 4)
         ]
-    assert [reading.pop(f"{leg}.force") for leg in ("FR", "FL", "RR", "RL")] == [88, 89, 90, 91]
+    assert [reading.pop(f"{leg}.force") for leg in ("FR", "FL", "RR", "RL")] == [0.0, 0.5, 1.0, 1.5]
     assert reading.keys() == {"stamp"}
 
 

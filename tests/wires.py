@@ -30,6 +30,7 @@ def meta(joints: Sequence[str] = ("a", "b"), layout: str = "direct") -> Any:
         joint_stiffness=tuple(10.0 * k for k in gains),
         joint_damping=tuple(0.5 * k for k in gains),
         layout=layout,
+        reward={"legs": {"FL": {}, "FR": {}}} if layout == "legged" else None,
     )
 
 
@@ -69,6 +70,7 @@ class Controller:
         self.number, self.link = number, Link("lo", number)
         self._states = self.link.writer("rt/joint_states", ros.JointState)
         self._imu = self.link.writer("rt/imu/data", ros.Imu)
+        self._feet = self.link.writer("rt/foot_forces", ros.Float64MultiArray)
         self._commands = self.link.reader(f"rt/{name}/commands", ros.Float64MultiArray)
 
     def publish(self, stamp: float, position: Sequence[float] = (0.0, 2.0, 1.0), **other: Any) -> None:
@@ -79,7 +81,8 @@ class Controller:
         self._states.send(ros.JointState(head(stamp), names, list(position), filled["velocity"], filled["effort"]))
 
     def tilt(self, stamp: float) -> None:
-        """Publish an IMU reading whose seven numbers count up."""
+        """Publish an IMU reading whose seven numbers count up, and the forces of two feet."""
+        self._feet.send(ros.Float64MultiArray(ros.MultiArrayLayout([], 0), [10.0, 20.0]))
         turn, none = ros.Vector3(5.0, 6.0, 7.0), [0.0] * 9
         self._imu.send(ros.Imu(head(stamp), ros.Quaternion(2.0, 3.0, 4.0, 1.0), none, turn, none, turn, none))
 

@@ -30,7 +30,8 @@ class Ros2:
     controller: name of the forward_command_controller.
     joints: its parameter ``joints``, as the policy calls them and with commas between; the policy's own order if not
     given. ROS may call joint ``x`` ``x_joint``.
-    states, imu, reward: topics; ``imu`` is read for a legged policy, ``reward`` (std_msgs/Float64) if given.
+    states, imu, feet, reward: topics. ``imu`` is read for a legged policy; ``feet``, a std_msgs/Float64MultiArray of
+    the feet's forces, N, legs in the policy's order, if its reward needs it; ``reward``, a std_msgs/Float64, if given.
     timeout: s, how long ``connect`` waits for each of them.
     guard: whether it stands beside a controller, to damp when that one dies; else another one is not suffered.
 
@@ -51,6 +52,7 @@ class Ros2:
         joints: str = "",
         states: str = "joint_states",
         imu: str = "imu/data",
+        feet: str = "foot_forces",
         reward: str = "",
         timeout: float = 5.0,
         guard: bool = False,
@@ -64,6 +66,8 @@ class Ros2:
         self._place, self._timeout, self._commands = (interface, domain), timeout, f"rt/{controller}/commands"
         self._states, self._reward = f"rt/{states}", f"rt/{reward}" if reward else ""
         self._imu = f"rt/{imu}" if meta.layout == "legged" else ""
+        self._forces = [f"{leg}.force" for leg in (meta.reward or {}).get("legs", ())]
+        self._feet = f"rt/{feet}" if self._forces else ""
         self._guard = guard
         self._wire: Wire[JointState, Float64MultiArray] | None = None
 
@@ -86,6 +90,8 @@ class Ros2:
         self._sources[self._states] = self._wire.newest, self._joint_reading
         if self._imu:
             self._sources[self._imu] = link.reader(self._imu, ros2_idl.Imu).newest, _imu_reading
+        if self._feet:
+            self._sources[self._feet] = link.reader(self._feet, ros2_idl.Float64MultiArray).newest, self._foot_reading
         if self._reward:
             self._sources[self._reward] = link.reader(self._reward, ros2_idl.Float64).newest, _reward_reading
         self._parts: dict[str, dict[str, float]] = {}
@@ -94,7 +100,7 @@ class Ros2:
         self._seq = 0
 
     def _await(self) -> None:
-        wire, awaited = self._connected(), {self._states, self._imu} - {""}
+        wire, awaited = self._connected(), {self._states, self._imu, self._feet} - {""}
         wire.wait(self._timeout)
         wire.link.wait(
             lambda: awaited <= self._take().keys(),
@@ -155,6 +161,11 @@ class Ros2:
             self._measured = positions
         self._seq += 1
         return reading
+
+    def _foot_reading(self, message: Float64MultiArray) -> dict[str, float]:
+        if len(message.data) != len(self._forces):
+            raise BridgeError(f"{self._feet} has {len(message.data)} numbers for {len(self._forces)} feet")
+        return dict(zip(self._forces, message.data, strict=True))
 
 
 def _order(joints: Sequence[str], names: Sequence[str]) -> list[int]:

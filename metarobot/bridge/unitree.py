@@ -44,11 +44,11 @@ class Unitree:
 
     interface, domain: network interface on the robot's net (its computers are 192.168.123.x), and DDS domain.
     damping: N·m·s/rad, what each motor brakes with after ``damp``.
+    foot_zero, foot_scale: what a foot's sensor says in the air, and N for a unit more of it; the sensor itself says
+    numbers without a unit.
     checksums: whether readings must have a right checksum; some simulators send none.
     timeout: s, how long ``connect`` waits.
     guard: whether it stands beside a controller, to damp when that one dies; else another one is not suffered.
-
-    ``{leg}.force`` is the foot sensor's raw number, not N.
     """
 
     name = "unitree"
@@ -61,6 +61,8 @@ class Unitree:
         interface: str = "lo",
         domain: int = 0,
         damping: float = 4.0,
+        foot_zero: float = 0.0,
+        foot_scale: float = 1.0,
         checksums: bool = True,
         timeout: float = 5.0,
         guard: bool = False,
@@ -74,6 +76,7 @@ class Unitree:
         by_joint = dict(zip(meta.joint_names, gains, strict=True))
         self._gains = [by_joint[joint] for joint in JOINTS]
         self._place, self._damping, self._checksums, self._timeout = (interface, domain), damping, checksums, timeout
+        self._foot = foot_zero, foot_scale
         self._guard = guard
         self._wire: Wire[LowState, LowCmd] | None = None
 
@@ -127,21 +130,21 @@ class Unitree:
             if self._checksums and not state.sound:
                 self.bad += 1
             else:
-                self._reading = _reading(state.numbers)
+                self._reading = _reading(state.numbers, *self._foot)
         return self._reading
 
 
 _POSITIONS = [f"{joint}.pos" for joint in JOINTS]
 
 
-def _reading(numbers: Sequence[float]) -> dict[str, float]:
+def _reading(numbers: Sequence[float], foot_zero: float, foot_scale: float) -> dict[str, float]:
     """Name what a controller needs of a LowState's numbers."""
     reading = {"stamp": numbers[_TICK] * 1e-3, "seq": numbers[_TICK]}
     reading.update(zip((*QUAT, *GYRO), numbers[_HEADER : _HEADER + 7], strict=True))
     for i, joint in enumerate(JOINTS):
         _, q, dq, _, tau = numbers[_HEADER + _IMU + i * _MOTOR :][:5]
         reading |= {f"{joint}.pos": q, f"{joint}.vel": dq, f"{joint}.tau": tau}
-    return reading | {f"{leg}.force": numbers[_FEET + i] for i, leg in enumerate(LEGS)}
+    return reading | {f"{leg}.force": foot_scale * (numbers[_FEET + i] - foot_zero) for i, leg in enumerate(LEGS)}
 
 
 def _message(motors: Sequence[Sequence[float]]) -> LowCmd:
