@@ -46,7 +46,7 @@ class Server:
             raise MetarobotError(f"publish_hz must be between 0 and the physics' {physics:g}, not {publish_hz:g}")
         if not (watchdog_s > 0 and math.isfinite(watchdog_s)):
             raise MetarobotError(f"watchdog_s must be above 0, not {watchdog_s:g}")
-        self._every = max(1, round(physics / publish_hz)) if publish_hz else world.family.substeps
+        self._every = max(1, round(physics / publish_hz)) if publish_hz and not lockstep else world.family.substeps
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             self._socket.bind((HOST, port))
@@ -163,6 +163,8 @@ class Server:
     def _serve_owner(self, kind: Kind, number: int, payload: bytes) -> None:
         if kind == Kind.COMMAND:
             self._obey(number, payload)
+        elif kind == Kind.PASS and number > self._command:
+            self._pass(number)
         elif kind == Kind.RESTART:
             self._begin(payload)
         elif kind == Kind.DAMP:
@@ -188,7 +190,6 @@ class Server:
         if number <= self._command:
             self.counts["refused"] += 1
             return
-        self._command = number
         whole = len(payload) == 8 * len(self.world.signals.command)
         values = np.frombuffer(payload, "<f8") if whole else np.array([math.nan])
         if np.isfinite(values).all():
@@ -199,6 +200,11 @@ class Server:
             self._heard, self._silence, self._held = now, 0, False
         else:
             self.counts["refused"] += 1
+        self._pass(number)
+
+    def _pass(self, number: int) -> None:
+        """In lock-step, let a control period pass; its reading says which command, or request, it answers."""
+        self._command = number
         if self.lockstep:
             for _ in range(self.world.family.substeps):
                 self._tick()

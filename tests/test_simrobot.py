@@ -238,6 +238,18 @@ def test_it_is_held_at_the_start_until_the_first_command() -> None:
         assert robot.report()["held"]
 
 
+def test_in_lock_step_time_passes_with_each_reading_and_without_commands_it_damps() -> None:
+    with served(world("QuadrupedFlat"), hz=200) as server, driven(server) as robot:
+        robot.restart(0)
+        seen = [robot.get_observation() for _ in range(4)]
+        assert np.diff([r["stamp"] for r in seen]) == pytest.approx(0.02)
+        assert len({r["FR_calf.pos"] for r in seen}) == 1  # held
+        targets = still(robot)
+        seen = [act(robot, targets), *(robot.get_observation() for _ in range(6))]
+        assert np.diff([r["stamp"] for r in seen]) == pytest.approx(0.02)
+        assert [r["damped"] for r in seen] == [0, 0, 0, 0, 0, 1, 1]  # after 0.1 s
+
+
 def test_in_real_time_a_reading_comes_each_control_period_and_none_twice() -> None:
     with served(world("QuadrupedFlat"), lockstep=False, watchdog_s=1.0) as server, driven(server) as robot:
         robot.restart(0)

@@ -51,6 +51,8 @@ class Kind(IntEnum):
     """Asked without payload, from any address; answered with JSON."""
     REFUSED = 8
     BYE = 9
+    PASS = 10
+    """In lock-step: let a control period pass without a command; numbered as commands are."""
 
 
 def frame(kind: Kind, number: int, values: Any = None) -> bytes:
@@ -72,7 +74,7 @@ def parse(data: bytes) -> tuple[Kind, int, bytes] | None:
 
 
 class Sim:
-    """A robot in MuJoCo, in real time or in lock-step: then its time goes on by one control period a command.
+    """A robot in MuJoCo, in real time or in lock-step: then its time goes on by one control period a reading.
 
     After ``restart`` it is held where the episode begins until the first command: its time starts with that. A reading
     is handed out once: in real time ``get_observation`` waits for the next one, not much longer than a control period,
@@ -142,9 +144,12 @@ class Sim:
             raise
 
     def get_observation(self) -> dict[str, float]:
-        """Return the newest reading: in lock-step the one that answers the last command."""
+        """Return the newest reading: in lock-step the one a control period after the last."""
         self._drain()
         if self.info["lockstep"]:
+            if self._latest["seq"] == self._seen and self._answers[0] >= self._sent:
+                self._sent = next(self._numbers)
+                self._send(frame(Kind.PASS, self._sent))
             self._ask(None, lambda: self._answers[0] >= self._sent)
         elif self.wait and self._latest["seq"] == self._seen:
             self._hear(WAIT * self.info["control_s"])
