@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,9 @@ from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class RL2Config:
-    """Settings of RL²; the defaults reach the results in the README on 2 CPU cores."""
+class TrialsConfig:
+    """Settings of PPO over trials; the defaults reach the results in the README on 2 CPU cores."""
 
-    sees_task: bool = False
-    """Show the memory the task: the oracle among agents with a memory."""
     worlds: int = 64
     """Trials an iteration, one a world."""
     episodes: int = 2
@@ -55,8 +54,6 @@ class RL2Config:
     """Approximate KL divergence from the collecting policy at which an iteration's learning stops."""
     value: float = 0.5
     """Weight of the critic's squared error."""
-    belief: float = 0.5
-    """Weight of the belief head's squared error; 0 removes its influence."""
     grad_norm: float = 1.0
     """Bound on the gradient's norm."""
     std: float = 0.6
@@ -64,6 +61,16 @@ class RL2Config:
     teach: float = 0.0
     """Weight, at the start, of the squared error to what the family advises, or its expert does; it falls to none at
     the end (kickstarting, Schmitt et al. 2018)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RL2Config(TrialsConfig):
+    """Settings of RL²."""
+
+    sees_task: bool = False
+    """Show the memory the task: the oracle among agents with a memory."""
+    belief: float = 0.5
+    """Weight of the belief head's squared error; 0 removes its influence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,17 +153,26 @@ class Batch(NamedTuple):
     advice: Tensor
 
 
-class RL2:
-    """Trains an ``RL2Agent`` by PPO over trials."""
+class TrialsPPO:
+    """Trains an agent with a memory by PPO over trials, and what it knows of the task by a loss of its own.
 
-    def __init__(self, config: RL2Config, shapes: Shapes) -> None:
+    The agent, called with whole trials, gives mean actions, values, and what it knows at every step.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    """Names of the statistics of the loss about what is known."""
+
+    def __init__(self, config: TrialsConfig, agent: Any, shapes: Shapes, **others: nn.Module) -> None:
+        """``others`` are trained beside the agent."""
         if config.worlds % config.minibatches:
             raise MetarobotError(f"worlds = {config.worlds} is not a multiple of minibatches = {config.minibatches}")
         self.config = config
-        self.agent = RL2Agent(shapes, config)
+        self.agent = agent
         self.spread = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
-        self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
+        self.modules = {"agent": agent, "spread": self.spread, "critic_norm": self.critic_norm, **others}
+        self.groups = [list(agent.parameters()), *(list(m.parameters()) for m in others.values())]
+        self.optimiser = torch.optim.Adam(chain(*self.groups), lr=config.lr, eps=1e-5, fused=True)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Learn from one set of trials."""
@@ -167,16 +183,17 @@ class RL2:
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        kl, steps, sums = 0.0, 0, batch.x.new_zeros(5)
+        kl, steps, sums = 0.0, 0, batch.x.new_zeros(4 + len(self.parts))
         for _ in range(c.epochs):
+            drawn = self._draw(seq, generator)
             for rows in torch.randperm(c.worlds, generator=generator).chunk(c.minibatches):
-                losses = self._step(batch, rows, teach)
-                sums, steps, kl = sums + losses, steps + 1, float(losses[3])
+                losses = self._step(batch, drawn, rows, teach)
+                sums, steps, kl = sums + losses, steps + 1, float(losses[2])
                 if kl > c.kl_stop:
                     break
             if kl > c.kl_stop:
                 break
-        names = ("policy_gradient_loss", "value_loss", "belief_loss", "approx_kl", "clip_fraction")
+        names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", *self.parts)
         metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
         spread = float(self.agent.log_std.detach().exp().mean())
         explained = float(explained_variance(batch.value[seq.valid], batch.target[seq.valid]))
@@ -197,11 +214,11 @@ class RL2:
         A fall ends the trace; a time limit inside the trial leads on into the next episode, which the memory will
         live through too; the trial's own end bootstraps from the value of the final observation.
         """
-        x = self.agent.features(_with_final(seq), task if self.config.sees_task else None)
+        x = self.agent.features(_with_final(seq), *([task] if self.agent.privileged else []))
         told = self.critic_norm(_appended(seq, seq.critic_obs, seq.next_critic_obs))
         mean, value, _ = self.agent(x, task, told)
         cut = torch.zeros_like(seq.valid)
-        cut[_last(seq), torch.arange(cut.shape[1], device=cut.device)] = True
+        cut[last(seq), torch.arange(cut.shape[1], device=cut.device)] = True
         reward = seq.reward * self.spread.scale
         advantage = gae(reward, value[:-1], value[1:], seq.terminated, cut, self.config.gamma, self.config.lam)
         target = advantage + value[:-1]
@@ -209,18 +226,26 @@ class RL2:
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x[:-1], told[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
 
-    def _step(self, batch: Batch, rows: Tensor, teach: float) -> Tensor:
+    def _draw(self, seq: Sequence, generator: torch.Generator) -> Any:
+        """Draw what the loss about what is known needs anew in every pass."""
+
+    def _known(self, known: Any, batch: Batch, drawn: Any, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss about what is known of some trials' tasks, and its statistics."""
+        raise NotImplementedError
+
+    def _step(self, batch: Batch, drawn: Any, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
         weight = batch.valid / batch.valid[:, rows].sum()
-        statistics = gradients(partial(self._loss, batch, teach, weight), rows, self.agent.parameters())
-        nn.utils.clip_grad_norm_(self.agent.parameters(), self.config.grad_norm)
+        statistics = gradients(partial(self._loss, batch, drawn, teach, weight), rows, chain(*self.groups))
+        for group in self.groups:
+            nn.utils.clip_grad_norm_(group, self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: Batch, teach: float, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch, drawn: Any, teach: float, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss of some trials, and its parts."""
         c, weight, advantage = self.config, weight[:, rows], batch.advantage[:, rows]
-        mean, value, belief = self.agent(batch.x[:, rows], batch.task[rows], batch.critic_obs[:, rows])
+        mean, value, known = self.agent(batch.x[:, rows], batch.task[rows], batch.critic_obs[:, rows])
         log_ratio = log_prob(mean, self.agent.log_std, batch.action[:, rows]) - batch.old[:, rows]
         ratio = log_ratio.exp()
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
@@ -229,12 +254,35 @@ class RL2:
         if teach > 0:
             policy_loss = policy_loss + teach * (weight * taught(mean, batch.advice[:, rows])).sum()
         value_loss = (weight * (value - batch.target[:, rows]).square()).sum()
-        belief_loss = (weight * (belief - batch.task[rows]).square().mean(-1)).sum()
+        known_loss, parts = self._known(known, batch, drawn, weight, rows)
         with torch.no_grad():
             kl = (weight * (ratio - 1 - log_ratio)).sum()
             clipped = (weight * ((ratio - 1).abs() > c.clip)).sum()
-        statistics = torch.stack([policy_loss, value_loss, belief_loss, kl, clipped])
-        return policy_loss + c.value * value_loss + c.belief * belief_loss, statistics
+        statistics = torch.cat([torch.stack([policy_loss, value_loss, kl, clipped]), parts])
+        return policy_loss + c.value * value_loss + known_loss, statistics
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights, normalisers and optimiser."""
+        return pack(self.optimiser, **self.modules)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        unpack(state, self.optimiser, **self.modules)
+
+
+class RL2(TrialsPPO):
+    """Trains an ``RL2Agent``."""
+
+    parts = ("belief_loss",)
+
+    def __init__(self, config: RL2Config, shapes: Shapes) -> None:
+        super().__init__(config, RL2Agent(shapes, config), shapes)
+        self.belief = config.belief
+
+    def _known(self, known: Tensor, batch: Batch, drawn: None, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the belief's squared error."""
+        loss = (weight * (known - batch.task[rows]).square().mean(-1)).sum()
+        return self.belief * loss, loss[None]
 
     def adopt(self, policy: PPOAgent) -> None:
         """Begin as a policy without memory acts, with noise of its own; what the memory holds has no influence yet."""
@@ -248,16 +296,9 @@ class RL2:
             graft(mine, theirs)
         agent.norm.adopt(policy.norm)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return weights, normalisers and optimiser."""
-        return pack(self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
-        unpack(state, self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
-
-
-def _last(seq: Sequence) -> Tensor:
+def last(seq: Sequence) -> Tensor:
+    """Return the index of each trial's last step, ``(world,)``."""
     return seq.valid.sum(0) - 1
 
 
@@ -270,9 +311,9 @@ def _with_final(seq: Sequence) -> Percept:
 
 def _appended(seq: Sequence, told: Tensor, after: Tensor) -> Tensor:
     """Append to each trial of ``told`` ``(time, world, ...)`` what ``after`` holds at its last step."""
-    last, longer = _last(seq), torch.cat([told, torch.zeros_like(told[:1])])
-    rows = torch.arange(len(last), device=last.device)
-    longer[last + 1, rows] = after[last, rows]
+    ends, longer = last(seq), torch.cat([told, torch.zeros_like(told[:1])])
+    rows = torch.arange(len(ends), device=ends.device)
+    longer[ends + 1, rows] = after[ends, rows]
     return longer
 
 

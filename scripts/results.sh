@@ -2,8 +2,8 @@
 # Every learning result of the README: meta-train, then evaluate on held-out tasks beside blind and oracle.
 # A stopped run continues where it was, a finished one is left alone. results/ holds reports, plots and logs.
 #
-#   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, quadruped, grasp,
-#                                    placement, bench; default: all
+#   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, posterior, quadruped,
+#                                    grasp, placement, bench; default: all
 set -euo pipefail
 mkdir -p results
 
@@ -65,11 +65,17 @@ gradients() {
   metarobot sinusoid --out results/sinusoid.png --json results/sinusoid.json
 }
 
-adapt() {  # family, agent, more arguments of metarobot evaluate: return after 0, 1, 2, 3 gradient steps
+adapt() {  # family, agent, more arguments of metarobot evaluate: return after 0, 1, 2, 3 episodes
   local family=$1 agent=$2
   shift 2
-  metarobot evaluate --tasks 40 --episodes 4 --oracle "runs/$family-oracle-0" --blind "runs/$family-blind-0" \
+  metarobot evaluate --tasks 40 --episodes "${EPISODES:-4}" --oracle "runs/$family-oracle-0" --blind "runs/$family-blind-0" \
     --json "results/$family-$agent.json" --plot "results/$family-$agent.png" "$@"
+}
+
+# agents that infer a Gaussian over tasks: what they earn, how it tightens, and whether their beliefs are calibrated
+posterior() {
+  train CheetahVel-varibad-0 CheetahVel --agent varibad --steps 1.6e6
+  EPISODES=3 adapt CheetahVel varibad --controls -- runs/CheetahVel-varibad-0
 }
 
 # The Go2: a flat walker first, then everything else begins as it walks. With a mesh model in GO2_MJCF, the transfer to it.
@@ -153,6 +159,6 @@ bench() {
   metarobot bench maml --seconds 60 --json results/bench-maml.json
 }
 
-for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients quadruped grasp placement bench}"; do
+for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients posterior quadruped grasp placement bench}"; do
   for name in $job; do $name; done
 done

@@ -9,7 +9,7 @@ from metarobot.env import Env, families
 from metarobot.nets import MEMORIES
 from metarobot.types import MetarobotError, Percept, Rollout, Trials, sequence
 
-NAMES = ("blind", "oracle", "ppo", "rl2")  # test_maml.py has those that adapt by gradient
+NAMES = ("blind", "oracle", "ppo", "rl2", "varibad")  # test_maml.py has those that adapt by gradient
 FAMILY = replace(families.get("CheetahTerrain"), horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 TASKS = FAMILY.space.sample("train", 6, 0)
 SHAPES = Shapes(obs=17, act=6, task=len(FAMILY.space.params), episodes=2)
@@ -108,7 +108,7 @@ def test_updates_report_what_people_look_for(name: str) -> None:
     learner = build(name)
     metrics = learner.update(live(learner), 0.5, 0)
     names = {"policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "std", "explained_variance"}
-    names |= {"learning_rate", "gradient_steps"} | ({"belief_loss"} if name == "rl2" else set())
+    names |= {"learning_rate", "gradient_steps"} | ({"belief_loss"} if name in ("rl2", "varibad") else set())
     assert {f"train/{n}" for n in names} <= metrics.keys()
     assert metrics["train/gradient_steps"] == 4
     assert metrics["train/learning_rate"] == pytest.approx(learner.config.lr * (1 - 0.5 * 0.95))
@@ -237,7 +237,7 @@ def test_what_a_world_lived_matters() -> None:
 
 @pytest.mark.parametrize(
     ("name", "felt"),
-    [("blind", False), ("oracle", True), ("rl2", True)],
+    [("blind", False), ("oracle", True), ("rl2", True), ("varibad", True)],
 )
 def test_the_task_teaches_all_but_the_blind(name: str, felt: bool) -> None:
     trials = live(build(name))
@@ -254,7 +254,7 @@ def test_the_belief_learns_to_tell_tasks_apart() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", ["blind", "rl2"])
+@pytest.mark.parametrize("name", ["blind", "rl2", "varibad"])
 def test_sharing_a_minibatch_among_threads_gives_the_same_gradients(name: str) -> None:
     trials = live(build(name))
     learners = [build(name, epochs=1, minibatches=1) for _ in range(3)]
