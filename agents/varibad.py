@@ -56,6 +56,8 @@ class VariBADAgent(nn.Module):
         self.norm = RunningNorm(shapes.obs + 1)
         self.embed = orthogonal(nn.Linear(inputs, width), math.sqrt(2))
         self.memory = memory(config.memory, width, width)
+        held = len(self.memory.begin(1))
+        self.context_names = (*("h", "c")[:held], "mean", "variance")
         self.encoder = mlp(width, (width,), 2 * latent, gain=0.1)
         self.actor = mlp(seen, (width, width), shapes.act, gain=0.01)
         self.critic = mlp(seen + shapes.task + shapes.critic, (width, width), 1)

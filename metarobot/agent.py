@@ -35,7 +35,9 @@ class Shapes:
 class Agent(Protocol):
     """A meta-learner at work. Kinds of meta-learner differ only in what their context is.
 
-    An agent may also name its context's tensors, ``context_names``; robots know them by these.
+    An agent may also name its context's tensors, ``context_names``; robots know them by these. One that infers a
+    Gaussian over tasks shows it: ``posterior(context)``, mean and variance over latent tasks ``(task, latent)``, and
+    ``belief(context)``, what that says of the task's encoding, ``(task, parameter)``.
     """
 
     privileged: bool

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from metarobot.agent import Agent, Context
+from metarobot.beliefs import Book
 from metarobot.checkpoint import Run
 from metarobot.collect import Expert, collect
 from metarobot.env import Env, Family
+from metarobot.stats import RESAMPLES, interval, summary
 from metarobot.tasks import Task
-from metarobot.types import MetarobotError
+from metarobot.types import Floats, MetarobotError
 
-Floats = NDArray[np.float64]
-RESAMPLES = 2000
 CONTROLS = ("cleared", "swapped")
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Step sizes tried for fine-tuning."""
@@ -98,9 +97,14 @@ class Arena:
             trials.returns().double().view(shape).mean(2).numpy(), None if won is None else won.double().numpy()
         )
 
-    def play_all(self, runs: Sequence[Run]) -> Played:
-        """Play with every run: arrays ``(run, episode, task)``."""
-        return stacked(self.play(r.load_agent(), r.rollouts) for r in runs)
+    def play_all(self, runs: Sequence[Run], watch: Callable[[Agent], Tamper] = lambda agent: lambda x: x) -> Played:
+        """Play with every run: arrays ``(run, episode, task)``; ``watch`` returns what is shown an agent's contexts."""
+
+        def played(run: Run) -> Played:
+            agent = run.load_agent()
+            return self.play(agent, run.rollouts, watch(agent))
+
+        return stacked(played(r) for r in runs)
 
 
 def stacked(played: Iterable[Played]) -> Played:
@@ -128,7 +132,8 @@ def evaluate(
     if any(not r.load_agent().privileged for r in oracle):
         raise MetarobotError(f"{oracle[0].folder} is not an oracle: its agent is not shown the task")
     arena = Arena(family, protocol, tick)
-    returns, success = arena.play_all(runs)
+    book = Book(family.space, arena.tasks)
+    returns, success = arena.play_all(runs, book.watch)
     report: dict[str, Any] = {
         "family": family.name,
         "split": protocol.split,
@@ -145,24 +150,14 @@ def evaluate(
         "kinds": _kinds(arena.tasks, returns),
         "returns": returns.round(3).tolist(),
     }
+    if beliefs := book.report():
+        report["beliefs"] = beliefs
     references = {k: arena.play_all(v) for k, v in (("oracle", oracle), ("blind", blind)) if v}
     if family.expert is not None:
         references["expert"] = stacked([arena.play(Expert(arena.env()))])
     if success is not None:
         report["success"] = {"agent": _rates(success), **{k: _rates(v.success) for k, v in references.items()}}
-    for name, (values, _) in references.items():
-        for k, row in enumerate(report["episodes"]):
-            row[name] = float(values[:, k].mean())
-            row[f"{name}_ci95"] = interval(values[:, k], np.mean)
-    if oracle and blind:
-        for k, row in enumerate(report["episodes"]):
-            upper, lower = (references[x].returns[:, k] for x in ("oracle", "blind"))
-            worth = upper.mean(0, keepdims=True) - lower.mean(0, keepdims=True)
-            row |= {
-                **score(returns[:, k], upper, lower),
-                "worth": float(worth.mean()),
-                "worth_ci95": interval(worth, np.mean),
-            }
+    _beside(report["episodes"], returns, {k: v.returns for k, v in references.items()})
     if finetune:
         report["finetuning"] = finetuning(runs, finetune, arena)
     if controls:
@@ -218,6 +213,19 @@ def _rows(returns: Floats) -> list[dict[str, Any]]:
     return rows
 
 
+def _beside(rows: list[dict[str, Any]], returns: Floats, references: Mapping[str, Floats]) -> None:
+    """Add to each episode's row what the references earned, and with oracle and blind the score."""
+    for k, row in enumerate(rows):
+        for name, values in references.items():
+            row[name] = float(values[:, k].mean())
+            row[f"{name}_ci95"] = interval(values[:, k], np.mean)
+        if {"oracle", "blind"} <= references.keys():
+            upper, lower = (references[x][:, k] for x in ("oracle", "blind"))
+            worth = upper.mean(0, keepdims=True) - lower.mean(0, keepdims=True)
+            row |= score(returns[:, k], upper, lower)
+            row |= {"worth": float(worth.mean()), "worth_ci95": interval(worth, np.mean)}
+
+
 def _rates(success: Floats | None) -> list[dict[str, Any]]:
     """Return the success rate of each episode, with its interval."""
     rates = [] if success is None else [success[:, k] for k in range(success.shape[1])]
@@ -256,43 +264,6 @@ def _swapped(tasks: Sequence[Task], context: Context) -> Context:
     n = len(tasks)
     other = [next((j % n for j in range(i + 1, i + n) if tasks[j % n] != tasks[i]), i) for i in range(n)]
     return tuple(x[torch.tensor(other)] for x in context)
-
-
-def iqm(x: Floats) -> float:
-    """Interquartile mean: the mean of the middle half of all values (Agarwal et al. 2021)."""
-    flat = np.sort(x, axis=None)
-    cut = len(flat) // 4
-    return float(flat[cut : len(flat) - cut].mean())
-
-
-def worst_tenth(x: Floats) -> float:
-    """Mean over the worst tenth of tasks, at least one, after averaging the seeds."""
-    tasks = np.sort(x.mean(0))
-    return float(tasks[: max(1, len(tasks) // 10)].mean())
-
-
-def interval(x: Floats, statistic: Callable[[Floats], Any], level: float = 0.95) -> list[float]:
-    """Bootstrap interval of a statistic of ``(run, task)``: tasks are resampled within each run."""
-    rng = np.random.Generator(np.random.PCG64(0))
-    draws = [float(statistic(_resample(x, rng))) for _ in range(RESAMPLES)]
-    tail = (1 - level) / 2
-    return [float(q) for q in np.quantile(draws, [tail, 1 - tail])]
-
-
-def _resample(x: Floats, rng: np.random.Generator) -> Floats:
-    columns = rng.integers(x.shape[1], size=x.shape)
-    return np.take_along_axis(x, columns, axis=1)
-
-
-def summary(x: Floats) -> dict[str, Any]:
-    """Summarise the returns ``(run, task)`` of one episode."""
-    return {
-        "mean": float(x.mean()),
-        "iqm": iqm(x),
-        "ci95": interval(x, np.mean),
-        "iqm_ci95": interval(x, iqm),
-        "worst10": worst_tenth(x),
-    }
 
 
 def score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, Any]:

@@ -18,9 +18,13 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def adaptation(report: dict[str, Any], path: Path) -> None:
-    """Plot return against episodes of experience, with 95 % bands, beside the baselines and controls it holds."""
-    figure = _figure(width=8.0)
-    axes = figure.subplots()
+    """Plot return against episodes of experience, with 95 % bands, beside the baselines and controls it holds.
+
+    Beside it, for agents that have them, how far beliefs about the task are off, and whether they are calibrated.
+    """
+    beliefs = report.get("beliefs")
+    figure = _figure(width=15.0 if beliefs else 8.0)
+    axes, *others = figure.subplots(1, 3 if beliefs else 1, squeeze=False)[0]
     rows = report["episodes"]
     x = [r["episode"] for r in rows]
     for name, colour in (("oracle", ORACLE), ("blind", BLIND)):
@@ -46,8 +50,48 @@ def adaptation(report: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"{report['family']}, {report['tasks']} {report['split']} tasks, {seeds} training {noun}", loc="left"
     )
-    figure.legend(frameon=False, loc="outside right upper")
+    if beliefs:
+        axes.legend(frameon=False, fontsize=8)
+        _errors(others[0], beliefs)
+        _calibration(others[1], beliefs)
+    else:
+        figure.legend(frameon=False, loc="outside right upper")
     _write(figure, path)
+
+
+def _errors(axes: Any, beliefs: Mapping[str, Any]) -> None:
+    """Plot how far the belief about each parameter is off, and the posterior's deviation, against experience."""
+    rows = beliefs["episodes"]
+    x = [r["episode"] for r in rows]
+    axes.plot(x, [r["deviation"] for r in rows], "--", color=GREY, label="posterior's deviation", lw=2)
+    _band(axes, x, [r["deviation_ci95"] for r in rows], GREY)
+    for i, name in enumerate(beliefs["parameters"]):
+        (line,) = axes.plot(x, [r["rmse"][i] for r in rows], "-o", label=name, ms=4)
+        _band(axes, x, [r["rmse_ci95"][i] for r in rows], line.get_color())
+    axes.set_xticks(x)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("episodes of experience in the task")
+    axes.set_ylabel("RMSE, training range = [−1, 1]")
+    axes.set_title("what it believes of the task", loc="left")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def _calibration(axes: Any, beliefs: Mapping[str, Any]) -> None:
+    """Plot how often central intervals of beliefs hold the truth against how often they say they do."""
+    axes.plot([0, 1], [0, 1], ":", color=GREY, label="calibrated")
+    rows = beliefs["episodes"]
+    for k in sorted({0, len(rows) - 1}):
+        held, bounds = rows[k]["coverage_all"], rows[k]["coverage_all_ci95"]
+        x = [float(level) for level in held]
+        colour = AGENT if k else BLIND
+        axes.plot(x, list(held.values()), "-o", color=colour, label=f"after {rows[k]['episode']} episodes", ms=4)
+        _band(axes, x, list(bounds.values()), colour)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("central interval of the belief")
+    axes.set_ylabel("share of tasks inside it")
+    axes.set_title("calibration", loc="left")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def learning(runs: Sequence[Run], path: Path) -> None:

@@ -13,7 +13,7 @@ from metarobot.checkpoint import Run
 from metarobot.collect import Expert, collect
 from metarobot.demos import Demonstrations, DemosError
 from metarobot.env import Env
-from metarobot.evaluate import interval
+from metarobot.stats import interval
 from metarobot.types import Floats
 
 

@@ -39,6 +39,30 @@ def evaluation(report: dict[str, Any]) -> None:
         print(f"success, {report['agent'] if name == 'agent' else name}: {said} (95 %: {low:.1f}…{high:.1f})")
     for name, returns in report["kinds"].items():
         print(f"{name}: {' → '.join(f'{r:.1f}' for r in returns)}")
+    if "beliefs" in report:
+        _beliefs(report["beliefs"])
+
+
+def _beliefs(report: Mapping[str, Any]) -> None:
+    """Print how far beliefs about the task are off, and how often their central intervals hold the truth."""
+    rows, names = report["episodes"], report["parameters"]
+    last = rows[-1]
+    table = Table(title="beliefs after 0, 1, … episodes, each training range mapped to [−1, 1]", title_justify="left")
+    inside = [f"{100 * float(level):g} % interval holds" for level in last["coverage"]]
+    for column in ("parameter", "RMSE", "95 % interval", *inside):
+        table.add_column(column, justify="right", no_wrap=True)
+    for i, name in enumerate(names):
+        low, high = last["rmse_ci95"][i]
+        errors = " → ".join(f"{r['rmse'][i]:.2f}" for r in rows)
+        table.add_row(
+            name, errors, f"{low:.2f}…{high:.2f}", *(f"{100 * x[i]:.0f} %" for x in last["coverage"].values())
+        )
+    every = [(100 * x, [100 * b for b in last["coverage_all_ci95"][k]]) for k, x in last["coverage_all"].items()]
+    table.add_row("all", "", "", *(f"{x:.0f} % ({low:.0f}…{high:.0f})" for x, (low, high) in every))
+    Console(width=max(Console().width, 124)).print(table)
+    deviations = " → ".join(f"{r['deviation']:.3f}" for r in rows)
+    low, high = last["deviation_ci95"]
+    print(f"deviation of the posterior over latent tasks: {deviations} (95 %: {low:.3f}…{high:.3f})")
 
 
 def _cells(r: dict[str, Any]) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ import torch
 from helpers import tiny_run
 
 from metarobot.checkpoint import read_json, write_json
-from metarobot.evaluate import RATES, Arena, Protocol, _swapped, evaluate, interval, iqm, score, summary, worst_tenth
+from metarobot.evaluate import RATES, Arena, Protocol, _swapped, evaluate, score
+from metarobot.stats import interval, iqm, summary, worst_tenth
 from metarobot.types import MetarobotError
 
 SMALL = Protocol(tasks=4, episodes=3, threads=1)
