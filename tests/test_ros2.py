@@ -9,12 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from wires import Controller, domain, meta, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wires import Controller, domain, head, meta, until
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.ros2 import Ros2
+from metarobot.bridge.ros2_idl import JointState
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +53,19 @@ def test_joints_are_matched_by_name(far: Controller) -> None:
     far.publish(100.5, name=["b", "a"], position=[1.0, 2.0])
     assert sees(robot, 100.5)["a.pos"] == 2.0
     assert robot.get_observation()["seq"] == seq + 1
+
+
+@given(st.permutations([f"j{k}" for k in range(5)]), st.permutations(range(8)), st.integers(0, 5), st.data())
+@settings(max_examples=50, deadline=None)
+def test_any_order_and_any_others_among_the_joints(ours: list[str], places: list[int], long: int, data: Any) -> None:
+    named = [*(f"{joint}_joint" if k < long else joint for k, joint in enumerate(ours)), "wheel", "j", "j0_link"]
+    state = {named[i]: data.draw(st.floats(-9, 9)) for i in places}
+    robot = Ros2(meta(ours))
+    robot._names, robot._seq = (), 0
+    message = JointState(head(1.5), list(state), list(state.values()), list(state.values()), [])
+    reading = robot._joint_reading(JointState.deserialize(message.serialize()))
+    expected = {f"{joint}.{part}": state[named[k]] for k, joint in enumerate(ours) for part in ("pos", "vel")}
+    assert reading == {"stamp": 1.5, **expected}
 
 
 def test_what_is_not_measured_is_left_out(far: Controller) -> None:
