@@ -30,8 +30,7 @@ LOCK = 2000.0
 SPARED = ("FL_hip", "RR_thigh", "RL_calf")
 """Joints that break in ``extrapolate`` alone, one of each kind."""
 LOWEST, UPRIGHT = 0.17, 0.7
-"""Height of the trunk over the lowest foot, m, and cosine of its tilt, below which the robot has fallen: kneeling is no
-gait."""
+"""Height of the trunk over the lowest foot, m, and cosine of its tilt, below which it has fallen: no gait kneels."""
 TOUCH = 1.0
 """Force on a foot that is down, N."""
 STEP_HEIGHT = 0.07

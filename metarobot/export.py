@@ -190,7 +190,7 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
         "control_hz": round(env.control_hz, 9),
         "trial": {"horizon": family.horizon, "episodes": int(run.config["agent_config"]["episodes"])},
         "action": {
-            "names": _actions(family, env, hardware),
+            "names": list(env.action_names),
             "low": env.action_low.tolist(),
             "high": env.action_high.tolist(),
         },
@@ -213,14 +213,6 @@ def _joints(hardware: Hardware | None) -> dict[str, Any]:
         for joint, (low, high), velocity, torque in zip(h.joints, h.position, h.velocity, h.torque, strict=True)
     }
     return {**{name: list(values) for name, values in zip(names, told, strict=True)}, "limits": limits}
-
-
-def _actions(family: Family, env: Env, hardware: Hardware | None) -> list[str]:
-    """Name the action's elements: by the controller, the robot's joints, or the model's actuators."""
-    if family.control is not None:
-        return list(family.control.actions)
-    model = env.model(env.tasks[0])
-    return list(hardware.joints) if hardware else [model.actuator(i).name for i in range(model.nu)]
 
 
 def convert(agent: Any, meta: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str, Any]]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build the sdist, the wheel from it, install that in a clean environment, import everything and compile one model.
+# Build the sdist, the wheel from it, install that in a clean environment, import everything and compile one model; then
+# in an environment with numpy and onnxruntime alone, as on a robot, and act there.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -16,10 +17,10 @@ from metarobot.agent import agents
 from metarobot.checkpoint import open_run, pretrained
 from metarobot.env import Env, families
 
-optional = {"metarobot.sb3"}
+extras = ("metarobot.sb3", "metarobot.export", "metarobot.bridge.", "metarobot.device", "metarobot.sim.warp", "metarobot.scan_")
 names = [m.name for m in pkgutil.walk_packages(metarobot.__path__, "metarobot.")]
 for name in names:
-    if name not in optional:
+    if not name.startswith(extras):
         importlib.import_module(name)
 assert {"metarobot.envs.cheetah", "metarobot.agents.rl2", "metarobot.sim.cpu"} <= set(names), names
 for name in agents.names():
@@ -31,3 +32,27 @@ for name in pretrained():
 print(f"wheel: {len(names)} modules, {len(families.names())} families, {len(pretrained())} trained agents")
 PY
 "$work/venv/bin/metarobot" families >/dev/null
+
+metarobot_dev=$(cd "$OLDPWD" && pwd)
+(cd "$metarobot_dev" && metarobot export CheetahDir-blind --out "$work/policy" --tasks 1 >/dev/null)
+python -m venv "$work/robot"
+"$work/robot/bin/pip" install --quiet --disable-pip-version-check -c "$metarobot_dev/constraints.txt" numpy onnxruntime
+"$work/robot/bin/pip" install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
+"$work/robot/bin/python" - "$work/policy" <<'PY'
+import importlib
+import pkgutil
+import sys
+from importlib.util import find_spec
+
+import metarobot.bridge
+from metarobot.bridge.policy import Policy
+
+assert not [name for name in ("torch", "mujoco", "gymnasium", "tyro", "rich") if find_spec(name)]
+needs_dds = {"metarobot.bridge." + name for name in ("dds", "ros2_idl", "unitree_idl", "__main__")}
+names = [m.name for m in pkgutil.iter_modules(metarobot.bridge.__path__, "metarobot.bridge.")]
+for name in names:
+    if name not in needs_dds:
+        importlib.import_module(name)
+policy = Policy.load(sys.argv[1])
+print(f"robot: {len(names)} modules, {policy.act([0.0] * len(policy.meta.observation_names), 0.0, False).size} actions")
+PY
