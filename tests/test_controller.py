@@ -107,7 +107,7 @@ def test_a_fall_ends_the_episode_and_a_robot_that_cannot_get_up_is_damped():
         (lambda r: {k: v for k, v in r.items() if k != "knee.pos"}, "lacks knee.pos; it has stamp, seq"),
         (lambda r: r | {"stamp": r["stamp"] + 1.0}, "ahead of this machine's"),
         (lambda r: r | {"stamp": r["stamp"] - 1.0}, "clock went back by 0.98 s"),
-        (lambda r: r | {"knee.pos": 3.0}, "joint knee reads so far outside"),
+        (lambda r: r | {"knee.pos": 3.0}, "joint knee is so far outside"),
     ],
 )
 def test_a_bad_reading_is_damped_in_the_same_step(spoil, reason):

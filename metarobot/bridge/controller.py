@@ -27,6 +27,8 @@ from metarobot.bridge.states import Machine, State
 
 SLOW = 3
 """So many steps in succession in which the policy takes longer than a control period end the run."""
+RESTART_S = 1.0
+"""How long a robot may be silent after its restart."""
 SHOW_S = 0.2
 TICK = ("time", "state", "trial", "episode", "step", "reward", "done", "new", "late_ms", "work_ms", "policy_ms")
 
@@ -101,6 +103,8 @@ class Controller:
             reason = str(e)
         except BridgeError as e:
             reason, self.report.fault = str(e), self.gate.fault
+        except OSError as e:
+            reason, self.report.fault = f"the robot's driver failed: {e.strerror or e}", True
         finally:
             self._limp(reason)
         return self.report
@@ -138,12 +142,17 @@ class Controller:
         assert isinstance(self.robot, Restarts)
         self.gate.check()
         self.gate.pause()
+        while not self._held:
+            self._look(watched=False)
+            self._finish()
         if hasattr(self.robot, "trial"):
             self.robot.trial(self._trial)
         self.robot.restart(self._episode)
         self._readings.forget()
         self._pace.begin()
-        self._until(lambda: self._held, watched=False)
+        self.gate.pause(RESTART_S)
+        self._until(lambda: bool(self._readings.latest), watched=False)
+        self.gate.fresh()
 
     def _stand(self) -> None:
         """Go from where the joints are to the default pose, at rest at both ends, and hold it."""
@@ -195,7 +204,6 @@ class Controller:
         self.layout.begin()
         self._filter.begin(self._filter.out if self._legged and not self._restarts else None)
         self._start[:] = self._pose
-        self.gate.fresh()
         self.gate.expect(True)
         last = action = np.zeros(len(self._meta.action.names), np.float32)
         before, self._return, reward = None, 0.0, told

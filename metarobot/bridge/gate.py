@@ -62,9 +62,9 @@ class Gate:
         """From now on the robot is commanded, or held by itself and only watched."""
         self._command_due = self.clock.now() + self.patience if commands else float("inf")
 
-    def pause(self) -> None:
-        """Expect nothing for a while: the robot holds itself and restarts."""
-        self._reading_due = self._command_due = float("inf")
+    def pause(self, seconds: float = float("inf")) -> None:
+        """Expect nothing for so long: the robot restarts, and holds itself."""
+        self._reading_due, self._command_due = self.clock.now() + seconds, float("inf")
 
     @property
     def due(self) -> float:
@@ -89,8 +89,8 @@ class Gate:
         """Damp if the patience has ended; raise ``DampedError`` if the robot is damped."""
         now = self.clock.now()
         if not self.reason and now > self.due:
-            what = "no new reading" if now > self._reading_due else "no command went out in time"
-            self.damp(f"{what} for {1e3 * self.patience:.0f} ms")
+            what = "no new reading" if now > self._reading_due else "no command went out"
+            self.damp(f"{what} for {1e3 * self.patience:.0f} ms or more")
         if self.reason:
             raise DampedError(self.reason)
 

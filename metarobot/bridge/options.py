@@ -16,7 +16,7 @@ class Options:
     robot: str = "sim"
     """Robot: sim, ros2, unitree, or module:Class of your own."""
     set: tuple[str, ...] = ()
-    """Settings of the robot, name=value."""
+    """Settings of the robot, name=value; name.part=value where there are several."""
     hz: float = 0.0
     """Control rate; the policy's own if not given."""
     any_rate: bool = False
@@ -43,7 +43,7 @@ class Options:
     """How long the robot takes to the pose that an episode begins with."""
     soft_s: float = 1.0
     """How long the policy's commands are blended in at an episode's start."""
-    rate: float = 1.0
+    rate: float = 2.0
     """How fast a target may move, as a multiple of the joint's speed limit."""
     seed: int = 0
     """Draws the noise of agents that explore."""

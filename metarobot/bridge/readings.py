@@ -29,9 +29,11 @@ class Readings:
         self.repeated = self.disordered = 0
         """Readings that were not new, and among them those that were older than the one before."""
         self._heard = self._offset = 0.0
+        self._gone = math.nan
 
     def forget(self) -> None:
-        """Begin anew, as after the robot was restarted: the next reading has none before it."""
+        """Begin anew, as after the robot was restarted: the next one has none before it, but a higher number."""
+        self._gone = self.latest.get("seq", math.nan)
         self.latest = {}
 
     def take(self, reading: Reading, now: float) -> bool:
@@ -41,6 +43,9 @@ class Readings:
         """
         self._complete(reading)
         if not self.latest:
+            if reading["seq"] <= self._gone:
+                self.repeated += 1
+                return False
             self.latest, self._heard, self._offset = reading, now, now - reading["stamp"]
             return True
         ahead, further = reading["stamp"] - self.latest["stamp"], reading["seq"] - self.latest["seq"]

@@ -34,7 +34,7 @@ def make(spec: str, meta: Meta, **settings: Any) -> Robot:
         raise BridgeError(f"robot {spec} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
     try:
         robot: Robot = kind(meta, **settings)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, AttributeError) as e:
         raise BridgeError(f"robot {spec} does not take these settings: {e}") from e
     return robot
 
@@ -101,8 +101,15 @@ def alone(identity: str) -> Iterator[None]:
 
 
 def settings(words: Mapping[str, str]) -> dict[str, Any]:
-    """Give settings from a command line their types: numbers, yes and no, else text."""
-    return {key: _typed(value) for key, value in words.items()}
+    """Give settings from a command line their types: numbers, true and false, else text; ``a.b`` is ``b`` of ``a``."""
+    typed: dict[str, Any] = {}
+    for key, value in words.items():
+        name, _, part = key.partition(".")
+        if part:
+            typed.setdefault(name, {})[part] = _typed(value)
+        else:
+            typed[name] = _typed(value)
+    return typed
 
 
 def _typed(text: str) -> Any:

@@ -40,7 +40,7 @@ class Filter:
     have a range only.
     """
 
-    def __init__(self, meta: Meta, period: float, rate: float = 1.0) -> None:
+    def __init__(self, meta: Meta, period: float, rate: float = 2.0) -> None:
         legged = meta.layout == "legged"
         self.names = tuple(f"{j}.pos" for j in meta.joint_names) if legged else meta.action.names
         """Keys of the command, in the order of all arrays."""
@@ -98,7 +98,7 @@ class Filter:
         np.minimum(self._hold, self.high, out=self._hold)
         if not (self._hold == out).all():  # position gave way: the limits contradict each other
             joint = self.joints[int(np.argmax(self._hold != out))]
-            raise UnsafeError(f"joint {joint} reads so far outside its limits that no target is safe")
+            raise UnsafeError(f"joint {joint} is so far outside its range, or so fast, that no target is safe")
         self._last[:] = out
         self.counts += self.hit
         return out

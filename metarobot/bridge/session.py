@@ -72,7 +72,7 @@ class Settings:
     """How long the way to the pose takes that an episode begins with."""
     soft_s: float = 1.0
     """How long the policy's targets are blended in at an episode's start; robots that restart need none."""
-    rate: float = 1.0
+    rate: float = 2.0
     """How fast a target may move, as a multiple of the joint's speed limit."""
     damp_s: float = 1.0
     """How long damping is sent at the end."""
