@@ -62,7 +62,6 @@ WEIGHTS = {
     "limits": 0.1,
 }
 
-
 POSE, TORQUE, SPEED = (torch.from_numpy(x) for x in (go2.POSE, go2.TORQUE, go2.SPEED))
 
 
