@@ -221,9 +221,19 @@ def legs(compiled: mujoco.MjModel) -> dict[str, dict[str, list[float]]]:
     return places
 
 
-def ranges(compiled: mujoco.MjModel) -> list[list[float]]:
-    """Return the joints' limits, rad, in our order."""
-    return [compiled.joint(j).range.tolist() for leg in LEGS for j in _joints(compiled, leg)]
+def drives(compiled: mujoco.MjModel) -> dict[str, Any]:
+    """Return what the drives of a model are told, one value a joint in our order, under the names of ``Hardware``."""
+    ranges = [compiled.joint(j).range.tolist() for leg in LEGS for j in _joints(compiled, leg)]
+    return {
+        "joints": JOINTS,
+        "stiffness": (STIFFNESS,) * len(JOINTS),
+        "damping": (DAMPING,) * len(JOINTS),
+        "pose": tuple(POSE.tolist()),
+        "scale": (ACTION_SCALE,) * len(JOINTS),
+        "position": tuple((low, high) for low, high in ranges),
+        "velocity": tuple(SPEED.tolist()),
+        "torque": tuple(TORQUE.tolist()),
+    }
 
 
 def _joints(compiled: mujoco.MjModel, leg: str) -> list[int]:

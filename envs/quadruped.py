@@ -347,14 +347,7 @@ def hardware(robot: str, hidden: bool) -> Hardware:
     compiled = compile_spec(go2.model(robot))
     measures = {"foot_radius": go2.FOOT, "step_height": STEP_HEIGHT, "touch": TOUCH, "lowest": LOWEST}
     return Hardware(
-        joints=go2.JOINTS,
-        stiffness=(go2.STIFFNESS,) * 12,
-        damping=(go2.DAMPING,) * 12,
-        pose=tuple(go2.POSE.tolist()),
-        scale=(go2.ACTION_SCALE,) * 12,
-        position=tuple((low, high) for low, high in go2.ranges(compiled)),
-        velocity=tuple(go2.SPEED.tolist()),
-        torque=tuple(go2.TORQUE.tolist()),
+        **go2.drives(compiled),
         commands=() if hidden else OBSERVATIONS[-3:],
         reward={"kind": "quadruped", "legs": go2.legs(compiled), **measures, "upright": UPRIGHT},
     )
