@@ -36,7 +36,7 @@ class Ros2:
     guard: whether it stands beside a controller, to damp when that one dies; else another one is not suffered.
 
     There is no damping behind position drives. ``damp`` commands each joint to where it is: called again and again the
-    robot yields and sinks; called once, it stays there, stiff.
+    robot yields and sinks; called once, it gives way as far as its drives do under their load, and stays there, stiff.
     """
 
     name = "ros2"
