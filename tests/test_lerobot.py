@@ -146,6 +146,17 @@ def test_without_a_bus_damping_holds() -> None:
     assert limp == [True]
 
 
+def test_a_reading_that_is_no_number_is_not_held() -> None:
+    arm = Arm()
+    robot = connected(arm)
+    arm.at["gripper.pos"] = math.nan
+    assert math.isnan(robot.get_observation()["grip.pos"])
+    arm.at["gripper.pos"] = 50.0
+    with pytest.raises(BridgeError, match="not finite, and are not sent"):
+        robot.damp()
+    assert arm.at["gripper.pos"] == 50.0
+
+
 def test_damping_waits_for_a_bus_in_use() -> None:
     arm = Arm(Bus())
     robot = connected(arm)

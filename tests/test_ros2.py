@@ -124,6 +124,15 @@ def test_damping_holds_what_was_finite_last(far: Controller) -> None:
     assert until(far.commanded) == [10.0, 20.0]
 
 
+def test_damping_without_a_reading_sends_no_empty_command(far: Controller) -> None:
+    robot = Ros2(meta(), domain=far.number, controller="fwd", timeout=1.0)
+    robot._wire = robot._open()
+    until(lambda: far._commands.publishers)
+    robot.damp()
+    time.sleep(0.05)
+    assert far.commanded() is None
+
+
 def test_damping_from_another_thread_wins_over_commands(far: Controller) -> None:
     robot = near(far)
     far.publish(100.0, position=[0.0, 20.0, 10.0])

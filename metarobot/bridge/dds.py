@@ -23,19 +23,18 @@ try:
 except ImportError as missing:
     raise BridgeError("robots on DDS need the package cyclonedds: pip install 'metarobot[deploy]'") from missing
 
+# without IgnoreTypeInformation, Fast DDS, which is ROS 2's default, is heard but never matched; and the loopback
+# interface carries no multicast, so participants there are looked for one by one
 _CONFIG = """<CycloneDDS><Domain Id="any">
   <General><Interfaces><NetworkInterface name="{interface}"/></Interfaces></General>
   <Discovery><ParticipantIndex>auto</ParticipantIndex>{peers}</Discovery>
   <Compatibility><IgnoreTypeInformation>1.15</IgnoreTypeInformation></Compatibility>
 </Domain></CycloneDDS>"""
-# without the last, Fast DDS (ROS 2's default) is heard but never matched
 _LOOPBACK_PEERS = '<Peers><Peer Address="127.0.0.1"/></Peers>'
-# the loopback interface carries no multicast, so participants there are looked for one by one
-
-T = TypeVar("T")
 LISTEN = 0.3
 """How long ``connect`` listens for another controller, s: one of 10 Hz is heard."""
 
+T = TypeVar("T")
 S = TypeVar("S")
 C = TypeVar("C")
 

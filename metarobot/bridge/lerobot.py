@@ -119,9 +119,7 @@ class LeRobot:
         """Read all motors now; speeds are 0 on the first reading. After ``damp``, which has the bus, it is the last."""
         if self._damped:
             return dict(self._reading)
-        numbers = _tried(self._robot.get_observation)
-        stamp = time.monotonic()
-        angles = [c.zero + c.scale * float(numbers[c.key]) for c in self._table.values()]
+        angles, stamp = _tried(self._read), time.monotonic()
         passed = stamp - self._stamp
         speeds = [(new - old) / passed if self._seq else 0.0 for new, old in zip(angles, self._angles, strict=True)]
         self._angles, self._stamp, self._seq = angles, stamp, self._seq + 1
@@ -167,7 +165,13 @@ class LeRobot:
             self._connected = False
             _tried(self._robot.disconnect)
 
+    def _read(self) -> list[float]:
+        numbers = self._robot.get_observation()
+        return [c.zero + c.scale * float(numbers[c.key]) for c in self._table.values()]
+
     def _send(self, targets: list[float]) -> dict[str, float]:
+        if not all(map(math.isfinite, targets)):
+            raise BridgeError(f"targets that are not finite, and are not sent: {targets}")
         goals = {c.key: (q - c.zero) / c.scale for c, q in zip(self._table.values(), targets, strict=True)}
         sent = _tried(lambda: self._robot.send_action(goals))
         channels = zip(self._keys, self._table.values(), strict=True)

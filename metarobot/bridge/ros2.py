@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from metarobot.bridge.commands import checked
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot import GYRO, QUAT, Command
+from metarobot.bridge.wired import Wired
 
 if TYPE_CHECKING:
     from metarobot.bridge.dds import Wire
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from metarobot.bridge.ros2_idl import Float64, Float64MultiArray, Header, Imu, JointState
 
 
-class Ros2:
+class Ros2(Wired["JointState", "Float64MultiArray"]):
     """A robot on ROS 2 with position drives: a forward_command_controller on the interface ``position``.
 
     interface, domain: network interface and ROS_DOMAIN_ID.
@@ -40,7 +41,6 @@ class Ros2:
     """
 
     name = "ros2"
-    guarded = True
 
     def __init__(
         self,
@@ -57,37 +57,28 @@ class Ros2:
         timeout: float = 5.0,
         guard: bool = False,
     ) -> None:
+        super().__init__(interface, domain, timeout)
         self.identity = f"ros2 {controller} on {interface}, domain {domain}"
         self._joints = tuple(joints.split(",")) if joints else tuple(meta.joint_names)
         if sorted(self._joints) != sorted(meta.joint_names):
             ours, theirs = ", ".join(meta.joint_names), ", ".join(self._joints)
             raise BridgeError(f"the policy's joints {ours or 'none'} are not {controller}'s: {theirs or 'none'}")
         self._keys = {part: [f"{joint}.{part}" for joint in self._joints] for part in ("pos", "vel", "tau")}
-        self._place, self._timeout, self._commands = (interface, domain), timeout, f"rt/{controller}/commands"
-        self._states, self._reward = f"rt/{states}", f"rt/{reward}" if reward else ""
+        self._commands, self._states = f"rt/{controller}/commands", f"rt/{states}"
+        self._reward = f"rt/{reward}" if reward else ""
         self._imu = f"rt/{imu}" if meta.layout == "legged" else ""
         self._forces = [f"{leg}.force" for leg in (meta.reward or {}).get("legs", ())]
         self._feet = f"rt/{feet}" if self._forces else ""
         self._guard = guard
-        self._wire: Wire[JointState, Float64MultiArray] | None = None
 
-    def connect(self) -> None:
-        """Open the link; wait for the controller, a while for anybody else who commands it, and for readings."""
-        self._open()
-        try:
-            self._await()
-        except BridgeError:
-            self.disconnect()
-            raise
-
-    def _open(self) -> None:
+    def _open(self) -> Wire[JointState, Float64MultiArray]:
         from metarobot.bridge import dds, ros2_idl
 
         link = dds.Link(*self._place)
         states, commands = (self._states, ros2_idl.JointState), (self._commands, ros2_idl.Float64MultiArray)
-        self._wire = dds.Wire(link, states, commands, self._guard)
+        wire = dds.Wire(link, states, commands, self._guard)
         self._sources: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, float]]]] = {}
-        self._sources[self._states] = self._wire.newest, self._joint_reading
+        self._sources[self._states] = wire.newest, self._joint_reading
         if self._imu:
             self._sources[self._imu] = link.reader(self._imu, ros2_idl.Imu).newest, _imu_reading
         if self._feet:
@@ -98,10 +89,10 @@ class Ros2:
         self._names: Sequence[str] = ()
         self._measured: list[float] = []
         self._seq = 0
+        return wire
 
-    def _await(self) -> None:
-        wire, awaited = self._connected(), {self._states, self._imu, self._feet} - {""}
-        wire.wait(self._timeout)
+    def _await(self, wire: Wire[JointState, Float64MultiArray]) -> None:
+        awaited = {self._states, self._imu, self._feet} - {""}
         wire.link.wait(
             lambda: awaited <= self._take().keys(),
             self._timeout,
@@ -127,18 +118,9 @@ class Ros2:
         if (wire := self._wire) is not None:
             with suppress(BridgeError):
                 self._take()
-            wire.damp(_array(self._measured))
-
-    def disconnect(self) -> None:
-        """Close the link."""
-        if self._wire is not None:
-            self._wire.close()
-        self._wire = None
-
-    def _connected(self) -> Wire[JointState, Float64MultiArray]:
-        if self._wire is None:
-            raise BridgeError("ros2 is not connected")
-        return self._wire
+            # an empty command, before the first reading, would put the controller out of action
+            if self._measured:
+                wire.damp(_array(self._measured))
 
     def _take(self) -> dict[str, dict[str, float]]:
         """Read what is new; return the newest readings by topic."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from metarobot.bridge.commands import checked
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot import GYRO, QUAT, Command
+from metarobot.bridge.wired import Wired
 
 if TYPE_CHECKING:
     from metarobot.bridge.dds import Wire
@@ -26,20 +27,18 @@ JOINTS = tuple(f"{leg}_{part}" for leg in LEGS for part in ("hip", "thigh", "cal
 POS_STOP, VEL_STOP = 2.146e9, 16000.0
 """Targets that mean: do not control the position, the speed (``PosStopF``, ``VelStopF`` of the SDK)."""
 
-_HEAD = [0xFE, 0xEF, 0xFF, 0, 0, 0, 0, 0, 0]
 # low level; then frame, serial number, version and bandwidth
-_TAIL = [0] * 61
+_HEAD = [0xFE, 0xEF, 0xFF, 0, 0, 0, 0, 0, 0]
 # battery, remote, lamps, fans, gpio, reserve, checksum
-_ON = 1
+_TAIL = [0] * 61
 # a motor's mode: servo
-_IDLE = [_ON, POS_STOP, VEL_STOP, 0.0, 0.0, 0.0, 0, 0, 0]
-_SPARE = 8
-_HEADER, _IMU, _MOTOR = 9, 14, 12
-# numbers in a LowState's head, in its IMU, in each motor
-_FEET, _TICK = 288, 296
+_ON = 1
+_IDLE, _SPARE = [_ON, POS_STOP, VEL_STOP, 0.0, 0.0, 0.0, 0, 0, 0], 8
+# how many numbers a LowState's head has, its IMU, each motor; and where in it feet and tick are
+_HEADER, _IMU, _MOTOR, _FEET, _TICK = 9, 14, 12, 288, 296
 
 
-class Unitree:
+class Unitree(Wired["LowState", "LowCmd"]):
     """A Go2, whose motors are position drives with the policy's gains.
 
     interface, domain: network interface on the robot's net (its computers are 192.168.123.x), and DDS domain.
@@ -52,7 +51,6 @@ class Unitree:
     """
 
     name = "unitree"
-    guarded = True
 
     def __init__(
         self,
@@ -69,30 +67,24 @@ class Unitree:
     ) -> None:
         if sorted(meta.joint_names) != sorted(JOINTS):
             raise BridgeError(f"a policy for the joints {', '.join(meta.joint_names)}; a Go2 has {', '.join(JOINTS)}")
+        super().__init__(interface, domain, timeout)
         self.identity = f"unitree go2 on {interface}, domain {domain}"
         self.bad = 0
         """Readings dropped for a wrong checksum."""
         gains = zip(meta.joint_stiffness, meta.joint_damping, strict=True)
         by_joint = dict(zip(meta.joint_names, gains, strict=True))
         self._gains = [by_joint[joint] for joint in JOINTS]
-        self._place, self._damping, self._checksums, self._timeout = (interface, domain), damping, checksums, timeout
-        self._foot = foot_zero, foot_scale
-        self._guard = guard
-        self._wire: Wire[LowState, LowCmd] | None = None
+        self._foot, self._damping, self._checksums, self._guard = (foot_zero, foot_scale), damping, checksums, guard
 
-    def connect(self) -> None:
-        """Open the link; wait for the robot, a while for anybody else who commands it, and for a reading."""
+    def _open(self) -> Wire[LowState, LowCmd]:
         from metarobot.bridge import dds, unitree_idl
 
         states, commands = ("rt/lowstate", unitree_idl.LowState), ("rt/lowcmd", unitree_idl.LowCmd)
         self._reading: dict[str, float] = {}
-        self._wire = dds.Wire(dds.Link(*self._place), states, commands, self._guard)
-        try:
-            self._wire.wait(self._timeout)
-            self._wire.link.wait(lambda: bool(self._take()), self._timeout, self._silent)
-        except BridgeError:
-            self.disconnect()
-            raise
+        return dds.Wire(dds.Link(*self._place), states, commands, self._guard)
+
+    def _await(self, wire: Wire[LowState, LowCmd]) -> None:
+        wire.link.wait(lambda: bool(self._take()), self._timeout, self._silent)
 
     def _silent(self) -> str:
         return f"{self.bad} readings with a wrong checksum and no sound one" if self.bad else "nothing on rt/lowstate"
@@ -112,17 +104,6 @@ class Unitree:
         """Let every motor brake its speed and hold no position; motors keep the last command they got."""
         if self._wire is not None:
             self._wire.damp(_message([(_ON, POS_STOP, 0.0, 0.0, 0.0, self._damping, 0, 0, 0)] * len(JOINTS)))
-
-    def disconnect(self) -> None:
-        """Close the link."""
-        if self._wire is not None:
-            self._wire.close()
-        self._wire = None
-
-    def _connected(self) -> Wire[LowState, LowCmd]:
-        if self._wire is None:
-            raise BridgeError("unitree is not connected")
-        return self._wire
 
     def _take(self) -> dict[str, float]:
         """Read what is new; return the newest sound reading."""
