@@ -52,14 +52,15 @@ def rollout(log: Mapping[str, Any]) -> Rollout:
 def divergence(agent: Any, old: Context, new: Context, episode: Rollout) -> float:
     """Return the mean KL divergence of the new policy from the old one, on the states of an episode.
 
-    Of agents that do not know it themselves: half the squared change of the mean action, as if deviations were 1.
+    Of agents that do not know it themselves: half the squared change of the action at an episode's first step, when
+    they take in what they adapted to, as if they acted with noise of deviation 1.
     """
     if hasattr(agent, "divergence"):
         return float(agent.divergence(new[0][0], _only(agent.batch(old[0], episode))))
     rows = episode.valid.nonzero(as_tuple=True)
     obs = episode.obs[rows]
     zeros = torch.zeros(len(obs))
-    percept = Percept(obs, torch.zeros_like(episode.action[rows]), zeros, zeros, zeros)
+    percept = Percept(obs, torch.zeros_like(episode.action[rows]), zeros, zeros + 1, zeros)
     before, after = (agent.act(percept, tuple(x.expand(len(obs), *x.shape[1:]) for x in c))[0] for c in (old, new))
     return float(0.5 * (after - before).square().sum(-1).mean())
 

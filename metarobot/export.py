@@ -188,7 +188,11 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
         **_joints(hardware),
         "observation_names": list(family.observations),
         "control_hz": round(env.control_hz, 9),
-        "trial": {"horizon": family.horizon, "episodes": int(run.config["agent_config"]["episodes"])},
+        "trial": {
+            "horizon": family.horizon,
+            "episodes": int(run.config["agent_config"]["episodes"]),
+            "rollouts": run.rollouts,
+        },
         "action": {
             "names": list(env.action_names),
             "low": env.action_low.tolist(),

@@ -27,7 +27,7 @@ def meta(run: Run, size: int, horizon: int = 12) -> Any:
         agent=run.agent,
         adapts="between",
         run_path=str(run.folder),
-        trial=SimpleNamespace(horizon=horizon, episodes=2),
+        trial=SimpleNamespace(horizon=horizon, episodes=2, rollouts=20),
         observation_names=[f"obs_{i}" for i in range(17)],
         action=SimpleNamespace(names=[f"act_{i}" for i in range(6)]),
         context=[SimpleNamespace(name="weights", shape=(1, size))],
@@ -257,9 +257,10 @@ def test_only_whole_episodes_count(run: Run) -> None:
 
 def test_settings_that_make_no_sense(run: Run) -> None:
     about = meta(run, 4)
-    for bad in ({"rollouts": 0}, {"kl": -1.0}, {"deadline_s": 0.0}, {"kl": float("nan")}):
+    for bad in ({"rollouts": -1}, {"kl": -1.0}, {"deadline_s": 0.0}, {"kl": float("nan")}):
         with pytest.raises(BridgeError, match=f"{next(iter(bad))} must be above 0"):
             Adaptation(about, **bad)
+    assert Adaptation(about).rollouts == 20
     about.adapts = "acting"
     with pytest.raises(BridgeError, match="'promp' does not adapt between episodes"):
         Adaptation(about)

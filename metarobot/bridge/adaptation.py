@@ -54,15 +54,19 @@ class Adaptation:
         self,
         meta: Meta,
         *,
-        rollouts: int = 20,
+        rollouts: int = 0,
         kl: float = FAR,
         deadline_s: float = 60.0,
         run: str = "",
         command: Sequence[str] = (sys.executable, "-m", "metarobot.adapting"),
     ) -> None:
-        """Set up; ``run`` if it is not at the policy's ``run_path``, ``command`` if torch lives elsewhere."""
+        """Set up; ``rollouts`` as in training if 0.
+
+        ``run`` is for a run that is not at the policy's ``run_path``, ``command`` for a torch that lives elsewhere.
+        """
         if meta.adapts != "between":
             raise BridgeError(f"agent {meta.agent!r} does not adapt between episodes: it adapts {meta.adapts!r}")
+        rollouts = rollouts or meta.trial.rollouts
         for name, value in (("rollouts", rollouts), ("kl", kl), ("deadline_s", deadline_s)):
             if not value > 0:
                 raise BridgeError(f"{name} must be above 0, not {value:g}")

@@ -27,6 +27,8 @@ class Trial:
 
     horizon: int
     episodes: int
+    rollouts: int = 1
+    """Episodes that an agent which adapts between them takes as one: what it learns from at once."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Meta:
         return cls(
             **simple,
             control_hz=float(data["control_hz"]),
-            trial=Trial(int(data["trial"]["horizon"]), int(data["trial"]["episodes"])),
+            trial=Trial(**{k: int(v) for k, v in data["trial"].items()}),
             action=Action(_tuple(action["names"], str), *(_tuple(action[k], float) for k in ("low", "high"))),
             limits={k: Limit(**{n: float(x) for n, x in v.items()}) for k, v in data["limits"].items()},
             reward=data["reward"],
@@ -162,8 +164,8 @@ class Meta:
             return "the outputs are not the action and the context"
         if self.adapts not in ADAPTS:
             return f"adapts is {self.adapts!r}; it may be: {', '.join(ADAPTS)}"
-        if not (0 < self.control_hz < math.inf and self.trial.horizon > 0 and self.trial.episodes > 0):
-            return "control_hz, horizon and episodes must be positive"
+        if not (0 < self.control_hz < math.inf and min(vars(self.trial).values()) > 0):
+            return "control_hz, horizon, episodes and rollouts must be positive"
         gains = (*self.joint_stiffness, *self.joint_damping, *self.default_joint_pos, *self.action_scale)
         if not all(map(math.isfinite, gains)):
             return "gains, default pose or action scale are not finite"

@@ -33,8 +33,8 @@ class Options:
     """MCAP file to write every step to."""
     adapt: bool = False
     """Let an agent that adapts between episodes do so, in a process beside this one that has torch."""
-    rollouts: int = 20
-    """Episodes to live before each adaptation."""
+    rollouts: int = 0
+    """Episodes to live before each adaptation; 0 is as many as the agent was trained with."""
     kl: float = 100.0
     """How far an adaptation may move the policy, KL divergence; what moves it further is refused."""
     run: str = ""
@@ -55,7 +55,7 @@ class Options:
         for name in ("seconds", "rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BridgeError(f"{name} must be above 0, not {getattr(self, name):g}")
-        for name in ("trials", "episodes", "ready_s", "soft_s", "seed"):
+        for name in ("trials", "episodes", "rollouts", "ready_s", "soft_s", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BridgeError(f"{name} must be at least 0, not {getattr(self, name):g}")
         if not all(map(math.isfinite, self.command)):
