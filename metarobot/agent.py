@@ -30,6 +30,12 @@ class Shapes:
     """Episodes a trial."""
     critic: int = 0
     """Length of what only a critic in training is shown beside the observation."""
+    horizon: int = 0
+    """Steps an episode lasts at most, for agents that keep what was lived."""
+    low: tuple[float, ...] = ()
+    """Each action's lower bound; −1 if empty."""
+    high: tuple[float, ...] = ()
+    """Each action's upper bound; 1 if empty."""
 
 
 class Agent(Protocol):
@@ -43,7 +49,9 @@ class Agent(Protocol):
     privileged: bool
     """Whether the agent is shown the task: an oracle, never a result."""
     explores: bool
-    """Whether the agent needs its exploration noise to adapt, when it is tested too."""
+    """Whether the agent needs its exploration noise to adapt, when it is tested too.
+
+    An agent may also have ``noise_width``: how many numbers of noise ``act`` takes, if not one an action."""
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return the context of a new trial in each task; ``task`` ``(task, parameter)`` goes to oracles alone."""
@@ -58,7 +66,8 @@ class Agent(Protocol):
 class Learner(Protocol):
     """Owns an agent's weights and turns collected trials into updates of them.
 
-    A learner may also have ``adopt(policy)``: begin as an agent without memory acts.
+    A learner may also have ``adopt(policy)``: begin as an agent without memory acts; and ``reserve()``: take the memory
+    that training needs, or refuse.
     """
 
     agent: Any

@@ -157,7 +157,14 @@ def family_shapes(family: Family, episodes: int) -> Shapes:
     """Return the sizes of what an agent of this family sees and does."""
     env = Env(family, family.space.sample("train", 1), threads=1)
     return Shapes(
-        obs=env.obs_dim, act=env.act_dim, task=family.space.width, episodes=episodes, critic=env.critic_obs().shape[1]
+        obs=env.obs_dim,
+        act=env.act_dim,
+        task=family.space.width,
+        episodes=episodes,
+        critic=env.critic_obs().shape[1],
+        horizon=family.horizon,
+        low=tuple(env.action_low.tolist()),
+        high=tuple(env.action_high.tolist()),
     )
 
 

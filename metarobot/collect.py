@@ -71,7 +71,7 @@ def _episode(
     watch: Callable[[int, Env, Step], None] | None,
 ) -> tuple[Percept, Context]:
     """Live one episode in every world; a world that ends early sleeps, its context untouched, until all have."""
-    shape = (env.family.horizon, env.worlds, env.act_dim)
+    shape = (env.family.horizon, env.worlds, getattr(agent, "noise_width", env.act_dim))
     noise = None if generator is None else torch.randn(shape, generator=generator, device=env.device)
     last, zeros = percept, torch.zeros_like(percept.reward)
     while book.living:

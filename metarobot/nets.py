@@ -65,15 +65,21 @@ class RunningNorm(nn.Module):
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
 
 
-def mlp(inputs: int, hidden: tuple[int, ...], outputs: int, gain: float = 1.0) -> nn.Sequential:
-    """Build a tanh perceptron with orthogonal weights and zero biases; ``gain`` scales the last layer."""
+def mlp(
+    inputs: int,
+    hidden: tuple[int, ...],
+    outputs: int,
+    gain: float = 1.0,
+    activation: Callable[[], nn.Module] = nn.Tanh,
+) -> nn.Sequential:
+    """Build a perceptron with orthogonal weights and zero biases; ``gain`` scales the last layer."""
     sizes = (inputs, *hidden, outputs)
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
         layers.append(orthogonal(nn.Linear(a, b), gain if last else math.sqrt(2)))
         if not last:
-            layers.append(nn.Tanh())
+            layers.append(activation())
     return nn.Sequential(*layers)
 
 

@@ -101,7 +101,8 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
 
 
 def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
-    """Let an untrained learner begin as the policy of ``config.init`` acts, if one is given."""
+    """Let an untrained learner take the memory it needs, and begin as the policy of ``config.init`` acts, if given."""
+    getattr(learner, "reserve", lambda: None)()
     if not config.init:
         return
     source, adopt = open_run(config.init), getattr(learner, "adopt", None)

@@ -1,0 +1,340 @@
+"""PEARL: a posterior over tasks from whatever was lived, in whatever order (Rakelly et al. 2019).
+
+The posterior is the prior times one Gaussian factor a transition. A soft actor-critic (Haarnoja et al. 2018) acts on
+the observation and on z, drawn once an episode; it learns off-policy, from the trials of a replay.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
+from metarobot.agents.posterior import Gaussian, PosteriorError, check, kl, log_density, sample, standard
+from metarobot.agents.replay import Replay, Steps
+from metarobot.nets import RunningNorm, linears, mlp
+from metarobot.parallel import gradients
+from metarobot.returns import discounted
+from metarobot.types import MetarobotError, Percept, Rollout, Trials, sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class PEARLConfig:
+    """Settings of PEARL; the defaults reach the results in the README on one CPU core."""
+
+    worlds: int = 20
+    """Trials an iteration, each of a task of its own."""
+    episodes: int = 3
+    """Episodes a trial: one from the prior, then from what the ones before told."""
+    replay: int = 1_000_000
+    """Transitions that are remembered."""
+    latent: int = 5
+    """Dimensions of z."""
+    width: int = 128
+    """Width of the two hidden layers of encoder, actor and critics."""
+    gradient_steps: int = 400
+    """Gradient steps an iteration."""
+    tasks: int = 16
+    """Tasks a gradient step."""
+    batch: int = 32
+    """Transitions of each task that actor and critics learn from."""
+    context: int = 64
+    """Transitions of each task that z is inferred from, at most; their number is drawn anew for each gradient step."""
+    recent: int = 100
+    """Of the tasks of a gradient step, every second is among so many of the last."""
+    lr: float = 1e-3
+    """Adam's learning rate at the start."""
+    lr_end: float = 0.1
+    """Fraction of it that is left at the end; linear between."""
+    gamma: float = 0.97
+    """Discount a control step."""
+    tau: float = 0.01
+    """Fraction of the way that the target critics follow at each gradient step."""
+    kl: float = 1e-4
+    """Weight of the posterior's divergence from the prior."""
+    alpha: float = 0.01
+    """Temperature at the start."""
+    alpha_lr: float = 0.2
+    """Its learning rate, as a fraction of ``lr``: entropy that is lost before the critics know anything stays lost."""
+    entropy: float = 1.0
+    """Minus the entropy that the temperature aims at, nats a dimension of the action."""
+    grad_norm: float = 1.0
+    """Bound on the gradient's norm."""
+    least: int = 4
+    """Transitions that a task must have to be learned from."""
+
+
+class PEARLAgent(nn.Module):
+    """An encoder of single transitions, an actor that is told z, and a head that reads the task off the posterior."""
+
+    privileged = explores = False
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, shapes: Shapes, config: PEARLConfig) -> None:
+        super().__init__()
+        self.act_dim, self.noise_width = shapes.act, shapes.act + config.latent
+        hidden = (config.width, config.width)
+        self.norm, self.reward_norm = RunningNorm(shapes.obs), RunningNorm(1)
+        self.encoder = mlp(2 * shapes.obs + shapes.act + 1, hidden, 2 * config.latent, activation=nn.ReLU)
+        self.actor = mlp(shapes.obs + config.latent, hidden, 2 * shapes.act, gain=0.01, activation=nn.ReLU)
+        self.head = mlp(2 * config.latent, (config.width,), 2 * shapes.task)
+        self.register_buffer("low", torch.tensor(shapes.low or (-1.0,) * shapes.act))
+        self.register_buffer("high", torch.tensor(shapes.high or (1.0,) * shapes.act))
+
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Return the prior N(0, 1) as natural parameters μ/σ² and 1/σ², and z, ``(task, latent)`` each."""
+        zeros = self.low.new_zeros(worlds, self.noise_width - self.act_dim)
+        return zeros, zeros + 1.0, zeros
+
+    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+        """Act on z: an episode's first step draws it from the posterior, or without noise takes the mean."""
+        weighted, precision, z = context
+        posterior = self.posterior(context)
+        drawn = posterior.mean if noise is None else sample(posterior, noise[:, self.act_dim :])
+        z = torch.where((percept.first + percept.done > 0)[:, None], drawn, z)
+        mean, log_std = self.policy(self.norm(percept.obs), z)
+        chosen = mean if noise is None else torch.addcmul(mean, noise[:, : self.act_dim], log_std.exp())
+        return self.low + (self.high - self.low) * (torch.tanh(chosen) + 1.0) / 2.0, (weighted, precision, z)
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Multiply the posterior by a factor for each transition of the episode."""
+        weighted, precision, z = context
+        seq = sequence((episode,))
+        lived = Steps(seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs)
+        mean_part, precision_part = self.evidence(lived, seq.valid, 0)
+        return weighted + mean_part, precision + precision_part, z
+
+    def posterior(self, context: Context) -> Gaussian:
+        """Return the distribution of z given all that was lived, ``(task, latent)``."""
+        return Gaussian(context[0] / context[1], context[1].reciprocal())
+
+    def belief(self, context: Context) -> Gaussian:
+        """Return what the posterior says of the task's encoding, ``(task, parameter)``."""
+        return self.told(self.posterior(context))
+
+    def told(self, posterior: Gaussian) -> Gaussian:
+        """Read the task's encoding off a posterior."""
+        mean, raw = self.head(torch.cat([posterior.mean, posterior.var.log()], -1)).chunk(2, -1)
+        return Gaussian(mean, functional.softplus(raw) + 1e-4)
+
+    def evidence(self, lived: Steps, valid: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+        """Sum the natural parameters of the factors of transitions along an axis; the order does not matter."""
+        x = (self.norm(lived.obs), self.centred(lived.action), self.reward_norm(lived.reward[..., None]))
+        mean, raw = self.encoder(torch.cat([*x, self.norm(lived.next_obs)], -1)).chunk(2, -1)
+        precision = functional.softplus(raw)
+        weighted = precision * mean
+        if valid is not None:
+            weighted, precision = (torch.where(valid[..., None], v, 0.0) for v in (weighted, precision))
+        return weighted.sum(dim), precision.sum(dim)
+
+    def infer(self, lived: Steps) -> Gaussian:
+        """Return the posterior given transitions ``(task, step, ...)``."""
+        weighted, precision = self.evidence(lived, None, 1)
+        return self.posterior((weighted, 1.0 + precision))
+
+    def centred(self, action: Tensor) -> Tensor:
+        """Move actions from their bounds to ±1."""
+        return (action - self.low) * (2.0 / (self.high - self.low)) - 1.0
+
+    def policy(self, obs: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-deviation, before the squash, for normalised observations."""
+        mean, log_std = self.actor(torch.cat([obs, z], -1)).chunk(2, -1)
+        return mean, log_std.clamp(-5.0, 1.0)
+
+
+def squashed(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw an action ``tanh(μ + σ ε)`` and its log-density, summed over the action axis."""
+    # ln(1 − tanh² u) = 2 (ln 2 − u − softplus(−2 u))
+    u = mean + log_std.exp() * noise
+    volume = 2.0 * (math.log(2.0) - u - functional.softplus(-2.0 * u))
+    density = -0.5 * noise.square() - log_std - 0.5 * math.log(2.0 * math.pi) - volume
+    return torch.tanh(u), density.sum(-1)
+
+
+class Twins(nn.Module):
+    """Two critics of the same shape, in one batched product a layer."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        nets = [linears(mlp(inputs, (width, width), 1, gain=0.01)) for _ in range(2)]
+        layers = list(zip(*nets, strict=True))
+        self.weights = nn.ParameterList(torch.stack([x.weight.detach().mT for x in pair]) for pair in layers)
+        self.biases = nn.ParameterList(torch.stack([x.bias.detach()[None] for x in pair]) for pair in layers)
+
+    def forward(self, x: Tensor, learns: bool = True) -> Tensor:
+        """Return both values ``(2, step)`` of inputs ``(step, input)``; ``learns`` passes gradients to the weights."""
+        h = x.expand(2, -1, -1)
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            h = torch.baddbmm(*((b, h, w) if learns else (b.detach(), h, w.detach())))
+            h = torch.relu(h) if i < len(self.weights) - 1 else h
+        return h[..., 0]
+
+
+class Batch(NamedTuple):
+    """What a gradient step learns from, ``(task, ...)``: transitions to infer from, and to learn control from."""
+
+    context: Steps
+    steps: Steps
+    task: Tensor
+    noise: Tensor
+    """Standard normal, ``(task, latent)``."""
+    noises: Tensor
+    """The same for the actions now and next, ``(task, step, 2 act)``."""
+
+
+STATISTICS = ("critic_loss", "actor_loss", "kl", "belief_nll", "entropy", "value")
+
+
+class PEARL:
+    """Trains a ``PEARLAgent`` by SAC on a replay."""
+
+    def __init__(self, config: PEARLConfig, shapes: Shapes) -> None:
+        if config.episodes < 2:
+            raise MetarobotError("episodes must be at least 2: one to infer from, one to show it")
+        self.config, self.shapes = config, shapes
+        self.agent = PEARLAgent(shapes, config)
+        inputs = shapes.obs + shapes.act + config.latent
+        self.critics, self.targets = Twins(inputs, config.width), Twins(inputs, config.width)
+        self.targets.load_state_dict(self.critics.state_dict())
+        self.spread = RunningNorm(1)
+        self.temperature = nn.ParameterDict({"log": torch.tensor(math.log(config.alpha))})
+        nets, rest = [*self.agent.parameters(), *self.critics.parameters()], [*self.temperature.parameters()]
+        self._parameters = [*nets, *rest]
+        self.optimiser = torch.optim.Adam([{"params": nets}, {"params": rest}], lr=config.lr, fused=True)
+        self._replay: Replay | None = None
+
+    def reserve(self) -> None:
+        """Take the memory that the replay needs, or refuse."""
+        if self._replay is None:
+            self._replay = Replay(self.shapes, self.config.replay)
+
+    @property
+    def replay(self) -> Replay:
+        """What was lived."""
+        self.reserve()
+        assert self._replay is not None
+        return self._replay
+
+    def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
+        """Remember trials, and learn from what is remembered."""
+        c = self.config
+        self._remember(trials)
+        for group, share in zip(self.optimiser.param_groups, (1.0, c.alpha_lr), strict=True):
+            group["lr"] = share * c.lr * (1.0 - progress * (1.0 - c.lr_end))
+        generator = torch.Generator().manual_seed(seed)
+        sums = torch.zeros(len(STATISTICS))
+        for _ in range(c.gradient_steps):
+            sums += self._step(generator)
+        metrics = {f"train/{k}": float(v) / c.gradient_steps for k, v in zip(STATISTICS, sums, strict=True)}
+        extra = {"alpha": float(self.temperature["log"].detach().exp()), "replay": float(self.replay.transitions)}
+        extra |= {"posterior_std": self._sound(trials), "learning_rate": float(self.optimiser.param_groups[0]["lr"])}
+        return metrics | {f"train/{k}": v for k, v in extra.items()}
+
+    def _remember(self, trials: Trials) -> None:
+        """Take trials into normalisers and replay, unless there is nothing to infer a task from."""
+        explored, worlds = sequence(trials.episodes[:-1]), len(trials.task)
+        fewest, world = explored.valid.sum(0).min(0)
+        if fewest < self.config.least:
+            raise PosteriorError(
+                f"pearl: task {int(world)} of {worlds} has {int(fewest)} transitions to infer it from, "
+                f"fewer than least = {self.config.least}"
+            )
+        told = torch.cat([explored.percept.obs, explored.action, explored.reward[..., None]], -1)
+        if worlds > 1 and torch.equal(told, told[:, :1].expand_as(told)):
+            raise PosteriorError(f"pearl: the contexts of all {worlds} tasks are identical; nothing tells tasks apart")
+        seq = sequence(trials.episodes)
+        self.agent.norm.update(seq.percept.obs[seq.valid])
+        self.agent.reward_norm.update(seq.reward[seq.valid][:, None])
+        self.spread.update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
+        self.replay.add(trials)
+
+    @torch.no_grad()
+    def _sound(self, trials: Trials) -> float:
+        """Return the posterior's mean deviation after trials; raise if weights or posteriors have broken down."""
+        if not all(bool(p.isfinite().all()) for p in self._parameters):
+            raise PosteriorError("pearl: the weights are not finite any more; take a lower learning rate")
+        context = self.agent.begin(len(trials.task))
+        for episode in trials.episodes[:-1]:
+            context = self.agent.adapt(context, episode)
+        posterior = self.agent.posterior(context)
+        check(posterior, "pearl")
+        return float(posterior.var.sqrt().mean())
+
+    def _step(self, generator: torch.Generator) -> Tensor:
+        """Take one gradient step on all weights at once, and let the target critics follow."""
+        batch = self._draw(generator)
+        rows = torch.arange(self.config.tasks)
+        statistics = gradients(partial(self._loss, batch), rows, self._parameters)
+        nn.utils.clip_grad_norm_(self._parameters, self.config.grad_norm)
+        self.optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), self.config.tau)
+        return statistics
+
+    def _draw(self, generator: torch.Generator) -> Batch:
+        c, held, exploring = self.config, self.replay, self.config.episodes - 1
+        rows = held.draw(c.tasks, c.recent, generator)
+        n = round(c.least * (c.context / c.least) ** float(torch.rand((), generator=generator)))
+        context = held.steps(held.pick(rows, n, exploring, generator))
+        steps = held.steps(held.pick(rows, c.batch, c.episodes, generator))
+        noise = torch.randn(c.tasks, c.latent, generator=generator)
+        noises = torch.randn(c.tasks, c.batch, 2 * self.shapes.act, generator=generator)
+        return Batch(context, steps, held.task(rows), noise, noises)
+
+    def _loss(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the share of some tasks in the loss, and in the statistics."""
+        c, agent = self.config, self.agent
+        context, steps = (Steps(*(v[rows] for v in x)) for x in (batch.context, batch.steps))
+        posterior = agent.infer(context)
+        z = sample(posterior, batch.noise[rows])[:, None].expand(-1, c.batch, -1).flatten(0, 1)
+        obs, action, reward, terminated, next_obs = (v.flatten(0, 1) for v in steps)
+        obs, next_obs, action = agent.norm(obs), agent.norm(next_obs), agent.centred(action)
+        now, following = batch.noises[rows].flatten(0, 1).chunk(2, -1)
+        weight, alpha = 1.0 / (c.tasks * c.batch), self.temperature["log"].exp().detach()
+        with torch.no_grad():
+            # y = r + γ (1 − terminated) (min Q'(s', a') − α ln π(a'|s'))
+            chosen, density = squashed(*agent.policy(next_obs, z), following)
+            value = self.targets(torch.cat([next_obs, chosen, z], -1)).amin(0) - alpha * density
+            target = reward * self.spread.scale + c.gamma * (1.0 - terminated) * value
+        critic_loss = weight * (self.critics(torch.cat([obs, action, z], -1)) - target).square().sum()
+        divergence = kl(posterior, standard(posterior.mean)).sum() / c.tasks
+        z = z.detach()
+        chosen, density = squashed(*agent.policy(obs, z), now)
+        actor_loss = (
+            weight * (alpha * density - self.critics(torch.cat([obs, chosen, z], -1), learns=False).amin(0)).sum()
+        )
+        surprise = weight * (density.detach() - c.entropy * self.shapes.act).sum()
+        told = agent.told(Gaussian(posterior.mean.detach(), posterior.var.detach()))
+        belief_nll = -log_density(told, batch.task[rows]).sum() / c.tasks
+        statistics = torch.stack(
+            [critic_loss, actor_loss, divergence, belief_nll, -weight * density.sum(), weight * target.sum()]
+        )
+        loss = critic_loss + c.kl * divergence + actor_loss + belief_nll - self.temperature["log"] * surprise
+        return loss, statistics
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights, normalisers, optimiser and replay."""
+        modules = {"agent": self.agent, "critics": self.critics, "targets": self.targets}
+        flat = pack(self.optimiser, **modules, temperature=self.temperature, spread=self.spread)
+        return flat | {f"replay.{k}": v for k, v in self.replay.state().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore them."""
+        modules = {"agent": self.agent, "critics": self.critics, "targets": self.targets}
+        unpack(state, self.optimiser, **modules, temperature=self.temperature, spread=self.spread)
+        self.replay.load({k.removeprefix("replay."): v for k, v in state.items() if k.startswith("replay.")})
+
+
+pearl = AgentKind(
+    name="pearl",
+    doc="A posterior over tasks from single transitions; SAC acts on a draw of it.",
+    config=PEARLConfig,
+    build=PEARL,
+)
