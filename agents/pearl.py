@@ -6,6 +6,7 @@ the observation and on z, drawn once an episode; it learns off-policy, from the 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.agents.posterior import Gaussian, PosteriorError, check, kl, log_density, sample, standard
+from metarobot.agents.posterior import Gaussian, PosteriorError, check, kl, log_density, product, sample, standard
 from metarobot.agents.replay import Replay, Steps
 from metarobot.nets import RunningNorm, linears, mlp
 from metarobot.parallel import gradients
@@ -64,8 +65,6 @@ class PEARLConfig:
     """Its learning rate, as a fraction of ``lr``: entropy that is lost before the critics know anything stays lost."""
     entropy: float = 1.0
     """Minus the entropy that the temperature aims at, nats a dimension of the action."""
-    grad_norm: float = 1.0
-    """Bound on the gradient's norm."""
     least: int = 4
     """Transitions that a task must have to be learned from."""
 
@@ -89,31 +88,31 @@ class PEARLAgent(nn.Module):
         self.register_buffer("high", torch.tensor(shapes.high or (1.0,) * shapes.act))
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Return the prior N(0, 1) as natural parameters μ/σ² and 1/σ², and z, ``(task, latent)`` each."""
+        """Return the prior N(0, 1), mean and variance, and z, ``(task, latent)`` each."""
         zeros = self.low.new_zeros(worlds, self.noise_width - self.act_dim)
-        return zeros, zeros + 1.0, zeros
+        return *standard(zeros), zeros
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
         """Act on z: an episode's first step draws it from the posterior, or without noise takes the mean."""
-        weighted, precision, z = context
-        posterior = self.posterior(context)
-        drawn = posterior.mean if noise is None else sample(posterior, noise[:, self.act_dim :])
+        mean, var, z = context
+        drawn = mean if noise is None else sample(Gaussian(mean, var), noise[:, self.act_dim :])
         z = torch.where((percept.first + percept.done > 0)[:, None], drawn, z)
-        mean, log_std = self.policy(self.norm(percept.obs), z)
-        chosen = mean if noise is None else torch.addcmul(mean, noise[:, : self.act_dim], log_std.exp())
-        return self.low + (self.high - self.low) * (torch.tanh(chosen) + 1.0) / 2.0, (weighted, precision, z)
+        u, log_std = self.policy(self.norm(percept.obs), z)
+        u = u if noise is None else torch.addcmul(u, noise[:, : self.act_dim], log_std.exp())
+        return self.low + (self.high - self.low) * (torch.tanh(u) + 1.0) / 2.0, (mean, var, z)
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
-        """Multiply the posterior by a factor for each transition of the episode."""
-        weighted, precision, z = context
+        """Multiply the posterior by a factor for each transition of the episode; their order does not matter."""
         seq = sequence((episode,))
-        lived = Steps(seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs)
-        mean_part, precision_part = self.evidence(lived, seq.valid, 0)
-        return weighted + mean_part, precision + precision_part, z
+        mean, var = self.factors(Steps(seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs))
+        # a factor of infinite variance says nothing
+        lived = seq.valid[..., None]
+        factors = Gaussian(torch.where(lived, mean, 0.0), torch.where(lived, var, math.inf))
+        return *updated(self.posterior(context), factors, 0), context[2]
 
     def posterior(self, context: Context) -> Gaussian:
         """Return the distribution of z given all that was lived, ``(task, latent)``."""
-        return Gaussian(context[0] / context[1], context[1].reciprocal())
+        return Gaussian(*context[:2])
 
     def belief(self, context: Context) -> Gaussian:
         """Return what the posterior says of the task's encoding, ``(task, parameter)``."""
@@ -124,20 +123,16 @@ class PEARLAgent(nn.Module):
         mean, raw = self.head(torch.cat([posterior.mean, posterior.var.log()], -1)).chunk(2, -1)
         return Gaussian(mean, functional.softplus(raw) + 1e-4)
 
-    def evidence(self, lived: Steps, valid: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-        """Sum the natural parameters of the factors of transitions along an axis; the order does not matter."""
+    def factors(self, lived: Steps) -> Gaussian:
+        """Return what each transition says of z, ``(..., latent)``."""
         x = (self.norm(lived.obs), self.centred(lived.action), self.reward_norm(lived.reward[..., None]))
         mean, raw = self.encoder(torch.cat([*x, self.norm(lived.next_obs)], -1)).chunk(2, -1)
-        precision = functional.softplus(raw)
-        weighted = precision * mean
-        if valid is not None:
-            weighted, precision = (torch.where(valid[..., None], v, 0.0) for v in (weighted, precision))
-        return weighted.sum(dim), precision.sum(dim)
+        return Gaussian(mean, (functional.softplus(raw) + 1e-6).reciprocal())
 
     def infer(self, lived: Steps) -> Gaussian:
         """Return the posterior given transitions ``(task, step, ...)``."""
-        weighted, precision = self.evidence(lived, None, 1)
-        return self.posterior((weighted, 1.0 + precision))
+        factors = self.factors(lived)
+        return updated(standard(factors.mean[:, 0]), factors, 1)
 
     def centred(self, action: Tensor) -> Tensor:
         """Move actions from their bounds to ±1."""
@@ -147,6 +142,11 @@ class PEARLAgent(nn.Module):
         """Return mean and log-deviation, before the squash, for normalised observations."""
         mean, log_std = self.actor(torch.cat([obs, z], -1)).chunk(2, -1)
         return mean, log_std.clamp(-5.0, 1.0)
+
+
+def updated(prior: Gaussian, factors: Gaussian, dim: int) -> Gaussian:
+    """Multiply a prior by factors along an axis."""
+    return product(Gaussian(*(torch.cat([a.unsqueeze(dim), b], dim) for a, b in zip(prior, factors, strict=True))), dim)
 
 
 def squashed(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,11 +198,13 @@ class PEARL:
     def __init__(self, config: PEARLConfig, shapes: Shapes) -> None:
         if config.episodes < 2:
             raise MetarobotError("episodes must be at least 2: one to infer from, one to show it")
+        if config.context < config.least:
+            raise MetarobotError(f"context must be at least {config.least}, the least of a task, not {config.context}")
         self.config, self.shapes = config, shapes
         self.agent = PEARLAgent(shapes, config)
         inputs = shapes.obs + shapes.act + config.latent
-        self.critics, self.targets = Twins(inputs, config.width), Twins(inputs, config.width)
-        self.targets.load_state_dict(self.critics.state_dict())
+        self.critics = Twins(inputs, config.width)
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.spread = RunningNorm(1)
         self.temperature = nn.ParameterDict({"log": torch.tensor(math.log(config.alpha))})
         nets, rest = [*self.agent.parameters(), *self.critics.parameters()], [*self.temperature.parameters()]
@@ -213,7 +215,7 @@ class PEARL:
     def reserve(self) -> None:
         """Take the memory that the replay needs, or refuse."""
         if self._replay is None:
-            self._replay = Replay(self.shapes, self.config.replay)
+            self._replay = Replay(self.shapes, self.config.replay, self.config.worlds)
 
     @property
     def replay(self) -> Replay:
@@ -272,7 +274,6 @@ class PEARL:
         batch = self._draw(generator)
         rows = torch.arange(self.config.tasks)
         statistics = gradients(partial(self._loss, batch), rows, self._parameters)
-        nn.utils.clip_grad_norm_(self._parameters, self.config.grad_norm)
         self.optimiser.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), self.config.tau)
@@ -289,35 +290,57 @@ class PEARL:
         return Batch(context, steps, held.task(rows), noise, noises)
 
     def _loss(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the share of some tasks in the loss, and in the statistics."""
+        """Return the share of some tasks in the loss, and in the statistics.
+
+        One loss for all weights: what is given to one part but not to be changed by it is detached.
+        """
         c, agent = self.config, self.agent
         context, steps = (Steps(*(v[rows] for v in x)) for x in (batch.context, batch.steps))
         posterior = agent.infer(context)
         z = sample(posterior, batch.noise[rows])[:, None].expand(-1, c.batch, -1).flatten(0, 1)
-        obs, action, reward, terminated, next_obs = (v.flatten(0, 1) for v in steps)
-        obs, next_obs, action = agent.norm(obs), agent.norm(next_obs), agent.centred(action)
         now, following = batch.noises[rows].flatten(0, 1).chunk(2, -1)
-        weight, alpha = 1.0 / (c.tasks * c.batch), self.temperature["log"].exp().detach()
-        with torch.no_grad():
-            # y = r + γ (1 − terminated) (min Q'(s', a') − α ln π(a'|s'))
-            chosen, density = squashed(*agent.policy(next_obs, z), following)
-            value = self.targets(torch.cat([next_obs, chosen, z], -1)).amin(0) - alpha * density
-            target = reward * self.spread.scale + c.gamma * (1.0 - terminated) * value
-        critic_loss = weight * (self.critics(torch.cat([obs, action, z], -1)) - target).square().sum()
+        lived = Steps(*(v.flatten(0, 1) for v in steps))
+        lived = lived._replace(obs=agent.norm(lived.obs), next_obs=agent.norm(lived.next_obs))
+        target = self._target(lived, z.detach(), following)
+        error = self.critics(torch.cat([lived.obs, agent.centred(lived.action), z], -1)) - target
+        value, density = self._outlook(lived.obs, z.detach(), now)
+        told = agent.told(Gaussian(*(x.detach() for x in posterior)))
+        weight = 1.0 / (c.tasks * c.batch)
+        critic_loss = weight * error.square().sum()
+        actor_loss = weight * (self.temperature["log"].exp().detach() * density - value).sum()
+        # the temperature rises where the policy's entropy is below the target
+        temperature_loss = -self.temperature["log"] * weight * (density.detach() - c.entropy * self.shapes.act).sum()
         divergence = kl(posterior, standard(posterior.mean)).sum() / c.tasks
-        z = z.detach()
-        chosen, density = squashed(*agent.policy(obs, z), now)
-        actor_loss = (
-            weight * (alpha * density - self.critics(torch.cat([obs, chosen, z], -1), learns=False).amin(0)).sum()
-        )
-        surprise = weight * (density.detach() - c.entropy * self.shapes.act).sum()
-        told = agent.told(Gaussian(posterior.mean.detach(), posterior.var.detach()))
         belief_nll = -log_density(told, batch.task[rows]).sum() / c.tasks
-        statistics = torch.stack(
-            [critic_loss, actor_loss, divergence, belief_nll, -weight * density.sum(), weight * target.sum()]
-        )
-        loss = critic_loss + c.kl * divergence + actor_loss + belief_nll - self.temperature["log"] * surprise
-        return loss, statistics
+        shown = (critic_loss, actor_loss, divergence, belief_nll, -weight * density.sum(), weight * target.sum())
+        loss = critic_loss + c.kl * divergence + actor_loss + belief_nll + temperature_loss
+        return loss, torch.stack(shown)
+
+    @torch.no_grad()
+    def _target(self, lived: Steps, z: Tensor, noise: Tensor) -> Tensor:
+        """Return what the critics learn, ``(step,)``: one step's reward and the soft value of what follows."""
+        # y = r + γ (1 − terminated) (min Q'(s', a') − α ln π(a' | s'))
+        action, density = squashed(*self.agent.policy(lived.next_obs, z), noise)
+        value = self.targets(torch.cat([lived.next_obs, action, z], -1)).amin(0)
+        soft = value - self.temperature["log"].exp() * density
+        return lived.reward * self.spread.scale + self.config.gamma * (1.0 - lived.terminated) * soft
+
+    def _outlook(self, obs: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the critics' lower value of an action drawn now, and its log-density, ``(step,)`` each."""
+        action, density = squashed(*self.agent.policy(obs, z), noise)
+        return self.critics(torch.cat([obs, action, z], -1), learns=False).amin(0), density
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """List the matrix products of a mean gradient step, (rows, inner, columns): the least that it costs."""
+        c, rows = self.config, self.config.tasks * self.config.batch
+        context = round(c.tasks * (c.context - c.least) / max(math.log(c.context / c.least), 1e-9)) or c.tasks * c.least
+        nets = (linears(self.agent.encoder), linears(self.agent.actor))
+        encoder, actor = ([(x.in_features, x.out_features) for x in net] for net in nets)
+        critics = [(w.shape[1], w.shape[2]) for w in self.critics.weights] * 2
+        forward = (context, encoder), (rows, 2 * actor + 3 * critics)
+        # backward by weights, and by inputs but for the first; each of as many multiplications as the layer's own
+        backward = (context, encoder + encoder[1:]), (rows, actor + actor[1:] + 3 * critics)
+        return [(n, a, b) for n, layers in (*forward, *backward) for a, b in layers]
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers, optimiser and replay."""

@@ -32,13 +32,14 @@ class Replay:
     what follows it stand side by side: observations are held once, and one gather brings both.
     """
 
-    def __init__(self, shapes: Shapes, transitions: int) -> None:
+    def __init__(self, shapes: Shapes, transitions: int, at_once: int = 1) -> None:
         self._sizes = (shapes.obs, shapes.act, 1, 1)
         self._slots = shapes.horizon + 1
         self.rows = transitions // (shapes.horizon * shapes.episodes)
-        if self.rows < 1:
+        if self.rows < at_once:
             raise MetarobotError(
-                f"replay = {transitions:,} does not hold one trial of {shapes.episodes} x {shapes.horizon} transitions"
+                f"replay = {transitions:,} does not hold the {at_once} trials of an iteration, "
+                f"{shapes.episodes} x {shapes.horizon} transitions each"
             )
         shape = (self.rows, shapes.episodes * self._slots, sum(self._sizes))
         _refuse(transitions, 4 * shape[0] * shape[1] * shape[2])
@@ -60,8 +61,6 @@ class Replay:
     def add(self, trials: Trials) -> None:
         """Write trials down, one a world, over the oldest."""
         worlds = len(trials.task)
-        if worlds > self.rows:
-            raise MetarobotError(f"the replay holds {self.rows} trials, fewer than the {worlds} of one iteration")
         rows = (self.count + torch.arange(worlds)) % self.rows
         self._task[rows] = trials.task.cpu()
         for k, episode in enumerate(trials.episodes):

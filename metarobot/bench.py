@@ -1,4 +1,4 @@
-"""Speed of the environment against the bare engine, and of MAML's parts; what is compared is measured in turns."""
+"""Speed of the environment against the bare engine, of MAML's parts, and of PEARL; what is compared takes turns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import mujoco
@@ -23,7 +24,7 @@ from metarobot.checkpoint import build_learner
 from metarobot.collect import collect
 from metarobot.env import Env, Family
 from metarobot.inner import looped
-from metarobot.parallel import steady_heap
+from metarobot.parallel import pool, steady_heap
 from metarobot.sim import Rows
 from metarobot.sim.cpu import CpuSim, numbers
 from metarobot.types import MetarobotError
@@ -213,3 +214,73 @@ def _maml_round(learner: Any, env: Env, tasks: Any, threads: int, engine_rate: f
     rate = trials.steps() / sampling
     times = {"sampling_s": sampling, "inner_step_s": inner, "outer_update_s": outer, "total_s": collected + outer}
     return {**times, "sampling_steps_per_s": rate, "engine_steps_per_s": engine_rate, "ratio": rate / engine_rate}
+
+
+def bench_pearl(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
+    """Measure PEARL's gradient steps a second against their bare matrix products, and its sampling against RL²'s.
+
+    The products are of the same shapes, forward and backward, on as many threads. All four take turns.
+    """
+    if worlds < 1 or seconds <= 0:
+        raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
+    steady_heap()  # as training does
+    threads = threads or len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
+    tasks = family.space.sample("train", worlds, 0)
+    env = Env(family, tasks, threads=threads)
+    config = agents.get("pearl").config(worlds=worlds, gradient_steps=50)
+    learner: Any = build_learner("pearl", config, family, 0)
+    rival = build_learner("rl2", agents.get("rl2").config(), family, 0)
+    play = partial(collect, env=env, tasks=tasks, episodes=config.episodes, seed=0)
+    rounds: dict[str, list[float]] = {"sampling": [], "rl2": [], "learning": [], "products": []}
+    began = time.perf_counter()
+    with Progress(disable=not show, transient=True) as bar:
+        task = bar.add_task("measuring", total=seconds)
+        while len(rounds["products"]) < 3 or time.perf_counter() - began < seconds:
+            torch.set_num_threads(1)
+            trials, took = _timed(play, learner.agent)
+            rounds["sampling"].append(trials.steps() / took)
+            rounds["rl2"].append(trials.steps() / _timed(play, rival.agent)[1])
+            torch.set_num_threads(threads)
+            learning = _timed(learner.update, trials, 0.0, len(rounds["learning"]))[1]
+            rounds["learning"].append(config.gradient_steps / learning)
+            bare = _timed(_multiply, learner.products(), config.gradient_steps, threads)[1]
+            rounds["products"].append(config.gradient_steps / bare)
+            bar.update(task, completed=time.perf_counter() - began)
+    torch.set_num_threads(before)
+    rates = {k: statistics.median(v[1:]) for k, v in rounds.items()}  # the first warms up
+    return {
+        "family": family.name,
+        "worlds": worlds,
+        "threads": threads,
+        "rounds": len(rounds["products"]) - 1,
+        "gradient_steps_per_s": rates["learning"],
+        "states_per_s": rates["learning"] * config.tasks * config.batch,
+        "products_per_s": rates["products"],
+        "ratio": _median_ratio(rounds["learning"], rounds["products"]),
+        "sampling_steps_per_s": rates["sampling"],
+        "rl2_sampling_steps_per_s": rates["rl2"],
+        "sampling_ratio": _median_ratio(rounds["sampling"], rounds["rl2"]),
+    }
+
+
+def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    began = time.perf_counter()
+    done = work(*arguments)
+    return done, time.perf_counter() - began
+
+
+def _median_ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours[1:], theirs[1:], strict=True))
+
+
+def _multiply(products: list[tuple[int, int, int]], times: int, threads: int) -> None:
+    """Multiply matrices of these shapes (rows, inner, columns), each thread its share of the rows."""
+
+    def share(_: int) -> None:
+        pairs = [(torch.ones(-(-n // threads), a), torch.ones(a, b)) for n, a, b in products]
+        for _ in range(times):
+            for x, w in pairs:
+                torch.mm(x, w)
+
+    list(pool(threads).map(share, range(threads)))

@@ -143,7 +143,7 @@ def render(
 
 
 def bench(
-    what: Positional[Literal["sim", "maml"]],
+    what: Positional[Literal["sim", "maml", "pearl"]],
     family: Positional[str] = "",
     /,
     worlds: int | None = None,
@@ -151,13 +151,14 @@ def bench(
     threads: int = 0,
     json: Path | None = None,
 ) -> None:
-    """Measure the speed of an environment against the bare physics engine, or of the parts of a MAML iteration.
+    """Measure the speed of an environment against the bare physics engine, or of an agent's learning.
 
     Args:
-        what: sim, the environment's step loop with a model of its own in each world; or maml, the sampling, inner step
-            and outer update of MAML-TRPO, and the same with a Python loop over tasks.
-        family: Task family; CheetahVel for sim and CheetahDir100 for maml if not given.
-        worlds: Number of worlds; 512 for sim and 800, 40 tasks of 20 rollouts, for maml if not given.
+        what: sim, the environment's step loop with a model of its own in each world; maml, the sampling, inner step
+            and outer update of MAML-TRPO, and the same with a Python loop over tasks; or pearl, its gradient steps
+            against their bare matrix products, and its sampling against RL²'s.
+        family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
+        worlds: Number of worlds; 512 for sim, 800, 40 tasks of 20 rollouts, for maml and 64 for pearl if not given.
         seconds: How long to measure, at least.
         threads: CPU threads; 0 takes all there are.
         json: Where to write the figures.
@@ -167,14 +168,14 @@ def bench(
     from metarobot.checkpoint import write_json
     from metarobot.env import families as registry
 
-    if what == "sim":
-        chosen = registry.get(family or "CheetahVel")
-        report = measure.bench_sim(chosen, worlds=512 if worlds is None else worlds, seconds=seconds, threads=threads)
-        tables.sim(report)
-    else:
-        chosen = registry.get(family or "CheetahDir100")
-        report = measure.bench_maml(chosen, worlds=800 if worlds is None else worlds, seconds=seconds, threads=threads)
-        tables.maml(report)
+    run, show, usual, size = {
+        "sim": (measure.bench_sim, tables.sim, "CheetahVel", 512),
+        "maml": (measure.bench_maml, tables.maml, "CheetahDir100", 800),
+        "pearl": (measure.bench_pearl, tables.pearl, "CheetahVel", 64),
+    }[what]
+    chosen = registry.get(family or usual)
+    report = run(chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads)
+    show(report)
     if json is not None:
         write_json(json, report)
 

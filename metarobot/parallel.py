@@ -31,14 +31,15 @@ def gradients(loss: Loss, rows: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         value, statistics = loss(part)
         return torch.autograd.grad(value, wanted), statistics.detach()
 
-    shares = list(_pool(threads).map(share, rows.chunk(threads))) if threads > 1 else [share(rows)]
+    shares = list(pool(threads).map(share, rows.chunk(threads))) if threads > 1 else [share(rows)]
     for i, p in enumerate(wanted):
         p.grad = sum((grads[i] for grads, _ in shares[1:]), start=shares[0][0][i])
     return sum((s for _, s in shares[1:]), start=shares[0][1])
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Return so many threads, on each of which torch uses one core."""
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 

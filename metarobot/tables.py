@@ -113,6 +113,19 @@ def sim(report: Mapping[str, Any]) -> None:
     )
 
 
+def pearl(report: Mapping[str, Any]) -> None:
+    """Print what ``metarobot bench pearl`` found."""
+    print(
+        f"{report['family']}, {report['threads']} threads: {report['gradient_steps_per_s']:,.1f} gradient steps/s, "
+        f"{report['states_per_s']:,.0f} states/s; bare matrix products {report['products_per_s']:,.1f}; "
+        f"ratio {report['ratio']:.2f}"
+    )
+    print(
+        f"sampling, {report['worlds']} worlds: {report['sampling_steps_per_s']:,.0f} steps/s; "
+        f"rl2 {report['rl2_sampling_steps_per_s']:,.0f}; ratio {report['sampling_ratio']:.2f}"
+    )
+
+
 def milestones(runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float], at: Iterable[float]) -> None:
     """Print when each run first reached the returns ``reach``, and its return ``at`` so many seconds."""
     for name, rows in runs.items():

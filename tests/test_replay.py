@@ -19,7 +19,7 @@ TRIAL = HORIZON * EPISODES
 
 
 def written(lengths: list[list[int]], first: int = 0) -> Trials:
-    """Trials in which every observation says where it was made: (trial, episode, time); lengths ``(episode, trial)``."""
+    """Trials whose observations say where they were made, (trial, episode, time); lengths ``(episode, trial)``."""
     worlds = len(lengths[0])
     episodes = tuple(_episode(torch.tensor(n), k, first) for k, n in enumerate(lengths))
     return Trials(episodes=episodes, task=torch.arange(float(first), first + worlds)[:, None])
@@ -169,15 +169,10 @@ def test_a_replay_larger_than_memory_is_refused_with_the_number() -> None:
     assert 0 < available() < 10**14
 
 
-@pytest.mark.parametrize("transitions", [1, TRIAL - 1])
-def test_a_replay_smaller_than_a_trial_is_refused(transitions: int) -> None:
-    with pytest.raises(MetarobotError, match="does not hold one trial of 3 x 5 transitions"):
-        Replay(SHAPES, transitions)
-
-
-def test_more_trials_at_once_than_the_replay_holds_are_refused() -> None:
-    with pytest.raises(MetarobotError, match="holds 2 trials, fewer than the 3 of one iteration"):
-        Replay(SHAPES, 2 * TRIAL).add(written([[5, 5, 5]] * 3))
+@pytest.mark.parametrize(("transitions", "at_once"), [(1, 1), (TRIAL - 1, 1), (3 * TRIAL - 1, 3)])
+def test_a_replay_smaller_than_an_iteration_is_refused(transitions: int, at_once: int) -> None:
+    with pytest.raises(MetarobotError, match=f"does not hold the {at_once} trials of an iteration, 3 x 5 transitions"):
+        Replay(SHAPES, transitions, at_once)
 
 
 def test_a_broken_number_in_the_padding_stays_outside() -> None:
