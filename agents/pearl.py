@@ -323,7 +323,8 @@ class PEARL:
         action, density = squashed(*self.agent.policy(lived.next_obs, z), noise)
         value = self.targets(torch.cat([lived.next_obs, action, z], -1)).amin(0)
         soft = value - self.temperature["log"].exp() * density
-        return lived.reward * self.spread.scale + self.config.gamma * (1.0 - lived.terminated) * soft
+        target: Tensor = lived.reward * self.spread.scale + self.config.gamma * (1.0 - lived.terminated) * soft
+        return target
 
     def _outlook(self, obs: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the critics' lower value of an action drawn now, and its log-density, ``(step,)`` each."""

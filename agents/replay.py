@@ -33,7 +33,7 @@ class Replay:
     """
 
     def __init__(self, shapes: Shapes, transitions: int, at_once: int = 1) -> None:
-        self._sizes = (shapes.obs, shapes.act, 1, 1)
+        self._sizes = [shapes.obs, shapes.act, 1, 1]
         self._slots = shapes.horizon + 1
         self.rows = transitions // (shapes.horizon * shapes.episodes)
         if self.rows < at_once:
@@ -95,13 +95,11 @@ class Replay:
 
     def steps(self, picked: Tensor) -> Steps:
         """Return the transitions that were picked."""
-        width = self._data.shape[-1]
-        pairs = self._data.view(-1).as_strided((self._data.shape[0] * self._data.shape[1] - 1, 2 * width), (width, 1))
-        found = pairs[picked]
-        obs, action, reward, terminated, next_obs, _ = found.split(
-            [*self._sizes, self._sizes[0], width - self._sizes[0]], -1
-        )
-        return Steps(obs, action, reward[..., 0], terminated[..., 0], next_obs)
+        rows, slots, width = self._data.shape
+        pairs = self._data.view(-1).as_strided((rows * slots - 1, 2 * width), (width, 1))[picked]
+        step, after = pairs.chunk(2, -1)
+        obs, action, reward, terminated = torch.split(step, self._sizes, -1)
+        return Steps(obs, action, reward[..., 0], terminated[..., 0], after[..., : self._sizes[0]])
 
     def task(self, rows: Tensor) -> Tensor:
         """Return the tasks' encodings ``(task, parameter)``: labels."""

@@ -50,6 +50,18 @@ def test_bench_writes_the_agreed_keys(capsys, tmp_path: Path) -> None:
     assert 0 < data["ratio"] < 2
 
 
+def test_bench_of_pearl_compares_it_with_bare_products_and_with_rl2(capsys, tmp_path: Path) -> None:
+    target = tmp_path / "b.json"
+    code, out, _ = run(capsys, "bench", "pearl", "CheetahVel100", "--worlds", "2", "--seconds", "0.1",
+                       "--threads", "1", "--json", str(target))  # fmt: skip
+    assert code == 0
+    assert "gradient steps/s" in out
+    data = json.loads(target.read_text())
+    assert data["states_per_s"] == pytest.approx(512 * data["gradient_steps_per_s"])
+    assert 0 < data["ratio"] < 2
+    assert data["sampling_steps_per_s"] > 0 < data["sampling_ratio"]
+
+
 def test_bench_of_maml_times_its_parts_with_and_without_a_loop_over_tasks(capsys, tmp_path: Path) -> None:
     target = tmp_path / "b.json"
     code, out, _ = run(capsys, "bench", "maml", "--worlds", "40", "--seconds", "0.1", "--json", str(target))
