@@ -39,7 +39,7 @@ class PEARLConfig:
     """Dimensions of z."""
     width: int = 128
     """Width of the two hidden layers of encoder, actor and critics."""
-    gradient_steps: int = 400
+    gradient_steps: int = 500
     """Gradient steps an iteration."""
     tasks: int = 16
     """Tasks a gradient step."""

@@ -1,14 +1,22 @@
 """Training to thresholds that no policy without adaptation can reach; minutes each, so ``make slow`` runs them."""
 
+from functools import partial
 from pathlib import Path
 
+import mujoco
 import numpy as np
 import pytest
+import torch
 
 from metarobot.agent import agents
 from metarobot.agents.sinusoid import SinusoidConfig, compare
-from metarobot.checkpoint import Run
-from metarobot.evaluate import Protocol, evaluate
+from metarobot.checkpoint import Run, build_learner
+from metarobot.collect import collect
+from metarobot.distributions import Uniform
+from metarobot.env import Env
+from metarobot.evaluate import Protocol, _swapped, evaluate
+from metarobot.family import Family
+from metarobot.tasks import Param, TaskSpace
 from metarobot.train import TrainConfig, start, train
 
 pytestmark = pytest.mark.slow
@@ -57,3 +65,58 @@ def test_maml_regresses_a_new_sinusoid_in_one_step_and_joint_training_does_not()
     assert errors["MAML"][1] < 0.1 * errors["MAML"][0]
     assert errors["MAML"][1] < 0.2 * errors["joint training"][1]
     assert errors["MAML"][-1] < 0.3 * errors["joint training"][-1]
+
+
+POINT = """<mujoco><option timestep="0.05" gravity="0 0 0"/><worldbody><body name="point">
+<joint name="x" type="slide" axis="1 0 0" damping="2"/><geom size="0.1" mass="0.5"/></body></worldbody>
+<actuator><motor joint="x" ctrlrange="-2 2" ctrllimited="true"/></actuator></mujoco>"""
+
+
+def toy() -> Family:
+    """A point on a line that is to go to a place between −1 and 1 which only the reward tells."""
+    return Family(
+        name="Toy",
+        doc="Go where the reward says.",
+        space=TaskSpace("Toy", (Param(name="goal", train=Uniform(-1, 1), unit="m", doc="where to go"),)),
+        horizon=16,
+        substeps=2,
+        spec=lambda: mujoco.MjSpec.from_string(POINT),
+        observations=("x_m", "x_m/s"),
+        observe=lambda s: torch.cat([s.qpos, s.qvel], 1).float(),
+        reward=lambda before, after, dt: {"near": -(after.qpos[:, 0] - after.task["goal"]).abs()},
+        weights={"near": 1.0},
+        start=lambda rng, model: (rng.uniform(-0.1, 0.1, 1), np.zeros(1)),
+    )
+
+
+def test_pearl_goes_where_the_reward_says_and_another_tasks_context_leads_astray() -> None:
+    family = toy()
+    settings = {
+        "worlds": 16,
+        "width": 48,
+        "tasks": 16,
+        "batch": 16,
+        "context": 24,
+        "gradient_steps": 150,
+        "lr": 2e-3,
+        "replay": 10_000,
+    }
+    learner = build_learner("pearl", agents.get("pearl").config(**settings), family, 0)
+    env = Env(family, family.space.sample("train", 16), threads=1)
+    for i in range(16):
+        tasks = family.space.sample("train", 16, [0, i])
+        learner.update(collect(learner.agent, env, tasks, episodes=3, seed=i), i / 16, i)
+    tasks = family.space.sample("test", 40, 0)
+    play = partial(collect, learner.agent, Env(family, tasks, threads=1), tasks, episodes=3, seed=0, explore=False)
+    told, astray = play(), play(between=partial(_swapped, tasks))
+    first, *_, last = told.returns().mean(1).tolist()
+    # standing still in the middle, which is best without knowing, earns −0.5 a step
+    assert last > -0.35 * family.horizon
+    assert first < -0.4 * family.horizon
+    assert astray.returns()[-1].mean() < last - 0.2 * family.horizon
+    context = learner.agent.begin(40)
+    for episode in told.episodes[:2]:
+        context = learner.agent.adapt(context, episode)
+    mean, var = learner.agent.belief(context)
+    assert (mean - told.task).abs().mean() < 0.2
+    assert 0.3 < ((mean - told.task).square() / var).mean() < 3.0

@@ -4,8 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mujoco
-import numpy as np
 import pytest
 import torch
 from helpers import FALLING, TASKS, run, same
@@ -18,11 +16,9 @@ from metarobot.agents.posterior import PosteriorError
 from metarobot.agents.replay import Steps
 from metarobot.checkpoint import build_learner, family_shapes, open_run, save
 from metarobot.collect import collect
-from metarobot.distributions import Uniform
-from metarobot.env import Env, Family, families
-from metarobot.evaluate import _swapped
+from metarobot.env import Env
+from metarobot.family import Family, families
 from metarobot.parallel import gradients
-from metarobot.tasks import Param, TaskSpace
 from metarobot.types import Percept, Trials, sequence
 
 SMALL = {"worlds": 2, "width": 16, "tasks": 4, "batch": 4, "context": 8, "gradient_steps": 3, "replay": 10_000}
@@ -373,51 +369,3 @@ def test_settings_that_cannot_work_are_refused_before_training(tmp_path: Path, c
     assert message in errors
     assert len(errors.strip().splitlines()) == 1
     assert not out.exists()
-
-
-POINT = """<mujoco><option timestep="0.05" gravity="0 0 0"/><worldbody><body name="point">
-<joint name="x" type="slide" axis="1 0 0" damping="2"/><geom size="0.1" mass="0.5"/></body></worldbody>
-<actuator><motor joint="x" ctrlrange="-2 2" ctrllimited="true"/></actuator></mujoco>"""
-
-
-def toy() -> Family:
-    """A point on a line that is to go to a place between −1 and 1 which only the reward tells."""
-    return Family(
-        name="Toy",
-        doc="Go where the reward says.",
-        space=TaskSpace("Toy", (Param(name="goal", train=Uniform(-1, 1), unit="m", doc="where to go"),)),
-        horizon=16,
-        substeps=2,
-        spec=lambda: mujoco.MjSpec.from_string(POINT),
-        observations=("x_m", "x_m/s"),
-        observe=lambda s: torch.cat([s.qpos, s.qvel], 1).float(),
-        reward=lambda before, after, dt: {"near": -(after.qpos[:, 0] - after.task["goal"]).abs()},
-        weights={"near": 1.0},
-        start=lambda rng, model: (rng.uniform(-0.1, 0.1, 1), np.zeros(1)),
-    )
-
-
-@pytest.mark.slow
-def test_it_goes_where_the_reward_says_and_another_tasks_context_leads_astray() -> None:
-    family = toy()
-    settings = {"worlds": 16, "width": 48, "tasks": 16, "batch": 16, "context": 24, "gradient_steps": 150, "lr": 2e-3}
-    learner = build(family, **settings)
-    env = Env(family, family.space.sample("train", 16), threads=1)
-    for i in range(16):
-        tasks = family.space.sample("train", 16, [0, i])
-        learner.update(collect(learner.agent, env, tasks, episodes=3, seed=i), i / 16, i)
-    tasks = family.space.sample("test", 40, 0)
-    play = partial(collect, learner.agent, Env(family, tasks, threads=1), tasks, episodes=3, seed=0, explore=False)
-    told, astray = play(), play(between=partial(_swapped, tasks))
-    print(told.returns().mean(1), astray.returns().mean(1))
-    first, *_, last = told.returns().mean(1).tolist()
-    # standing still in the middle, which is best without knowing, earns −0.5 a step
-    assert last > -0.35 * family.horizon
-    assert first < -0.4 * family.horizon
-    assert astray.returns()[-1].mean() < last - 0.2 * family.horizon
-    context = learner.agent.begin(40)
-    for episode in told.episodes[:2]:
-        context = learner.agent.adapt(context, episode)
-    mean, var = learner.agent.belief(context)
-    assert (mean - told.task).abs().mean() < 0.2
-    assert 0.3 < ((mean - told.task).square() / var).mean() < 3.0
