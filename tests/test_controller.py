@@ -235,6 +235,9 @@ def test_an_adaptation_is_adopted_between_episodes_or_refused():
         def drop(self) -> None:
             pass
 
+        def clear(self) -> None:
+            self.ready = False
+
         def start(self, context: Any) -> None:
             self.ready, self.busy, self.polls = False, True, 0
 
@@ -260,6 +263,13 @@ def test_an_adaptation_is_adopted_between_episodes_or_refused():
     told = [o for o, _, _ in one.policy.told[:10]]
     np.testing.assert_array_equal([o for o, _, _ in side.lived[0]], told)
     np.testing.assert_allclose([r for _, _, r in side.lived[0][:-1]], [r for _, r, _ in one.policy.told[1:10]])
+
+    side = Side()
+    side.outcomes[1:] = [{"weights": np.ones(3)}]
+    one = controller(adaptation=side, episodes=2, trials=2)
+    assert not one.run().fault
+    assert len(one.policy.adopted) == 2  # once a trial: what its last episode teaches is nothing to the next
+    assert one.policy.trials == 2
 
 
 def test_the_log_holds_every_step_and_what_happened(tmp_path: Path):

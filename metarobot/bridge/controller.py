@@ -113,15 +113,16 @@ class Controller:
         """Live as many trials as were asked for."""
         s, trial = self.settings, self._meta.trial
         rollouts = 1 if self._adaptation is None else self._adaptation.rollouts
+        episodes = rollouts * (s.episodes or trial.episodes)
         while not s.trials or self._trial < s.trials:
             self.policy.begin()
             self.report.returns.append([])
             told = 0.0
-            for episode in range(rollouts * (s.episodes or trial.episodes)):
+            for episode in range(episodes):
                 self._episode = episode
                 self._ready()
                 told = self._live(told)
-                self._adapt()
+                self._adapt(last=episode + 1 == episodes)
             self._trial += 1
         return f"{s.trials} trials are over"
 
@@ -193,9 +194,11 @@ class Controller:
         self._say(said, "adapted", context=outcome.context)
         return True
 
-    def _adapt(self) -> None:
-        """Begin to adapt if there are enough episodes."""
-        if self._adaptation is not None and self._adaptation.ready:
+    def _adapt(self, last: bool) -> None:
+        """Begin to adapt if there are enough episodes; what a trial's last ones teach is nothing to the next trial."""
+        if self._adaptation is not None and last:
+            self._adaptation.clear()
+        elif self._adaptation is not None and self._adaptation.ready:
             self._adaptation.start(self.policy.context())
 
     def _live(self, told: float) -> float:

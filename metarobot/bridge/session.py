@@ -46,6 +46,9 @@ class Adapting(Protocol):
     def drop(self) -> None:
         """Leave out the episode under way."""
 
+    def clear(self) -> None:
+        """Forget the episodes collected."""
+
     def start(self, context: Mapping[str, Any]) -> None:
         """Begin to adapt."""
 
