@@ -105,7 +105,8 @@ def draw(title: str, status: dict[str, Any]) -> Any:
     if status["reason"]:
         state.append(f"  {status['reason']}", style=colour)
     body = Group(state, Text(), _facts(status))
-    return Panel(body, title=title, subtitle="any key stops", border_style=colour, padding=(0, 1), width=100)
+    hint = None if status["state"] == "stopped" else "any key stops"
+    return Panel(body, title=title, subtitle=hint, border_style=colour, padding=(0, 1), width=100)
 
 
 def _where(status: dict[str, Any]) -> str:
