@@ -76,6 +76,8 @@ adapt() {  # family, agent, more arguments of metarobot evaluate: return after 0
 posterior() {
   train CheetahVel-varibad-0 CheetahVel --agent varibad --steps 1.6e6
   EPISODES=3 adapt CheetahVel varibad --controls -- runs/CheetahVel-varibad-0
+  train CheetahVel-pearl-0 CheetahVel --agent pearl --steps 3e6 --save-every 5
+  EPISODES=3 adapt CheetahVel pearl --controls -- runs/CheetahVel-pearl-0
 }
 
 # The Go2: a flat walker first, then everything else begins as it walks. With a mesh model in GO2_MJCF, the transfer to it.
@@ -157,6 +159,7 @@ bench() {
   done
   metarobot bench sim GraspShapes --worlds 1024 --seconds 25 --json results/bench-GraspShapes.json
   metarobot bench maml --seconds 60 --json results/bench-maml.json
+  metarobot bench pearl --seconds 60 --json results/bench-pearl.json
 }
 
 for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients posterior quadruped grasp placement bench}"; do
