@@ -73,6 +73,7 @@ class PEARLAgent(nn.Module):
     """An encoder of single transitions, an actor that is told z, and a head that reads the task off the posterior."""
 
     privileged = explores = False
+    context_names = ("mean", "variance", "z")
     low: Tensor
     high: Tensor
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers import tiny_run
 
+from metarobot.agent import agents
 from metarobot.checkpoint import Run, open_run
+from metarobot.nets import MEMORIES
 from metarobot.studio import VideoError, backend
 
 
@@ -32,15 +34,20 @@ def exported(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> 
 
     from metarobot.export import export
 
-    root, made = tmp_path_factory.mktemp("policies"), dict(runs)
-    for memory in ("gru", "lstm"):
-        made[memory] = tiny_run(root / "runs" / memory, steps=800, memory=memory, width=16)
+    root = tmp_path_factory.mktemp("policies")
     # torch's exporter sets up its table of operators anew each time, a second's work
     ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))
 
+    def made(name: str) -> Run:
+        if name in runs:
+            return runs[name]
+        if name in MEMORIES:
+            return tiny_run(root / "runs" / name, steps=800, memory=name, width=16)
+        return tiny_run(root / "runs" / name, agent=name, steps=800) if name in agents.names() else open_run(name)
+
     @cache
     def get(name: str) -> tuple[Run, Path]:
-        run = made[name] if name in made else open_run(name)
+        run = made(name)
         export(run, root / name, tasks=1)
         return run, root / name
 

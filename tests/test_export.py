@@ -29,11 +29,19 @@ ALL = ["obs", "action_in", "reward_in", "done_in", "first_in"]
     ("name", "reads", "answers", "adapts"),
     [
         ("rl2", [*ALL, "h_in"], ["actions", "h_out"], "acting"),
-        ("gru", [*ALL, "h_in"], ["actions", "h_out"], "acting"),
+        pytest.param("gru", [*ALL, "h_in"], ["actions", "h_out"], "acting", marks=pytest.mark.slow),
         ("lstm", [*ALL, "h_in", "c_in"], ["actions", "h_out", "c_out"], "acting"),
         ("blind", ["obs"], ["actions"], "none"),
         ("maml", ["obs", "weights_in", "noise_in"], ["actions"], "between"),
-        ("Placement-imitation", ["obs", "weights_in"], ["actions"], "none"),
+        ("varibad", [*ALL, "h_in"], ["actions", "h_out", "mean_out", "variance_out"], "acting"),
+        pytest.param(
+            "pearl",
+            ["obs", "done_in", "first_in", "mean_in", "z_in"],
+            ["actions", "z_out"],
+            "between",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("Placement-imitation", ["obs", "weights_in"], ["actions"], "none", marks=pytest.mark.slow),
     ],
 )
 def test_each_kind_of_agent_acts_as_it_did(
@@ -184,7 +192,11 @@ def test_a_quadruped_tells_its_drives_what_it_was_trained_with() -> None:
     assert meta["default_joint_pos"] == go2.POSE.tolist()
     assert set(meta["action_scale"]) == {0.25}
     assert meta["limits"]["RL_calf"] == {"low": -2.7227, "high": -0.83776, "velocity": 15.7, "torque": 45.43}
-    assert (meta["control_hz"], meta["trial"], meta["layout"]) == (50.0, {"horizon": 200, "episodes": 2}, "legged")
+    assert (meta["control_hz"], meta["trial"], meta["layout"]) == (
+        50.0,
+        {"horizon": 200, "episodes": 2, "rollouts": 1},
+        "legged",
+    )
     assert meta["command_names"] == ["command_x_m/s", "command_y_m/s", "command_turn_rad/s"]
     assert meta["reward"]["weights"] == dict(run.family.weights)
     assert meta["run_path"] == "QuadrupedMix-rl2"
