@@ -80,9 +80,8 @@ class World:
 
     def reading(self) -> list[float]:
         """Return what the robot says now, in the order of the signals' names."""
-        clean = self.family.observe(self.env.now)[0].numpy()
-        noise = (self.obs[0].numpy() - clean) * self._noise
-        return self.signals.values(self, clean, noise)
+        clean = self.family.observe(self.env.now)
+        return self.signals.values(self, clean[0].numpy(), (self.obs if self._noise else clean)[0].numpy())
 
     def told(self) -> dict[str, Any]:
         """Return what the episode really earned so far, and whether it failed."""
@@ -117,9 +116,9 @@ class Told:
         """Return the action that a command is."""
         return values.copy()
 
-    def values(self, world: World, clean: Floats, noise: Floats) -> list[float]:
-        """Return a reading."""
-        return [*(clean + noise).tolist(), world.reward, float(world.terminated), float(world.damped)]
+    def values(self, world: World, clean: Floats, seen: Floats) -> list[float]:
+        """Return a reading: the observation as it was ``seen`` when the control step began."""
+        return [*seen.tolist(), world.reward, float(world.terminated), float(world.damped)]
 
 
 class Measured:
@@ -149,8 +148,9 @@ class Measured:
         action: Floats = (values - self._pose) / self._scale
         return action
 
-    def values(self, world: World, clean: Floats, noise: Floats) -> list[float]:
-        """Return a reading of this moment; ``noise`` is that of the last observation, in its order."""
+    def values(self, world: World, clean: Floats, seen: Floats) -> list[float]:
+        """Return a reading of this moment, with the noise of the last observation."""
+        noise = seen - clean
         state = world.env.state
         qpos, qvel, sensors = (x[0].numpy() for x in (state.qpos, state.qvel, state.sensors))
         down = world.env.model(world.tasks[world.world]).opt.gravity

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -247,17 +247,21 @@ class Sim:
             if data[4] in (Kind.COMMAND, Kind.HELLO):
                 raise BridgeError(f"the simulated robot is gone: {e.strerror}") from e
 
-    def _ask(self, kind: Kind | None, answered: Any, values: Any = None) -> None:
-        """Send a request again and again, and listen, until it is answered."""
-        end = time.monotonic() + TIMEOUT
+    def _ask(self, kind: Kind | None, answered: Callable[[], bool], values: Any = None) -> None:
+        """Listen until there is an answer; send the request, if there is one, again and again.
+
+        Time in which this process was not let run does not count: the robot's was not either.
+        """
+        waited = due = 0.0
         while not answered():
-            if time.monotonic() > end:
+            if waited >= TIMEOUT:
                 raise BridgeError(f"the simulated robot has not answered for {TIMEOUT:g} s")
-            if kind is not None:
+            if kind is not None and waited >= due:
                 self._send(frame(kind, 0, values))
-            again = time.monotonic() + (AGAIN if kind is not None else TIMEOUT)
-            while not answered() and (left := again - time.monotonic()) > 0:
-                self._hear(left)
+                due = waited + AGAIN
+            began = time.monotonic()
+            self._hear(AGAIN)
+            waited += min(time.monotonic() - began, AGAIN)
 
     def _hear(self, seconds: float) -> None:
         """Wait for frames, so long at most, and take in all there are."""
