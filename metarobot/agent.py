@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.registry import Registry
-from metarobot.types import Percept, Rollout, Trials
+from metarobot.types import MetarobotError, Percept, Rollout, Trials
 
 Context = tuple[Tensor, ...]
 """All that an agent carries from step to step and from episode to episode: tensors ``(task, ...)``.
@@ -36,6 +36,10 @@ class Shapes:
     """Each action's lower bound; −1 if empty."""
     high: tuple[float, ...] = ()
     """Each action's upper bound; 1 if empty."""
+
+
+Iterate = Callable[[int, float, int], tuple[int, dict[str, float]]]
+"""What training does again and again: (iteration, progress in [0, 1), seed) -> steps lived and metrics."""
 
 
 class Agent(Protocol):
@@ -116,7 +120,23 @@ class AgentKind:
     """Whether it learns from demonstrations, not from its own trials."""
     build: Callable[[Any, Shapes], Learner]
     """(configuration, shapes) -> learner; initial weights come from torch's seeded generator."""
+    fit: Callable[[Any, Any, int], Iterate] | None = None
+    """(learner, family, threads) -> how it lives and learns by a loop of its own, on the CPU; None if trials are
+    collected for it."""
 
 
 agents: Registry[AgentKind] = Registry("agent", "metarobot.agents")
 """Name -> ``AgentKind``."""
+
+
+def usual_agents() -> tuple[str, ...]:
+    """Name one agent of each sort that learns from its own trials and whose package is there."""
+    chosen: dict[Any, str] = {}
+    for name in agents.names():
+        try:
+            kind = agents.get(name)
+        except MetarobotError:
+            continue
+        if not kind.imitates:  # ppo is blind by another name
+            chosen.setdefault((kind.build, kind.config), name)
+    return tuple(chosen.values())

@@ -1,4 +1,4 @@
-"""Speed of the environment against the bare engine, of MAML's parts, and of PEARL; what is compared takes turns."""
+"""Speed of the environment against the bare engine, of MAML's parts, PEARL and agents that sample; in turns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mujoco import batch
 from rich.progress import Progress
 from torch import Tensor
 
-from metarobot.agent import agents
+from metarobot.agent import agents, usual_agents
 from metarobot.checkpoint import build_learner
 from metarobot.collect import collect
 from metarobot.env import Env, Family
@@ -284,3 +284,51 @@ def _multiply(products: list[tuple[int, int, int]], times: int, threads: int) ->
                 torch.mm(x, w)
 
     list(pool(threads).map(share, range(threads)))
+
+
+def bench_agents(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
+    """Measure environment steps a second while each kind of agent lives its trials, untrained; rounds take turns.
+
+    The ratio is to RL2's rate in the same round, with as many threads as training collects with.
+    """
+    if worlds < 1 or seconds <= 0:
+        raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
+    steady_heap()  # as training does
+    threads, before = threads or len(os.sched_getaffinity(0)), torch.get_num_threads()
+    torch.set_num_threads(1)
+    livers = {name: _Liver(name, family, worlds, threads) for name in usual_agents()}
+    rounds: list[dict[str, float]] = []
+    began = time.perf_counter()
+    with Progress(disable=not show, transient=True) as bar:
+        task = bar.add_task("measuring", total=seconds)
+        while len(rounds) < 3 or time.perf_counter() - began < seconds:
+            rounds.append({name: liver.rate() for name, liver in livers.items()})
+            bar.update(task, completed=time.perf_counter() - began)
+    torch.set_num_threads(before)
+    rounds = rounds[1:]  # the first warms up
+    rates = {
+        name: {
+            "worlds": liver.env.worlds,
+            "steps_per_s": statistics.median(r[name] for r in rounds),
+            "ratio": statistics.median(r[name] / r["rl2"] for r in rounds),
+        }
+        for name, liver in livers.items()
+    }
+    return {"family": family.name, "threads": threads, "rounds": len(rounds), "agents": rates}
+
+
+class _Liver:
+    """An untrained agent and its worlds, at least so many."""
+
+    def __init__(self, name: str, family: Family, worlds: int, threads: int) -> None:
+        config = agents.get(name).config()
+        self.episodes, self.rollouts = config.episodes, getattr(config, "rollouts", 1)
+        self.agent = build_learner(name, config, family, 0).agent
+        self.tasks = family.space.sample("train", -(-worlds // self.rollouts), 0)
+        self.env = Env(family, [t for t in self.tasks for _ in range(self.rollouts)], threads=threads)
+
+    def rate(self) -> float:
+        """Live a trial in every task; return environment steps a second."""
+        play = partial(collect, episodes=self.episodes, seed=0, rollouts=self.rollouts)
+        trials, took = _timed(play, self.agent, self.env, self.tasks)
+        return float(trials.steps() / took)

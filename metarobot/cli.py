@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
 
-from metarobot import cli_demos, cli_robot
+from metarobot import cli_compare, cli_demos, cli_robot
 from metarobot.progress import bar
 from metarobot.types import MetarobotError
 
@@ -33,7 +33,10 @@ def agents() -> None:
     from metarobot.checkpoint import PRETRAINED, pretrained, read_json
 
     for name in registry.names():
-        print(f"{name}: {registry.get(name).doc}")
+        try:
+            print(f"{name}: {registry.get(name).doc}")
+        except MetarobotError as e:  # a package that is not there
+            print(f"{name}: {e}")
     for name in pretrained():
         card = read_json(PRETRAINED / name / "card.json")
         print(f"{name}: {card['summary']}")
@@ -140,44 +143,6 @@ def render(
     take = partial(film, episodes=episodes, seed=seed, rollouts=opened.rollouts, title=title)
     take(agent, opened.family, chosen, out=out, size=size, fps=fps)
     print(f"wrote {out}")
-
-
-def bench(
-    what: Positional[Literal["sim", "maml", "pearl"]],
-    family: Positional[str] = "",
-    /,
-    worlds: int | None = None,
-    seconds: float = 10.0,
-    threads: int = 0,
-    json: Path | None = None,
-) -> None:
-    """Measure the speed of an environment against the bare physics engine, or of an agent's learning.
-
-    Args:
-        what: sim, the environment's step loop with a model of its own in each world; maml, the sampling, inner step
-            and outer update of MAML-TRPO, and the same with a Python loop over tasks; or pearl, its gradient steps
-            against their bare matrix products, and its sampling against RL²'s.
-        family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
-        worlds: Number of worlds; 512 for sim, 800, 40 tasks of 20 rollouts, for maml and 64 for pearl if not given.
-        seconds: How long to measure, at least.
-        threads: CPU threads; 0 takes all there are.
-        json: Where to write the figures.
-    """
-    from metarobot import bench as measure
-    from metarobot import tables
-    from metarobot.checkpoint import write_json
-    from metarobot.env import families as registry
-
-    run, show, usual, size = {
-        "sim": (measure.bench_sim, tables.sim, "CheetahVel", 512),
-        "maml": (measure.bench_maml, tables.maml, "CheetahDir100", 800),
-        "pearl": (measure.bench_pearl, tables.pearl, "CheetahVel", 64),
-    }[what]
-    chosen = registry.get(family or usual)
-    report = run(chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads)
-    show(report)
-    if json is not None:
-        write_json(json, report)
 
 
 def sinusoid(
@@ -361,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "agents": agents,
         "evaluate": evaluate,
         "render": render,
-        "bench": bench,
+        "compare": cli_compare.compare,
+        "bench": cli_compare.bench,
         "sinusoid": sinusoid,
         "plot": plot,
         "publish": publish,

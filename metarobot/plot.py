@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -92,6 +93,33 @@ def _calibration(axes: Any, beliefs: Mapping[str, Any]) -> None:
     axes.set_ylabel("share of tasks inside it")
     axes.set_title("calibration", loc="left")
     axes.legend(frameon=False, fontsize=8)
+
+
+def comparison(report: Mapping[str, Any], path: Path) -> None:
+    """Plot return against episodes of experience for every agent compared, with 95 % intervals, best first."""
+    figure = _figure(width=9.0)
+    axes = figure.subplots()
+    colours = iter(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    known = {"oracle": ORACLE, "blind": BLIND}
+    agents = sorted(report["agents"].items(), key=lambda x: -x[1]["episodes"][-1]["mean"])
+    for i, (name, entry) in enumerate(agents):
+        rows, colour = entry["episodes"], known.get(name) or next(colours)
+        # side by side, so that intervals can be told apart
+        x = [r["episode"] + 0.02 * (i - len(agents) / 2) for r in rows]
+        means = [r["mean"] for r in rows]
+        bounds = [[abs(r["ci95"][side] - r["mean"]) for r in rows] for side in (0, 1)]
+        dashed = "--" if name in known or entry["privileged"] else "-"
+        axes.errorbar(
+            x, means, bounds, fmt=f"{dashed}o", color=colour, label=f"{name}  {means[-1]:.0f}", capsize=2, ms=4
+        )
+    axes.set_xticks(range(len(agents[0][1]["episodes"])))
+    axes.set_xlabel("episodes of experience in the task")
+    axes.set_ylabel("return of the next episode")
+    axes.grid(axis="y", alpha=0.25)
+    seeds = ", ".join(map(str, report["seeds"]))
+    axes.set_title(f"{report['family']}, {report['tasks']} {report['split']} tasks, training seeds {seeds}", loc="left")
+    figure.legend(frameon=False, loc="outside right upper", title="return of the last episode", fontsize=8)
+    _write(figure, path)
 
 
 def learning(runs: Sequence[Run], path: Path) -> None:

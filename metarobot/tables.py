@@ -141,3 +141,58 @@ def milestones(runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float],
                 mean = sum(r["meta/post_adapt_return"] for r in lived) / len(lived)
                 steps = lived[-1]["time/total_timesteps"]
                 print(f"{name} after {second:g} s: {mean:.1f}, {steps:,} steps, {steps / second:,.0f} steps/s")
+
+
+def _compared(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a comparison, best first, oracles at the end."""
+    agents = sorted(report["agents"].items(), key=lambda x: x[1].get("rank", len(report["agents"])))
+    shown = len(agents[0][1]["episodes"])
+    header = ["rank", "agent", *(f"after {k} episode{'' if k == 1 else 's'}" for k in range(shown))]
+    scored = all("score" in entry["episodes"][-1] for _, entry in agents)
+    header += ["worst 10 %", *(["score"] if scored else []), "steps", "wall time", "seeds"]
+    rows = []
+    for name, entry in agents:
+        last = entry["episodes"][-1]
+        notes = [f"{entry['rollouts']} rollouts"] if entry["rollouts"] > 1 else []
+        notes += ["with noise"] if entry["explores"] else []
+        cells = [str(entry.get("rank", "–")), name + (f" ({', '.join(notes)})" if notes else "")]
+        cells += [f"{r['mean']:.1f} ({_interval(r['ci95'])})" for r in entry["episodes"]]
+        cells += [f"{last['worst10']:.1f}", *([f"{last['score']:.2f}"] if scored else [])]
+        steps, seconds = (sum(entry[k]) / len(entry[k]) for k in ("steps", "wall_s"))
+        rows.append([*cells, f"{steps / 1e6:.3g} M", f"{seconds:,.0f} s", ", ".join(map(str, entry["seeds"]))])
+    return header, rows
+
+
+def _compared_title(report: Mapping[str, Any]) -> str:
+    return f"{report['family']}, {report['tasks']} {report['split']} tasks: mean return and its 95 % interval"
+
+
+def comparison(report: Mapping[str, Any]) -> None:
+    """Print a comparison as a table."""
+    header, rows = _compared(report)
+    table = Table(title=_compared_title(report), title_justify="left")
+    for i, column in enumerate(header):
+        table.add_column(column, justify="left" if i == 1 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, style="dim" if row[0] == "–" else None)
+    Console(width=max(Console().width, 100 + 24 * len(report["agents"][rows[0][1].split(" (")[0]]["episodes"]))).print(
+        table
+    )
+
+
+def comparison_markdown(report: Mapping[str, Any]) -> str:
+    """Write a comparison as a table in Markdown."""
+    header, rows = _compared(report)
+    lines = [header, ["---:" if i != 1 else "---" for i in range(len(header))], *rows]
+    return "\n".join([_compared_title(report), "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def sampling(report: Mapping[str, Any]) -> None:
+    """Print how fast agents live their trials."""
+    title = f"{report['family']}: environment steps a second while collecting, median of {report['rounds']} rounds"
+    table = Table(title=title, title_justify="left")
+    for column in ("agent", "worlds", "steps/s", "against rl2"):
+        table.add_column(column, justify="left" if column == "agent" else "right", no_wrap=True)
+    for name, r in sorted(report["agents"].items(), key=lambda x: -x[1]["ratio"]):
+        table.add_row(name, str(r["worlds"]), f"{r['steps_per_s']:,.0f}", f"{r['ratio']:.2f}")
+    Console(width=max(Console().width, 80)).print(table)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import metarobot
-from metarobot.agent import Learner, agents
+from metarobot.agent import Iterate, Learner, agents
 from metarobot.checkpoint import CheckpointError, Run, build_learner, create, extend, open_run, save
 from metarobot.collect import collect
 from metarobot.demos import read
@@ -71,6 +71,8 @@ def check(config: TrainConfig) -> None:
         raise MetarobotError(f"agent {config.agent!r} learns from its own trials; leave --demos out")
     if config.device not in ("cpu", "cuda"):
         raise MetarobotError(f"no device called {config.device!r}; there are: cpu, cuda")
+    if config.device != "cpu" and agents.get(config.agent).fit is not None:
+        raise MetarobotError(f"agent {config.agent!r} learns on the CPU; leave --device out")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise MetarobotError("--device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
 
@@ -137,8 +139,13 @@ def reopen(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     return extend(run, config.steps) if config.steps > run.config["steps"] else run
 
 
-def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
-    """Train until the steps are done; return False if a signal stopped it first, with everything saved."""
+def train(
+    run: Run, *, resume: bool = False, show: bool = True, tick: Callable[[dict[str, float]], None] = lambda _: None
+) -> bool:
+    """Train until the steps are done; return False if a signal stopped it first, with everything saved.
+
+    ``tick`` is given the metrics of each iteration.
+    """
     learner, config = (
         run.learner(),
         TrainConfig(**{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}),
@@ -152,15 +159,17 @@ def train(run: Run, *, resume: bool = False, show: bool = True) -> bool:
     steady_heap()
     learner.agent.to(config.device)
     threads = config.threads or len(os.sched_getaffinity(0))
-    sizes = run.config["agent_config"].get("worlds", 0), run.rollouts
-    live = _imitated(run.family, *sizes, config) if config.demos else _lived(run, learner, threads)
+    fit = agents.get(run.agent).fit
+    iterate = _collected(run, learner, config, threads) if fit is None else fit(learner, run.family, threads)
     with (
         Log(run.folder, config.steps, counters["steps"], counters["iteration"], show=show) as log,
         deferred_signals() as stopped,
         threads_restored(),
     ):
         while counters["steps"] < config.steps and not stopped:
-            log.write(_iterate(run, learner, live, counters, threads))
+            metrics = _iterate(run, iterate, counters)
+            log.write(metrics)
+            tick(metrics)
             if counters["iteration"] % config.save_every == 0 or stopped or counters["steps"] >= config.steps:
                 save(run.folder, learner.state(), counters)
     return bool(counters["steps"] >= config.steps)
@@ -201,33 +210,45 @@ def _seed(run: Run, i: int) -> int:
     return int(np.random.SeedSequence([run.config["seed"], i]).generate_state(1)[0])
 
 
-def _iterate(
-    run: Run, learner: Learner, live: Callable[[int], Trials], counters: dict[str, Any], threads: int
-) -> dict[str, float]:
-    """Get trials and learn from them once; advance the counters and return the metrics."""
-    began, config = time.monotonic(), run.config
-    device, i = config["device"], counters["iteration"]
-    # torch's worker threads would spin against the physics threads: one is faster while collecting
-    torch.set_num_threads(1)
-    trials = live(i)
-    collected = time.monotonic()
-    torch.set_num_threads(threads)
-    learner.agent.to(device)
-    metrics = learner.update(trials.to(device), counters["steps"] / config["steps"], _seed(run, i))
-    now = time.monotonic()
-    lived = trials.steps()
+def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) -> Iterate:
+    """Return a function that gets trials and learns from them once."""
+    sizes = run.config["agent_config"].get("worlds", 0), run.rollouts
+    live = _imitated(run.family, *sizes, config) if config.demos else _lived(run, learner, threads)
+
+    def iterate(i: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
+        began = time.monotonic()
+        # torch's worker threads would spin against the physics threads: one is faster while collecting
+        torch.set_num_threads(1)
+        trials = live(i)
+        collected = time.monotonic()
+        torch.set_num_threads(threads)
+        learner.agent.to(config.device)
+        metrics = learner.update(trials.to(config.device), progress, seed)
+        lived = trials.steps()
+        speed = {
+            "time/collect_fps": lived / (collected - began),
+            "time/learn_fps": lived / (time.monotonic() - collected),
+        }
+        return lived, {**({} if config.demos else rollout_metrics(trials)), **metrics, **speed}
+
+    return iterate
+
+
+def _iterate(run: Run, iterate: Iterate, counters: dict[str, Any]) -> dict[str, float]:
+    """Go through one iteration; advance the counters and return the metrics."""
+    began, i = time.monotonic(), counters["iteration"]
+    lived, metrics = iterate(i, counters["steps"] / run.config["steps"], _seed(run, i))
+    took = time.monotonic() - began
     counters["iteration"] += 1
     counters["steps"] += lived
-    counters["elapsed_s"] += now - began
+    counters["elapsed_s"] += took
     speed = {
-        "time/fps": lived / (now - began),
-        "time/collect_fps": lived / (collected - began),
-        "time/learn_fps": lived / (now - collected),
+        "time/fps": lived / took,
         "time/iterations": counters["iteration"],
         "time/total_timesteps": counters["steps"],
         "time/time_elapsed": counters["elapsed_s"],
     }
-    return {**({} if config.get("demos") else rollout_metrics(trials)), **metrics, **speed}
+    return {**metrics, **speed}
 
 
 def rollout_metrics(trials: Trials) -> dict[str, float]:
