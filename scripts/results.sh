@@ -3,7 +3,7 @@
 # A stopped run continues where it was, a finished one is left alone. results/ holds reports, plots and logs.
 #
 #   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, posterior, quadruped,
-#                                    grasp, placement, bench; default: all
+#                                    grasp, placement, compare, bench; default: all
 set -euo pipefail
 mkdir -p results
 
@@ -152,6 +152,18 @@ placement() {
     --json results/Placement-shots.json
 }
 
+# The three approaches to meta-learning, SB3's algorithms and both references, one table a family. Steps differ where an
+# agent is slow (SAC and PEARL learn off-policy, an LSTM step by step); the table says how many and how long they took.
+compare() {
+  local agents=(rl2 varibad pearl prototype sb3:ppo sb3:recurrentppo sb3:sac blind oracle)
+  metarobot compare CheetahVel --agents "${agents[@]}" --threads 1 --results results --set rl2.steps=6.5e6 \
+    varibad.steps=6.5e6 pearl.steps=3e6 pearl.gradient_steps=500 prototype.steps=6e6 sb3:ppo.steps=3e6 \
+    sb3:recurrentppo.steps=1.2e6 sb3:sac.steps=5e5 blind.steps=2e6 oracle.steps=3e6
+  metarobot compare CheetahTerrain --agents "${agents[@]}" --threads 1 --results results --set rl2.steps=10e6 rl2.epochs=8 \
+    varibad.steps=10e6 pearl.steps=3e6 prototype.steps=10e6 sb3:ppo.steps=6e6 sb3:recurrentppo.steps=1.2e6 \
+    sb3:sac.steps=5e5 blind.steps=3e6 oracle.steps=6e6
+}
+
 bench() {
   metarobot bench sim CheetahVel --worlds 512 --seconds 20 --json results/bench.json
   for family in QuadrupedFlat QuadrupedTerrain; do
@@ -160,8 +172,9 @@ bench() {
   metarobot bench sim GraspShapes --worlds 1024 --seconds 25 --json results/bench-GraspShapes.json
   metarobot bench maml --seconds 60 --json results/bench-maml.json
   metarobot bench pearl --seconds 60 --json results/bench-pearl.json
+  metarobot bench agents CheetahVel --seconds 60 --json results/bench-agents.json
 }
 
-for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients posterior quadruped grasp placement bench}"; do
+for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients posterior quadruped grasp placement compare bench}"; do
   for name in $job; do $name; done
 done
