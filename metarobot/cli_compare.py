@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -59,8 +59,7 @@ def compare(
         threads: CPU threads; 0 takes all there are.
         results: Folder for table and plot, FAMILY-compare-SPLIT; that of the runs if not given.
     """
-    from metarobot import plot, tables
-    from metarobot.checkpoint import replacing, write_json
+    from metarobot import tables
     from metarobot.compare import Plan, assigned, gather, measure, plays
     from metarobot.evaluate import Protocol
 
@@ -77,7 +76,13 @@ def compare(
         task = progress.add_task("playing", total=plays(runs, protocol))
         report = measure(plan, runs, protocol, lambda: progress.advance(task))
     tables.comparison(report)
-    stem = (out if results is None else results) / f"{family}-compare-{split}"
+    _write(report, (out if results is None else results) / f"{family}-compare-{split}")
+
+
+def _write(report: dict[str, Any], stem: Path) -> None:
+    from metarobot import plot, tables
+    from metarobot.checkpoint import replacing, write_json
+
     write_json(stem.with_suffix(".json"), report)
     with replacing(stem.with_suffix(".md")) as temporary:
         temporary.write_text(tables.comparison_markdown(report))

@@ -15,10 +15,16 @@ from metarobot.tasks import Task
 from metarobot.types import MetarobotError
 
 try:
+    from stable_baselines3 import PPO, SAC
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.monitor import Monitor
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError as e:
     raise MetarobotError("Stable-Baselines3 is not installed: pip install 'metarobot[sb3]'") from e
+
+__all__ = ["PPO", "SAC", "BaseCallback", "BaseFeaturesExtractor", "Logger", "SB3VecEnv"]
 
 Indices = int | Iterable[int] | None
 

@@ -28,17 +28,10 @@ from metarobot.agent import AgentKind, Iterate, Shapes, pack, unpack
 from metarobot.env import Family
 from metarobot.nets import RunningNorm
 from metarobot.returns import discounted
-from metarobot.sb3_policies import Normalised, PPOAgent, RecurrentAgent, SACAgent, TrialPolicy
+from metarobot.sb3 import PPO, SAC, BaseCallback, Logger
+from metarobot.sb3_policies import Normalised, PPOAgent, RecurrentAgent, RecurrentPPO, SACAgent, TrialPolicy
 from metarobot.sb3_trials import TrialWorlds, Worlds
 from metarobot.types import MetarobotError, Trials
-
-try:
-    from sb3_contrib import RecurrentPPO
-    from stable_baselines3 import PPO, SAC
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.logger import Logger
-except ImportError as e:
-    raise MetarobotError("Stable-Baselines3 is not installed: pip install 'metarobot[sb3]'") from e
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,17 @@ from torch import Tensor, nn
 
 from metarobot.agent import Context
 from metarobot.nets import RunningNorm
+from metarobot.sb3 import BaseFeaturesExtractor
 from metarobot.sb3_trials import told
 from metarobot.types import MetarobotError, Percept, Rollout
 
 try:
+    from sb3_contrib import RecurrentPPO
     from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
-    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 except ImportError as e:
-    raise MetarobotError("Stable-Baselines3 is not installed: pip install 'metarobot[sb3]'") from e
+    raise MetarobotError("sb3-contrib is not installed: pip install 'metarobot[sb3]'") from e
+
+__all__ = ["Normalised", "PPOAgent", "RecurrentAgent", "RecurrentPPO", "SACAgent", "TrialPolicy"]
 
 
 class Normalised(BaseFeaturesExtractor):  # type: ignore[misc,unused-ignore]

@@ -38,8 +38,13 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("package", "home"),
-    [("stable_baselines3", "sb3.py"), ("tensorboard", "log.py"), ("safetensors", "checkpoint.py")],
-)  # fmt: skip
+    [
+        ("stable_baselines3", "sb3.py"),
+        ("sb3_contrib", "sb3_policies.py"),
+        ("tensorboard", "log.py"),
+        ("safetensors", "checkpoint.py"),
+    ],
+)
 def test_each_heavy_dependency_lives_in_one_file(package: str, home: str) -> None:
     files = [p for folder in ("metarobot", "envs", "agents") for p in (ROOT / folder).rglob("*.py")]
     homes = {p.name for p in files if any(

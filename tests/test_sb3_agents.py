@@ -320,7 +320,7 @@ def test_without_the_package_one_line_says_how_to_get_it_and_others_work(tmp_pat
     assert done.stderr.strip() == "error: Stable-Baselines3 is not installed: pip install 'metarobot[sb3]'"
     listed = without("sb3_contrib", "agents")
     assert listed.returncode == 0
-    assert "sb3:ppo: Stable-Baselines3 is not installed" in listed.stdout
+    assert "sb3:ppo: sb3-contrib is not installed: pip install 'metarobot[sb3]'" in listed.stdout
     assert "rl2: " in listed.stdout
 
 
