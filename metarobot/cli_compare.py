@@ -143,7 +143,7 @@ def bench(
             against their bare matrix products, and its sampling against RL²'s; or agents, how fast each kind lives
             its trials, against RL².
         family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
-        worlds: Number of worlds; 512 for sim, 800, 40 tasks of 20 rollouts, for maml and 64 for the others if not given.
+        worlds: Number of worlds; if not given 512 for sim, 800, 40 tasks of 20 rollouts, for maml, 64 for the others.
         seconds: How long to measure, at least.
         threads: CPU threads; 0 takes all there are.
         json: Where to write the figures.

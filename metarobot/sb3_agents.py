@@ -115,7 +115,7 @@ class SB3Learner:
 
     def __init__(self, config: Any, shapes: Shapes) -> None:
         self.config, self.lr = config, config.lr
-        self.span = config.episodes * shapes.horizon
+        self.span = config.episodes * max(1, shapes.horizon)
         """Control steps of an iteration in each world."""
         self.norm = RunningNorm(self.features(shapes))
         self.model = self.algorithm(shapes)
@@ -124,7 +124,7 @@ class SB3Learner:
         self.model.action_space, self.model.n_envs = Box(-1.0, 1.0, (shapes.act,)), config.worlds
         self.model._setup_model()
         self.model.set_logger(Logger(None, []))
-        self.agent = self.agent_class(self.model.policy, shapes.act)
+        self.agent = self.agent_class(self.model.policy, shapes)
 
     def algorithm(self, shapes: Shapes) -> Any:
         """Make SB3's algorithm, not yet set up."""
@@ -152,8 +152,6 @@ class SB3Learner:
         """Move into worlds; return what lives an iteration in them and learns from it."""
         worlds = self.worlds(family, threads)
         self.model.set_env(worlds)
-        self.agent.middle.copy_(worlds.middle)
-        self.agent.reach.copy_(worlds.reach)
         return lambda _, progress, seed: self.iterate(worlds, threads, progress, seed)
 
     def iterate(self, worlds: Worlds, threads: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:

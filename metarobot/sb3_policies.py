@@ -8,7 +8,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from metarobot.agent import Context
+from metarobot.agent import Context, Shapes
 from metarobot.nets import RunningNorm
 from metarobot.sb3 import BaseFeaturesExtractor
 from metarobot.sb3_trials import told
@@ -55,11 +55,12 @@ class PPOAgent(nn.Module):
     middle: Tensor
     reach: Tensor
 
-    def __init__(self, policy: Any, act: int) -> None:
+    def __init__(self, policy: Any, shapes: Shapes) -> None:
         super().__init__()
         self.policy = policy
-        self.register_buffer("middle", torch.zeros(act))
-        self.register_buffer("reach", torch.ones(act))
+        low, high = (torch.tensor(x or [y] * shapes.act) for x, y in ((shapes.low, -1.0), (shapes.high, 1.0)))
+        self.register_buffer("middle", (low + high) / 2)
+        self.register_buffer("reach", (high - low) / 2)
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return nothing: there is no memory."""
