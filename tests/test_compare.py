@@ -18,6 +18,7 @@ from helpers import tiny_run
 
 import metarobot.compare as module
 import metarobot.evaluate as playing
+import metarobot.stats as stats
 from metarobot.agent import agents, usual_agents
 from metarobot.checkpoint import Run, open_run
 from metarobot.compare import Job, Outlook, Plan, assigned, difference, gather, jobs, measure, plays
@@ -50,7 +51,7 @@ def gathered(asked: Plan) -> tuple[dict[str, list[Run]], list[str]]:
 def coarse() -> Iterator[None]:
     """Fewer bootstrap samples and step sizes: what is compared is made with the same few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(playing, "RESAMPLES", 50)
+        patch.setattr(stats, "RESAMPLES", 50)
         patch.setattr(playing, "RATES", (0.1, 1.0))
         yield
 
