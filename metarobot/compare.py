@@ -19,9 +19,9 @@ import numpy as np
 from metarobot.agent import agents, usual_agents
 from metarobot.checkpoint import CheckpointError, Run, open_run, read_json, write_json
 from metarobot.env import families
-from metarobot.evaluate import Arena, Protocol, finetuning, trials
+from metarobot.evaluate import Arena, Protocol, finetuning, score, trials
 from metarobot.log import read_metrics
-from metarobot.stats import score, summary
+from metarobot.stats import summary
 from metarobot.train import TrainConfig, check, start, train
 from metarobot.types import Floats, MetarobotError
 

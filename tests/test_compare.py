@@ -51,7 +51,8 @@ def gathered(asked: Plan) -> tuple[dict[str, list[Run]], list[str]]:
 def coarse() -> Iterator[None]:
     """Fewer bootstrap samples and step sizes: what is compared is made with the same few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "RESAMPLES", 50)
+        for room in (playing, stats):
+            patch.setattr(room, "RESAMPLES", 50)
         patch.setattr(playing, "RATES", (0.1, 1.0))
         yield
 
