@@ -232,7 +232,7 @@ class PEARL:
         for group, share in zip(self.optimiser.param_groups, (1.0, c.alpha_lr), strict=True):
             group["lr"] = share * c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        sums = torch.zeros(len(STATISTICS))
+        sums = torch.zeros(len(STATISTICS), device=trials.task.device)
         for _ in range(c.gradient_steps):
             sums += self._step(generator)
         metrics = {f"train/{k}": float(v) / c.gradient_steps for k, v in zip(STATISTICS, sums, strict=True)}
@@ -252,6 +252,8 @@ class PEARL:
         told = torch.cat([explored.percept.obs, explored.action, explored.reward[..., None]], -1)
         if worlds > 1 and torch.equal(told, told[:, :1].expand_as(told)):
             raise PosteriorError(f"pearl: the contexts of all {worlds} tasks are identical; nothing tells tasks apart")
+        for module in (self.critics, self.targets, self.temperature, self.spread):
+            module.to(trials.task.device)
         seq = sequence(trials.episodes)
         self.agent.norm.update(seq.percept.obs[seq.valid])
         self.agent.reward_norm.update(seq.reward[seq.valid][:, None])
@@ -281,14 +283,15 @@ class PEARL:
         return statistics
 
     def _draw(self, generator: torch.Generator) -> Batch:
-        c, held, exploring = self.config, self.replay, self.config.episodes - 1
+        c, held, exploring, device = self.config, self.replay, self.config.episodes - 1, self.agent.low.device
         rows = held.draw(c.tasks, c.recent, generator)
         n = round(c.least * (c.context / c.least) ** float(torch.rand((), generator=generator)))
         context = held.steps(held.pick(rows, n, exploring, generator))
         steps = held.steps(held.pick(rows, c.batch, c.episodes, generator))
         noise = torch.randn(c.tasks, c.latent, generator=generator)
         noises = torch.randn(c.tasks, c.batch, 2 * self.shapes.act, generator=generator)
-        return Batch(context, steps, held.task(rows), noise, noises)
+        context, steps = (Steps(*(x.to(device) for x in lived)) for lived in (context, steps))
+        return Batch(context, steps, held.task(rows).to(device), noise.to(device), noises.to(device))
 
     def _loss(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the share of some tasks in the loss, and in the statistics.
