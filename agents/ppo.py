@@ -22,11 +22,9 @@ from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig:
-    """Settings of PPO, those of RL² wherever they mean the same, so that the three are compared fairly."""
+class PPOSettings:
+    """Settings of PPO, those of RL² wherever they mean the same, so that all are compared fairly."""
 
-    sees_task: bool = False
-    """Show the policy the task: the oracle."""
     worlds: int = 64
     """Tasks an iteration, one a world."""
     episodes: int = 2
@@ -58,6 +56,14 @@ class PPOConfig:
     teach: float = 0.0
     """Weight, at the start, of the squared error to what the family advises, or its expert does; it falls to none at
     the end (kickstarting, Schmitt et al. 2018)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(PPOSettings):
+    """Settings of PPO without a memory."""
+
+    sees_task: bool = False
+    """Show the policy the task: the oracle."""
 
 
 @dataclass(frozen=True, kw_only=True)

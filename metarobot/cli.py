@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from metarobot import cli_compare, cli_demos, cli_robot
+from metarobot import cli_compare, cli_demos, cli_likeness, cli_robot
 from metarobot.progress import bar
 from metarobot.types import MetarobotError
 
@@ -333,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "publish": publish,
         "record": cli_demos.record,
         "shots": cli_demos.shots,
+        "recognise": cli_likeness.recognise,
         **cli_robot.COMMANDS,
     }
     try:

@@ -172,6 +172,31 @@ def regression(x: Any, truth: Any, seen: Any, curves: Mapping[str, Any], errors:
     _write(figure, path)
 
 
+def likeness(report: Mapping[str, Any], colour: str, path: Path) -> None:
+    """Plot prototypes and held-out tasks in the plane in which prototypes vary most, coloured by one parameter."""
+    figure = _figure(width=8.0)
+    axes = figure.subplots()
+    known = [r for r in report["held_out"] if not r["new"]]
+    new = [r for r in report["held_out"] if r["new"]]
+    every = [r["task"][colour] for r in (*report["prototypes"], *report["held_out"])]
+    scale: dict[str, Any] = {"cmap": "viridis", "vmin": min(every), "vmax": max(every)}
+    styles: tuple[tuple[Any, dict[str, Any]], ...] = (
+        (report["prototypes"], {"label": "prototypes of training tasks", "s": 18, "alpha": 0.6, "lw": 0}),
+        (known, {"label": f"{report['split']} tasks, known", "marker": "o", "s": 70, "edgecolors": "black"}),
+        (new, {"label": f"{report['split']} tasks, new", "marker": "X", "s": 90, "edgecolors": TUNED[0]}),
+    )
+    for rows, style in styles:
+        x, y = zip(*(r["xy"] for r in rows), strict=True) if rows else ((), ())
+        drawn = axes.scatter(x, y, c=[r["task"][colour] for r in rows], **scale, **style)
+    figure.colorbar(drawn, ax=axes, label=colour.replace("_", " "))
+    axes.set_aspect("equal", "datalim")
+    axes.set_xlabel("first principal direction of the prototypes")
+    axes.set_ylabel("second")
+    axes.set_title(f"{report['family']}: embeddings of {report['transitions']} transitions", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    _write(figure, path)
+
+
 def check_suffix(path: Path) -> None:
     """Raise for a file that is no picture."""
     if path.suffix not in SUFFIXES:

@@ -89,6 +89,46 @@ def shots(report: Mapping[str, Any]) -> None:
     print(f"by chance {100 * report['chance']:.0f} %")
 
 
+def likeness(report: Mapping[str, Any], prototypes: bool) -> None:
+    """Print what each task is most like, and how well tasks were told apart; the support set if asked."""
+    if prototypes:
+        _listing(report["prototypes"])
+    title = f"{report['family']}, {report['tasks']} {report['split']} tasks by {report['transitions']} transitions"
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "", "is most like, of the training tasks", "at"):
+        table.add_column(column)
+    for r in report["held_out"]:
+        for i, n in enumerate(r["neighbours"]):
+            mine = (_values(r["task"]), "new" if r["new"] else "known") if i == 0 else ("", "")
+            table.add_row(*mine, _values(n["task"]), f"{n['distance']:.3f}", end_section=n is r["neighbours"][-1])
+    Console(width=max(Console().width, 124)).print(table)
+    print(f"{len(report['prototypes'])} prototypes; known within {report['threshold']:.3f} of one")
+    rates = (("recognised among themselves", report["recognised"]), ("taken for new", report["new"]))
+    for name, r in rates:
+        low, high = (100 * x for x in r["ci95"])
+        print(f"{name}: {100 * r['mean']:.1f} % (95 %: {low:.1f}…{high:.1f}) of {report['queries']} episodes each")
+    print(f"by chance {100 * report['chance']:.1f} % would be recognised")
+    ranks = report["rank_correlation"]
+    print(
+        "rank correlation of distances with those of the tasks: "
+        f"prototypes {ranks['prototypes']:.3f}, these tasks to them {ranks['held_out']:.3f}"
+    )
+
+
+def _listing(prototypes: Sequence[Mapping[str, Any]]) -> None:
+    """Print the support set."""
+    table = Table(title="support set", title_justify="left")
+    for column in ("prototype of", "transitions", "its windows lie within"):
+        table.add_column(column)
+    for p in prototypes:
+        table.add_row(_values(p["task"]), str(p["transitions"]), f"{p['within']:.3f}")
+    Console(width=max(Console().width, 124)).print(table)
+
+
+def _values(task: Mapping[str, float]) -> str:
+    return ", ".join(f"{k} {v:.3g}" for k, v in task.items())
+
+
 def maml(report: dict[str, Any]) -> None:
     """Print the times of MAML's parts as a table."""
     title = f"{report['family']}, {report['tasks']} tasks x {report['rollouts']} rollouts x {report['horizon']} steps"

@@ -250,6 +250,17 @@ class TaskSpace:
             x[:, i] = (2 * column - low - high) / max(high - low, 1e-9)
         return x[:, [i for i, p in enumerate(self.params) if not p.nuisance]].float()
 
+    def decode(self, x: Tensor) -> list[dict[str, float]]:
+        """Return the values, name -> value, that encodings ``(task, parameter)`` came from; nuisances are lost."""
+        columns = {}
+        for p, column in zip((p for p in self.params if not p.nuisance), x.double().unbind(1), strict=True):
+            low, high = p.train.low, p.train.high
+            if isinstance(p.train, LogUniform):
+                low, high = math.log(low), math.log(high)
+            value = (column * max(high - low, 1e-9) + low + high) / 2
+            columns[p.name] = (value.exp() if isinstance(p.train, LogUniform) else value).tolist()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
     def say(self, task: Task) -> str:
         """Say in one line what a task is, leaving out what is normal or means nothing."""
         grouped = {name for few in self.few for name in (*few.params, *few.spared)}

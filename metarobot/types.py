@@ -138,8 +138,8 @@ def sequence(episodes: tuple[Rollout, ...]) -> Sequence:
     """Join the episodes of a trial into one sequence a world, in the order they were lived."""
     names = ("obs", "action", "reward", "terminated", "truncated", "valid", "critic_obs", "advice")
     parts = {k: torch.cat([getattr(e, k) for e in episodes]) for k in names}
-    parts["next_obs"] = torch.cat([_next(e, e.obs, e.final_obs) for e in episodes])
-    parts["next_critic_obs"] = torch.cat([_next(e, e.critic_obs, e.final_critic_obs) for e in episodes])
+    parts["next_obs"] = torch.cat([following(e, e.obs, e.final_obs) for e in episodes])
+    parts["next_critic_obs"] = torch.cat([following(e, e.critic_obs, e.final_critic_obs) for e in episodes])
     if not bool(parts["valid"].all()):
         order = torch.argsort((~parts["valid"]).int(), dim=0, stable=True)
         rows = torch.arange(order.shape[1], device=order.device)
@@ -158,6 +158,7 @@ def shift(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
 
 
-def _next(episode: Rollout, seen: Tensor, final: Tensor) -> Tensor:
+def following(episode: Rollout, seen: Tensor, final: Tensor) -> Tensor:
+    """Return what each step led to, ``(time, world, ...)``, of what was ``seen`` at the steps, before any reset."""
     ended = (episode.terminated | episode.truncated)[..., None]
     return torch.where(ended, final, torch.cat([seen[1:], final[None]]))

@@ -3,7 +3,7 @@
 # A stopped run continues where it was, a finished one is left alone. results/ holds reports, plots and logs.
 #
 #   scripts/results.sh [JOB ...]      CheetahVel, CheetahDir, CheetahTerrain, memories, gradients, posterior, quadruped,
-#                                    grasp, placement, compare, bench; default: all
+#                                    grasp, prototype, placement, compare, bench; default: all
 set -euo pipefail
 mkdir -p results
 
@@ -141,6 +141,22 @@ grasp() {
   metarobot plot runs/GraspFragile-{rl2,rl2-oracle,blind}-0 --out results/GraspFragile-learning.png
 }
 
+# An agent that recognises tasks by likeness: what it earns, and what it takes held-out tasks for. The references are
+# those of CheetahVel and CheetahTerrain.
+prototype() {
+  train CheetahVel-prototype-0 CheetahVel --agent prototype --steps 6e6
+  train CheetahTerrain-prototype-0 CheetahTerrain --agent prototype --steps 4e6
+  for family in CheetahVel CheetahTerrain; do
+    for split in test extrapolate; do
+      metarobot evaluate "runs/$family-prototype-0" --split $split --tasks 40 --oracle "runs/$family-oracle-0" \
+        --blind "runs/$family-blind-0" --controls --json "results/$family-prototype-$split.json" \
+        --plot "results/$family-prototype-$split.png"
+      metarobot recognise "runs/$family-prototype-0" --split $split --json "results/$family-likeness-$split.json" \
+        --plot "results/$family-likeness-$split.png"
+    done
+  done
+}
+
 # Putting things in their place from demonstrations, classes never seen in training
 placement() {
   [ -e demos/placement ] || metarobot record Placement --tasks 500 --shots 2 --jitter 0.1 --out demos/placement
@@ -175,6 +191,6 @@ bench() {
   metarobot bench agents CheetahVel --seconds 60 --json results/bench-agents.json
 }
 
-for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients posterior quadruped grasp placement compare bench}"; do
+for job in "${@:-CheetahVel CheetahDir CheetahTerrain memories gradients posterior quadruped grasp prototype placement compare bench}"; do
   for name in $job; do $name; done
 done

@@ -9,7 +9,7 @@ from metarobot.env import Env, families
 from metarobot.nets import MEMORIES
 from metarobot.types import MetarobotError, Percept, Rollout, Trials, sequence
 
-NAMES = ("blind", "oracle", "ppo", "rl2", "varibad")  # test_maml.py has those that adapt by gradient
+NAMES = ("blind", "oracle", "ppo", "prototype", "rl2", "varibad")  # test_maml.py has those that adapt by gradient
 FAMILY = replace(families.get("CheetahTerrain"), horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 TASKS = FAMILY.space.sample("train", 6, 0)
 SHAPES = Shapes(obs=17, act=6, task=len(FAMILY.space.params), episodes=2)

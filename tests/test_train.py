@@ -38,6 +38,7 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path) -> None:
 SETTINGS = {f"rl2 {m}": {"worlds": 4, "minibatches": 2, "epochs": 2, "memory": m} for m in ("linear", "gru", "lstm")}
 SETTINGS["varibad"] = {"worlds": 4, "minibatches": 2, "epochs": 2, "width": 16}
 SETTINGS |= {name: {"worlds": 4, "rollouts": 2, "width": 8} for name in ("maml", "promp", "reptile")}
+SETTINGS["prototype"] = {"worlds": 4, "minibatches": 2, "epochs": 2, "width": 8, "bank": 6, "lessons": 2}
 SETTINGS["pearl"] = {"worlds": 2, "width": 8, "tasks": 2, "batch": 4, "gradient_steps": 2, "replay": 1500}
 
 

@@ -1,0 +1,73 @@
+"""The command line of likeness: which tasks an agent takes a new one for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from metarobot.progress import bar
+
+
+def recognise(
+    run: Positional[str],
+    /,
+    split: str = "test",
+    tasks: int = 20,
+    transitions: int = 50,
+    neighbours: int = 5,
+    support: int = 2,
+    queries: int = 5,
+    seed: int = 0,
+    threads: int = 0,
+    prototypes: bool = False,
+    colour: str = "",
+    json: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Show which training tasks each new task is most like, and measure how well new tasks are told apart.
+
+    Args:
+        run: Run folder of an agent that keeps prototypes: train --agent prototype.
+        split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
+        tasks: Number of tasks.
+        transitions: First transitions of a fresh episode that a task is recognised from.
+        neighbours: Prototypes to name for each task, the nearest.
+        support: Episodes that make the prototype of each of these tasks; others are then assigned to the nearest.
+        queries: Fresh episodes of each task to recognise.
+        seed: Draws the tasks and the starts.
+        threads: Physics threads; 0 takes all there are.
+        prototypes: Also list the support set: every prototype, its task, and how far its windows lie from it.
+        colour: Parameter that colours the plot; the first if not given.
+        json: Where to write the report, with all prototypes.
+        plot: Where to draw prototypes and tasks in the plane in which prototypes vary most (.png, .svg or .pdf).
+    """
+    from metarobot import checkpoint, tables
+    from metarobot import plot as drawing
+    from metarobot.likeness import LikenessError, Quiz
+    from metarobot.likeness import recognise as measure
+
+    opened = checkpoint.open_run(run)
+    names = [p.name for p in opened.family.space.params if not p.nuisance]
+    if colour and colour not in names:
+        raise LikenessError(f"{opened.family.name} has no parameter {colour!r}; it has: {', '.join(names)}")
+    if plot is not None:
+        drawing.check_suffix(plot)
+    quiz = Quiz(
+        split=split,
+        tasks=tasks,
+        transitions=transitions,
+        neighbours=neighbours,
+        support=support,
+        queries=queries,
+        seed=seed,
+        threads=threads,
+    )
+    with bar() as progress:
+        task = progress.add_task("playing", total=support + queries)
+        report = measure(opened, quiz, tick=lambda: progress.advance(task))
+    tables.likeness(report, prototypes)
+    if json is not None:
+        checkpoint.write_json(json, report)
+    if plot is not None:
+        drawing.likeness(report, colour or names[0], plot)
