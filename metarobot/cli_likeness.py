@@ -16,7 +16,7 @@ def recognise(
     tasks: int = 20,
     transitions: int = 50,
     neighbours: int = 5,
-    support: int = 2,
+    support: int = 5,
     queries: int = 5,
     seed: int = 0,
     threads: int = 0,
@@ -33,7 +33,8 @@ def recognise(
         tasks: Number of tasks.
         transitions: First transitions of a fresh episode that a task is recognised from.
         neighbours: Prototypes to name for each task, the nearest.
-        support: Episodes that make the prototype of each of these tasks; others are then assigned to the nearest.
+        support: Episodes whose first transitions make a prototype of each of these tasks too; those of others are then
+            assigned to the nearest.
         queries: Fresh episodes of each task to recognise.
         seed: Draws the tasks and the starts.
         threads: Physics threads; 0 takes all there are.

@@ -37,8 +37,8 @@ class Quiz:
     """What a task is recognised from: so many first transitions of a fresh episode."""
     neighbours: int = 5
     """Prototypes named for each task."""
-    support: int = 2
-    """Episodes that make the prototype of each held-out task."""
+    support: int = 5
+    """Episodes whose first transitions, as many, make the prototype of each held-out task."""
     queries: int = 5
     """Fresh episodes of each task to recognise."""
     seed: int = 0
@@ -122,9 +122,8 @@ def _live(agent: Any, env: Env, tasks: Sequence[Task], quiz: Quiz, tick: Callabl
         tick()
         return lived
 
-    support = torch.stack([agent.embed(episode(k)) for k in range(quiz.support)]).mean(0)
-    later = range(quiz.support, quiz.support + quiz.queries)
-    return support, torch.stack([agent.embed(episode(k), quiz.transitions) for k in later])
+    z = torch.stack([agent.embed(episode(k), quiz.transitions) for k in range(quiz.support + quiz.queries)])
+    return z[: quiz.support].mean(0), z[quiz.support :]
 
 
 def _share(x: Tensor) -> dict[str, Any]:
