@@ -33,9 +33,8 @@ def recognise(
         tasks: Number of tasks.
         transitions: First transitions of a fresh episode that a task is recognised from.
         neighbours: Prototypes to name for each task, the nearest.
-        support: Episodes whose first transitions make a prototype of each of these tasks too; those of others are then
-            assigned to the nearest.
-        queries: Fresh episodes of each task to recognise.
+        support: Episodes whose first transitions make a prototype of each of these tasks too.
+        queries: Fresh episodes of each task, whose first transitions are assigned to the nearest of these.
         seed: Draws the tasks and the starts.
         threads: Physics threads; 0 takes all there are.
         prototypes: Also list the support set: every prototype, its task, and how far its windows lie from it.
@@ -45,13 +44,11 @@ def recognise(
     """
     from metarobot import checkpoint, tables
     from metarobot import plot as drawing
-    from metarobot.likeness import LikenessError, Quiz
+    from metarobot.likeness import Quiz, parameter
     from metarobot.likeness import recognise as measure
 
     opened = checkpoint.open_run(run)
-    names = [p.name for p in opened.family.space.params if not p.nuisance]
-    if colour and colour not in names:
-        raise LikenessError(f"{opened.family.name} has no parameter {colour!r}; it has: {', '.join(names)}")
+    colour = parameter(opened.family.space, colour)
     if plot is not None:
         drawing.check_suffix(plot)
     quiz = Quiz(
@@ -71,4 +68,4 @@ def recognise(
     if json is not None:
         checkpoint.write_json(json, report)
     if plot is not None:
-        drawing.likeness(report, colour or names[0], plot)
+        drawing.likeness(report, colour, plot)

@@ -16,9 +16,9 @@ from torch import Tensor
 from metarobot.checkpoint import Run
 from metarobot.collect import collect
 from metarobot.env import Env
-from metarobot.evaluate import interval
 from metarobot.metric import calibrated, distances, nearest, rank_correlation
-from metarobot.tasks import Task
+from metarobot.stats import interval
+from metarobot.tasks import Task, TaskSpace
 from metarobot.types import MetarobotError, Rollout
 
 
@@ -100,6 +100,14 @@ def recognise(run: Run, quiz: Quiz, tick: Callable[[], None] = lambda: None) -> 
             for i, xy in enumerate(flat(query[0]).tolist())
         ],
     }
+
+
+def parameter(space: TaskSpace, name: str) -> str:
+    """Return the parameter of that name, or the first for an empty one; raise if there is none."""
+    names = [p.name for p in space.params if not p.nuisance]
+    if name and name not in names:
+        raise LikenessError(f"{space.name} has no parameter {name!r}; it has: {', '.join(names)}")
+    return name or names[0]
 
 
 def _check(run: Run, agent: Any, quiz: Quiz) -> None:

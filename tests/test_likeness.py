@@ -127,6 +127,7 @@ def test_what_cannot_be_asked_is_one_line(
     assert len(err.strip().splitlines()) == 1
 
 
-def test_an_agent_without_prototypes_recognises_nothing(runs: dict[str, Run]) -> None:
-    with pytest.raises(LikenessError, match="keeps no prototypes: its agent is 'rl2'; train one as prototype"):
-        recognise(runs["rl2"], quiz())
+def test_an_agent_without_prototypes_recognises_nothing(tmp_path: Path) -> None:
+    blind = tiny_run(tmp_path / "blind", agent="blind")
+    with pytest.raises(LikenessError, match="keeps no prototypes: its agent is 'blind'; train one as prototype"):
+        recognise(blind, quiz())
