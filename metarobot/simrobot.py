@@ -236,7 +236,7 @@ def serve(
     family: Positional[str],
     /,
     split: str = "test",
-    tasks: int = 1,
+    tasks: int = 100,
     seed: int = 0,
     task: tuple[str, ...] = (),
     robot: str = "",
@@ -252,7 +252,7 @@ def serve(
     Args:
         family: Task family it belongs to; ``metarobot families`` lists them.
         split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
-        tasks: Number of tasks; the controller says which it wants.
+        tasks: Number of tasks; the controller says which it wants, and begins again after the last.
         seed: Draws the tasks and the starts, as an evaluation with this seed does.
         task: One task of your own instead, as name=value for each parameter.
         robot: Another model of the robot: a path to an MJCF, or menagerie:name.

@@ -45,12 +45,15 @@ class World:
         self.restart(0, 0)
 
     def restart(self, world: int, episode: int) -> None:
-        """Put the robot where an episode of that task begins, as ``Env`` would in its world of that number."""
-        if not (0 <= world < len(self.tasks) and episode >= 0):
-            raise MetarobotError(f"no episode {episode} of task {world}; there are {len(self.tasks)} tasks")
-        self.world, self.episode = world, episode
+        """Put the robot where an episode begins, as ``Env`` would in its world of that number.
+
+        Task by task; after the last comes the first again, from other starts.
+        """
+        if min(world, episode) < 0:
+            raise MetarobotError(f"worlds and episodes count from 0: there is no episode {episode} of world {world}")
+        self.world, self.episode, self.task = world, episode, self.tasks[world % len(self.tasks)]
         self.env.numbers[0] = world
-        self.env.set_tasks([self.tasks[world]])
+        self.env.set_tasks([self.task])
         self.env.reset(self.seed)
         self.obs = self.env.restart(episode)
         self.damped = self.over = False
@@ -75,7 +78,7 @@ class World:
     def damp(self) -> None:
         """Turn the drives limp until the next restart."""
         if not self.damped:
-            self.env.sim.set_models([limp(self.env.model(self.tasks[self.world]))])
+            self.env.sim.set_models([limp(self.env.model(self.task))])
             self.damped = True
 
     def reading(self) -> list[float]:
@@ -153,7 +156,7 @@ class Measured:
         noise = seen - clean
         state = world.env.state
         qpos, qvel, sensors = (x[0].numpy() for x in (state.qpos, state.qvel, state.sensors))
-        down = world.env.model(world.tasks[world.world]).opt.gravity
+        down = world.env.model(world.task).opt.gravity
         quat = tilted(upright(qpos[3:7], down), noise[:3])
         told = [world.reward] if self._told else clean[-3:].tolist()
         return [

@@ -92,7 +92,7 @@ class Sim:
         *,
         family: str = "",
         split: str = "test",
-        tasks: int = 1,
+        tasks: int = 100,
         seed: int = 0,
         task: Mapping[str, float] | str = "",
         robot: str = "",
@@ -170,7 +170,7 @@ class Sim:
         self._ask(Kind.RESTART, lambda: self._answers[1] == self._restarts, values)
 
     def trial(self, world: int) -> None:
-        """Choose the task, by its number, of the trial that the next restart begins."""
+        """Choose the task, by its number, of the trial that the next restart begins; after the last comes the first."""
         self.world = world
 
     def damp(self) -> None:
