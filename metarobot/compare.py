@@ -293,7 +293,7 @@ def _entry(runs: Sequence[Run], returns: Floats) -> dict[str, Any]:
     metrics = [last_metrics(r) for r in runs]
     agent = runs[0].load_agent()
     return {
-        "runs": [str(r.folder) for r in runs],
+        "runs": [r.name for r in runs],
         "seeds": [int(r.config["seed"]) for r in runs],
         "steps": [int(m["time/total_timesteps"]) for m in metrics],
         "wall_s": [round(float(m["time/time_elapsed"]), 1) for m in metrics],
