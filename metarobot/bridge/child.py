@@ -70,7 +70,7 @@ class Child:
             self._rest = self._rest[self._write(self._rest) :]
             time.sleep(1e-3)
 
-    def close(self, seconds: float = 10.0) -> None:
+    def close(self, seconds: float = 60.0) -> None:
         """Finish what was begun, close the pipe and wait for the process to end."""
         end = time.monotonic() + seconds
         while self._rest and self.alive and time.monotonic() < end:
