@@ -14,6 +14,7 @@ def test_nothing_unsafe_leaves_whatever_goes_wrong():
     assert {f for f in FAULTS if met[f]} == set(FAULTS)
 
 
+@pytest.mark.slow  # by the clock, in processes of their own: a busy host fails it
 @pytest.mark.parametrize("fault", ["silence", "nan", "kill -9", "SIGTERM", "policy hangs"])
 def test_on_the_wire_damping_follows_and_nothing_unsafe_comes_before(fault, tmp_path):
     outcome = strike(folder(tmp_path), fault)
