@@ -21,7 +21,7 @@ demo: $(READY) gl
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
 
 test: $(READY) gl
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 slow: $(READY) gl
 	$(BIN)/pytest -m slow

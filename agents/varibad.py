@@ -2,8 +2,8 @@
 
 Encoder and decoder are trained by the evidence lower bound: from the posterior after some steps of a trial the decoder
 must tell rewards and motion of the whole trial, past and future. The policy sees the observation, the posterior's mean
-and its log-variance, and is trained by PPO over trials. Its gradient stops there, so that the posterior stays one over
-tasks; but the clipped steps are taken on the posteriors as they now are, so that what the encoder learns meanwhile
+and its standard deviation, and is trained by PPO over trials. Its gradient stops there, so that the posterior stays one
+over tasks; but the clipped steps are taken on the posteriors as they now are, so that what the encoder learns meanwhile
 counts as a change of the policy too. In training only, the critic is shown the task.
 """
 
@@ -81,7 +81,7 @@ class VariBADAgent(nn.Module):
 
     def situation(self, x: Tensor, q: Gaussian) -> Tensor:
         """Join the normalised observation in the input ``x`` with the posterior: what the policy acts on."""
-        return torch.cat([x[..., : self.obs], q.mean, q.var.log()], -1)
+        return torch.cat([x[..., : self.obs], q.mean, q.var.sqrt()], -1)
 
     def forward(self, x: Tensor, task: Tensor, critic_obs: Tensor) -> tuple[Tensor, Tensor, Gaussian]:
         """Run whole trials of inputs ``(time, world, input)``: mean action, value and posterior at every step.

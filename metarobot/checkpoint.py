@@ -110,6 +110,11 @@ class Run:
         """Rollouts of a task that the agent adapts to at once."""
         return int(self.config["agent_config"].get("rollouts", 1))
 
+    @property
+    def steps(self) -> int:
+        """Environment steps that the checkpoint has lived."""
+        return lived(self.folder)
+
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read tensors and counters, checking that they are whole."""
         counters = read_json(self.folder / "checkpoint.json")
@@ -182,6 +187,12 @@ def extend(run: Run, steps: int) -> Run:
     """Let a run train for more steps than it was started for."""
     write_json(run.folder / "config.json", {**run.config, "steps": steps})
     return open_run(run.folder)
+
+
+def lived(folder: Path) -> int:
+    """Return the environment steps that a run folder's checkpoint has lived; none if there is no checkpoint yet."""
+    path = folder / "checkpoint.json"
+    return int(read_json(path)["steps"]) if path.exists() else 0
 
 
 def open_run(where: str | Path, robot: str = "") -> Run:

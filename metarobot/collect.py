@@ -10,11 +10,13 @@ from torch import Tensor
 
 from metarobot.agent import Agent, Context
 from metarobot.env import Env, Step
+from metarobot.parallel import one_thread
 from metarobot.tasks import Task
 from metarobot.types import Percept, Rollout, Trials
 
 
 @torch.no_grad()
+@one_thread()
 def collect(
     agent: Agent,
     env: Env,

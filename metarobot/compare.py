@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarobot.agent import agents, usual_agents
-from metarobot.checkpoint import CheckpointError, Run, open_run, read_json, write_json
+from metarobot.checkpoint import CheckpointError, Run, lived, open_run, read_json, write_json
 from metarobot.env import families
 from metarobot.evaluate import Arena, Protocol, finetuning, score, trials
 from metarobot.log import read_metrics
@@ -203,7 +203,7 @@ def _found(job: Job, plan: Plan, say: Callable[[str], None]) -> Run | None:
         differs = difference(config, job)
         if differs:
             say(f"{job.title}: {folder} is another experiment: {differs}")
-        elif _lived(folder) < job.train.steps:
+        elif lived(folder) < job.train.steps:
             if folder != own:
                 say(f"{job.title}: {folder} is not finished")
         else:
@@ -222,12 +222,6 @@ def _configs(folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
                     yield path, config
 
 
-def _lived(folder: Path) -> int:
-    """Return the steps that a run folder's checkpoint has lived."""
-    path = folder / "checkpoint.json"
-    return int(read_json(path)["steps"]) if path.exists() else 0
-
-
 def _trained(
     job: Job, plan: Plan, say: Callable[[str], None], tick: Callable[[Mapping[str, float]], None]
 ) -> Run | None:
@@ -237,7 +231,7 @@ def _trained(
         aside = next(p for i in range(1, 1000) if not (p := folder.with_name(f"{folder.name}.old{i}")).exists())
         folder.rename(aside)
         say(f"{job.title}: what was in {folder} is in {aside} now")
-    done = _lived(folder)
+    done = lived(folder)
     say(f"{job.title}: {f'resumed after {done:,} steps' if done else 'training'} in {folder}")
     run = open_run(folder) if (folder / "config.json").exists() else start(job.train, job.agent, folder)
     try:
@@ -254,7 +248,7 @@ def last_metrics(run: Run) -> Mapping[str, float]:
     if rows:
         return rows[-1]
     card = read_json(run.folder / "card.json") if (run.folder / "card.json").exists() else {}
-    return {"time/total_timesteps": _lived(run.folder), "time/time_elapsed": float(card.get("wall_s", 0.0))}
+    return {"time/total_timesteps": run.steps, "time/time_elapsed": float(card.get("wall_s", 0.0))}
 
 
 def plays(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> int:

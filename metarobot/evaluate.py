@@ -140,7 +140,7 @@ def evaluate(
         "agent": runs[0].agent,
         "runs": [r.name for r in runs],
         "seeds": [int(r.config["seed"]) for r in runs],
-        "steps": [int(r.config["steps"]) for r in runs],
+        "steps": [r.steps for r in runs],
         "tasks": len(arena.tasks),
         "rollouts": runs[0].rollouts,
         "quiet": protocol.quiet,

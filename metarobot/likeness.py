@@ -75,7 +75,7 @@ def recognise(run: Run, quiz: Quiz, tick: Callable[[], None] = lambda: None) -> 
         "family": run.family.name,
         "agent": run.agent,
         "run": run.name,
-        "steps": int(run.config["steps"]),
+        "steps": run.steps,
         **asdict(quiz),
         "threshold": threshold,
         "recognised": _share(right),

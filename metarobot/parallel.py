@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -38,6 +39,17 @@ def gradients(loss: Loss, rows: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 
 
 @cache
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: its workers would spin against the physics threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def pool(threads: int) -> ThreadPoolExecutor:
     """Return so many threads, on each of which torch uses one core."""
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
