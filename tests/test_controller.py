@@ -357,3 +357,14 @@ def test_missed_deadlines_are_skipped_and_not_made_up_for():
     assert pace.own + pace.host == 4
     pace.wait()
     assert clock.time == pytest.approx(0.12)
+
+
+def test_only_a_loop_that_does_not_come_back_is_given_up():
+    given_up: list[str] = []
+    for noticed in (True, False):
+        gate = Gate(Recorder(meta(), Monotonic()), Monotonic(), 0.02)
+        with Watch(gate) as watch:
+            watch.hang, watch.hung, gate.noticed = 0.05, lambda: given_up.append("hung"), noticed
+            gate.damp("a test")
+            time.sleep(0.3)
+        assert len(given_up) == (not noticed)

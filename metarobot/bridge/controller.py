@@ -353,6 +353,7 @@ class Controller:
 
     def _limp(self, reason: str) -> None:
         """Damp the robot for a while, and stop."""
+        self.gate.noticed = True
         self.gate.damp(reason)
         if self._machine.state in (State.IDLE, State.READY, State.RUNNING):
             self._machine.to(State.DAMPING, self.gate.reason)

@@ -49,6 +49,8 @@ class Gate:
         self.fault = True
         """Whether that was a fault, and nobody's wish."""
         self.damped_at = float("nan")
+        self.noticed = False
+        """Whether the loop has come back to notice it."""
         self.sent = 0
         """Commands that were sent."""
         self._beat, self._lock = beat, threading.Lock()
@@ -142,7 +144,7 @@ class Watch:
         told, begun = False, self.gate.clock.now()
         while not self._ended(AGAIN):
             self.gate.damp(self.gate.reason)
-            if not told and self.gate.clock.now() - begun > self.hang:
+            if not (told or self.gate.noticed) and self.gate.clock.now() - begun > self.hang:
                 told = True
                 self.hung()
 
