@@ -13,7 +13,7 @@ from metarobot.bridge.direct import Direct
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.legged import Legged
 from metarobot.bridge.meta import Limit
-from metarobot.bridge.odometry import Legs, Odometry, across, rotation
+from metarobot.bridge.odometry import Leg, Odometry, across, upward
 from metarobot.bridge.robot import GYRO, QUAT
 from metarobot.checkpoint import open_run
 from metarobot.env import Env
@@ -45,6 +45,13 @@ def meta(family: Family = FAMILY, **changes: Any) -> Any:
         "control_hz": 50.0,
     }
     return SimpleNamespace(**about | changes)
+
+
+def rotation(quat: Any) -> np.ndarray:
+    """The rotation matrix of a quaternion."""
+    matrix = np.zeros(9)
+    mujoco.mju_quat2Mat(matrix, np.array(quat, np.float64))
+    return matrix.reshape(3, 3)
 
 
 def said(robot: World, seq: int) -> dict[str, float]:
@@ -103,27 +110,28 @@ def reckoned(lived: Lived) -> tuple[list[dict[str, float]], list[float], list[np
 def test_feet_are_where_mujoco_has_them_and_move_as_there() -> None:
     model = compile_spec(go2.go2())
     data, rng = mujoco.MjData(model), np.random.default_rng(0)
-    legs = Legs(FAMILY.hardware().reward["legs"])
+    legs = [Leg(places) for places in FAMILY.hardware().reward["legs"].values()]
     for _ in range(20):
         data.qpos[:], data.qvel[:] = 0, 0
         data.qpos[3:7] = rng.standard_normal(4)
         data.qpos[3:7] /= np.linalg.norm(data.qpos[3:7])
         data.qpos[7:], data.qvel[6:] = rng.uniform(-2, 2, 12), rng.uniform(-9, 9, 12)
         mujoco.mj_forward(model, data)
-        place, speed = legs.move(data.qpos[7:].reshape(4, 3), data.qvel[6:].reshape(4, 3))
+        moved = [leg.move(data.qpos[7 + 3 * i :][:3], data.qvel[6 + 3 * i :][:3]) for i, leg in enumerate(legs)]
+        place, speed = (np.array(x) for x in zip(*moved, strict=True))
         turn = rotation(data.qpos[3:7])
         assert place @ turn.T == pytest.approx(np.stack([data.site(f"{leg}_foot").xpos for leg in go2.LEGS]), abs=1e-6)
         moving = np.stack([data.sensor(f"{leg}_framelinvel").data for leg in go2.LEGS])
         assert speed @ turn.T == pytest.approx(moving, abs=1e-6)
 
 
-def test_vector_products_and_rotations() -> None:
+def test_vector_products_and_what_is_up() -> None:
     rng = np.random.default_rng(1)
-    a, b, quat = rng.standard_normal((4, 3)), rng.standard_normal(3), rng.standard_normal(4)
-    assert a @ across(b) == pytest.approx(np.cross(a, b))
-    matrix = np.zeros(9)
-    mujoco.mju_quat2Mat(matrix, quat / np.linalg.norm(quat))
-    assert rotation(quat) == pytest.approx(matrix.reshape(3, 3))
+    a, b, quat = rng.standard_normal(3), rng.standard_normal(3), rng.standard_normal(4)
+    assert across(a, b) == pytest.approx(np.cross(a, b))
+    assert upward(quat) == pytest.approx(rotation(quat / np.linalg.norm(quat))[2])
+    with pytest.raises(BridgeError, match="quaternion of zeros"):
+        upward([0.0, 0.0, 0.0, 0.0])
 
 
 def test_observations_are_those_of_the_family() -> None:
@@ -248,14 +256,14 @@ def test_a_policy_without_rules_for_a_reward_is_refused() -> None:
 
 
 def test_standing_still_is_standing_still() -> None:
-    odometry = Odometry(Legs(FAMILY.hardware().reward["legs"]), 0.022)
-    angles, still = go2.POSE.reshape(4, 3), np.zeros((4, 3))
+    odometry = Odometry(FAMILY.hardware().reward["legs"], 0.022)
+    angles, still, nothing = go2.POSE.reshape(4, 3).tolist(), [[0.0] * 3] * 4, (0.0, 0.0, 0.0)
     for _ in range(10):
-        motion = odometry.follow(angles, still, np.array([0.0, 0, 1]), np.zeros(3), np.ones(4, bool), 0.02)
+        motion = odometry.follow(angles, still, (0.0, 0.0, 1.0), nothing, [True] * 4, 0.02)
     assert motion.velocity == pytest.approx(np.zeros(3))
     assert motion.speed == pytest.approx(np.zeros(4))
     assert motion.depth == pytest.approx(go2.HEIGHT, abs=0.05)
-    assert motion.height.min() == 0.0
+    assert min(motion.height) == 0.0
 
 
 def test_direct_layouts_take_what_they_are_told() -> None:

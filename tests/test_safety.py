@@ -51,7 +51,7 @@ def test_a_command_without_joints_stays_in_its_range(target, a, b):
     try:
         out = guard(target, np.zeros(2), np.zeros(2))
     except UnsafeError:
-        assert not (np.abs(target) < 1e9).all()
+        assert not math.hypot(*target) < 1e9
         return
     np.testing.assert_array_equal(out, np.clip(target, low, high))
 

@@ -67,6 +67,7 @@ def driven(server: Server) -> Iterator[Sim]:
 
 def act(robot: Sim, values: Any) -> dict[str, float]:
     robot.send_action(dict(zip(robot.info["command"], values, strict=True)))
+    robot.await_reading()
     return robot.get_observation()
 
 
@@ -383,6 +384,7 @@ targets = {f"{j}.pos": robot.get_observation()[f"{j}.pos"] for j in meta.joint_n
 print("driving", flush=True)
 while True:
     robot.send_action(targets)
+    robot.await_reading()
     robot.get_observation()
 """
 

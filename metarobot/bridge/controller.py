@@ -20,7 +20,7 @@ from metarobot.bridge.gate import Gate
 from metarobot.bridge.log import Log, Row
 from metarobot.bridge.pace import Clock, Monotonic, Pace, undisturbed
 from metarobot.bridge.readings import TOLD, Readings
-from metarobot.bridge.robot import Floats, Layout, Reading, Restarts, Robot
+from metarobot.bridge.robot import Floats, Layout, Reading, Restarts, Robot, Waits
 from metarobot.bridge.safety import Filter, blend
 from metarobot.bridge.session import Acting, Adapting, Report, Settings
 from metarobot.bridge.states import Machine, State
@@ -30,6 +30,7 @@ SLOW = 3
 RESTART_S = 1.0
 """How long a robot may be silent after its restart."""
 SHOW_S = 0.2
+NUMBER = {state: i for i, state in enumerate(State)}
 TICK = ("time", "state", "trial", "episode", "step", "reward", "done", "new", "late_ms", "work_ms", "policy_ms")
 
 
@@ -64,6 +65,7 @@ class Controller:
         self._readings, self._filter = Readings(layout.needed()), Filter(self._meta, self._period, settings.rate)
         self._adaptation, self._show, self._tell = adaptation, show, tell
         self._restarts = isinstance(robot, Restarts)
+        self._heard: Callable[[], None] = robot.await_reading if isinstance(robot, Waits) else lambda: None
         self._legged = self._meta.layout == "legged"
         self._keys = [name.removesuffix(".pos") for name in self._filter.names]
         names = self._filter.names
@@ -276,7 +278,7 @@ class Controller:
 
     def _look(self, watched: bool = True) -> Reading:
         """Wait for the next step and read; ``watched`` readings keep the gate open."""
-        late = self._pace.wait()
+        late = self._pace.wait(self._heard)
         self.row.data.fill(np.nan)
         self.row["tick"][8] = 1e3 * late
         self.gate.check()
@@ -289,7 +291,7 @@ class Controller:
             self.gate.fresh()
         latest = self._readings.latest
         tick = self.row["tick"]
-        tick[:5] = now, list(State).index(self._machine.state), self._trial, self._episode, self._step
+        tick[:5] = now, NUMBER[self._machine.state], self._trial, self._episode, self._step
         tick[7] = new
         self.row["reading"][:] = [latest.get(key, math.nan) for key in self.row.groups["reading"]]
         return latest
@@ -369,7 +371,7 @@ class Controller:
         r.reason, r.limited, r.pace, r.sent = (
             self.gate.reason,
             self._filter.report(),
-            self._pace.report(),
+            self._pace.report() | {"stolen_s": self._pace.stolen},
             self.gate.sent,
         )
         r.repeated, r.disordered = self._readings.repeated, self._readings.disordered

@@ -7,13 +7,15 @@ the lowest foot, on slopes tilt is against gravity: there terms differ from the 
 
 from __future__ import annotations
 
+import math
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.meta import Meta
-from metarobot.bridge.odometry import Flags, Floats, Legs, Motion, Odometry, rotation
+from metarobot.bridge.odometry import Flags, Motion, Numbers, Odometry, Vector, upward
 from metarobot.bridge.robot import GYRO, QUAT, Reading
 
 OPERATOR = ("command.x", "command.y", "command.turn")
@@ -23,17 +25,17 @@ GAP = 0.2
 
 
 class Moment(NamedTuple):
-    """A reading as arrays."""
+    """A reading in parts."""
 
-    pos: Floats
-    vel: Floats
-    tau: Floats
-    turn: Floats
+    pos: Numbers
+    vel: Numbers
+    tau: Numbers
+    turn: Vector
     down: Flags
     """Which feet are down, ``(leg,)``."""
-    up: Floats
-    """Direction away from gravity in the trunk's frame as measured, ``(3,)``."""
-    command: Floats
+    up: Vector
+    """Direction away from gravity in the trunk's frame as measured."""
+    command: Numbers
     motion: Motion
 
 
@@ -48,17 +50,18 @@ class Legged:
         rules = meta.reward
         if rules is None or rules.get("kind") != "quadruped":
             raise BridgeError(f"the policy's metadata has no quadruped's reward but {rules and rules.get('kind')!r}")
-        self.command = np.array(command, np.float64)
+        self.command = list(command)
         self.terms: dict[str, float] = {}
         """What the last reward was made of, before weights."""
         self._keys = [f"{j}.{kind}" for kind in ("pos", "vel", "tau") for j in meta.joint_names]
         self._keys += [*(f"{leg}.force" for leg in rules["legs"]), *QUAT, *GYRO]
+        self._values = itemgetter(*self._keys)
         self._targets = [f"{j}.pos" for j in meta.joint_names]
-        self._pose, self._scale = np.array(meta.default_joint_pos), np.array(meta.action_scale)
+        self._pose, self._scale = meta.default_joint_pos, meta.action_scale
         limits = [meta.limits[j] for j in meta.joint_names]
-        self._torque, self._speed = np.array([x.torque for x in limits]), np.array([x.velocity for x in limits])
+        self._torque, self._speed = [x.torque for x in limits], [x.velocity for x in limits]
         self._told, self._dt, self._rules = bool(meta.command_names), 1 / meta.control_hz, rules
-        self._odometry = Odometry(Legs(rules["legs"]), rules["foot_radius"])
+        self._odometry = Odometry(rules["legs"], rules["foot_radius"])
         self.begin()
 
     def needed(self) -> tuple[str, ...]:
@@ -73,14 +76,15 @@ class Legged:
     def observe(self, reading: Reading, last_action: Any) -> Any:
         """Return gravity, turn, joints off the pose, their velocities, the last action and the command, float32."""
         now = self._moment(reading)
-        command = now.command if self._told else np.zeros(3)
-        parts = (-now.up, now.turn, now.pos - self._pose, now.vel, last_action, command)
-        return np.concatenate(parts).astype(np.float32)
+        x, y, z = now.up
+        off = [p - pose for p, pose in zip(now.pos, self._pose, strict=True)]
+        command = now.command if self._told else (0.0, 0.0, 0.0)
+        return np.array([-x, -y, -z, *now.turn, *off, *now.vel, *_floats(last_action), *command], np.float32)
 
     def targets(self, action: Any) -> dict[str, float]:
         """Return the joints' targets, rad."""
-        wanted = self._pose + self._scale * np.asarray(action, np.float64)
-        return dict(zip(self._targets, wanted.tolist(), strict=True))
+        parts = zip(self._targets, self._pose, self._scale, _floats(action), strict=True)
+        return {name: pose + scale * x for name, pose, scale, x in parts}
 
     def reward(self, before: Reading, after: Reading, action: Any, last_action: Any) -> float:
         """Return what an action earned; what the robot is told (``reward``) counts before what it reckons."""
@@ -88,8 +92,9 @@ class Legged:
         now = self._moment(after)
         if "reward" in after:
             return float(after["reward"])
-        self.terms = self._terms(now, np.asarray(action, np.float64) - np.asarray(last_action, np.float64))
-        return float(sum(weight * self.terms[name] for name, weight in self._rules["weights"].items()))
+        self.terms = self._terms(now, [a - b for a, b in zip(_floats(action), _floats(last_action), strict=True)])
+        total: float = sum([weight * self.terms[name] for name, weight in self._rules["weights"].items()])
+        return total
 
     def ended(self, reading: Reading) -> bool:
         """Say whether the robot has fallen: tilted, or sunk down between its feet."""
@@ -100,37 +105,53 @@ class Legged:
         seq = reading["seq"]
         if self._now is not None and seq <= self._now[0]:
             return self._now[2]
-        x = np.fromiter(map(reading.__getitem__, self._keys), np.float64, len(self._keys))
-        pos, vel, tau, force, quat, turn = np.split(x, (12, 24, 36, 40, 44))
+        x = self._values(reading)
+        pos, vel, force, turn = x[:12], x[12:24], x[36:40], x[44:47]
         dt = self._dt if self._now is None else min(max(reading["stamp"] - self._now[1], self._dt / 4), GAP)
-        up, down = rotation(quat)[2], force > self._rules["touch"]
-        motion = self._odometry.follow(pos.reshape(4, 3), vel.reshape(4, 3), up, turn, down, dt)
-        command = np.array([reading[k] for k in OPERATOR]) if OPERATOR[0] in reading else self.command
-        moment = Moment(pos, vel, tau, turn, down, up, command, motion)
+        up, down = upward(x[40:44]), [f > self._rules["touch"] for f in force]
+        motion = self._odometry.follow(_legs(pos), _legs(vel), up, turn, down, dt)
+        command = [reading[k] for k in OPERATOR] if OPERATOR[0] in reading else self.command
+        moment = Moment(pos, vel, x[24:36], turn, down, up, command, motion)
         self._now = seq, reading["stamp"], moment
         return moment
 
-    def _terms(self, now: Moment, change: Floats) -> dict[str, float]:
+    def _terms(self, now: Moment, change: Numbers) -> dict[str, float]:
         """Return the terms of ``metarobot.envs.quadruped.reward``."""
-        motion, wanted, torque = now.motion, now.command, now.tau / self._torque
+        motion, wanted = now.motion, now.command
         speed, turn = motion.velocity, now.turn
-        over = np.abs(np.concatenate([torque, now.vel / self._speed])) - 0.9
+        torque = [tau / most for tau, most in zip(now.tau, self._torque, strict=True)]
+        fast = [vel / most for vel, most in zip(now.vel, self._speed, strict=True)]
         costs = {
-            "bounce": 4 * speed[2] ** 2,
-            "wobble": 0.25 * (turn[0] ** 2 + turn[1] ** 2),
+            "bounce": 4 * speed[2] * speed[2],
+            "wobble": 0.25 * (turn[0] * turn[0] + turn[1] * turn[1]),
             "tilt": 10 * (1 - motion.up[2]),
-            "effort": 10 / 12 * torque @ torque,
-            "jerk": change @ change / 12,
-            "slip": 4 * now.down @ motion.speed**2,
-            "pose": 2 / 12 * np.square(now.pos - self._pose).sum(),
-            "limits": 10 * np.maximum(over, 0).sum(),
+            "effort": 10 / 12 * _squares(torque),
+            "jerk": _squares(change) / 12,
+            "slip": 4 * sum([v * v for v, down in zip(motion.speed, now.down, strict=True) if down]),
+            "pose": 2 / 12 * _squares([p - pose for p, pose in zip(now.pos, self._pose, strict=True)]),
+            "limits": 10 * sum([max(abs(x) - 0.9, 0.0) for x in (*torque, *fast)]),
         }
-        off = np.hypot(speed[0] - wanted[0], speed[1] - wanted[1])
-        high = np.clip(motion.height / self._rules["step_height"], 0, 1)
-        swing = 0.25 * np.tanh(2 * np.logical_not(now.down) * high**2 * motion.speed).sum()
+        off = math.hypot(speed[0] - wanted[0], speed[1] - wanted[1])
+        spun, swing = turn[2] - wanted[2], 0.0
+        for height, v, down in zip(motion.height, motion.speed, now.down, strict=True):
+            high = min(max(height / self._rules["step_height"], 0.0), 1.0)
+            swing += 0.0 if down else 0.25 * math.tanh(2 * high * high * v)
         gains = {
-            "track": 1 - np.tanh(2 * off),
-            "turn": np.exp(-4 * (turn[2] - wanted[2]) ** 2),
-            "swing": swing * min(np.hypot(wanted[0], wanted[1]) / 0.3, 1.0),
+            "track": 1 - math.tanh(2 * off),
+            "turn": math.exp(-4 * spun * spun),
+            "swing": swing * min(math.hypot(wanted[0], wanted[1]) / 0.3, 1.0),
         }
-        return {k: float(v) for k, v in gains.items()} | {k: -float(np.tanh(v)) for k, v in costs.items()}
+        return gains | {k: -math.tanh(v) for k, v in costs.items()}
+
+
+def _floats(x: Any) -> list[float]:
+    return np.asarray(x).tolist()  # type: ignore[no-any-return]
+
+
+def _legs(joints: Numbers) -> tuple[Numbers, ...]:
+    """Part what stands for 12 joints into legs."""
+    return joints[:3], joints[3:6], joints[6:9], joints[9:]
+
+
+def _squares(x: Numbers) -> float:
+    return sum([v * v for v in x])

@@ -2,8 +2,9 @@
 
 Of the time from a tick's deadline to its end the loop's **own** share is the CPU time of its thread, or, if it waited
 for anything in between (a voluntary context switch), all that passed but the time in the run queue. The rest is the
-**host's**: waking late, being preempted, stolen time of a virtual machine. A deadline is missed if the tick ends after
-the next tick's deadline; the miss is the loop's own if its own share alone is longer than a period.
+**host's**: waking late, being preempted, stolen time of a virtual machine, a simulated robot whose reading is late. A
+deadline is missed if the tick ends after the next tick's deadline; the miss is the loop's own if its own share alone is
+longer than a period.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -23,6 +24,8 @@ SPIN = 3e-4
 """How long before a deadline to stop sleeping and look at the clock instead, s: sleeps end late by about 0.1 ms."""
 BINS = np.concatenate([np.arange(0, 2, 0.01), np.arange(2, 20, 0.1), np.arange(20, 1020, 10), [np.inf]])
 """Edges of the histograms of lateness and work, ms."""
+SHARES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+"""Quantiles that are reported."""
 
 
 class Clock(Protocol):
@@ -76,13 +79,11 @@ class Histogram:
         self.largest = max(self.largest, seconds)
         self.counts[BINS.searchsorted(1e3 * seconds)] += 1
 
-    def quantile(self, q: float) -> float:
-        """Return an upper bound, s, as fine as the bins."""
-        total = self.counts.sum()
-        if not total:
-            return 0.0
-        edge = BINS[int(np.searchsorted(self.counts.cumsum(), q * total))]
-        return min(float(edge) / 1e3, self.largest)
+    def quantiles(self, shares: Sequence[float]) -> list[float]:
+        """Return upper bounds, s, as fine as the bins."""
+        sums = self.counts.cumsum()
+        edges = BINS[sums.searchsorted(np.multiply(shares, sums[-1]))] / 1e3
+        return [min(edge, self.largest) for edge in edges.tolist()]
 
 
 class Usage:
@@ -126,26 +127,25 @@ class Pace:
         """Start the beat anew, from now."""
         self._deadline = self.clock.now()
 
-    def wait(self) -> float:
-        """Wait for the next tick; return how late it begins, s."""
+    def wait(self, heard: Callable[[], None] = lambda: None) -> float:
+        """Wait for the next tick, and then until ``heard`` returns; return how late the tick begins, s."""
         self._deadline += self.period
         self.clock.sleep_until(self._deadline)
-        self._before, began = self._usage.read(), self.clock.now()
-        self._began = began
-        late = max(began - self._deadline, 0.0)
+        late = max(self.clock.now() - self._deadline, 0.0)
+        heard()
+        self._before, self._began = self._usage.read(), self.clock.now()
         self.late.add(late)
         return late
 
     def done(self) -> float:
         """Account for the tick; return what it took, s. Deadlines that have passed are skipped, never made up for."""
-        now, after = self.clock.now(), self._usage.read()
-        cpu, waited, queued = (a - b for a, b in zip(after, self._before, strict=True))
-        took = now - self._began
-        own = cpu if not waited else max(took - queued, cpu)
+        now = self.clock.now()
+        took, missed = now - self._began, int((now - self._deadline) / self.period)
         self.ticks += 1
         self.work.add(took)
-        self.own_largest = max(self.own_largest, own)
-        if missed := int((now - self._deadline) / self.period):
+        if took > self.own_largest or missed:  # else its own share, which is a part of it, is of no interest
+            own = self._own(took)
+            self.own_largest = max(self.own_largest, own)
             if own >= self.period:
                 self.own += missed
             else:
@@ -153,18 +153,29 @@ class Pace:
             self._deadline += missed * self.period
         return took
 
+    def _own(self, took: float) -> float:
+        """Return the loop's own share of a tick, s."""
+        cpu, waited, queued = (a - b for a, b in zip(self._usage.read(), self._before, strict=True))
+        return cpu if not waited else max(took - queued, cpu)
+
     def close(self) -> None:
         """Let go of the kernel's file."""
         self._usage.close()
 
     def report(self) -> dict[str, float]:
         """Return the figures, times in ms."""
-        times = {"late": self.late, "work": self.work}
-        shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-        figures = {f"{n}_{k}_ms": 1e3 * h.quantile(q) for n, h in times.items() for k, q in shares.items()}
-        figures |= {f"{n}_max_ms": 1e3 * h.largest for n, h in times.items()}
         counts = {"ticks": self.ticks, "missed_own": self.own, "missed_host": self.host}
-        return counts | figures | {"own_max_ms": 1e3 * self.own_largest, "stolen_s": stolen() - self._stolen}
+        figures = {"own_max_ms": 1e3 * self.own_largest}
+        for name, times in (("late", self.late), ("work", self.work)):
+            found = times.quantiles(list(SHARES.values()))
+            figures |= {f"{name}_{k}_ms": 1e3 * seconds for k, seconds in zip(SHARES, found, strict=True)}
+            figures[f"{name}_max_ms"] = 1e3 * times.largest
+        return counts | figures
+
+    @property
+    def stolen(self) -> float:
+        """CPU time that other virtual machines took from this one since the beat began, s."""
+        return stolen() - self._stolen
 
 
 def stolen() -> float:

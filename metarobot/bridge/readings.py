@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot import Reading
@@ -25,6 +26,7 @@ class Readings:
 
     def __init__(self, needed: Sequence[str]) -> None:
         self._needed = tuple(dict.fromkeys(("stamp", "seq", *needed)))
+        self._values = itemgetter(*self._needed)
         self.latest: Reading = {}
         self.repeated = self.disordered = 0
         """Readings that were not new, and among them those that were older than the one before."""
@@ -66,8 +68,7 @@ class Readings:
     def _complete(self, reading: Reading) -> None:
         """Raise unless all that is needed is there, and all numbers are finite."""
         try:
-            total = sum([reading[key] for key in self._needed])
-            total += sum([reading.get(key, 0.0) for key in TOLD])
+            total = sum(self._values(reading)) + sum([reading.get(key, 0.0) for key in TOLD])
         except KeyError:
             missing = [key for key in self._needed if key not in reading]
             raise ReadingError(f"the robot's reading lacks {_few(missing)}; it has {_few(list(reading))}") from None

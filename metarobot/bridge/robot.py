@@ -73,6 +73,14 @@ class Restarts(Protocol):
         """Begin the trial's next episode, counted from 0; the next reading is its first. Ends damping."""
 
 
+@runtime_checkable
+class Waits(Protocol):
+    """A robot that keeps step with its controller, as a simulated one can: it says when the next reading is there."""
+
+    def await_reading(self) -> None:
+        """Return when there is a reading that was not handed out, or when there ought to have been one."""
+
+
 class Layout(Protocol):
     """How readings become observations, and actions commands; keeps what it needs of the episode."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.meta import Meta
-from metarobot.bridge.robot import Layout, Robot
+from metarobot.bridge.robot import Layout, Reading, Robot
 
 ROBOTS = {
     "sim": "metarobot.bridge.sim:Sim",
@@ -55,14 +55,15 @@ def _find(place: str, otherwise: str) -> Any:
         raise BridgeError(f"cannot load {place}: {e}") from e
 
 
-def fits(meta: Meta, needed: tuple[str, ...], robot: Robot) -> None:
-    """Raise unless a robot's readings hold all that the policy needs."""
+def fits(meta: Meta, needed: tuple[str, ...], robot: Robot) -> Reading:
+    """Return a reading of the robot; raise unless it holds all that the policy needs."""
     there = robot.get_observation()
     if missing := [key for key in needed if key not in there]:
         raise BridgeError(
             f"the policy, for {meta.family}, needs {_few(missing)}, which {robot.name} does not give; "
             f"it gives {_few(list(there))}"
         )
+    return there
 
 
 def rate(meta: Meta, hz: float, any_rate: bool) -> float:

@@ -20,7 +20,8 @@ from metarobot.bridge.options import Options
 from metarobot.bridge.pace import Monotonic, Stepped
 from metarobot.bridge.panel import screen
 from metarobot.bridge.policy import Policy
-from metarobot.bridge.robot import Layout, Robot
+from metarobot.bridge.readings import Readings
+from metarobot.bridge.robot import Layout, Reading
 from metarobot.bridge.session import Report, Settings
 from metarobot.bridge.stop import signs
 
@@ -41,8 +42,8 @@ def run(folder: str, options: Options) -> Report:
         stack.enter_context(robots.alone(robot.identity))
         stack.callback(robot.disconnect)
         robot.connect()
-        robots.fits(policy.meta, layout.needed(), robot)
-        _warm(policy, layout, robot)
+        reading = robots.fits(policy.meta, layout.needed(), robot)
+        _warm(policy, layout, reading)
         beat = stack.enter_context(guarding(folder, o.robot, chosen, 1 / hz)) if robot.guarded else lambda: None
         shown = stack.enter_context(screen(f"{policy.meta.family} · {policy.meta.agent} · {robot.name}", o.plain))
         stop = stack.enter_context(signs())
@@ -60,24 +61,25 @@ def run(folder: str, options: Options) -> Report:
         )
         watch = stack.enter_context(Watch(controller.gate, stop.files))
         watch.hung = lambda: _abandon(stop.restore, controller.gate.reason)
-        if "reward_in" in policy.meta.inputs and policy.meta.reward is None and "reward" not in robot.get_observation():
+        if "reward_in" in policy.meta.inputs and policy.meta.reward is None and "reward" not in reading:
             shown.tell("this robot tells no reward: an agent that learns from it is told 0, and will hardly adapt")
-        reading, command = bounds(1 / hz)
+        heard, sent = bounds(1 / hz)
         shown.tell(
-            f"{hz:g} Hz; damping within {1e3 * reading:.0f} ms of the last good reading, {1e3 * command:.0f} ms of the "
+            f"{hz:g} Hz; damping within {1e3 * heard:.0f} ms of the last good reading, {1e3 * sent:.0f} ms of the "
             "last command; any key, Ctrl-C or SIGTERM stops"
         )
         return controller.run()
 
 
-def _warm(policy: Policy, layout: Layout, robot: Robot) -> None:
+def _warm(policy: Policy, layout: Layout, reading: Reading) -> None:
     """Act a few times for nothing: first times take many times as long, which the robot need not wait for."""
+    Readings(layout.needed()).take(reading, 0.0)
     last = np.zeros(len(policy.meta.action.names), np.float32)
-    for _ in range(3):
-        reading = robot.get_observation()
-        layout.reward(reading, reading, last, last)
-        layout.targets(policy.act(layout.observe(reading, last), 0.0, False))
-        layout.ended(reading)
+    for i in range(3):
+        later = {**reading, "seq": reading["seq"] + i, "stamp": reading["stamp"] + i / policy.meta.control_hz}
+        layout.reward(later, later, last, last)
+        layout.targets(policy.act(layout.observe(later, last), 0.0, False))
+        layout.ended(later)
     layout.begin()
     policy.begin()
 

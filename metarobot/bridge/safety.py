@@ -10,6 +10,8 @@ so a limit of torque is an interval too: target ∈ q + (kd q̇ ± τ_max) / kp.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +26,7 @@ _BITS = 1 << np.arange(len(KINDS))
 
 
 ABSURD = 1e9
-"""No angle, velocity or command of a robot is this large: such a number is as good as infinite."""
+"""No angles, velocities or commands of a robot are this large: such numbers are as good as infinite."""
 
 
 class UnsafeError(BridgeError):
@@ -32,7 +34,7 @@ class UnsafeError(BridgeError):
 
 
 class Filter:
-    """Moves commands into their limits, and counts per joint what had to be moved; allocates nothing.
+    """Moves commands into their limits, and counts per joint what had to be moved.
 
     Position: the joint's range. Velocity: a joint that is faster than its limit is not driven on. Torque: what the
     drive would give now stays under its limit. Rate: a target moves at most ``rate`` times as fast as its joint may,
@@ -76,7 +78,7 @@ class Filter:
         The array belongs to the filter. Raises ``UnsafeError`` for what is not finite, and where limits contradict
         each other, as they do for a joint that reads far outside its range.
         """
-        if not (_finite(target) and _finite(pos) and _finite(vel)):
+        if not math.hypot(*target.tolist(), *pos.tolist(), *vel.tolist()) < ABSURD:  # so for NaN too
             raise UnsafeError("a target, joint angle or velocity is not finite")
         out, low, high = self.out, self._lower, self._upper
         out[:] = target
@@ -86,19 +88,19 @@ class Filter:
         self._into(self.low, self.high, 0)
         np.multiply(self._brake, vel, out=self._centre)
         self._centre += pos  # where the drive would give no torque
-        np.copyto(low, -np.inf)
-        np.copyto(high, np.inf)
-        np.copyto(high, self._centre, where=vel > self.velocity)
-        np.copyto(low, self._centre, where=vel < -self.velocity)
-        self._into(low, high, 1)
+        self.hit[1] = False
+        if (np.abs(vel, out=self._hold) > self.velocity).any():
+            low[:] = np.where(vel < -self.velocity, self._centre, -np.inf)
+            high[:] = np.where(vel > self.velocity, self._centre, np.inf)
+            self._into(low, high, 1)
         np.subtract(self._centre, self._reach, out=low)
         np.add(self._centre, self._reach, out=high)
         self._into(low, high, 2)
-        np.maximum(out, self.low, out=self._hold)
-        np.minimum(self._hold, self.high, out=self._hold)
-        if not (self._hold == out).all():  # position gave way: the limits contradict each other
-            joint = self.joints[int(np.argmax(self._hold != out))]
-            raise UnsafeError(f"joint {joint} is so far outside its range, or so fast, that no target is safe")
+        if self.hit[1:3].any():  # position may have given way: then the limits contradict each other
+            outside = (out < self.low) | (out > self.high)
+            if outside.any():
+                joint = self.joints[int(np.argmax(outside))]
+                raise UnsafeError(f"joint {joint} is so far outside its range, or so fast, that no target is safe")
         self._last[:] = out
         self.counts += self.hit
         return out
@@ -109,8 +111,8 @@ class Filter:
 
     def report(self) -> dict[str, dict[str, int]]:
         """Return joint -> kind of limit -> how many commands it moved, of those it moved."""
-        rows = {joint: dict(zip(KINDS, self.counts[:, i].tolist(), strict=True)) for i, joint in enumerate(self.joints)}
-        return {joint: {k: n for k, n in row.items() if n} for joint, row in rows.items() if any(row.values())}
+        rows = zip(self.joints, self.counts.T.tolist(), strict=True)
+        return {joint: {k: n for k, n in zip(KINDS, row, strict=True) if n} for joint, row in rows if any(row)}
 
     def _into(self, low: Array, high: Array, kind: int) -> None:
         """Move the command into an interval and note where; an end that is NaN is no end."""
@@ -119,10 +121,6 @@ class Filter:
         np.fmin(hold, high, out=hold)
         np.not_equal(hold, out, out=self.hit[kind])
         out[:] = hold
-
-
-def _finite(x: Array) -> bool:
-    return bool(np.abs(x).max() < ABSURD)  # false for NaN too
 
 
 def blend(start: Array, end: Array, progress: float, out: Array) -> Array:

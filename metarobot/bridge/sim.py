@@ -76,15 +76,13 @@ def parse(data: bytes) -> tuple[Kind, int, bytes] | None:
 class Sim:
     """A robot in MuJoCo, in real time or in lock-step: then its time goes on by one control period a reading.
 
-    After ``restart`` it is held where the episode begins until the first command: its time starts with that. A reading
-    is handed out once: in real time ``get_observation`` waits for the next one, not much longer than a control period,
-    if the newest has been taken, so that controller and robot keep step whatever their phase; ``wait = False`` turns
-    that off. Settings are those of ``python -m metarobot.simrobot``; ``task`` may be words, ``a=1,b=2``.
+    After ``restart`` it is held where the episode begins until the first command: its time starts with that. In real
+    time ``await_reading`` is for controllers that would keep step with it, whatever their phase. Settings are
+    those of ``python -m metarobot.simrobot``; ``task`` may be words, ``a=1,b=2``.
     """
 
     name = "sim"
     guarded = False  # it damps itself when commands stop
-    wait = True
 
     def __init__(
         self,
@@ -143,6 +141,12 @@ class Sim:
             self.disconnect()
             raise
 
+    def await_reading(self) -> None:
+        """In real time, wait for a reading that was not handed out, not much longer than a control period."""
+        self._drain()
+        if not self.info["lockstep"] and self._latest["seq"] == self._seen:
+            self._hear(WAIT * self.info["control_s"])
+
     def get_observation(self) -> dict[str, float]:
         """Return the newest reading: in lock-step the one a control period after the last."""
         self._drain()
@@ -151,8 +155,6 @@ class Sim:
                 self._sent = next(self._numbers)
                 self._send(frame(Kind.PASS, self._sent))
             self._ask(None, lambda: self._answers[0] >= self._sent)
-        elif self.wait and self._latest["seq"] == self._seen:
-            self._hear(WAIT * self.info["control_s"])
         self._seen = int(self._latest["seq"])
         return self._latest
 
