@@ -14,6 +14,7 @@ def recognise(
     /,
     split: str = "test",
     tasks: int = 20,
+    even: bool = False,
     transitions: int = 50,
     neighbours: int = 5,
     support: int = 5,
@@ -31,6 +32,7 @@ def recognise(
         run: Run folder of an agent that keeps prototypes: train --agent prototype.
         split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
         tasks: Number of tasks.
+        even: Space the tasks evenly over the training range of the family's one parameter instead of drawing them.
         transitions: First transitions of a fresh episode that a task is recognised from.
         neighbours: Prototypes to name for each task, the nearest.
         support: Episodes whose first transitions make a prototype of each of these tasks too.
@@ -54,6 +56,7 @@ def recognise(
     quiz = Quiz(
         split=split,
         tasks=tasks,
+        even=even,
         transitions=transitions,
         neighbours=neighbours,
         support=support,

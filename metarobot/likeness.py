@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metarobot.checkpoint import Run
 from metarobot.collect import collect
+from metarobot.distributions import Uniform
 from metarobot.env import Env
 from metarobot.metric import calibrated, distances, nearest, rank_correlation
 from metarobot.stats import interval
@@ -33,6 +34,9 @@ class Quiz:
     split: str = "test"
     tasks: int = 20
     """Number of tasks drawn from the split."""
+    even: bool = False
+    """Space them evenly over the training range of the one parameter instead: how finely tasks are told apart, without
+    the luck of draws that nearly coincide."""
     transitions: int = 50
     """What a task is recognised from: so many first transitions of a fresh episode."""
     neighbours: int = 5
@@ -60,7 +64,7 @@ def recognise(run: Run, quiz: Quiz, tick: Callable[[], None] = lambda: None) -> 
     """
     agent, space = run.load_agent(), run.family.space
     _check(run, agent, quiz)
-    tasks = space.sample(quiz.split, quiz.tasks, quiz.seed)
+    tasks = _spaced(space, quiz.tasks) if quiz.even else space.sample(quiz.split, quiz.tasks, quiz.seed)
     support, query = _live(agent, Env(run.family, tasks, threads=quiz.threads), tasks, quiz, tick)
     held = len(agent.bank)
     prototype, known, windows = agent.bank.prototype[:held], agent.bank.task[:held], agent.embedded(quiz.transitions)
@@ -108,6 +112,15 @@ def parameter(space: TaskSpace, name: str) -> str:
     if name and name not in names:
         raise LikenessError(f"{space.name} has no parameter {name!r}; it has: {', '.join(names)}")
     return name or names[0]
+
+
+def _spaced(space: TaskSpace, n: int) -> list[Task]:
+    """Return the middles of ``n`` equal parts of the parameter's training range, as tasks."""
+    first, *others = space.params
+    low, high = first.train.low, first.train.high
+    if others or not isinstance(first.train, Uniform):
+        raise LikenessError(f"{space.name} is not one parameter drawn uniformly: its tasks have no even spacing")
+    return [space.task(**{first.name: low + (high - low) * (i + 0.5) / n}) for i in range(n)]
 
 
 def _check(run: Run, agent: Any, quiz: Quiz) -> None:

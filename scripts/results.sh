@@ -155,6 +155,7 @@ prototype() {
         --plot "results/$family-likeness-$split.png"
     done
   done
+  metarobot recognise runs/CheetahVel-prototype-0 --even --json results/CheetahVel-likeness-even.json
 }
 
 # Putting things in their place from demonstrations, classes never seen in training

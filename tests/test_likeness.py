@@ -7,7 +7,7 @@ from helpers import run, tiny_run
 
 from metarobot.checkpoint import Run
 from metarobot.env import families
-from metarobot.likeness import LikenessError, Quiz, recognise
+from metarobot.likeness import LikenessError, Quiz, _spaced, recognise
 from metarobot.tasks import TaskSpace
 
 FAMILY = "CheetahDir100"
@@ -49,6 +49,15 @@ def test_a_report_is_a_function_of_run_and_quiz(recognising: Run) -> None:
     report = recognise(recognising, quiz())
     assert recognise(recognising, quiz()) == report
     assert recognise(recognising, quiz(seed=1))["held_out"] != report["held_out"]
+
+
+def test_tasks_may_be_spaced_evenly_where_there_is_one_parameter(recognising: Run) -> None:
+    speeds = [t.as_dict()["target_speed"] for t in _spaced(families.get("CheetahVel").space, 6)]
+    assert speeds == pytest.approx([0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
+    with pytest.raises(LikenessError, match="CheetahTerrain is not one parameter drawn uniformly"):
+        _spaced(families.get("CheetahTerrain").space, 6)
+    with pytest.raises(LikenessError, match="no even spacing"):
+        recognise(recognising, quiz(even=True))
 
 
 def test_an_encoder_that_reads_the_task_recognises_all_and_finds_far_ones_new(recognising: Run) -> None:
