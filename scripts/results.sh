@@ -74,9 +74,9 @@ adapt() {  # family, agent, more arguments of metarobot evaluate: return after 0
 
 # agents that infer a Gaussian over tasks: what they earn, how it tightens, and whether their beliefs are calibrated
 posterior() {
-  train CheetahVel-varibad-0 CheetahVel --agent varibad --steps 1.6e6
+  train CheetahVel-varibad-0 CheetahVel --agent varibad --steps 6.5e6 --save-every 10
   EPISODES=3 adapt CheetahVel varibad --controls -- runs/CheetahVel-varibad-0
-  train CheetahVel-pearl-0 CheetahVel --agent pearl --steps 3e6 --save-every 5
+  train CheetahVel-pearl-0 CheetahVel --agent pearl --steps 3e6 --gradient-steps 500 --save-every 5
   EPISODES=3 adapt CheetahVel pearl --controls -- runs/CheetahVel-pearl-0
 }
 
@@ -141,19 +141,15 @@ grasp() {
   metarobot plot runs/GraspFragile-{rl2,rl2-oracle,blind}-0 --out results/GraspFragile-learning.png
 }
 
-# An agent that recognises tasks by likeness: what it earns, and what it takes held-out tasks for. The references are
-# those of CheetahVel and CheetahTerrain.
+# An agent that recognises tasks by likeness: what it earns, and what it takes held-out tasks for
 prototype() {
   train CheetahVel-prototype-0 CheetahVel --agent prototype --steps 6e6
-  train CheetahTerrain-prototype-0 CheetahTerrain --agent prototype --steps 4e6
-  for family in CheetahVel CheetahTerrain; do
-    for split in test extrapolate; do
-      metarobot evaluate "runs/$family-prototype-0" --split $split --tasks 40 --oracle "runs/$family-oracle-0" \
-        --blind "runs/$family-blind-0" --controls --json "results/$family-prototype-$split.json" \
-        --plot "results/$family-prototype-$split.png"
-      metarobot recognise "runs/$family-prototype-0" --split $split --json "results/$family-likeness-$split.json" \
-        --plot "results/$family-likeness-$split.png"
-    done
+  for split in test extrapolate; do
+    metarobot evaluate runs/CheetahVel-prototype-0 --split $split --tasks 40 --oracle runs/CheetahVel-oracle-0 \
+      --blind runs/CheetahVel-blind-0 --controls --json "results/CheetahVel-prototype-$split.json" \
+      --plot "results/CheetahVel-prototype-$split.png"
+    metarobot recognise runs/CheetahVel-prototype-0 --split $split --json "results/CheetahVel-likeness-$split.json" \
+      --plot "results/CheetahVel-likeness-$split.png"
   done
   metarobot recognise runs/CheetahVel-prototype-0 --even --json results/CheetahVel-likeness-even.json
 }
@@ -169,16 +165,17 @@ placement() {
     --json results/Placement-shots.json
 }
 
-# The three approaches to meta-learning, SB3's algorithms and both references, one table a family. Steps differ where an
-# agent is slow (SAC and PEARL learn off-policy, an LSTM step by step); the table says how many and how long they took.
+# The three approaches to meta-learning, fine-tuning, SB3's algorithms and both references, one table a family. Steps differ
+# where an agent is slow (SAC and PEARL learn off-policy, an LSTM step by step); the table says how many, and how long.
 compare() {
-  local agents=(rl2 varibad pearl prototype sb3:ppo sb3:recurrentppo sb3:sac blind oracle)
-  metarobot compare CheetahVel --agents "${agents[@]}" --threads 1 --results results --set rl2.steps=6.5e6 \
-    varibad.steps=6.5e6 pearl.steps=3e6 pearl.gradient_steps=500 prototype.steps=6e6 sb3:ppo.steps=3e6 \
+  local agents=(rl2 varibad pearl prototype promp sb3:ppo sb3:recurrentppo sb3:sac blind oracle)
+  metarobot compare CheetahVel --agents "${agents[@]}" --threads 1 --episodes 3 --results results --set rl2.steps=6.5e6 \
+    varibad.steps=6.5e6 pearl.steps=3e6 pearl.gradient_steps=500 prototype.steps=6e6 promp.steps=4e6 sb3:ppo.steps=2e6 \
     sb3:recurrentppo.steps=1.2e6 sb3:sac.steps=5e5 blind.steps=2e6 oracle.steps=3e6
-  metarobot compare CheetahTerrain --agents "${agents[@]}" --threads 1 --results results --set rl2.steps=10e6 rl2.epochs=8 \
-    varibad.steps=10e6 pearl.steps=3e6 prototype.steps=10e6 sb3:ppo.steps=6e6 sb3:recurrentppo.steps=1.2e6 \
-    sb3:sac.steps=5e5 blind.steps=3e6 oracle.steps=6e6
+  metarobot compare CheetahTerrain --out runs/equal --agents "${agents[@]}" --threads 1 --episodes 3 --results results --steps 2e6 \
+    --set rl2.epochs=8 pearl.steps=1e6 pearl.gradient_steps=250 sb3:recurrentppo.steps=1e6 sb3:sac.steps=5e5
+  metarobot recognise runs/equal/CheetahTerrain-prototype-0 --json results/CheetahTerrain-likeness-test.json \
+    --plot results/CheetahTerrain-likeness-test.png
 }
 
 bench() {
