@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 import termios
 import time
@@ -21,6 +22,7 @@ STATUS, LINE = b"S", b"L"
 LINE_S = 5.0
 COLOURS = {"idle": "white", "ready": "yellow", "running": "green", "damping": "red", "stopped": "red"}
 BAR = 20
+NICE = 10
 FEW = 6
 """Joints whose limits are shown."""
 
@@ -31,6 +33,8 @@ class Screen:
     def __init__(self, title: str, plain: bool = False) -> None:
         live = not plain and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
         self._child = Child("panel", title) if live else None
+        if self._child is not None:  # drawing waits when the robot, or the loop, wants the processor
+            os.setpriority(os.PRIO_PROCESS, self._child.process.pid, NICE)
         self._said = -float("inf")
 
     def show(self, status: dict[str, Any]) -> None:

@@ -41,11 +41,12 @@ def run(folder: str, options: Options) -> Report:
     with ExitStack() as stack:
         stack.enter_context(robots.alone(robot.identity))
         stack.callback(robot.disconnect)
+        shown = stack.enter_context(screen(f"{policy.meta.family} · {policy.meta.agent} · {robot.name}", o.plain))
+        shown.tell(f"connecting to {robot.name}")
         robot.connect()
         reading = robots.fits(policy.meta, layout.needed(), robot)
         _warm(policy, layout, reading)
         beat = stack.enter_context(guarding(folder, o.robot, chosen, 1 / hz)) if robot.guarded else lambda: None
-        shown = stack.enter_context(screen(f"{policy.meta.family} · {policy.meta.agent} · {robot.name}", o.plain))
         stop = stack.enter_context(signs())
         controller = Controller(
             policy,
