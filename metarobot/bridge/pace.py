@@ -194,7 +194,6 @@ def undisturbed() -> Iterator[None]:
     What is alive now is never looked at again; a thread that computes hands over within 0.1 ms instead of 5.
     """
     interval, enabled = sys.getswitchinterval(), gc.isenabled()
-    gc.collect()
     gc.freeze()
     gc.disable()
     sys.setswitchinterval(1e-4)
