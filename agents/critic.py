@@ -49,7 +49,7 @@ class Critic:
         features, wanted = _told(x, task)[sound], target[sound]
         generator = torch.Generator().manual_seed(seed)
         for _ in range(4):
-            for rows in torch.randperm(len(features), generator=generator).chunk(16):
+            for rows in torch.randperm(len(features), generator=generator).to(x.device).chunk(16):
                 gradients(partial(self._loss, features, wanted, 1.0 / len(rows)), rows, self.net.parameters())
                 nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
                 self.optimiser.step()

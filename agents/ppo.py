@@ -7,6 +7,7 @@ network with the task's encoding beside the observation.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.nets import RunningNorm, graft, linears, log_prob, mlp, taught
-from metarobot.parallel import gradients
+from metarobot.parallel import Step, descend, gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
 
@@ -140,16 +141,14 @@ class PPO:
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        kl, steps, sums = 0.0, 0, batch.x.new_zeros(4)
-        for _ in range(c.epochs):
-            for rows in torch.randperm(len(batch.x), generator=generator).chunk(c.minibatches):
-                losses = self._step(batch, rows, teach)
-                sums, steps, kl = sums + losses, steps + 1, float(losses[2])
-                if kl > c.kl_stop:
-                    break
-            if kl > c.kl_stop:
-                break
+
+        def passes() -> Iterator[list[Step]]:
+            for _ in range(c.epochs):
+                order = torch.randperm(len(batch.x), generator=generator).to(batch.x.device)
+                yield [partial(self._step, batch, rows, teach) for rows in order.chunk(c.minibatches)]
+
         names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction")
+        sums, steps = descend(passes(), names.index("approx_kl"), c.kl_stop)
         metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
         spread = float(self.agent.log_std.detach().exp().mean())
         extra = {"std": spread, "explained_variance": float(explained_variance(batch.value, batch.target))}

@@ -243,7 +243,11 @@ class Prototype:
         self._keep(trials, generator)
         for group in self.optimiser.param_groups:
             group["lr"] = c.encoder_lr * (1.0 - progress * (1.0 - c.lr_end))
-        losses = sum((self._lesson(generator) for _ in range(c.lessons)), start=trials.task.new_zeros(2)) / c.lessons
+        held = len(self.agent.bank)
+        lessons = (self._lesson(held, generator) for _ in range(c.lessons))
+        losses = sum(lessons, start=trials.task.new_zeros(2)) / c.lessons
+        if not bool(losses.isfinite().all()):
+            raise CollapseError(f"the loss of the embeddings is {float(losses.sum())}; {SAFE}")
         told = {"loss": float(losses[0]), "distance_loss": float(losses[1])}
         told |= {"sharpness": float(self.agent.encoder.log_sharpness.detach().exp()), **self.agent.refresh()}
         return metrics | {f"metric/{k}": v for k, v in told.items()}
@@ -280,17 +284,15 @@ class Prototype:
         rows = torch.arange(len(count), device=x.device)[:, None, None]
         self.agent.bank.keep(x[step.clamp_max(len(x) - 1), rows] * lived[..., None], lived, trials.task)
 
-    def _lesson(self, generator: torch.Generator) -> Tensor:
-        """Take one gradient step of the encoder on some tasks of the bank; return the losses."""
+    def _lesson(self, held: int, generator: torch.Generator) -> Tensor:
+        """Take one gradient step of the encoder on some of the bank's ``held`` tasks; return the losses."""
         c, bank, encoder = self.config, self.agent.bank, self.agent.encoder
-        rows = torch.randperm(len(bank), generator=generator)[: c.lesson_tasks]
+        rows = torch.randperm(held, generator=generator)[: c.lesson_tasks].to(bank.task.device)
         task, lived = bank.task[rows], bank.lived[rows] * _cut(bank.lived[rows], generator)
         z = encoder((encoder.evidence(bank.windows[rows]) * lived[..., None]).sum(2))
         label = torch.unique(task, dim=0, return_inverse=True)[1]
         apart, error = LOSSES[c.loss](z, label, encoder.log_sharpness.exp()), stress(z, task)
         loss = apart + c.distance * error
-        if not bool(loss.isfinite()):
-            raise CollapseError(f"the loss of the embeddings is {float(loss.detach())}; {SAFE}")
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(encoder.parameters(), c.grad_norm)

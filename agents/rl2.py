@@ -8,6 +8,7 @@ the task: the simulator knows it, so let it teach.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.agents.ppo import PPOAgent
 from metarobot.nets import RunningNorm, graft, linears, log_prob, memory, mlp, orthogonal, taught
-from metarobot.parallel import gradients
+from metarobot.parallel import Step, descend, gradients
 from metarobot.returns import discounted, explained_variance, gae
 from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, sequence
 
@@ -183,17 +184,15 @@ class TrialsPPO:
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
-        kl, steps, sums = 0.0, 0, batch.x.new_zeros(4 + len(self.parts))
-        for _ in range(c.epochs):
-            drawn = self._draw(seq, generator)
-            for rows in torch.randperm(c.worlds, generator=generator).chunk(c.minibatches):
-                losses = self._step(batch, drawn, rows, teach)
-                sums, steps, kl = sums + losses, steps + 1, float(losses[2])
-                if kl > c.kl_stop:
-                    break
-            if kl > c.kl_stop:
-                break
+
+        def passes() -> Iterator[list[Step]]:
+            for _ in range(c.epochs):
+                drawn = self._draw(seq, generator)
+                order = torch.randperm(c.worlds, generator=generator).to(batch.x.device)
+                yield [partial(self._step, batch, drawn, rows, teach) for rows in order.chunk(c.minibatches)]
+
         names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", *self.parts)
+        sums, steps = descend(passes(), names.index("approx_kl"), c.kl_stop)
         metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
         spread = float(self.agent.log_std.detach().exp().mean())
         explained = float(explained_variance(batch.value[seq.valid], batch.target[seq.valid]))

@@ -107,6 +107,18 @@ def unpack(flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules:
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
+def move(learner: Any, device: str) -> None:
+    """Put all modules that a learner holds on a device, those of critics and learners within it too.
+
+    Before ``load``: an optimiser's moments go where the weights are.
+    """
+    for held in vars(learner).values():
+        if isinstance(held, nn.Module):
+            held.to(device)
+        elif hasattr(held, "load") and hasattr(held, "state"):
+            move(held, device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AgentKind:
     """A registered algorithm: its configuration, and how a learner is built from it."""

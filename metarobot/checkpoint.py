@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -183,9 +183,9 @@ def create(folder: Path, config: dict[str, Any]) -> Run:
     return open_run(folder)
 
 
-def extend(run: Run, steps: int) -> Run:
-    """Let a run train for more steps than it was started for."""
-    write_json(run.folder / "config.json", {**run.config, "steps": steps})
+def extend(run: Run, settings: Mapping[str, Any]) -> Run:
+    """Let a run go on with other settings than it was started with, such as more steps."""
+    write_json(run.folder / "config.json", {**run.config, **settings})
     return open_run(run.folder)
 
 

@@ -235,7 +235,7 @@ def _train_command(agent: str) -> Callable[..., None]:
     from metarobot.train import TrainConfig, reopen, start
     from metarobot.train import train as run_training
 
-    kind = registry.get(agent).config
+    kind, say = registry.get(agent).config, partial(print, file=sys.stderr)
     usual = TrainConfig(family="")
 
     def train(
@@ -249,7 +249,9 @@ def _train_command(agent: str) -> Callable[..., None]:
         demos: str = usual.demos,
         steps: float | None = None,
         seed: int = usual.seed,
-        device: str = usual.device,
+        device: str | None = None,
+        sim: str = usual.sim,
+        pool: int = usual.pool,
         threads: int = usual.threads,
         save_every: int = usual.save_every,
         resume: bool = False,
@@ -269,17 +271,22 @@ def _train_command(agent: str) -> Callable[..., None]:
             demos: Minari dataset to imitate, for ``--agent imitation``; ``metarobot record`` makes them.
             steps: Environment steps to train for; 2e6 if not given, or with ``--resume`` what the run was started with.
             seed: The same seed, settings and thread count give the same weights.
-            device: Where learning happens, cpu or cuda; physics runs on the CPU.
+            device: Where learning happens, cpu or cuda; cpu if not given, or with ``--resume`` where it did.
+            sim: What simulates, cpu or warp (MuJoCo Warp, on the device); if not given, warp with ``--device cuda``
+                where it is installed and runs the family, else cpu.
+            pool: On Warp, how many training tasks there are, if each has a model of its own; 0 is 4,096.
             threads: CPU threads; 0 takes all there are.
             save_every: Iterations between checkpoints.
             resume: Continue the run in ``out``; more steps than it had make it longer.
         """
-        if steps is None:
-            steps = open_run(out).config["steps"] if resume else usual.steps
+        held = open_run(out).config if resume else {}
+        steps = held.get("steps", usual.steps) if steps is None else steps
+        device = held.get("device", usual.device) if device is None else device
         whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
         where = {"family": family, "agent": agent, "robot": robot, "init": init, "demos": demos}
-        settings = TrainConfig(**where, steps=whole, seed=seed, device=device, threads=threads, save_every=save_every)
-        run = reopen(settings, config, out) if resume else start(settings, config, out)
+        where |= {"device": device, "sim": sim}
+        settings = TrainConfig(**where, steps=whole, seed=seed, pool=pool, threads=threads, save_every=save_every)
+        run = (reopen if resume else start)(settings, config, out, say)
         if run_training(run, resume=resume):
             print(f"done: {out}; now: metarobot {'shots' if demos else 'evaluate'} {out}")
         else:

@@ -27,7 +27,7 @@ from metarobot.types import Floats, MetarobotError
 
 TUNED = {"pretrained": "fine-tuning", "from scratch": "fine-tuning from scratch"}
 """Policies that are fine-tuned -> what the comparison calls them."""
-INDIFFERENT = ("device", "threads", "save_every")
+INDIFFERENT = ("device", "sim", "threads", "save_every")
 """Settings of a training that a run may differ in and still be the same experiment."""
 
 

@@ -55,6 +55,11 @@ class TaskModels:
         """Return the values that the model depends on: tasks that share them share a model."""
         return tuple(task.values[i][1] for i in (*self._columns, *self._shapes))
 
+    @property
+    def shared(self) -> bool:
+        """Whether all tasks share one model: they differ in what the reward reads alone."""
+        return not (self._columns or self._shapes)
+
     def compile(self, task: Task) -> mujoco.MjModel:
         """Compile the task's model."""
         return self._factory.compile((task.values[i][1] for i in self._columns), task.as_dict())
@@ -155,13 +160,16 @@ class Env:
     def set_tasks(self, tasks: Sequence[Task | Mapping[str, float]], ids: Sequence[int] | None = None) -> None:
         """Give worlds (default: all) new tasks; they take effect in full at those worlds' next reset."""
         rows = list(range(self.worlds)) if ids is None else list(ids)
-        checked = [self.family.space.coerce(t) for t in tasks]
+        checked = [self._checked(t) for t in tasks]
         if len(checked) != len(rows):
             raise MetarobotError(f"{len(checked)} tasks were given for {len(rows)} worlds")
         for i, task in zip(rows, checked, strict=True):
             self.tasks[i] = task
         self.sim.set_models([self.model(t) for t in checked], rows)
         self._values[rows] = self.family.space.values(checked).to(self._values)
+
+    def _checked(self, task: Task | Mapping[str, float]) -> Task:
+        return self.family.space.coerce(task)
 
     def reset(self, seed: int | None = None) -> Tensor:
         """Start an episode in every world and return the observations; a seed restarts the count of episodes."""

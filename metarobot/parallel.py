@@ -1,4 +1,4 @@
-"""The CPU: gradients on several cores, each taking its share of a minibatch on a thread of its own; and its heap.
+"""Gradient steps; on the CPU on several cores, each taking its share of a minibatch on a thread of its own; its heap.
 
 For networks this small, splitting every matrix product over cores (torch's own way) gains a third at best; splitting
 the minibatch nearly doubles the speed on two. Shares are summed in a fixed order, so the result is reproducible.
@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+Step = Callable[[], Tensor]
+"""Takes a gradient step and returns its statistics ``(statistic,)``."""
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Rows -> (their share of the loss, their share of the statistics): shares add up to the minibatch's."""
 
@@ -36,6 +38,26 @@ def gradients(loss: Loss, rows: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     for i, p in enumerate(wanted):
         p.grad = sum((grads[i] for grads, _ in shares[1:]), start=shares[0][0][i])
     return sum((s for _, s in shares[1:]), start=shares[0][1])
+
+
+def descend(passes: Iterable[Iterable[Step]], watched: int, limit: float) -> tuple[Tensor, int]:
+    """Take the steps of each pass until the statistic ``watched`` exceeds a limit; return sums and number of steps.
+
+    On the CPU each step is looked at. On an accelerator a look waits for all that was asked of it, so there is one a
+    pass, at the pass's largest: it ends with the pass.
+    """
+    sums, taken = torch.zeros(()), 0
+    for steps in passes:
+        seen = []
+        for step in steps:
+            said = step()
+            sums, taken = said if taken == 0 else sums + said, taken + 1
+            seen.append(said[watched])
+            if said.device.type == "cpu" and float(said[watched]) > limit:
+                return sums, taken
+        if float(torch.stack(seen).amax()) > limit:
+            break
+    return sums, taken
 
 
 @cache

@@ -233,7 +233,8 @@ class TaskSpace:
 
     def values(self, tasks: Iterable[Task]) -> Tensor:
         """Stack tasks as ``(task, parameter)`` float64, in the parameters' own units."""
-        return torch.tensor([[t[n] for n in self.names] for t in tasks], dtype=torch.float64)
+        rows = [[told[n] for n in self.names] for told in (t.as_dict() for t in tasks)]
+        return torch.tensor(rows, dtype=torch.float64)
 
     @property
     def width(self) -> int:

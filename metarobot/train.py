@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 import metarobot
-from metarobot.agent import Iterate, Learner, agents
+from metarobot import worlds
+from metarobot.agent import Iterate, Learner, agents, move
 from metarobot.checkpoint import CheckpointError, Run, build_learner, create, extend, open_run, save
 from metarobot.collect import collect
 from metarobot.demos import read
@@ -50,7 +51,11 @@ class TrainConfig:
     seed: int = 0
     """The same seed, settings and thread count give the same weights."""
     device: str = "cpu"
-    """Where learning happens: cpu or cuda. Physics runs on the CPU."""
+    """Where learning happens, and physics too if it can: cpu or cuda."""
+    sim: str = ""
+    """What simulates: cpu, or warp, on whichever device; if empty, warp on cuda where it can, else cpu."""
+    pool: int = 0
+    """On Warp, how many training tasks there are if each has a model of its own; 0 is 4,096. On the CPU no end."""
     threads: int = 0
     """CPU threads; 0 takes all there are."""
     save_every: int = 20
@@ -61,7 +66,7 @@ def check(config: TrainConfig) -> None:
     """Raise for settings that cannot work."""
     family_on(config.family, config.robot)
     agents.get(config.agent)
-    for name, least in (("steps", 1), ("seed", 0), ("threads", 0), ("save_every", 1)):
+    for name, least in (("steps", 1), ("seed", 0), ("threads", 0), ("save_every", 1), ("pool", 0)):
         if getattr(config, name) < least:
             raise MetarobotError(f"{name} must be at least {least}, not {getattr(config, name)}")
     imitates = agents.get(config.agent).imitates
@@ -73,12 +78,17 @@ def check(config: TrainConfig) -> None:
         raise MetarobotError(f"no device called {config.device!r}; there are: cpu, cuda")
     if config.device != "cpu" and agents.get(config.agent).fit is not None:
         raise MetarobotError(f"agent {config.agent!r} learns on the CPU; leave --device out")
+    if config.sim == "warp" and (imitates or agents.get(config.agent).fit is not None):
+        raise MetarobotError(f"agent {config.agent!r} does not collect trials on Warp; leave --sim out")
+    if config.sim not in ("", *worlds.SIMS):
+        raise MetarobotError(f"no simulator called {config.sim!r}; there are: {', '.join(worlds.SIMS)}")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise MetarobotError("--device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
+        why = "torch finds no CUDA device here" if torch.version.cuda else "this torch is built without CUDA"
+        raise MetarobotError(f"--device cuda was asked for, but {why}; use --device cpu")
 
 
-def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
-    """Make the run folder of a new training."""
+def start(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
+    """Make the run folder of a new training; ``say`` is told in a line what simulates, where there is a choice."""
     if config.robot and Path(config.robot).exists():
         config = replace(config, robot=str(Path(config.robot).resolve()))
     if config.demos:
@@ -94,12 +104,25 @@ def start(config: TrainConfig, agent_config: Any, out: Path) -> Run:
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
     plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions, "machine": _machine()}
     family = family_on(config.family, config.robot)
+    config = _simulated(config, family, agent_config, say)
+    plain |= {"sim": config.sim}
     if getattr(agent_config, "teach", 0) > 0:
         Env(family, family.space.sample("train", 1)).advice()
     _begin(build_learner(config.agent, agent_config, family, config.seed), family, config)
     if config.demos:
         _imitated(family, agent_config.worlds, agent_config.rollouts, config)(0)
     return create(out, plain)
+
+
+def _simulated(config: TrainConfig, family: Family, agent_config: Any, say: Callable[[str], None]) -> TrainConfig:
+    """Fill in what simulates, and raise if it cannot have so many worlds."""
+    if config.demos or agents.get(config.agent).fit is not None:
+        return replace(config, sim="cpu")
+    sim, why = worlds.choose(family, config.sim, config.device)
+    if config.sim or config.device != "cpu":
+        say(why)
+    worlds.check(family, sim, config.device, agent_config.worlds)
+    return replace(config, sim=sim)
 
 
 def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
@@ -121,24 +144,52 @@ def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
     adopt(source.load_agent())
 
 
-def reopen(config: TrainConfig, agent_config: Any, out: Path) -> Run:
+MOVABLE = ("device", "sim")
+"""Settings of a run that may change when it is continued: where it lives and learns."""
+
+
+def reopen(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
     """Open a run to continue it, refusing settings other than those it was started with, but for more steps.
 
-    A run that is made longer takes up its schedules where they now stand.
+    A run that is made longer takes up its schedules where they now stand. It may move to another device or simulator,
+    which ``say`` is told in a line.
     """
     run = open_run(out)
     asked = {**asdict(config), **{f"agent_config.{k}": v for k, v in asdict(agent_config).items()}}
     usual = {**asdict(TrainConfig(family="")), **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()}}
     held = {**run.config, **{f"agent_config.{k}": v for k, v in run.config["agent_config"].items()}}
     for name, value in asked.items():
+        if name in MOVABLE:
+            continue
         required = name in ("family", "agent", "steps")
         longer = name == "steps" and int(value) > int(held["steps"])
         if value != held.get(name) and not longer and (required or value != usual.get(name)):
             shown = name.removeprefix("agent_config.")
             raise MetarobotError(f"cannot resume {out} with {shown} {value!r}: it was trained with {held.get(name)!r}")
-    return extend(run, config.steps) if config.steps > run.config["steps"] else run
+    before: dict[str, Any] = {"device": "cpu", "sim": "cpu", **run.config}
+    moved: dict[str, Any] = {}
+    if config.device != before["device"] or config.sim not in ("", before["sim"]):
+        check(config)
+        now = asdict(_simulated(config, run.family, agent_config, say))
+        moved = {k: now[k] for k in MOVABLE}
+        so_far = f"{before['sim']} physics and learning on {before['device']}"
+        say(f"goes on with {now['sim']} physics and learning on {now['device']}, after {so_far}: other roundings")
+    if config.steps > run.config["steps"]:
+        moved["steps"] = config.steps
+    return extend(run, moved) if moved else run
 
 
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Say in a line that a device's memory is not enough for what is learned from."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        why = str(e).partition(". ")[0]
+        raise MetarobotError(f"out of memory ({why}); take fewer --worlds, or more --minibatches") from e
+
+
+@memory_told()
 def train(
     run: Run, *, resume: bool = False, show: bool = True, tick: Callable[[dict[str, float]], None] = lambda _: None
 ) -> bool:
@@ -148,16 +199,18 @@ def train(
     """
     learner, config = (
         run.learner(),
-        TrainConfig(**{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}),
+        TrainConfig(
+            **{"sim": "cpu", **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}}
+        ),
     )
     check(config)
+    move(learner, config.device)
     counters: dict[str, Any] = {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
     if resume and (run.folder / "checkpoint.json").exists():
         counters = _restore(run, learner)
     else:
         _begin(learner, run.family, config)
     steady_heap()
-    learner.agent.to(config.device)
     threads = config.threads or len(os.sched_getaffinity(0))
     fit = agents.get(run.agent).fit
     iterate = _collected(run, learner, config, threads) if fit is None else fit(learner, run.family, threads)
@@ -175,25 +228,14 @@ def train(
     return bool(counters["steps"] >= config.steps)
 
 
-def _lived(run: Run, learner: Learner, threads: int) -> Callable[[int], Trials]:
+def _lived(run: Run, learner: Learner, where: worlds.Worlds) -> Callable[[int], Trials]:
     """Return a function that lets the agent live the trials of an iteration."""
-    config = run.config["agent_config"]
-    advised = config.get("teach", 0) > 0
-    env = Env(run.family, run.family.space.sample("train", config["worlds"]), threads=threads)
+    config, env = run.config["agent_config"], where.env
+    usual = {"episodes": config["episodes"], "rollouts": run.rollouts, "advised": config.get("teach", 0) > 0}
 
     def live(i: int) -> Trials:
-        tasks = run.family.space.sample("train", env.worlds // run.rollouts, [run.config["seed"], i])
-        learner.agent.to("cpu")
-        seed = _seed(run, i)
-        return collect(
-            learner.agent,
-            env,
-            tasks,
-            episodes=config["episodes"],
-            seed=seed,
-            rollouts=run.rollouts,
-            advised=advised,
-        )
+        agent = learner.agent.to(env.device)
+        return collect(agent, env, where.deal(i), seed=_seed(run, i), **usual)
 
     return live
 
@@ -213,23 +255,29 @@ def _seed(run: Run, i: int) -> int:
 def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) -> Iterate:
     """Return a function that gets trials and learns from them once."""
     sizes = run.config["agent_config"].get("worlds", 0), run.rollouts
-    live = _imitated(run.family, *sizes, config) if config.demos else _lived(run, learner, threads)
+    lost: Callable[[], dict[str, float]] = dict
+    if config.demos:
+        live = _imitated(run.family, *sizes, config)
+    else:
+        where: dict[str, Any] = {k: getattr(config, k) for k in ("sim", "device", "pool")} | {"threads": threads}
+        lived_in = worlds.build(run.family, *sizes, seed=config.seed, **where)
+        live, lost = _lived(run, learner, lived_in), lived_in.lost
 
     def iterate(i: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
         began = time.monotonic()
         # torch's worker threads would spin against the physics threads: one is faster while collecting
         torch.set_num_threads(1)
         trials = live(i)
+        lived = trials.steps()  # which waits for the device
         collected = time.monotonic()
         torch.set_num_threads(threads)
         learner.agent.to(config.device)
         metrics = learner.update(trials.to(config.device), progress, seed)
-        lived = trials.steps()
         speed = {
             "time/collect_fps": lived / (collected - began),
             "time/learn_fps": lived / (time.monotonic() - collected),
         }
-        return lived, {**({} if config.demos else rollout_metrics(trials)), **metrics, **speed}
+        return lived, {**({} if config.demos else rollout_metrics(trials)), **lost(), **metrics, **speed}
 
     return iterate
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,10 @@ BUFFERS = ("NEFC", "NJMAX_NNZ", "BROADPHASE", "NARROWPHASE", "CCD", "HFIELD", "E
 _LOST = sum(int(mjw.OverflowType[name]) for name in BUFFERS if name in mjw.OverflowType.__members__)
 
 
+DRIVER = 12, 4
+"""The first CUDA driver whose graphs can hold loops, as MuJoCo Warp's solver needs."""
+
+
 class WarpError(MetarobotError):
     """Something that MuJoCo Warp, or this machine, cannot do."""
 
@@ -56,7 +61,19 @@ def device_of(name: str) -> Any:
     wp.init()
     if name == "cuda" and not wp.is_cuda_available():
         raise WarpError("Warp finds no CUDA device, or a driver too old for it; use --device cpu")
+    if name == "cuda" and not wp.is_conditional_graph_supported():
+        raise WarpError(
+            f"MuJoCo Warp needs a CUDA driver of {'.'.join(map(str, DRIVER))} or newer, "
+            f"not {'.'.join(map(str, wp.get_cuda_driver_version()))}; update it, or use --sim cpu"
+        )
     return wp.get_device("cuda:0" if name == "cuda" else name)
+
+
+def free_memory(name: str) -> int:
+    """Return the bytes that torch's ``cuda`` has free; of the CPU, all that there are."""
+    if name == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class WarpSim:
@@ -84,21 +101,33 @@ class WarpSim:
         self._overflow = wp.to_torch(self.data.overflow)
         self._lost = torch.zeros_like(self._overflow)
         self.set_models(models)
+        if self._device.is_cuda:  # kernels are built and loaded before a graph is recorded
+            with wp.ScopedDevice(self._device):
+                self._advance(1)
+                mjw.reset_data(self.model, self.data)
 
     @property
     def worlds(self) -> int:
         """Number of worlds."""
         return len(self._models)
 
+    @property
+    def bytes(self) -> int:
+        """Memory of all arrays of models and data."""
+        return _bytes(self.model) + _bytes(self.data)
+
+    def know(self, models: Sequence[mujoco.MjModel]) -> None:
+        """Take in models that worlds will be put on later."""
+        for name in self._library.add(models):
+            self._widen(name)
+
     def set_models(self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None) -> None:
         """Put each world of ``ids`` (default: all) on its model; models it has seen cost a gather on the device."""
         for i, model in zip(range(self.worlds) if ids is None else ids, models, strict=True):
             self._models[i] = model
-        grown = self._library.add(models)
+        self.know(models)
         rows = torch.tensor([self._library.row(m) for m in models], device=self._library.device)
         where: Any = slice(None) if ids is None else torch.tensor(list(ids), device=rows.device)
-        for name in grown:
-            self._widen(name)
         for name in self._library.varied:
             if name in _FIELDS:
                 continue
@@ -280,6 +309,13 @@ class _Library:
         own = dataid[where]
         own[:, columns] = (rows[:, None] * self.grounds + first).to(own.dtype)
         dataid[where] = own
+
+
+def _bytes(holder: Any) -> int:
+    """Add up the arrays of a structure, and of those in it."""
+    parts = [getattr(holder, field.name) for field in dataclasses.fields(holder)]
+    arrays = sum(x.capacity for x in parts if isinstance(x, wp.array))
+    return int(arrays + sum(_bytes(x) for x in parts if dataclasses.is_dataclass(x)))
 
 
 def _put(model: mujoco.MjModel) -> Any:

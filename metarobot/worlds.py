@@ -1,0 +1,92 @@
+"""Where trials are lived: on which simulator and device, and which training tasks an iteration gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from metarobot.env import Env, Family, TaskModels
+from metarobot.tasks import Task
+from metarobot.types import MetarobotError
+
+SIMS = ("cpu", "warp")
+POOL = 4096
+"""Training tasks that have models of their own on the device, if nothing else is said."""
+
+
+def choose(family: Family, sim: str, device: str) -> tuple[str, str]:
+    """Choose the simulator, unless ``sim`` names it: Warp on an accelerator, where it can; say which and why."""
+    if sim not in ("", *SIMS):
+        raise MetarobotError(f"no simulator called {sim!r}; there are: {', '.join(SIMS)}")
+    if sim or device == "cpu":
+        return sim or "cpu", f"physics: {sim or 'cpu'} on {'cpu' if sim == 'cpu' else device}, as asked"
+    try:
+        from metarobot.device import bytes_each
+
+        bytes_each(family, device)
+    except MetarobotError as e:
+        return "cpu", f"physics: cpu, as Warp cannot: {e}"
+    return "warp", f"physics: warp on {device}; Warp is installed and runs {family.name}"
+
+
+def check(family: Family, sim: str, device: str, worlds: int) -> None:
+    """Raise where so many worlds of the family cannot be had."""
+    if sim == "warp":
+        from metarobot.device import check_memory
+
+        check_memory(family, worlds, device)
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """The worlds of a training, and the tasks they are given."""
+
+    env: Env
+    deal: Callable[[int], list[Task]]
+    """Iteration -> its tasks, keyed by the training's seed."""
+    lost: Callable[[], dict[str, float]]
+    """Says, as metrics, in how many worlds the physics lost contacts for want of room since it was last asked."""
+
+
+def build(
+    family: Family, worlds: int, rollouts: int, *, seed: int, sim: str, device: str, pool: int, threads: int
+) -> Worlds:
+    """Build the worlds of a training, ``rollouts`` of each task.
+
+    On the CPU every iteration draws new tasks. On a device models are kept there, so where tasks have models of their
+    own, all are drawn once, ``pool`` of them keyed by the seed, and each iteration deals some out.
+    """
+    tasks, space = worlds // rollouts, family.space
+
+    def fresh(i: int) -> list[Task]:
+        return space.sample("train", tasks, [seed, i])
+
+    if sim == "cpu":
+        return Worlds(Env(family, space.sample("train", worlds), threads=threads), fresh, dict)
+    if TaskModels(family).shared:
+        env = _on_device(family, fresh(0), rollouts, device, [])
+        return Worlds(env, fresh, lambda: _lost(env))
+    drawn = space.sample("train", pool or POOL, seed)
+
+    def dealt(i: int) -> list[Task]:
+        rng = np.random.Generator(np.random.PCG64([seed, i]))
+        rounds = -(-tasks // len(drawn))
+        order = np.concatenate([rng.permutation(len(drawn)) for _ in range(rounds)])
+        return [drawn[k] for k in order[:tasks]]
+
+    env = _on_device(family, dealt(0), rollouts, device, drawn)
+    return Worlds(env, dealt, lambda: _lost(env))
+
+
+def _on_device(family: Family, tasks: list[Task], rollouts: int, device: str, pool: list[Task]) -> Env:
+    from metarobot.device import DeviceEnv
+
+    return DeviceEnv(family, [t for t in tasks for _ in range(rollouts)], device=device, pool=pool)
+
+
+def _lost(env: Any) -> dict[str, float]:
+    lost: dict[str, int] = env.sim.lost()
+    return {"sim/lost_contacts": float(sum(lost.values())), **{f"sim/lost_{k}": float(n) for k, n in lost.items()}}
