@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tyro.conf import Positional
 
 from metarobot.progress import bar
+from metarobot.types import MetarobotError
 
 if TYPE_CHECKING:
     from metarobot.compare import Job, Outlook
@@ -127,12 +128,14 @@ class PlanBar:
 
 
 def bench(
-    what: Positional[Literal["sim", "maml", "pearl", "agents"]],
+    what: Positional[Literal["sim", "maml", "pearl", "agents", "memory"]],
     family: Positional[str] = "",
     /,
     worlds: int | None = None,
     seconds: float = 10.0,
     threads: int = 0,
+    sim: str = "cpu",
+    device: str = "cpu",
     json: Path | None = None,
 ) -> None:
     """Measure the speed of an environment against the bare physics engine, of an agent's learning, or of sampling.
@@ -140,12 +143,14 @@ def bench(
     Args:
         what: sim, the environment's step loop with a model of its own in each world; maml, the sampling, inner step
             and outer update of MAML-TRPO, and the same with a Python loop over tasks; pearl, its gradient steps
-            against their bare matrix products, and its sampling against RL²'s; or agents, how fast each kind lives
-            its trials, against RL².
+            against their bare matrix products, and its sampling against RL²'s; agents, how fast each kind lives
+            its trials, against RL²; or memory, with ``--sim warp``: what ever more worlds take, with RL² in them.
         family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
         worlds: Number of worlds; if not given 512 for sim, 800, 40 tasks of 20 rollouts, for maml, 64 for the others.
         seconds: How long to measure, at least.
         threads: CPU threads; 0 takes all there are.
+        sim: What simulates for sim, cpu or warp.
+        device: Where Warp simulates, cpu or cuda.
         json: Where to write the figures.
     """
     from metarobot import bench as measure
@@ -153,6 +158,9 @@ def bench(
     from metarobot.checkpoint import write_json
     from metarobot.env import families as registry
 
+    if sim == "warp" or what == "memory":
+        _bench_device(what, family or "CheetahVel", worlds, seconds, sim, device, json)
+        return
     run, show, usual, size = {
         "sim": (measure.bench_sim, tables.sim, "CheetahVel", 512),
         "maml": (measure.bench_maml, tables.maml, "CheetahDir100", 800),
@@ -162,5 +170,29 @@ def bench(
     chosen = registry.get(family or usual)
     report = run(chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads)
     show(report)
+    if json is not None:
+        write_json(json, report)
+
+
+def _bench_device(
+    what: str, family: str, worlds: int | None, seconds: float, sim: str, device: str, json: Path | None
+) -> None:
+    from metarobot import tables
+    from metarobot.checkpoint import write_json
+    from metarobot.env import families as registry
+
+    if what not in ("sim", "memory") or sim != "warp":
+        raise MetarobotError(f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory")
+    from metarobot import bench_device as measure
+
+    if what == "sim":
+        report = measure.bench_device(
+            registry.get(family), worlds=8192 if worlds is None else worlds, seconds=seconds, device=device
+        )
+        tables.sim(report)
+        tables.physics(report)
+    else:
+        report = measure.bench_memory(registry.get(family), worlds=2**20 if worlds is None else worlds, device=device)
+        tables.memory(report)
     if json is not None:
         write_json(json, report)

@@ -153,6 +153,20 @@ def sim(report: Mapping[str, Any]) -> None:
     )
 
 
+def physics(report: Mapping[str, Any]) -> None:
+    """Print what ``metarobot bench sim --sim warp`` found beside."""
+    print(f"{report['physics_steps_per_s']:,.0f} physics steps/s, {report['models']:,} models, on {report['device']}")
+    print(f"lost contacts: {report['lost'] or 'none'}")
+
+
+def memory(report: Mapping[str, Any]) -> None:
+    """Print what ``metarobot bench memory`` found."""
+    for row in report["rows"]:
+        said = ", ".join(f"{k.removesuffix('_gb')} {v:.3f} GB" for k, v in row.items() if k != "worlds")
+        print(f"{report['family']}, {row['worlds']:,.0f} worlds: {said}")
+    print(f"ended at {report['end']}" if report["end"] else "it did not end there")
+
+
 def pearl(report: Mapping[str, Any]) -> None:
     """Print what ``metarobot bench pearl`` found."""
     print(

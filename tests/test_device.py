@@ -91,6 +91,19 @@ def test_the_gpus_kernel_of_the_recurrence_equals_the_cpus_as_triton_interprets_
     assert "the same" in said.stdout, said.stderr
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_recurrence_on_the_gpu_equals_the_cpus() -> None:
+    torch.manual_seed(0)
+    a, b, weight = torch.rand(400, 64, 128), torch.randn(400, 64, 128), torch.randn(400, 64, 128)
+    found = []
+    for device in ("cpu", "cuda"):
+        x, y = (v.to(device).requires_grad_() for v in (a, b))
+        h = scan(x, y)
+        found.append([v.cpu() for v in (h, *torch.autograd.grad((h * weight.to(device)).sum(), (x, y)))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("time", [1, 2, 7, 50])
 def test_the_recurrence_equals_a_loop_over_time(time: int) -> None:
     torch.manual_seed(0)

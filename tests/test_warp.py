@@ -1,8 +1,9 @@
 """MuJoCo Warp on Warp's CPU device: the physics of the CPU backend to the precision of float32."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -19,8 +20,12 @@ mjw = pytest.importorskip("mujoco_warp")
 
 from metarobot.agents.ppo import PPOConfig  # noqa: E402
 from metarobot.device import DeviceEnv, measure  # noqa: E402
-from metarobot.sim.warp import Room, WarpError, WarpSim  # noqa: E402
+from metarobot.sim import warp  # noqa: E402
+from metarobot.sim.warp import Room, WarpError  # noqa: E402
 
+DEVICE = os.environ.get("METAROBOT_WARP_DEVICE", "cpu")
+"""Warp's device; scripts/gpu_report.sh says cuda."""
+WarpSim = partial(warp.WarpSim, device=DEVICE)
 FAST = ("CheetahTerrain", "QuadrupedDamage")
 """Families of the fast suite: Warp compiles its kernels for each, some minutes for all of them."""
 UNSUPPORTED = {
@@ -45,7 +50,7 @@ def models(name: str, seed: int = 0) -> list[Any]:
     return [env.model(t) for t in env.tasks]
 
 
-def both(name: str) -> tuple[CpuSim, WarpSim, Tensor]:
+def both(name: str) -> tuple[CpuSim, warp.WarpSim, Tensor]:
     """The two backends at the same starts; and actions to move them by."""
     family = families.get(name)
     env = Env(family, tasks(name), threads=1)
@@ -62,25 +67,25 @@ def both(name: str) -> tuple[CpuSim, WarpSim, Tensor]:
     return *sims, low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
-def apart(a: CpuSim, b: WarpSim, field: str = "qpos") -> float:
-    return float((a.bind(field) - b.bind(field)).abs().max())
+def apart(a: CpuSim, b: warp.WarpSim, field: str = "qpos") -> float:
+    return float((a.bind(field) - b.bind(field).cpu()).abs().max())
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_warp_moves_as_the_cpu_does(name: str) -> None:
-    cpu, warp, actions = both(name)
+    cpu, device, actions = both(name)
     family = families.get(name)
     if models(name)[0].nsensordata:
-        assert apart(cpu, warp, "sensordata") < 1e-5
+        assert apart(cpu, device, "sensordata") < 1e-5
     for i in range(50 // family.substeps):
-        for sim in (cpu, warp):
+        for sim in (cpu, device):
             if family.control is None:
                 sim.bind("ctrl").copy_(actions[i])
             assert not sim.step(family.substeps).any()
         if i == 0:
-            assert apart(cpu, warp) < ONE.get(name, 1e-5)
-    assert apart(cpu, warp) < FIFTY.get(name, 1e-3)
-    assert not warp.lost()
+            assert apart(cpu, device) < ONE.get(name, 1e-5)
+    assert apart(cpu, device) < FIFTY.get(name, 1e-3)
+    assert not device.lost()
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -89,7 +94,7 @@ def test_what_warp_cannot_do_is_named(name: str) -> None:
         WarpSim(models(name, seed=0) + models(name, seed=1))
 
 
-def lived(sim: WarpSim, steps: int = 4) -> Tensor:
+def lived(sim: warp.WarpSim, steps: int = 4) -> Tensor:
     qpos, qvel = torch.zeros_like(sim.bind("qpos")), torch.full_like(sim.bind("qvel"), 0.1)
     sim.reset(qpos, qvel)
     sim.bind("ctrl").fill_(0.5)
@@ -121,7 +126,7 @@ def test_worlds_are_reset_alone_by_number_or_mask() -> None:
     assert torch.equal(sim.bind("qpos")[1], start[1])
     assert sim.bind("time")[1] == 0
     assert sim.bind("time")[0] > 0
-    sim.reset(2 * start, start, torch.tensor([False, False, True]))
+    sim.reset(2 * start, start, torch.tensor([False, False, True], device=start.device))
     assert torch.equal(sim.bind("qpos")[2], 2 * start[2])
     assert torch.equal(sim.bind("qpos")[1], start[1])
 
@@ -154,12 +159,12 @@ def measured() -> Room:
 
 
 def world(family: Any, drawn: Sequence[Task], seed: int = 0) -> DeviceEnv:
-    return DeviceEnv(family, drawn, device="cpu", seed=seed, room=measured())
+    return DeviceEnv(family, drawn, device=DEVICE, seed=seed, room=measured())
 
 
 def test_a_whole_trial_is_lived_on_the_device_and_the_same_call_gives_the_same_bits() -> None:
     family = replace(families.get("CheetahTerrain"), horizon=3)
-    agent = build_learner("blind", PPOConfig(worlds=3, width=8), family, 0).agent
+    agent = build_learner("blind", PPOConfig(worlds=3, width=8), family, 0).agent.to(DEVICE)
     env = world(family, tasks(family.name))
     trials = [collect(agent, env, tasks(family.name), episodes=2, seed=s) for s in (1, 1, 2)]
     first, again, other = (t.episodes[1].obs for t in trials)
@@ -173,19 +178,19 @@ def test_a_whole_trial_is_lived_on_the_device_and_the_same_call_gives_the_same_b
 def test_the_device_earns_what_the_cpu_earns_from_the_same_start() -> None:
     family = families.get("CheetahTerrain")
     host, device = Env(family, tasks(family.name), threads=1), world(family, tasks(family.name))
-    device._begin(host.state.qpos.float(), host.state.qvel.float())
+    device._begin(*(x.to(device.state.qpos) for x in host.state[:2]))
     for k in range(3):
         action = torch.full((3, host.act_dim), 0.3 * (-1) ** k)
-        ours, theirs = device.step(action), host.step(action)
-        torch.testing.assert_close(ours.reward, theirs.reward, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(ours.obs, theirs.obs, atol=1e-3, rtol=1e-3)
+        ours, theirs = device.step(action.to(device.device)), host.step(action)
+        torch.testing.assert_close(ours.reward.cpu(), theirs.reward, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(ours.obs.cpu(), theirs.obs, atol=1e-3, rtol=1e-3)
 
 
 def test_a_world_whose_physics_broke_waits_at_a_start_and_is_counted() -> None:
     family = replace(families.get("CheetahTerrain"), horizon=3)
     env = world(family, tasks(family.name))
     env.sim.bind("qvel")[1] = float("nan")
-    step = env.step(torch.zeros(3, env.act_dim))
+    step = env.step(torch.zeros(3, env.act_dim, device=env.device))
     assert step.faulted.tolist() == [False, True, False]
     assert step.terminated.tolist() == [False, True, False]
     assert step.reward[1] == 0
