@@ -23,6 +23,8 @@ from metarobot.types import MetarobotError
 
 pytest.importorskip("mujoco_warp")
 
+from metarobot.bench_device import bench_device, bench_memory
+
 SMALL = {"worlds": 4, "minibatches": 2, "epochs": 1, "width": 8}
 
 
@@ -158,3 +160,29 @@ def test_the_bound_stops_the_step_that_broke_it_on_the_cpu() -> None:
     sums, taken = descend([[lambda: torch.tensor([1.0, next(said)])] * 2] * 2, 1, 0.5)
     assert taken == 3
     torch.testing.assert_close(sums, torch.tensor([3.0, 1.2]))
+
+
+def test_a_devices_rates_and_memory_are_measured() -> None:
+    family = replace(families.get("CheetahTerrain"), horizon=2)
+    report = bench_device(family, worlds=3, seconds=0.01, device="cpu")
+    assert report["models"] == 3
+    assert report["lost"] == {}
+    assert report["physics_steps_per_s"] == pytest.approx(report["engine_steps_per_s"] * family.substeps)
+    assert report["ratio"] == pytest.approx(report["steps_per_s"] / report["engine_steps_per_s"])
+    held = bench_memory(family, worlds=16, device="cpu")
+    assert [row["worlds"] for row in held["rows"]] == [16]
+    assert held["rows"][0]["physics_gb"] > 0
+    assert held["end"] == ""
+
+
+def test_memory_is_measured_to_the_end_of_it_and_the_end_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metarobot.device.free_memory", lambda _: 10_000)
+    report = bench_memory(families.get("CheetahVel"), worlds=16, device="cpu")
+    assert report["rows"] == []
+    assert report["end"].startswith("16 worlds: 16 worlds of CheetahVel need")
+
+
+def test_on_warp_only_some_benchmarks_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "bench", "maml", "--sim", "warp")
+    assert code == 2
+    assert "on Warp there are: sim, memory" in err
