@@ -60,7 +60,7 @@ if [ -z "$small" ]; then
   far=(--steps 120e6) walk=(--steps 150e6) adapt=(--steps 150e6)
 else
   cheetah=CheetahVel100 quadruped=CheetahDir100 damage=CheetahDir100 maml=CheetahDir100
-  worlds=8 most=16 seconds=0.1 tests=("")
+  worlds=4 most=8 seconds=0.1 tests=("")
   speed=(--worlds 4 --minibatches 2 --epochs 1 --episodes 1 --width 8 --steps 400)
   tasks=(--worlds 4 --rollouts 2 --width 8 --steps 800)
   same=("${speed[@]}") many=(--worlds 4 --minibatches 2 --epochs 1 --episodes 1 --width 8)
