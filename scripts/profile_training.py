@@ -6,15 +6,18 @@ for what it writes: a lower bound.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import operator
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile
 
 from metarobot.agent import agents
 from metarobot.train import TrainConfig, start, train
@@ -73,31 +76,28 @@ def settings(words: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train for three iterations and profile the last."""
+    """Train for two iterations and profile the last."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("profile.json"))
-    parser.add_argument("settings", nargs="*")
-    told = parser.parse_args()
+    own, _, rest = " ".join(sys.argv[1:]).partition(" -- ")
+    told = parser.parse_args(own.split())
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if told.device == "cuda" else [])]
-    config = agents.get("rl2").config(**settings(told.settings))
+    config = agents.get("rl2").config(**settings(rest.split()))
     with tempfile.TemporaryDirectory() as folder:
         where = TrainConfig(family=told.family, steps=10**9, sim="warp", device=told.device)
         run = start(where, config, Path(folder) / "run")
-        watched = profile(activities=activities, record_shapes=True, schedule=schedule(wait=0, warmup=1, active=1))
-        left = iter(range(1, -1, -1))
+        watched = profile(activities=activities, record_shapes=True)
+        todo = iter((watched.start, watched.stop))
 
         def tick(_: object) -> None:
-            watched.step()
-            if next(left) == 0:
+            next(todo)()
+            if operator.length_hint(todo) == 0:
                 raise StopIteration
 
-        watched.start()
-        try:
+        with contextlib.suppress(StopIteration):  # after the second iteration
             train(run, show=False, tick=tick)
-        except StopIteration:
-            watched.stop()
     report = summary(watched, bandwidth(told.device))
     told.out.write_text(json.dumps(report, indent=1) + "\n")
     for row in report["kernels"]:
