@@ -231,11 +231,9 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
 def _train_command(agent: str) -> Callable[..., None]:
     """Make the train command for one agent, so that ``--help`` shows that agent's own settings."""
     from metarobot.agent import agents as registry
-    from metarobot.checkpoint import open_run
-    from metarobot.train import TrainConfig, reopen, start
-    from metarobot.train import train as run_training
+    from metarobot.train import TrainConfig
 
-    kind, say = registry.get(agent).config, partial(print, file=sys.stderr)
+    kind = registry.get(agent).config
     usual = TrainConfig(family="")
 
     def train(
@@ -279,22 +277,34 @@ def _train_command(agent: str) -> Callable[..., None]:
             save_every: Iterations between checkpoints.
             resume: Continue the run in ``out``; more steps than it had make it longer.
         """
-        held = open_run(out).config if resume else {}
-        steps = held.get("steps", usual.steps) if steps is None else steps
-        device = held.get("device", usual.device) if device is None else device
-        whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
-        where = {"family": family, "agent": agent, "robot": robot, "init": init, "demos": demos}
-        where |= {"device": device, "sim": sim}
-        settings = TrainConfig(**where, steps=whole, seed=seed, pool=pool, threads=threads, save_every=save_every)
-        run = (reopen if resume else start)(settings, config, out, say)
-        if run_training(run, resume=resume):
-            print(f"done: {out}; now: metarobot {'shots' if demos else 'evaluate'} {out}")
-        else:
-            print(f"stopped and saved; continue with: metarobot {_again()}", file=sys.stderr)
-            sys.exit(130)
+        where = {"family": family, "agent": agent, "robot": robot, "init": init, "demos": demos, "sim": sim}
+        usually = {"seed": seed, "pool": pool, "threads": threads, "save_every": save_every}
+        _train(where | usually, config, out, steps, device, resume)
 
     train.__annotations__["config"] = Annotated[kind, tyro.conf.arg(name="")]
     return train
+
+
+def _train(
+    settings: dict[str, Any], config: Any, out: Path, steps: float | None, device: str | None, resume: bool
+) -> None:
+    """Start or continue a run; what is not given is as it was, or as usual."""
+    from metarobot.checkpoint import open_run
+    from metarobot.train import TrainConfig, reopen, start
+    from metarobot.train import train as run_training
+
+    usual = TrainConfig(family="")
+    held = open_run(out).config if resume else {}
+    steps = held.get("steps", usual.steps) if steps is None else steps
+    device = held.get("device", usual.device) if device is None else device
+    whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
+    asked = TrainConfig(**settings, steps=whole, device=device)
+    run = (reopen if resume else start)(asked, config, out, partial(print, file=sys.stderr))
+    if run_training(run, resume=resume):
+        print(f"done: {out}; now: metarobot {'shots' if asked.demos else 'evaluate'} {out}")
+    else:
+        print(f"stopped and saved; continue with: metarobot {_again()}", file=sys.stderr)
+        sys.exit(130)
 
 
 def _check_gl() -> None:
