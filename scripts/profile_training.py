@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from metarobot.agent import agents
@@ -46,18 +47,22 @@ def moved(shapes: Any) -> int:
     return NUMBERS * (sum(sizes) + max(sizes)) if sizes else 0
 
 
-def summary(profiled: Any, limit: float) -> dict[str, Any]:
-    """Return the largest kernels, and the bandwidth of the two largest operations whose shapes are known."""
+def summary(profiled: Any, limit: float, device: str) -> dict[str, Any]:
+    """Return the largest kernels, and the bandwidth of the two largest operations whose shapes are known.
+
+    On a GPU a kernel is an event of its own, Warp's too; on the CPU an operation is its own kernel.
+    """
 
     def spent(event: Any) -> float:
-        return float(getattr(event, "self_device_time_total", 0.0) or event.self_cpu_time_total)
+        return float(event.self_device_time_total if device == "cuda" else event.self_cpu_time_total)
 
-    events = sorted(profiled.key_averages(), key=spent, reverse=True)
+    place = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    events = sorted((e for e in profiled.key_averages() if e.device_type == place), key=spent, reverse=True)
     total = sum(map(spent, events))
     top = [{"kernel": e.key, "calls": e.count, "ms": spent(e) / 1e3, "share": spent(e) / total} for e in events[:20]]
     shaped = sorted(profiled.key_averages(group_by_input_shape=True), key=spent, reverse=True)
     near = []
-    for e in [e for e in shaped if moved(e.input_shapes)][:2]:
+    for e in [e for e in shaped if moved(e.input_shapes) and spent(e) > 0][:2]:
         rate = moved(e.input_shapes) * e.count / (spent(e) * 1e-6)
         near.append(
             {"operation": e.key, "shapes": str(e.input_shapes), "gb_per_s": rate / 1e9, "of_limit": rate / limit}
@@ -98,7 +103,7 @@ def main() -> None:
 
         with contextlib.suppress(StopIteration):  # after the second iteration
             train(run, show=False, tick=tick)
-    report = summary(watched, bandwidth(told.device))
+    report = summary(watched, bandwidth(told.device), told.device)
     told.out.write_text(json.dumps(report, indent=1) + "\n")
     for row in report["kernels"]:
         print(f"{row['share']:6.1%} {row['ms']:9.2f} ms {row['calls']:7} x {row['kernel'][:90]}")
