@@ -53,17 +53,8 @@ def recognise(
     colour = parameter(opened.family.space, colour)
     if plot is not None:
         drawing.check_suffix(plot)
-    quiz = Quiz(
-        split=split,
-        tasks=tasks,
-        even=even,
-        transitions=transitions,
-        neighbours=neighbours,
-        support=support,
-        queries=queries,
-        seed=seed,
-        threads=threads,
-    )
+    lived = {"tasks": tasks, "transitions": transitions, "support": support, "queries": queries}
+    quiz = Quiz(split=split, even=even, neighbours=neighbours, seed=seed, threads=threads, **lived)
     with bar() as progress:
         task = progress.add_task("playing", total=support + queries)
         report = measure(opened, quiz, tick=lambda: progress.advance(task))
