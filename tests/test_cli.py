@@ -198,7 +198,7 @@ BAD = {
     ),
     "no cuda": (
         "train CheetahVel --device cuda --out {tmp}/a",
-        "torch finds no CUDA device here",
+        "--device cuda was asked for, but",
     ),
     "unwritable": (
         "train CheetahVel --out /proc/x",
