@@ -165,15 +165,14 @@ placement() {
     --json results/Placement-shots.json
 }
 
-# The three approaches to meta-learning, fine-tuning, SB3's algorithms and both references, one table a family. Steps differ
-# where an agent is slow (SAC and PEARL learn off-policy, an LSTM step by step); the table says how many, and how long.
+# The approaches to meta-learning beside SB3's PPO and both references, one table a family; on CheetahTerrain at equal steps.
+# ProMP on CheetahTerrain brings fine-tuning of the blind policy with it. sb3:recurrentppo and sb3:sac can be added.
 compare() {
-  local agents=(rl2 varibad pearl prototype promp sb3:ppo sb3:recurrentppo sb3:sac blind oracle)
-  metarobot compare CheetahVel --agents "${agents[@]}" --threads 1 --episodes 3 --results results --set rl2.steps=6.5e6 \
-    varibad.steps=6.5e6 pearl.steps=3e6 pearl.gradient_steps=500 prototype.steps=6e6 promp.steps=4e6 sb3:ppo.steps=2e6 \
-    sb3:recurrentppo.steps=1.2e6 sb3:sac.steps=5e5 blind.steps=2e6 oracle.steps=3e6
-  metarobot compare CheetahTerrain --out runs/equal --agents "${agents[@]}" --threads 1 --episodes 3 --results results --steps 2e6 \
-    --set rl2.epochs=8 pearl.steps=1e6 pearl.gradient_steps=250 sb3:recurrentppo.steps=1e6 sb3:sac.steps=5e5
+  metarobot compare CheetahVel --agents rl2 varibad pearl prototype sb3:ppo blind oracle --threads 1 --episodes 3 \
+    --results results --set rl2.steps=6.5e6 varibad.steps=6.5e6 pearl.steps=3e6 pearl.gradient_steps=500 prototype.steps=6e6 \
+    sb3:ppo.steps=2e6 blind.steps=2e6 oracle.steps=3e6
+  metarobot compare CheetahTerrain --out runs/equal --agents rl2 varibad prototype promp sb3:ppo blind oracle --threads 1 \
+    --episodes 3 --results results --steps 1e6 --set rl2.epochs=8
   metarobot recognise runs/equal/CheetahTerrain-prototype-0 --json results/CheetahTerrain-likeness-test.json \
     --plot results/CheetahTerrain-likeness-test.png
 }

@@ -17,7 +17,7 @@ from metarobot.agent import agents
 from metarobot.checkpoint import open_run, pretrained
 from metarobot.env import Env, families
 
-extras = ("metarobot.sb3", "metarobot.export", "metarobot.bridge.", "metarobot.device", "metarobot.sim.warp", "metarobot.scan_")
+extras = ("metarobot.sb3", "metarobot.export", "metarobot.bridge.", "metarobot.bench_device", "metarobot.device", "metarobot.sim.warp", "metarobot.scan_")
 names = [m.name for m in pkgutil.walk_packages(metarobot.__path__, "metarobot.")]
 for name in names:
     if not name.startswith(extras):
