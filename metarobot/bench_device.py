@@ -124,6 +124,7 @@ def bench_memory(family: Family, *, worlds: int, device: str) -> dict[str, Any]:
     """
     if worlds < 8:
         raise MetarobotError(f"worlds must be at least 8, not {worlds}")
+    check_memory(family, 8, device)  # a device that is not there is no end of its memory
     rows: list[dict[str, float]] = []
     end = ""
     for n in _doubled(worlds):

@@ -196,6 +196,10 @@ BAD = {
         "bench sim CheetahVel --worlds 0",
         "must be positive",
     ),
+    "memory of no cuda": (
+        "bench memory CheetahVel --sim warp --device cuda",
+        "Warp finds no CUDA device",
+    ),
     "no cuda": (
         "train CheetahVel --device cuda --out {tmp}/a",
         "--device cuda was asked for, but",
