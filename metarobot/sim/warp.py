@@ -322,7 +322,7 @@ def _put(model: mujoco.MjModel) -> Any:
     try:
         return mjw.put_model(model)
     except NotImplementedError as e:
-        raise WarpError(f"MuJoCo Warp cannot run this robot: {' '.join(str(e).split())}; use --sim cpu") from e
+        raise WarpError(f"MuJoCo Warp cannot run this robot: {' '.join(str(e).split()).rstrip('.')}; use --sim cpu") from e
 
 
 def _values(model: mujoco.MjModel) -> dict[str, Any]:
