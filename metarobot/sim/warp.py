@@ -322,7 +322,8 @@ def _put(model: mujoco.MjModel) -> Any:
     try:
         return mjw.put_model(model)
     except NotImplementedError as e:
-        raise WarpError(f"MuJoCo Warp cannot run this robot: {' '.join(str(e).split()).rstrip('.')}; use --sim cpu") from e
+        why = " ".join(str(e).split()).rstrip(".")
+        raise WarpError(f"MuJoCo Warp cannot run this robot: {why}; use --sim cpu") from e
 
 
 def _values(model: mujoco.MjModel) -> dict[str, Any]:
