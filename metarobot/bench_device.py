@@ -14,7 +14,7 @@ from torch import Tensor
 from metarobot.agent import agents, move
 from metarobot.checkpoint import build_learner
 from metarobot.collect import collect
-from metarobot.device import DeviceEnv, check_memory
+from metarobot.device import DeviceEnv, bytes_each, check_memory
 from metarobot.env import Family
 from metarobot.sim import Rows
 from metarobot.sim.warp import WarpSim, free_memory
@@ -124,7 +124,7 @@ def bench_memory(family: Family, *, worlds: int, device: str) -> dict[str, Any]:
     """
     if worlds < 8:
         raise MetarobotError(f"worlds must be at least 8, not {worlds}")
-    check_memory(family, 8, device)  # a device that is not there is no end of its memory
+    bytes_each(family, device)  # raises where nothing can run: that is no end of the memory
     rows: list[dict[str, float]] = []
     end = ""
     for n in _doubled(worlds):
