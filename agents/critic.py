@@ -6,8 +6,6 @@ knows, and a trained critic halves the variance that a gait is learned against.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -50,13 +48,10 @@ class Critic:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(4):
             for rows in torch.randperm(len(features), generator=generator).to(x.device).chunk(16):
-                gradients(partial(self._loss, features, wanted, 1.0 / len(rows)), rows, self.net.parameters())
+                error = (self.net(features[rows])[:, 0] - wanted[rows]).square().mean()
+                gradients(error, error, self.net.parameters())
                 nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
                 self.optimiser.step()
-
-    def _loss(self, features: Tensor, wanted: Tensor, weight: float, rows: Tensor) -> tuple[Tensor, Tensor]:
-        error = weight * (self.net(features[rows])[:, 0] - wanted[rows]).square().sum()
-        return error, error
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, reward scale and optimiser."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -274,9 +273,7 @@ class PEARL:
 
     def _step(self, generator: torch.Generator) -> Tensor:
         """Take one gradient step on all weights at once, and let the target critics follow."""
-        batch = self._draw(generator)
-        rows = torch.arange(self.config.tasks)
-        statistics = gradients(partial(self._loss, batch), rows, self._parameters)
+        statistics = gradients(*self._loss(self._draw(generator)), self._parameters)
         self.optimiser.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), self.config.tau)
@@ -293,17 +290,16 @@ class PEARL:
         context, steps = (Steps(*(x.to(device) for x in lived)) for lived in (context, steps))
         return Batch(context, steps, held.task(rows).to(device), noise.to(device), noises.to(device))
 
-    def _loss(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the share of some tasks in the loss, and in the statistics.
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss and the statistics.
 
         One loss for all weights: what is given to one part but not to be changed by it is detached.
         """
         c, agent = self.config, self.agent
-        context, steps = (Steps(*(v[rows] for v in x)) for x in (batch.context, batch.steps))
-        posterior = agent.infer(context)
-        z = sample(posterior, batch.noise[rows])[:, None].expand(-1, c.batch, -1).flatten(0, 1)
-        now, following = batch.noises[rows].flatten(0, 1).chunk(2, -1)
-        lived = Steps(*(v.flatten(0, 1) for v in steps))
+        posterior = agent.infer(batch.context)
+        z = sample(posterior, batch.noise)[:, None].expand(-1, c.batch, -1).flatten(0, 1)
+        now, following = batch.noises.flatten(0, 1).chunk(2, -1)
+        lived = Steps(*(v.flatten(0, 1) for v in batch.steps))
         lived = lived._replace(obs=agent.norm(lived.obs), next_obs=agent.norm(lived.next_obs))
         target = self._target(lived, z.detach(), following)
         error = self.critics(torch.cat([lived.obs, agent.centred(lived.action), z], -1)) - target
@@ -315,7 +311,7 @@ class PEARL:
         # the temperature rises where the policy's entropy is below the target
         temperature_loss = -self.temperature["log"] * weight * (density.detach() - c.entropy * self.shapes.act).sum()
         divergence = kl(posterior, standard(posterior.mean)).sum() / c.tasks
-        belief_nll = -log_density(told, batch.task[rows]).sum() / c.tasks
+        belief_nll = -log_density(told, batch.task).sum() / c.tasks
         shown = (critic_loss, actor_loss, divergence, belief_nll, -weight * density.sum(), weight * target.sum())
         loss = critic_loss + c.kl * divergence + actor_loss + belief_nll + temperature_loss
         return loss, torch.stack(shown)

@@ -174,14 +174,14 @@ class PPO:
 
     def _step(self, batch: Batch, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step; return the losses, the KL divergence and the clipped fraction."""
-        statistics = gradients(partial(self._loss, batch, teach, 1.0 / len(rows)), rows, self.agent.parameters())
+        statistics = gradients(*self._loss(batch, teach, rows), self.agent.parameters())
         nn.utils.clip_grad_norm_(self.agent.parameters(), self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: Batch, teach: float, weight: float, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss of some steps, and its parts."""
-        c, x, advantage = self.config, batch.x[rows], batch.advantage[rows]
+    def _loss(self, batch: Batch, teach: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of some steps, and its parts."""
+        c, x, advantage, weight = self.config, batch.x[rows], batch.advantage[rows], 1.0 / len(rows)
         mean = self.agent.actor(x)
         log_ratio = log_prob(mean, self.agent.log_std, batch.action[rows]) - batch.old[rows]
         ratio = log_ratio.exp()

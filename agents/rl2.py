@@ -234,16 +234,16 @@ class TrialsPPO:
 
     def _step(self, batch: Batch, drawn: Any, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
-        weight = batch.valid / batch.valid[:, rows].sum()
-        statistics = gradients(partial(self._loss, batch, drawn, teach, weight), rows, chain(*self.groups))
+        statistics = gradients(*self._loss(batch, drawn, teach, rows), chain(*self.groups))
         for group in self.groups:
             nn.utils.clip_grad_norm_(group, self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: Batch, drawn: Any, teach: float, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss of some trials, and its parts."""
-        c, weight, advantage = self.config, weight[:, rows], batch.advantage[:, rows]
+    def _loss(self, batch: Batch, drawn: Any, teach: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of some trials, and its parts."""
+        c, lived, advantage = self.config, batch.valid[:, rows], batch.advantage[:, rows]
+        weight = lived / lived.sum()
         mean, value, known = self.agent(batch.x[:, rows], batch.task[rows], batch.critic_obs[:, rows])
         log_ratio = log_prob(mean, self.agent.log_std, batch.action[:, rows]) - batch.old[:, rows]
         ratio = log_ratio.exp()

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +25,7 @@ from metarobot.checkpoint import build_learner
 from metarobot.collect import collect
 from metarobot.env import Env, Family
 from metarobot.inner import looped
-from metarobot.parallel import pool, steady_heap
+from metarobot.parallel import steady_heap
 from metarobot.sim import Rows
 from metarobot.sim.cpu import CpuSim, numbers
 from metarobot.types import MetarobotError
@@ -283,7 +284,8 @@ def _multiply(products: list[tuple[int, int, int]], times: int, threads: int) ->
             for x, w in pairs:
                 torch.mm(x, w)
 
-    list(pool(threads).map(share, range(threads)))
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(share, range(threads)))
 
 
 def bench_agents(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:

@@ -1,43 +1,25 @@
-"""Gradient steps; on the CPU on several cores, each taking its share of a minibatch on a thread of its own; its heap.
-
-For networks this small, splitting every matrix product over cores (torch's own way) gains a third at best; splitting
-the minibatch nearly doubles the speed on two. Shares are summed in a fixed order, so the result is reproducible.
-"""
+"""Gradient steps, on as many cores as torch is told to use; and what keeps cores and heap from being wasted."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor
 
 Step = Callable[[], Tensor]
 """Takes a gradient step and returns its statistics ``(statistic,)``."""
-Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Rows -> (their share of the loss, their share of the statistics): shares add up to the minibatch's."""
 
 
-def gradients(loss: Loss, rows: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Set each parameter's gradient of ``loss`` over ``rows`` and return the statistics, detached.
-
-    Uses as many threads as torch is set to, on the CPU.
-    """
+def gradients(loss: Tensor, statistics: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Set each parameter's gradient of ``loss`` and return the statistics, detached."""
     wanted = list(parameters)
-    threads = torch.get_num_threads() if wanted[0].device.type == "cpu" else 1
-
-    def share(part: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        value, statistics = loss(part)
-        return torch.autograd.grad(value, wanted), statistics.detach()
-
-    shares = list(pool(threads).map(share, rows.chunk(threads))) if threads > 1 else [share(rows)]
-    for i, p in enumerate(wanted):
-        p.grad = sum((grads[i] for grads, _ in shares[1:]), start=shares[0][0][i])
-    return sum((s for _, s in shares[1:]), start=shares[0][1])
+    for p, slope in zip(wanted, torch.autograd.grad(loss, wanted), strict=True):
+        p.grad = slope
+    return statistics.detach()
 
 
 def descend(passes: Iterable[Iterable[Step]], watched: int, limit: float) -> tuple[Tensor, int]:
@@ -60,7 +42,6 @@ def descend(passes: Iterable[Iterable[Step]], watched: int, limit: float) -> tup
     return sums, taken
 
 
-@cache
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch use one thread: its workers would spin against the physics threads."""
@@ -70,11 +51,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def pool(threads: int) -> ThreadPoolExecutor:
-    """Return so many threads, on each of which torch uses one core."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def steady_heap() -> None:

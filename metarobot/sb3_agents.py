@@ -94,7 +94,7 @@ class SACConfig:
     """Adam's learning rate at the start."""
     lr_end: float = 0.05
     """Fraction of it that is left at the end; linear between."""
-    updates: int = 8
+    updates: int = 4
     """Gradient steps for each step of all worlds."""
     batch: int = 256
     """Transitions a gradient step."""

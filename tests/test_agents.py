@@ -255,7 +255,7 @@ def test_the_belief_learns_to_tell_tasks_apart() -> None:
 
 
 @pytest.mark.parametrize("name", ["blind", "rl2", "varibad"])
-def test_sharing_a_minibatch_among_threads_gives_the_same_gradients(name: str) -> None:
+def test_several_threads_give_the_same_gradients(name: str) -> None:
     trials = live(build(name))
     learners = [build(name, epochs=1, minibatches=1) for _ in range(3)]
     for one, threads in zip(learners, (1, 2, 2), strict=True):

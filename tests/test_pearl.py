@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from metarobot.checkpoint import build_learner, family_shapes, open_run, save
 from metarobot.collect import collect
 from metarobot.env import Env
 from metarobot.family import Family, families
-from metarobot.parallel import gradients
 from metarobot.types import Percept, Trials, sequence
 
 SMALL = {"worlds": 2, "width": 16, "tasks": 4, "batch": 4, "context": 8, "gradient_steps": 3, "replay": 10_000}
@@ -235,26 +233,27 @@ def test_target_critics_follow_by_tau() -> None:
         assert not target.requires_grad
 
 
-def test_shares_of_a_minibatch_add_up_to_its_gradients() -> None:
-    learner = skilled(batch=8)
-    batch, rows = learner._draw(torch.Generator().manual_seed(0)), torch.arange(4)
-    found = []
-    for threads in (1, 2):
+def test_several_threads_learn_the_same_reproducibly() -> None:
+    learners = [build(gradient_steps=1) for _ in range(3)]
+    trials = live(learners[0])
+    for learner, threads in zip(learners, (1, 2, 2), strict=True):
         torch.set_num_threads(threads)
-        statistics = gradients(partial(learner._loss, batch), rows, learner._parameters)
-        found.append([statistics, *(p.grad.clone() for p in learner._parameters)])
+        learner.update(trials, 0.0, 0)
     torch.set_num_threads(1)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
-    assert all(x.abs().sum() > 0 for x in found[0])
+    assert same(learners[1].state(), learners[2].state())
+    for p, q in zip(learners[0]._parameters, learners[1]._parameters, strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    assert all(p.grad.abs().sum() > 0 for p in learners[0]._parameters)
 
 
 def test_the_belief_head_teaches_the_encoder_nothing() -> None:
     learner = skilled()
-    batch, rows = learner._draw(torch.Generator().manual_seed(0)), torch.arange(4)
+    batch = learner._draw(torch.Generator().manual_seed(0))
+    names, weights = zip(*learner.agent.named_parameters(), strict=True)
     found = []
     for shift in (0.0, 3.0):
-        gradients(partial(learner._loss, batch._replace(task=batch.task + shift)), rows, learner._parameters)
-        found.append({k: p.grad.clone() for k, p in learner.agent.named_parameters()})
+        loss, _ = learner._loss(batch._replace(task=batch.task + shift))
+        found.append(dict(zip(names, torch.autograd.grad(loss, weights), strict=True)))
     changed = {k for k in found[0] if not torch.equal(found[0][k], found[1][k])}
     assert changed == {k for k in found[0] if k.startswith("head.")}
 
