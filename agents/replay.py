@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metarobot.agent import Shapes
+from metarobot.parallel import afford_replay
 from metarobot.types import MetarobotError, Rollout, Trials
 
 
@@ -42,7 +42,7 @@ class Replay:
                 f"{shapes.episodes} x {shapes.horizon} transitions each"
             )
         shape = (self.rows, shapes.episodes * self._slots, sum(self._sizes))
-        _refuse(transitions, 4 * shape[0] * shape[1] * shape[2])
+        afford_replay(transitions, 4 * shape[0] * shape[1] * shape[2])
         self._data = torch.zeros(shape)
         self._length = torch.zeros(self.rows, shapes.episodes, dtype=torch.int64)
         self._task = torch.zeros(self.rows, shapes.task)
@@ -115,18 +115,3 @@ class Replay:
         self.count = int(state["count"])
         for k, v in (("data", self._data), ("length", self._length), ("task", self._task)):
             v[: len(self)] = state[k]
-
-
-def _refuse(transitions: int, needed: int) -> None:
-    """Raise if so many bytes are not to be had."""
-    free = available()
-    if needed > free:
-        raise MetarobotError(
-            f"a replay of {transitions:,} transitions needs {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB "
-            "are free; lower --replay"
-        )
-
-
-def available() -> int:
-    """Bytes of memory that may still be taken."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

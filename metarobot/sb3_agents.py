@@ -11,7 +11,6 @@ all there is, and a killed run goes on bit for bit.
 from __future__ import annotations
 
 import math
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from torch import Tensor
 from metarobot.agent import AgentKind, Iterate, Shapes, pack, unpack
 from metarobot.env import Family
 from metarobot.nets import RunningNorm
+from metarobot.parallel import afford_replay
 from metarobot.returns import discounted
 from metarobot.sb3 import PPO, SAC, BaseCallback, Logger
 from metarobot.sb3_policies import Normalised, PPOAgent, RecurrentAgent, RecurrentPPO, SACAgent, TrialPolicy
@@ -257,7 +257,7 @@ class SACLearner(SB3Learner):
     agent_class = SACAgent
 
     def __init__(self, config: SACConfig, shapes: Shapes) -> None:
-        _check_memory(config.replay * 4 * (2 * shapes.obs + shapes.act + 3))
+        afford_replay(config.replay, 4 * config.replay * (2 * shapes.obs + shapes.act + 3))
         super().__init__(config, shapes)
         policy = self.model.policy
         self.optimisers = {
@@ -331,13 +331,6 @@ def _generators_restored() -> Iterator[None]:
     finally:
         random.setstate(plain)
         np.random.set_state(numpy)
-
-
-def _check_memory(need: int) -> None:
-    """Refuse a replay of so many bytes if they are not there."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > free:
-        raise MetarobotError(f"a replay of {need / 1e9:.1f} GB does not fit into the {free / 1e9:.1f} GB that are free")
 
 
 ppo = AgentKind(

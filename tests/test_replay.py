@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metarobot.agent import Shapes
-from metarobot.agents.replay import Replay, available
+from metarobot.agents.replay import Replay
 from metarobot.collect import collect
 from metarobot.env import Env
+from metarobot.parallel import available
 from metarobot.types import MetarobotError, Rollout, Trials, sequence
 
 HORIZON, EPISODES = 5, 3

@@ -293,7 +293,7 @@ BAD = {
     ),
     "replay": (
         "train CheetahVel --agent sb3:sac --replay 4000000000 --out {tmp}/x",
-        "a replay of 688.0 GB does not fit",
+        "a replay of 4,000,000,000 transitions needs 688.0 GB of memory",
     ),
     "zero": ("train CheetahVel --agent sb3:sac --updates 0 --out {tmp}/x", "updates must be at least 1, not 0"),
 }
