@@ -169,12 +169,12 @@ placement() {
 # promp, which brings fine-tuning of the blind policy with it, sb3:recurrentppo and sb3:sac can be added.
 # every agent: on CheetahVel with the steps given above, then on both families with 1 M each
 compare() {
-  local all=(rl2 varibad pearl prototype promp sb3:ppo sb3:sac sb3:recurrentppo blind oracle)
-  local usual=(--agents "${all[@]}" --threads 1 --episodes 3 --steps 1e6)
-  metarobot compare CheetahVel "${usual[@]}" --results results --set rl2.steps=6.5e6 varibad.steps=6.5e6 promp.steps=6.5e6 \
-    pearl.steps=3e6 pearl.gradient_steps=500 prototype.steps=6e6 sb3:ppo.steps=2e6 blind.steps=2e6 oracle.steps=3e6
-  metarobot compare CheetahVel "${usual[@]}" --out runs/equal --reuse runs --results results/equal
-  metarobot compare CheetahTerrain "${usual[@]}" --out runs/equal --results results/equal --set rl2.epochs=8 varibad.epochs=8
+  local all=(rl2 varibad pearl prototype sb3:ppo sb3:sac sb3:recurrentppo blind oracle) usual=(--threads 1 --episodes 3 --steps 1e6)
+  metarobot compare CheetahVel --agents "${all[@]}" promp "${usual[@]}" --results results --set rl2.steps=6.5e6 varibad.steps=6.5e6 \
+    promp.steps=6.5e6 pearl.steps=3e6 pearl.gradient_steps=500 prototype.steps=6e6 sb3:ppo.steps=2e6 blind.steps=2e6 oracle.steps=3e6
+  metarobot compare CheetahVel --agents "${all[@]}" "${usual[@]}" --out runs/equal --reuse runs --results results/equal
+  metarobot compare CheetahTerrain --agents "${all[@]}" promp "${usual[@]}" --out runs/equal --results results/equal \
+    --set rl2.epochs=8 varibad.epochs=8
   metarobot recognise runs/equal/CheetahTerrain-prototype-0 --json results/CheetahTerrain-likeness-test.json \
     --plot results/CheetahTerrain-likeness-test.png
 }
