@@ -249,16 +249,20 @@ class Stage:
         return np.asarray(Image.fromarray(fine).reduce(OVERSAMPLE))
 
     def _aim(self, look: Floats) -> None:
-        camera, distance = self._camera, self._distance
-        camera.lookat, camera.distance, camera.azimuth, camera.elevation = look, distance, 90.0, -np.degrees(_TILT)
+        camera, tilt = self._camera, np.degrees(_TILT)
+        camera.lookat, camera.distance, camera.azimuth, camera.elevation = look, self._distance, 90.0, -tilt
         everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        self._place_eyes(look)  # an endless floor is laid around where the scene was last seen from
         mujoco.mjv_updateScene(self.model, self.data, self._option, None, camera, everything, self._scene)
-        for eye in self._scene.camera:
-            eye.pos[:], eye.forward[:], eye.up[:] = look - distance * self._forward, self._forward, self._head
+        self._place_eyes(look)
         for light in self._scene.lights[1 : self._scene.nlight]:
             light.pos[:] = look - 3.0 * self.radius * np.array(light.dir)
         if self._floor >= 0:
             self._cast_shadows()
+
+    def _place_eyes(self, look: Floats) -> None:
+        for eye in self._scene.camera:
+            eye.pos[:], eye.forward[:], eye.up[:] = look - self._distance * self._forward, self._forward, self._head
 
     def _cast_shadows(self) -> None:
         """Add each shape once more, flattened along the light onto the floor: a tenth of the time of shadow maps."""

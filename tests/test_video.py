@@ -15,7 +15,7 @@ import torch
 from metarobot.agent import Agent, Shapes, agents
 from metarobot.env import Env, Family, families
 from metarobot.tasks import Task
-from metarobot.video import Camera, VideoError, film
+from metarobot.video import Camera, VideoError, film, snap
 
 PANEL = (160, 120)
 
@@ -128,6 +128,18 @@ def test_drawing_leaves_the_world_as_it_was(gl: None, family: Family) -> None:
             camera.frame(drawn, 0)
             a, b = (env.step(torch.full((1, 6), 0.3)) for env in (drawn, other))
             assert torch.equal(a.obs, b.obs)
+
+
+def test_the_floor_is_under_a_robot_that_was_far_away_in_the_last_picture(gl: None, family: Family) -> None:
+    env = Env(family, [family.space.task(target_speed=0.0)], seed=5, threads=1)
+    here = snap(env, 0)
+    far = here.copy()
+    far[1] += 100.0  # time, then the position along the track (m)
+    task = env.tasks[0]
+    with Camera(family, 96, 64) as camera:
+        alone = camera.picture(task, here, key="here")
+        camera.picture(task, far, key="far")
+        np.testing.assert_array_equal(alone, camera.picture(task, here, key="here"))
 
 
 def horizon(image: np.ndarray) -> tuple[int, int]:
