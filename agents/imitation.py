@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.agents.gradient import by_task
-from metarobot.inner import call, climb, each, exact, first_order, slopes, walk
-from metarobot.nets import RunningNorm, mlp
-from metarobot.types import MetarobotError, Percept, Rollout, Trials
+from metarobot.errors import MetarobotError
+from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.gradient_agent import by_task
+from metarobot.learning.meta_gradient import call, climb, each, exact, first_order, slopes, walk
+from metarobot.learning.networks import RunningNorm, mlp
+from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.types import Percept, Rollout, Trials
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from metarobot import trust
-from metarobot.agent import AgentKind, Shapes
-from metarobot.agents.critic import Critic
-from metarobot.agents.gradient import Batch, GradientAgent, InnerConfig, ignored
-from metarobot.inner import Derivative, Objective, Product, each, exact, first_order, slopes
+from metarobot.learning import trust_region as trust
+from metarobot.learning.agent_interface import AgentKind, Shapes
+from metarobot.learning.gradient_agent import Batch, GradientAgent, InnerConfig, ignored
+from metarobot.learning.meta_gradient import Derivative, Objective, Product, each, exact, first_order, slopes
+from metarobot.learning.outer_critic import Critic
 from metarobot.types import Trials
 
 

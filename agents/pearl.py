@@ -15,13 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.agents.posterior import Gaussian, PosteriorError, check, kl, log_density, product, sample, standard
-from metarobot.agents.replay import Replay, Steps
-from metarobot.nets import RunningNorm, linears, mlp
-from metarobot.parallel import gradients
-from metarobot.returns import discounted
-from metarobot.types import MetarobotError, Percept, Rollout, Trials, sequence
+from metarobot.errors import MetarobotError
+from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.gaussian_posterior import (
+    Gaussian,
+    PosteriorError,
+    check,
+    kl,
+    log_density,
+    product,
+    sample,
+    standard,
+)
+from metarobot.learning.networks import RunningNorm, linears, mlp
+from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.learning.ppo_core import gradients
+from metarobot.learning.returns import discounted
+from metarobot.learning.trial_replay import Replay, Steps
+from metarobot.types import Percept, Rollout, Trials, sequence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
-from metarobot.nets import RunningNorm, graft, linears, log_prob, mlp, taught
-from metarobot.parallel import Step, descend, gradients
-from metarobot.returns import discounted, explained_variance, gae
+from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.networks import RunningNorm, graft, linears, log_prob, mlp, taught
+from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.learning.ppo_core import Step, descend, gradients
+from metarobot.learning.returns import discounted, explained_variance, gae
 from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Shapes, pack, unpack
-from metarobot.agents.critic import Critic
-from metarobot.agents.gradient import Batch, GradientAgent, InnerConfig, ignored
-from metarobot.inner import climb, each, first_order, slopes
+from metarobot.learning.agent_interface import AgentKind, Shapes
+from metarobot.learning.gradient_agent import Batch, GradientAgent, InnerConfig, ignored
+from metarobot.learning.meta_gradient import climb, each, first_order, slopes
+from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.learning.outer_critic import Critic
 from metarobot.types import Trials
 
 

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig, PPOSettings
-from metarobot.metric import LOSSES, calibrated, nearest, stress
-from metarobot.nets import RunningNorm, mlp
-from metarobot.types import MetarobotError, Percept, Rollout, Trials, following, sequence
+from metarobot.errors import MetarobotError
+from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.metric_losses import LOSSES, calibrated, nearest, stress
+from metarobot.learning.networks import RunningNorm, mlp
+from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.types import Percept, Rollout, Trials, following, sequence
 
 COLLAPSED = 1e-5
 """Spread of the prototypes, in their own size, below which all of them are one point."""

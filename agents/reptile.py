@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Shapes, pack, unpack
-from metarobot.agents.gradient import GradientAgent, InnerConfig, ignored
-from metarobot.inner import climb
-from metarobot.types import MetarobotError, Trials
+from metarobot.errors import MetarobotError
+from metarobot.learning.agent_interface import AgentKind, Shapes
+from metarobot.learning.gradient_agent import GradientAgent, InnerConfig, ignored
+from metarobot.learning.meta_gradient import climb
+from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.types import Trials
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Context, Shapes, pack, unpack
 from metarobot.agents.ppo import PPOAgent
-from metarobot.nets import RunningNorm, graft, linears, log_prob, memory, mlp, orthogonal, taught
-from metarobot.parallel import Step, descend, gradients
-from metarobot.returns import discounted, explained_variance, gae
-from metarobot.types import MetarobotError, Percept, Rollout, Sequence, Trials, sequence
+from metarobot.errors import MetarobotError
+from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.memories import memory
+from metarobot.learning.networks import RunningNorm, graft, linears, log_prob, mlp, orthogonal, taught
+from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.learning.ppo_core import Step, descend, gradients
+from metarobot.learning.returns import discounted, explained_variance, gae
+from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.agent import AgentKind, Context, Shapes
-from metarobot.agents.posterior import Gaussian, check, kl, log_density, sample, standard
 from metarobot.agents.rl2 import Batch, TrialsConfig, TrialsPPO, last
-from metarobot.nets import RunningNorm, memory, mlp, orthogonal
+from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.gaussian_posterior import Gaussian, check, kl, log_density, sample, standard
+from metarobot.learning.memories import memory
+from metarobot.learning.networks import RunningNorm, mlp, orthogonal
 from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
 
 PACE = 0.05

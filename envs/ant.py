@@ -18,10 +18,10 @@ import mujoco
 import torch
 from torch import Tensor
 
-from metarobot.distributions import Uniform
 from metarobot.envs.cheetah import effort, start
-from metarobot.family import Family, State
-from metarobot.tasks import Param, TaskSpace
+from metarobot.tasks.distributions import Uniform
+from metarobot.tasks.family import Family, State
+from metarobot.tasks.space import Param, TaskSpace
 
 Velocity = Callable[[State, State, float], Tensor]
 RADIUS = 3.0

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.distributions import Choice, Uniform
-from metarobot.family import Family, State
-from metarobot.tasks import Param, TaskSpace
+from metarobot.tasks.distributions import Choice, Uniform
+from metarobot.tasks.family import Family, State
+from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats
 
 JOINTS = ("bthigh", "bshin", "bfoot", "fthigh", "fshin", "ffoot")

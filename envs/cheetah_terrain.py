@@ -11,11 +11,11 @@ from dataclasses import replace
 import mujoco
 from torch import Tensor
 
-from metarobot.distributions import Choice, LogUniform, Mixture, Uniform
 from metarobot.envs.cheetah import JOINTS, cheetah, cheetah_vel, effort, speed
-from metarobot.family import State
-from metarobot.model import Edit, compile_spec
-from metarobot.tasks import Param, TaskSpace
+from metarobot.tasks.distributions import Choice, LogUniform, Mixture, Uniform
+from metarobot.tasks.family import State
+from metarobot.tasks.mujoco_models import Edit, compile_spec
+from metarobot.tasks.space import Param, TaskSpace
 
 
 def loaded_cheetah() -> mujoco.MjSpec:

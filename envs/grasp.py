@@ -11,11 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from metarobot.distributions import Choice, LogUniform, Uniform
-from metarobot.envs import manipulation, objects, panda
-from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
-from metarobot.family import Family, State, Tally
-from metarobot.tasks import Param, TaskSpace
+from metarobot.envs.robots import arm_control as manipulation
+from metarobot.envs.robots import panda
+from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
+from metarobot.envs.scenery import graspable_objects as objects
+from metarobot.tasks.distributions import Choice, LogUniform, Uniform
+from metarobot.tasks.family import Family, State, Tally
+from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import like
 
 HORIZON = 100

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from metarobot.envs.ant import direction, fallen, follow_direction, names, observe, published, readout
-from metarobot.family import Family, State
+from metarobot.tasks.family import Family, State
 from metarobot.types import Floats
 
 REACH = 0.4

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.distributions import Choice, LogUniform
-from metarobot.envs import manipulation, objects
 from metarobot.envs.grasp import SIZE
-from metarobot.envs.manipulation import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
-from metarobot.family import Family, State, Tally
-from metarobot.tasks import Param, TaskSpace
+from metarobot.envs.robots import arm_control as manipulation
+from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
+from metarobot.envs.scenery import graspable_objects as objects
+from metarobot.tasks.distributions import Choice, LogUniform
+from metarobot.tasks.family import Family, State, Tally
+from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats, like
 
 HORIZON = 120

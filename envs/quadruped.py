@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
-from metarobot.envs import go2, terrain
-from metarobot.envs.rotation import rotation
-from metarobot.family import Family, Hardware, State
-from metarobot.model import Edit, compile_spec
-from metarobot.tasks import Few, Param, TaskSpace
+from metarobot.envs.robots import go2
+from metarobot.envs.robots.quaternions import rotation
+from metarobot.envs.scenery import terrain
+from metarobot.tasks.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
+from metarobot.tasks.family import Family, Hardware, State
+from metarobot.tasks.mujoco_models import Edit, compile_spec
+from metarobot.tasks.space import Few, Param, TaskSpace
 from metarobot.types import Floats, like
 
 SUBSTEPS, HORIZON = 4, 200

@@ -20,8 +20,8 @@ def _register(families: Iterable[str]) -> None:
         if (id_ := f"metarobot/{name}-v0") not in gymnasium.registry:
             gymnasium.register(
                 id_,
-                entry_point="metarobot.gym:GymEnv",
-                vector_entry_point="metarobot.gym:GymVecEnv",
+                entry_point="metarobot.env.gymnasium_envs:GymEnv",
+                vector_entry_point="metarobot.env.gymnasium_envs:GymVecEnv",
                 kwargs={"family": name},
             )
 

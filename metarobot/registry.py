@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from metarobot.types import MetarobotError
+from metarobot.errors import MetarobotError
 
 T = TypeVar("T")
 

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from metarobot.env import Env, families
+from metarobot.env.base import Env
+from metarobot.tasks.family import families
 
 TURN_S = 0.25
 OURS = "metarobot Env"

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import numpy as np
 from wire_faults import ALL, PERIOD, folder, strike
 
-from metarobot.bridge.gate import bounds
+from metarobot.bridge.safety.command_gate import bounds
 
 repeats, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 5, np.random.default_rng(0)
 reading, command = (1e3 * x for x in bounds(PERIOD))

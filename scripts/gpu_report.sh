@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 if [ $device != cpu ]; then
-  python -c "from metarobot.device import device_of; device_of('$device')" 2>/dev/null ||
+  python -c "from metarobot.env.device import device_of; device_of('$device')" 2>/dev/null ||
     { echo "error: Warp finds no device $device here; there is: cpu" >&2 && exit 2; }
 fi
 until=$((SECONDS + minutes * 60))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metarobot.log import first_reach, read_metrics
+from metarobot.training.metrics_log import first_reach, read_metrics
 
 LEVELS = (-50.0, -40.0)
 

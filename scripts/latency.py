@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 from rich.progress import track
 
-from metarobot.bridge.policy import Policy
+from metarobot.bridge.policy.onnx_policy import Policy
 
 
 def resident_mb() -> float:

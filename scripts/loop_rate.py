@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from metarobot.bridge import robots
 from metarobot.bridge.controller import Controller
-from metarobot.bridge.gate import Watch
-from metarobot.bridge.meta import Meta
-from metarobot.bridge.pace import Clock, Monotonic, Stepped
-from metarobot.bridge.policy import Policy
-from metarobot.bridge.session import Report, Settings
+from metarobot.bridge.loop_timing import Clock, Monotonic, Stepped
+from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.robots import lookup as robots
+from metarobot.bridge.run_report import Report, Settings
+from metarobot.bridge.safety.command_gate import Watch
 
 
 class Easy:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from metarobot.agent import agents
-from metarobot.checkpoint import build_learner
-from metarobot.collect import collect
-from metarobot.env import Env, families
+from metarobot.env.base import Env
+from metarobot.learning.agent_interface import agents
+from metarobot.tasks.family import families
+from metarobot.training.collect import collect
+from metarobot.training.run_folder import build_learner
 
 
 def resident_mb() -> float:

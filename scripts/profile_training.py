@@ -20,8 +20,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from metarobot.agent import agents
-from metarobot.train import TrainConfig, start, train
+from metarobot.learning.agent_interface import agents
+from metarobot.training.config import TrainConfig
+from metarobot.training.train import start, train
 
 NUMBERS = 4
 """Bytes of a number."""

@@ -21,18 +21,20 @@ from typing import Any
 
 import numpy as np
 
-from metarobot.bridge import robots
-from metarobot.bridge.adaptation import Adaptation
+from metarobot.bridge.adaptation_client import Adaptation
 from metarobot.bridge.controller import Controller
-from metarobot.bridge.meta import Meta
-from metarobot.bridge.pace import Monotonic, Stepped
-from metarobot.bridge.policy import Policy
-from metarobot.bridge.robot import Reading
-from metarobot.bridge.session import Report, Settings
-from metarobot.bridge.sim import Sim
-from metarobot.checkpoint import open_run, write_json
-from metarobot.evaluate import Arena, Protocol, interval
-from metarobot.export import export
+from metarobot.bridge.loop_timing import Monotonic, Stepped
+from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.robot_interface import Reading
+from metarobot.bridge.robots import lookup as robots
+from metarobot.bridge.robots.sim_client import Sim
+from metarobot.bridge.run_report import Report, Settings
+from metarobot.deploy.onnx_export import export
+from metarobot.evaluation.evaluate import interval
+from metarobot.evaluation.protocol import Arena, Protocol
+from metarobot.files import write_json
+from metarobot.training.run_folder import open_run
 
 WALKER, STEPPER = "QuadrupedDamage-rl2", "CheetahDir100-promp"
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from ros_loop import PYTHON, peer
 
-from metarobot.bridge.gate import bounds
-from metarobot.bridge.policy import Policy
+from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.safety.command_gate import bounds
 
 
 def killed(policy: str, domain: int, seconds: float, log: Path) -> float:

@@ -28,10 +28,10 @@ from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 
-from metarobot.bridge.ros2 import Ros2
-from metarobot.bridge.ros2_idl import Float64MultiArray, JointState
-from metarobot.envs import go2
-from metarobot.model import compile_spec
+from metarobot.bridge.robots.ros2 import Ros2
+from metarobot.bridge.robots.ros2_messages import Float64MultiArray, JointState
+from metarobot.envs.robots import go2
+from metarobot.tasks.mujoco_models import compile_spec
 
 ROOT, CONTROLLER = Path(__file__).parents[1], "forward_position_controller"
 PYTHON = ROOT / ".ros/bin/python"

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarobot.checkpoint import open_run, write_json
-from metarobot.collect import collect
-from metarobot.env import Env, Family, Step
-from metarobot.envs import go2
+from metarobot.env.base import Env, Step
 from metarobot.envs.quadruped import Feet, turned, velocity
-from metarobot.types import MetarobotError
+from metarobot.envs.robots import go2
+from metarobot.errors import MetarobotError
+from metarobot.files import write_json
+from metarobot.tasks.family import Family
+from metarobot.training.collect import collect
+from metarobot.training.run_folder import open_run
 
 SPEEDS = (0.3, 0.6, 0.8, 1.0)
 SECONDS, STARTS = 5.0, 8

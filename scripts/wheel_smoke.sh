@@ -13,11 +13,11 @@ import importlib
 import pkgutil
 
 import metarobot
-from metarobot.agent import agents
-from metarobot.checkpoint import open_run, pretrained
-from metarobot.env import Env, families
+from metarobot.learning.agent_interface import agents
+from metarobot.training.run_folder import open_run, pretrained
+from metarobot.env.base import Env, families
 
-extras = ("metarobot.sb3", "metarobot.export", "metarobot.bridge.", "metarobot.bench_device", "metarobot.device", "metarobot.sim.warp", "metarobot.scan_")
+extras = ("metarobot.env.sb3_vec_env", "metarobot.deploy.onnx_export", "metarobot.bridge.", "metarobot.bench.device_speed", "metarobot.env.device", "metarobot.sim.warp", "metarobot.scan_")
 names = [m.name for m in pkgutil.walk_packages(metarobot.__path__, "metarobot.")]
 for name in names:
     if not name.startswith(extras):
@@ -46,7 +46,7 @@ import sys
 from importlib.util import find_spec
 
 import metarobot.bridge
-from metarobot.bridge.policy import Policy
+from metarobot.bridge.policy.onnx_policy import Policy
 
 assert not [name for name in ("torch", "mujoco", "gymnasium", "tyro", "rich") if find_spec(name)]
 needs_dds = {"metarobot.bridge." + name for name in ("dds", "ros2_idl", "unitree_idl", "__main__")}

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.meta import Meta
-from metarobot.bridge.pace import Stepped
+from metarobot.bridge.loop_timing import Stepped
+from metarobot.bridge.policy.metadata import Meta
 
 JOINTS = ("hip", "knee")
 LIMIT = {"low": -1.0, "high": 1.0, "velocity": 10.0, "torque": 20.0}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import tiny_run
 
-from metarobot.agent import agents
-from metarobot.checkpoint import Run, open_run
-from metarobot.nets import MEMORIES
-from metarobot.studio import VideoError, backend
+from metarobot.learning.agent_interface import agents
+from metarobot.learning.memories import MEMORIES
+from metarobot.render.opengl import VideoError, backend
+from metarobot.training.run_folder import Run, open_run
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def exported(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> 
     """Export the tiny run of that name, or an agent in the box, when it is first asked for: the run, the policy."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    from metarobot.export import export
+    from metarobot.deploy.onnx_export import export
 
     root = tmp_path_factory.mktemp("policies")
     # torch's exporter sets up its table of operators anew each time, a second's work

@@ -10,10 +10,10 @@ from bridging import JOINTS, LIMIT, Plain, Recorder, Restarting, Wave, meta
 
 from metarobot.bridge.controller import SLOW, Controller
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.gate import DampedError, Gate, bounds
-from metarobot.bridge.pace import Stepped
-from metarobot.bridge.readings import JUMP
-from metarobot.bridge.session import Settings
+from metarobot.bridge.loop_timing import Stepped
+from metarobot.bridge.run_report import Settings
+from metarobot.bridge.safety.command_gate import DampedError, Gate, bounds
+from metarobot.bridge.safety.reading_checks import JUMP
 
 PERIOD = 0.02
 NUMBERS = (math.nan, math.inf, -math.inf, 1e300, -1e300, 1e12, -5.0, 5.0)

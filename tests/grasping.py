@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarobot.env import Env, Family, families
-from metarobot.envs.manipulation import Scene
+from metarobot.env.base import Env
+from metarobot.envs.robots.arm_control import Scene
+from metarobot.tasks.family import Family, families
 
 NAMES = ["GraspFragile", "GraspMix", "GraspShapes"]
 SHAPES, FRAGILE = families.get("GraspShapes"), families.get("GraspFragile")

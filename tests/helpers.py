@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarobot.agent import Learner, Shapes, agents
-from metarobot.agents.gradient import Batch, GradientAgent
-from metarobot.checkpoint import Run
-from metarobot.cli import main
-from metarobot.collect import collect
-from metarobot.env import Env, families
-from metarobot.train import TrainConfig, start, train
+from metarobot.cli.main import main
+from metarobot.env.base import Env
+from metarobot.learning.agent_interface import Learner, Shapes, agents
+from metarobot.learning.gradient_agent import Batch, GradientAgent
+from metarobot.tasks.family import families
+from metarobot.training.collect import collect
+from metarobot.training.config import TrainConfig
+from metarobot.training.run_folder import Run
+from metarobot.training.train import start, train
 from metarobot.types import Rollout, Trials
 
 

@@ -17,13 +17,13 @@ from bridging import JOINTS, Plain, Wave
 
 from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.gate import Watch
-from metarobot.bridge.guard import guarding
-from metarobot.bridge.meta import Meta
-from metarobot.bridge.pace import Monotonic
-from metarobot.bridge.robots import alone
-from metarobot.bridge.session import Settings
-from metarobot.bridge.stop import signs
+from metarobot.bridge.loop_timing import Monotonic
+from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.robots.lookup import alone
+from metarobot.bridge.run_report import Settings
+from metarobot.bridge.safety.command_gate import Watch
+from metarobot.bridge.safety.emergency_stop import signs
+from metarobot.bridge.safety.guard_process import guarding
 
 READING = struct.Struct("<cQd4d")
 COMMAND = struct.Struct("<cQQ2d")

@@ -13,7 +13,7 @@ import numpy as np
 from bridging import ABOUT, LIMIT
 from udp_robot import FAULTS, Peer
 
-from metarobot.bridge.gate import bounds
+from metarobot.bridge.safety.command_gate import bounds
 
 HERE = Path(__file__).parent
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}

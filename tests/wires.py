@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("cyclonedds", reason="robots on DDS need cyclonedds: pip install 'metarobot[deploy]'")
 
-from metarobot.bridge import ros2_idl as ros
-from metarobot.bridge.dds import Link
+from metarobot.bridge.robots import ros2_messages as ros
+from metarobot.bridge.robots.dds import Link
 
 
 def domain() -> int:

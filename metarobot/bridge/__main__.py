@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from metarobot.bridge import run
+from metarobot.bridge import launch as run
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.options import Options
+from metarobot.bridge.run_options import Options
 
 
 def _helps() -> dict[str, str]:

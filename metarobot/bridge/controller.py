@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.gate import Gate
-from metarobot.bridge.log import Log, Row
-from metarobot.bridge.pace import Clock, Monotonic, Pace, undisturbed
-from metarobot.bridge.readings import TOLD, Readings
-from metarobot.bridge.robot import Floats, Layout, Reading, Restarts, Robot, Waits
-from metarobot.bridge.safety import Filter, blend
-from metarobot.bridge.session import Acting, Adapting, Report, Settings
-from metarobot.bridge.states import Machine, State
+from metarobot.bridge.loop_timing import Clock, Monotonic, Pace, undisturbed
+from metarobot.bridge.robot_interface import Floats, Layout, Reading, Restarts, Robot, Waits
+from metarobot.bridge.run_report import Acting, Adapting, Report, Settings
+from metarobot.bridge.safety.command_gate import Gate
+from metarobot.bridge.safety.command_limits import Filter, blend
+from metarobot.bridge.safety.reading_checks import TOLD, Readings
+from metarobot.bridge.state_machine import Machine, State
+from metarobot.bridge.tools.run_log import Log, Row
 
 SLOW = 3
 """So many steps in succession in which the policy takes longer than a control period end the run."""

@@ -11,7 +11,7 @@ import torch
 from mujoco import batch
 from torch import Tensor
 
-from metarobot.sim import Rows
+from metarobot.sim.protocol import Rows
 
 
 class CpuSim:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.sim import Rows
-from metarobot.types import MetarobotError
+from metarobot.errors import MetarobotError
+from metarobot.sim.protocol import Rows
 
 try:
     import mujoco_warp as mjw

@@ -1,0 +1,1 @@
+"""What robots meet: ground and objects."""

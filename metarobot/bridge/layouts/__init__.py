@@ -1,0 +1,1 @@
+"""From a robot's signals to a policy's observations and reward."""

@@ -1,0 +1,1 @@
+"""The exported policy: its metadata, its check, and running it."""

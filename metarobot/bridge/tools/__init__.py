@@ -1,0 +1,1 @@
+"""The run's log, its replay and the terminal panel."""

@@ -1,0 +1,199 @@
+"""The command line of comparisons: agents with each other, and speeds with what they could be."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tyro.conf import Positional
+
+from metarobot.cli.progress import bar
+from metarobot.errors import MetarobotError
+
+if TYPE_CHECKING:
+    from metarobot.evaluation.compare import Job, Outlook
+
+LINE_EVERY_S = 20.0
+
+
+def compare(
+    family: Positional[str],
+    /,
+    out: Path = Path("runs"),
+    agents: tuple[str, ...] = (),
+    steps: float = 2e6,
+    seeds: tuple[int, ...] = (0,),
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set")] = (),
+    reuse: tuple[Path, ...] = (),
+    split: str = "test",
+    tasks: int = 40,
+    episodes: int = 2,
+    seed: int = 0,
+    threads: int = 0,
+    results: Path | None = None,
+) -> None:
+    """Compare agents on one family: train each for equal steps, or find it trained, and play the same held-out tasks.
+
+    Writes one table (terminal, Markdown, JSON) and one plot of return against episodes of experience. A policy without
+    memory is also fine-tuned, if an agent that adapts by gradient steps is compared. Ctrl-C saves; the same command
+    goes on from there. What has been trained or played before is not done again.
+
+    Args:
+        family: Task family; ``metarobot families`` lists them.
+        out: Folder of the runs, FAMILY-AGENT-SEED each.
+        agents: Kinds of agent; by default all that learn from their own trials.
+        steps: Environment steps each agent trains for.
+        seeds: Training seeds of each agent.
+        settings: Settings of single agents as AGENT.NAME=VALUE, e.g. ``--set rl2.epochs=8 pearl.steps=1e6``.
+        reuse: Run folders, or folders of them, to take finished runs of the same settings and seed from.
+        split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
+        tasks: Number of tasks.
+        episodes: Episodes lived in each task.
+        seed: Draws the tasks and the starts; training seeds are ``seeds``.
+        threads: CPU threads; 0 takes all there are.
+        results: Folder for table and plot, FAMILY-compare-SPLIT; that of the runs if not given.
+    """
+    from metarobot.evaluation import tables
+    from metarobot.evaluation.compare import Plan, assigned, gather, measure, plays
+    from metarobot.evaluation.protocol import Protocol
+
+    protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, threads=threads)
+    whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
+    plan = Plan(family=family, out=out, agents=agents, steps=whole, seeds=seeds, settings=assigned(settings),
+                reuse=reuse, threads=threads)  # fmt: skip
+    with PlanBar() as shown:
+        runs = gather(plan, protocol, shown.say, shown.watch)
+    if not runs:
+        print("stopped and saved; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    with bar() as progress:
+        task = progress.add_task("playing", total=plays(runs, protocol))
+        report = measure(plan, runs, protocol, lambda: progress.advance(task))
+    tables.comparison(report)
+    _write(report, (out if results is None else results) / f"{family}-compare-{split}")
+
+
+def _write(report: dict[str, Any], stem: Path) -> None:
+    from metarobot.evaluation import plots as plot
+    from metarobot.evaluation import tables
+    from metarobot.files import replacing, write_json
+
+    write_json(stem.with_suffix(".json"), report)
+    with replacing(stem.with_suffix(".md")) as temporary:
+        temporary.write_text(tables.comparison_markdown(report))
+    plot.comparison(report, stem.with_suffix(".png"))
+    print(f"wrote {stem}.md, .json and .png")
+
+
+class PlanBar:
+    """Progress over a whole plan: a bar on a terminal, a line now and then elsewhere; on standard error."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._live, self._last_line = console.is_terminal, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:.0f} %"))
+        self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not self._live)
+        self._task = self._bar.add_task("", total=None)
+        self._total = 0
+
+    def __enter__(self) -> PlanBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(line, highlight=False, soft_wrap=True)
+
+    def watch(self, job: Job, metrics: Mapping[str, float], outlook: Outlook) -> None:
+        """Take in one iteration of one run."""
+        from metarobot.training.metrics_log import headline
+
+        self._total = max(self._total, outlook.steps)
+        done = f"{metrics['time/total_timesteps']:,.0f}/{job.train.steps:,}"
+        left = f"whole plan: {outlook.steps:,} steps left, ETA {outlook.seconds:,.0f} s"
+        line = f"{job.title}: {done} steps  {headline(dict(metrics))}  {left}"
+        self._bar.update(self._task, description=line, total=self._total, completed=self._total - outlook.steps)
+        if not self._live and time.monotonic() - self._last_line > LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self.say(line)
+
+
+def bench(
+    what: Positional[Literal["sim", "maml", "pearl", "agents", "memory"]],
+    family: Positional[str] = "",
+    /,
+    worlds: int | None = None,
+    seconds: float = 10.0,
+    threads: int = 0,
+    sim: str = "cpu",
+    device: str = "cpu",
+    json: Path | None = None,
+) -> None:
+    """Measure the speed of an environment against the bare physics engine, of an agent's learning, or of sampling.
+
+    Args:
+        what: sim, the environment's step loop with a model of its own in each world; maml, the sampling, inner step
+            and outer update of MAML-TRPO, and the same with a Python loop over tasks; pearl, its gradient steps
+            against their bare matrix products, and its sampling against RL²'s; agents, how fast each kind lives
+            its trials, against RL²; or memory, with ``--sim warp``: what ever more worlds take, with RL² in them.
+        family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
+        worlds: Number of worlds; if not given 512 for sim, 800, 40 tasks of 20 rollouts, for maml, 64 for the others.
+        seconds: How long to measure, at least.
+        threads: CPU threads; 0 takes all there are.
+        sim: What simulates for sim, cpu or warp.
+        device: Where Warp simulates, cpu or cuda.
+        json: Where to write the figures.
+    """
+    from metarobot.bench import cpu_speed as measure
+    from metarobot.evaluation import tables
+    from metarobot.files import write_json
+    from metarobot.tasks.family import families as registry
+
+    if sim == "warp" or what == "memory":
+        _bench_device(what, family or "CheetahVel", worlds, seconds, sim, device, json)
+        return
+    run, show, usual, size = {
+        "sim": (measure.bench_sim, tables.sim, "CheetahVel", 512),
+        "maml": (measure.bench_maml, tables.maml, "CheetahDir100", 800),
+        "pearl": (measure.bench_pearl, tables.pearl, "CheetahVel", 64),
+        "agents": (measure.bench_agents, tables.sampling, "CheetahVel", 64),
+    }[what]
+    chosen = registry.get(family or usual)
+    report = run(chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads)
+    show(report)
+    if json is not None:
+        write_json(json, report)
+
+
+def _bench_device(
+    what: str, family: str, worlds: int | None, seconds: float, sim: str, device: str, json: Path | None
+) -> None:
+    from metarobot.evaluation import tables
+    from metarobot.files import write_json
+    from metarobot.tasks.family import families as registry
+
+    if what not in ("sim", "memory") or sim != "warp":
+        raise MetarobotError(f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory")
+    from metarobot.bench import device_speed as measure
+
+    if what == "sim":
+        report = measure.bench_device(
+            registry.get(family), worlds=8192 if worlds is None else worlds, seconds=seconds, device=device
+        )
+        tables.sim(report)
+        tables.physics(report)
+    else:
+        report = measure.bench_memory(registry.get(family), worlds=2**20 if worlds is None else worlds, device=device)
+        tables.memory(report)
+    if json is not None:
+        write_json(json, report)

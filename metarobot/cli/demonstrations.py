@@ -1,0 +1,101 @@
+"""The command line of demonstrations: recording them, and measuring who imitates them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from metarobot.cli.progress import bar
+
+
+def record(
+    family: Positional[str],
+    /,
+    out: Path,
+    split: str = "train",
+    tasks: int = 100,
+    shots: int = 2,
+    seed: int = 0,
+    jitter: float = 0.0,
+    threads: int = 0,
+) -> None:
+    """Record a family's scripted expert as a Minari dataset, for agents that imitate.
+
+    Args:
+        family: Task family with an expert, e.g. Placement.
+        out: Folder to write the dataset to.
+        split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
+        tasks: Number of tasks.
+        shots: Demonstrations of every variant of a task; training takes some to adapt to and as many to match.
+        seed: Draws the tasks and the starts.
+        jitter: Deviation of normal noise on what the expert does; what it asked for is recorded, so that whoever
+            imitates it sees how to come back.
+        threads: Physics threads; 0 takes all there are.
+    """
+    from metarobot.tasks.family import families
+    from metarobot.training.demonstrations import record as write
+
+    known = families.get(family)
+    with bar() as progress:
+        task = progress.add_task("recording", total=tasks * shots * known.variants)
+        count = write(
+            known,
+            out,
+            split=split,
+            tasks=tasks,
+            shots=shots,
+            seed=seed,
+            jitter=jitter,
+            threads=threads,
+            tick=lambda n: progress.update(task, completed=n),
+        )
+    left = tasks - count // (shots * known.variants)
+    out_of = f" ({left} left out, in which the expert kept failing)" if left else ""
+    print(f"wrote {count:,} demonstrations of {tasks - left:,} tasks to {out}{out_of}")
+
+
+def shots(
+    run: Positional[str],
+    /,
+    demos: Path,
+    shots: tuple[int, ...] = (1, 5),
+    reference: str | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Measure few-shot imitation: success in every variant of each task after so many demonstrations.
+
+    Args:
+        run: Run folder of an agent that imitates, or a trained one in the box.
+        demos: Minari dataset of demonstrations of the tasks to be tested in, e.g. of unseen classes.
+        shots: Numbers of demonstrations of every variant to adapt to.
+        reference: Run of an agent that is shown the answer.
+        seed: Draws the starts.
+        threads: Physics threads; 0 takes all there are.
+        json: Where to write the report.
+    """
+    from metarobot.evaluation import tables
+    from metarobot.evaluation.few_shot_imitation import few_shot
+    from metarobot.training import run_folder as checkpoint
+    from metarobot.training.demonstrations import read
+
+    opened = checkpoint.open_run(run)
+    shown = None if reference is None else checkpoint.open_run(reference)
+    with bar() as progress:
+        task = progress.add_task("playing", total=1 + len(shots))
+        report = few_shot(
+            opened,
+            read(demos, opened.family),
+            shots=shots,
+            reference=shown,
+            seed=seed,
+            threads=threads,
+            tick=lambda: progress.advance(task),
+        )
+    tables.shots(report)
+    if json is not None:
+        from metarobot.files import write_json
+
+        write_json(json, report)

@@ -1,0 +1,1 @@
+"""How well agents adapt: protocol, statistics, comparison, plots and tables."""

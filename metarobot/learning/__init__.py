@@ -1,0 +1,1 @@
+"""Parts that learning algorithms share: networks, memories, losses, and the agent's interface."""

@@ -1,0 +1,1 @@
+"""What varies from task to task, and from there to a compiled model."""

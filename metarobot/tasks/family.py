@@ -1,0 +1,159 @@
+"""What a task family is: a robot, what varies, and what is observed and rewarded, as one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarobot.errors import MetarobotError
+from metarobot.registry import Registry
+from metarobot.tasks.space import TaskSpace
+from metarobot.types import Floats
+
+
+class State(NamedTuple):
+    """All worlds at one moment, ``(world, ...)``, float64, SI units."""
+
+    qpos: Tensor
+    """Joint positions in generalised coordinates."""
+    qvel: Tensor
+    """Joint velocities in generalised coordinates."""
+    sensors: Tensor
+    """The model's sensors, one substep old; at an episode's start those of forces are zero."""
+    action: Tensor
+    """The clipped action that led here; zero at an episode's start."""
+    task: Mapping[str, Tensor]
+    """Task parameters by name, ``(world,)`` each."""
+    tally: Tensor = torch.zeros(0, 0).double()
+    """What the family's ``Tally`` keeps of the episode so far, ``(world, tallies)``."""
+    variant: Tensor = torch.zeros(0, dtype=torch.int64)
+    """Which of the family's ``variants`` the episode is, ``(world,)``."""
+    sense: Any = None
+    """What the family's ``sense`` made of the moment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A controller between actions and drives, run once a control step."""
+
+    actions: tuple[str, ...]
+    """One name an element of the action, each in [−1, 1]."""
+    targets: Callable[[State, Tensor, Tensor], Tensor]
+    """(state, action ``(world, act)``, the drives' targets so far ``(world, drives)``) -> their targets now."""
+    rest: Callable[[Tensor], Tensor]
+    """Joint positions at an episode's start -> the targets that hold them; each drive lags and starts there too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Numbers kept through an episode, for what one moment does not show: how long something has been held."""
+
+    size: int
+    begin: Callable[[State], Tensor]
+    """State at an episode's start -> the tally, ``(world, size)``."""
+    count: Callable[[State, State], Tensor]
+    """(state before, state after) -> the tally after, ``(world, size)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What drives the real robot must be told; one value a joint, in the order of the action."""
+
+    joints: tuple[str, ...]
+    stiffness: tuple[float, ...]
+    """Gains of the drives' position loops, N·m/rad."""
+    damping: tuple[float, ...]
+    """Gains of their velocity loops, N·m·s/rad."""
+    pose: tuple[float, ...]
+    """Joint angles that an action of zero asks for, rad."""
+    scale: tuple[float, ...]
+    """How far from there an action of 1 moves the target, rad."""
+    position: tuple[tuple[float, float], ...]
+    """Lowest and highest angle, rad."""
+    velocity: tuple[float, ...]
+    """Highest speed, rad/s."""
+    torque: tuple[float, ...]
+    """Highest torque, N·m."""
+    commands: tuple[str, ...] = ()
+    """Observations that an operator sets."""
+    reward: Mapping[str, Any] = field(default_factory=dict)
+    """What a robot needs to compute its reward from its own signals, as JSON data with a ``kind``; nothing if it
+    cannot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A task family: a robot, what varies, and what is observed and rewarded, as plain functions on batched tensors."""
+
+    name: str
+    doc: str
+    """One sentence: what the agent must find out."""
+    space: TaskSpace
+    horizon: int
+    """Control steps an episode lasts at most."""
+    substeps: int
+    """Physics steps a control step."""
+    spec: Callable[[], mujoco.MjSpec]
+    """Builds the nominal robot and floor."""
+    sense: Callable[[State], Any] | None = None
+    """State -> what several of the functions below need of a moment, computed once."""
+    shape: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
+    """Writes into the model the task parameters that say ``shapes``; sets all that it touches, whatever it holds."""
+    observations: tuple[str, ...]
+    """One name an element of the observation, with its unit."""
+    observe: Callable[[State], Tensor]
+    """State -> observation ``(world, obs)``, without noise."""
+    noise: tuple[float, ...] = ()
+    """Each observation's noise, uniform within ± this; none if empty."""
+    critic_observe: Callable[[State], Tensor] | None = None
+    """State -> what only a critic in training is shown beside the observation, ``(world, critic)``."""
+    reward: Callable[[State, State, float], dict[str, Tensor]]
+    """(state before, state after, control period s) -> terms ``(world,)``."""
+    weights: Mapping[str, float]
+    """Reward term -> its weight in the sum; the same names as ``reward`` returns."""
+    start: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]
+    """Draws the initial joint positions and velocities of one world."""
+    control: Control | None = None
+    """How actions become the drives' targets; None if they are these targets."""
+    tally: Tally | None = None
+    """What is kept of the episode so far."""
+    variants: int = 1
+    """In how many variants the episodes of a task come, as when one of several objects is presented; each episode's is
+    drawn at its start."""
+    terminate: Callable[[State], Tensor] | None = None
+    """State -> ``(world,)``, true where the episode has failed; None if it never does."""
+    readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
+    """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
+    expert: Callable[[State], Tensor] | None = None
+    """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote one."""
+    advise: Callable[[State], Tensor] | None = None
+    """State -> the action that a learner is taught, ``(world, act)``, NaN where nothing is known; None if the expert's
+    is."""
+    marked: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
+    """Task values by name -> names of the bodies that pictures show in red: what is broken."""
+    view: tuple[tuple[float, float, float], float] | None = None
+    """What pictures show: its middle and its radius, m; None if all there is, following a robot that travels."""
+    on_robot: Callable[[str], Family] | None = None
+    """The same family with another model of its robot: a path to an MJCF, or ``menagerie:name``."""
+    hardware: Callable[[], Hardware] | None = None
+    """Says what the real robot's drives must be told; None if no real robot is like this one."""
+
+
+families: Registry[Family] = Registry("family", "metarobot.families")
+"""Name -> ``Family``."""
+
+
+def family_on(name: str, robot: str = "") -> Family:
+    """Return the family of that name, on its own robot or on another: a path to an MJCF, or ``menagerie:name``."""
+    family: Family = families.get(name)
+    if not robot:
+        return family
+    if family.on_robot is None:
+        raise MetarobotError(f"{name} has no other robot than its own; leave --robot out")
+    return family.on_robot(robot)

@@ -1,0 +1,1 @@
+"""Collecting trials, training, run folders."""

@@ -1,0 +1,374 @@
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from bridging import JOINTS, Plain, Recorder, Restarting, Wave, meta
+
+from metarobot.bridge.controller import Controller
+from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.loop_timing import Monotonic, Pace, Stepped
+from metarobot.bridge.run_report import Settings
+from metarobot.bridge.safety.command_gate import Gate, Watch, bounds
+from metarobot.bridge.safety.emergency_stop import signs
+from metarobot.bridge.state_machine import ALLOWED, Machine, State
+from metarobot.bridge.tools.run_log import read
+
+BASE = {"hz": 50.0, "seconds": 60.0, "trials": 1, "ready_s": 0.2, "soft_s": 0.1, "damp_s": 0.1}
+
+
+def controller(policy: Any = None, robot: Any = None, clock: Any = None, **settings: Any) -> Controller:
+    """A controller on a robot whose clock is stepped, unless told otherwise."""
+    parts = {k: settings.pop(k) for k in ("log", "adaptation", "show", "tell") if k in settings}
+    clock = Stepped() if clock is None else clock
+    policy = Wave() if policy is None else policy
+    robot = Recorder(policy.meta, clock) if robot is None else robot
+    robot.clock = clock
+    return Controller(policy, robot, Plain(policy.meta), Settings(**BASE | settings), clock=clock, **parts)
+
+
+def test_every_way_to_a_stop_leads_through_damping():
+    assert [s for s, after in ALLOWED.items() if State.STOPPED in after] == [State.DAMPING]
+    assert all(State.DAMPING in ALLOWED[s] for s in (State.IDLE, State.READY, State.RUNNING))
+    machine = Machine()
+    with pytest.raises(BridgeError, match="idle there is no way to running; it leads to: ready, damping"):
+        machine.to(State.RUNNING)
+    assert machine.state is State.IDLE
+
+
+def test_a_run_stands_up_acts_and_ends_in_damping():
+    one = controller()
+    report = one.run()
+    robot = one.robot
+    assert (report.reason, report.fault) == ("1 trials are over", False)
+    assert robot.order.count("command") == report.sent == 10 + 2 * 11 + 10  # ready, two episodes, ready between
+    first_damp = robot.order.index("damp")
+    assert set(robot.order[first_damp:]) == {"damp"}
+    targets = np.array([[c[f"{j}.pos"] for j in JOINTS] for _, c, _ in robot.commands])
+    np.testing.assert_allclose(targets[9], meta().default_joint_pos, atol=0.02)  # where an episode begins
+    assert np.abs(np.diff(targets[:10], axis=0)).max() < 0.2
+    np.testing.assert_allclose(np.diff([t for t, _, _ in robot.commands]), 0.02)
+
+
+def test_the_policy_is_told_rewards_and_ends_as_in_training():
+    one = controller(robot=Restarting(meta()), trials=2)
+    one.run()
+    told, hips = one.policy.told, [r[f"{JOINTS[0]}.pos"] for _, _, r in one.robot.commands]
+    assert len(told) == len(hips) == 40
+    done = [i for i, (_, _, d) in enumerate(told) if d]
+    assert done == [10, 30]  # the first step of every episode but the trial's first
+    rewards = [r for _, r, _ in told]
+    assert rewards[0] == rewards[20] == 0.0
+    # what a step earned is seen in the next reading; after an episode's last one the robot restarts
+    np.testing.assert_allclose(np.delete(rewards, [0, 10, 20, 30]), np.delete(hips, [0, 10, 20, 30]))
+    assert rewards[10] == pytest.approx(one.report.returns[0][0] - sum(rewards[1:10]))
+    assert one.robot.restarts == [0, 1, 0, 1]
+    assert one.policy.trials == 2
+    np.testing.assert_array_equal(told[10][0][:2], np.float32([0.2, -0.4]))
+
+
+def test_each_reward_is_of_readings_that_follow_each_other():
+    one = controller(robot=Restarting(meta()))
+    one.run()
+    for pairs in one.layout.pairs:
+        assert len(pairs) == 10
+        assert all(after == before + 1 for before, after in pairs)
+        assert [b for b, _ in pairs[1:]] == [a for _, a in pairs[:-1]]
+
+
+def test_a_fall_ends_the_episode_and_a_robot_that_cannot_get_up_is_damped():
+    def fall(count: int, reading: dict[str, float]) -> dict[str, float]:
+        return reading | {"terminated": float(count == 15)}
+
+    stays = controller(robot=Recorder(meta(), spoil=fall))
+    report = stays.run()
+    assert report.fault
+    assert report.reason == "the robot has fallen"
+    gets_up = controller(robot=Restarting(meta(), spoil=fall))
+    report = gets_up.run()
+    assert not report.fault
+    assert gets_up.robot.order.count("command") == 10 + 1  # the second episode is one step long
+    assert len(report.returns[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda r: r | {"hip.pos": math.nan}, "hip.pos is not finite"),
+        (lambda r: r | {"knee.vel": math.inf}, "knee.vel is not finite"),
+        (lambda r: r | {"reward": math.nan}, "reward is not finite"),
+        (lambda r: r | {"hip.vel": None}, "hip.vel is not finite"),
+        (lambda r: {k: v for k, v in r.items() if k != "knee.pos"}, "lacks knee.pos; it has stamp, seq"),
+        (lambda r: r | {"stamp": r["stamp"] + 1.0}, "ahead of this machine's"),
+        (lambda r: r | {"stamp": r["stamp"] - 1.0}, "clock went back by 0.98 s"),
+        (lambda r: r | {"knee.pos": 3.0}, "joint knee is so far outside"),
+    ],
+)
+def test_a_bad_reading_is_damped_in_the_same_step(spoil, reason):
+    bad = 25
+    one = controller(robot=Recorder(meta(), spoil=lambda n, r: spoil(r) if n >= bad else r))
+    report = one.run()
+    assert report.fault
+    assert reason in report.reason
+    assert len(one.robot.commands) == bad - 1
+    assert one.robot.damps[0] == pytest.approx(one.robot.commands[-1][0] + 0.02)
+
+
+@pytest.mark.parametrize("key", ["stamp", "seq"])
+def test_frozen_readings_are_damped_in_the_stated_time(key):
+    frozen: dict[str, float] = {}
+
+    def freeze(count: int, reading: dict[str, float]) -> dict[str, float]:
+        frozen.setdefault(key, reading[key] if count == 20 else math.nan) if count == 20 else None
+        return reading | frozen if count > 20 else reading
+
+    one = controller(robot=Recorder(meta(), spoil=freeze))
+    report = one.run()
+    assert report.fault
+    assert "no new reading for 50 ms" in report.reason
+    last_new = one.robot.commands[19][0]
+    assert one.robot.damps[0] - last_new <= bounds(0.02)[0]
+    assert report.repeated == 2
+
+
+def test_a_reading_out_of_order_is_not_believed():
+    def swap(count: int, reading: dict[str, float]) -> dict[str, float]:
+        late = {"stamp": reading["stamp"] - 0.05, "seq": reading["seq"] - 2.5, "hip.pos": -0.9}
+        return reading | late if count == 20 else reading
+
+    one = controller(robot=Recorder(meta(), spoil=swap))
+    report = one.run()
+    assert not report.fault
+    assert (report.repeated, report.disordered) == (1, 1)
+    assert all(obs[0] != np.float32(-0.9) for obs, _, _ in one.policy.told)
+
+
+def test_a_lost_link_ends_the_run():
+    def lose(count: int, reading: dict[str, float]) -> dict[str, float]:
+        if count == 20:
+            raise BridgeError("nobody publishes states any more")
+        return reading
+
+    one = controller(robot=Recorder(meta(), spoil=lose))
+    report = one.run()
+    assert (report.fault, report.reason) == (True, "nobody publishes states any more")
+    assert one.robot.damps
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda p, o: np.array([np.nan, 0.0]), "not finite"),
+        (lambda p, o: np.array([np.inf, 0.0]), "not finite"),
+        (lambda p, o: np.array([1e300, 0.0]), "not finite"),
+        (lambda p, o: np.zeros(3), "shape (3,), not (2,)"),
+    ],
+)
+def test_garbage_from_a_policy_is_never_sent(answer, reason):
+    one = controller(Wave(act=answer), trials=1)
+    report = one.run()
+    assert report.fault
+    assert reason in report.reason
+    assert len(one.robot.commands) == 10  # those that stood it up
+
+
+def test_huge_actions_are_brought_within_limits_and_counted():
+    one = controller(Wave(act=lambda p, o: np.array([4000.0, -4000.0])))
+    report = one.run()
+    assert not report.fault
+    assert report.limited["hip"]["position"] > 0
+    for _, command, seen in one.robot.commands:
+        for j in JOINTS:
+            assert abs(command[f"{j}.pos"]) <= 1.0
+            drive = 40 * (command[f"{j}.pos"] - seen[f"{j}.pos"]) - seen[f"{j}.vel"]
+            assert abs(drive) <= 20 + 1e-9
+
+
+def test_a_policy_that_is_late_three_times_is_damped_before_its_command_is_stale():
+    clock = Stepped()
+
+    def dawdle(policy: Wave, obs: Any) -> Any:
+        clock.time += 0.025
+        return np.zeros(2)
+
+    one = controller(Wave(act=dawdle), clock=clock)
+    report = one.run()
+    assert "longer than a control period 3 times" in report.reason
+    assert len(one.robot.commands) == 12
+
+
+def test_a_policy_that_comes_back_too_late_sends_nothing_more():
+    clock = Stepped()
+
+    def hang(policy: Wave, obs: Any) -> Any:
+        clock.time += 0.2 if len(policy.told) == 4 else 0.0
+        return np.zeros(2)
+
+    one = controller(Wave(act=hang), clock=clock)
+    report = one.run()
+    assert report.fault
+    assert "for 50 ms" in report.reason
+    assert len(one.robot.commands) == 13
+
+
+def test_an_adaptation_is_adopted_between_episodes_or_refused():
+    class Side:
+        rollouts, ready, busy = 1, False, False
+
+        def __init__(self) -> None:
+            self.lived, self.outcomes, self.polls = [], [{"weights": np.ones(3)}, None], 0
+            self.steps: list[Any] = []
+
+        def step(self, obs: Any, action: Any, reward: float) -> None:
+            self.steps.append((obs.copy(), action.copy(), reward))
+
+        def end(self, final_obs: Any, *, failed: bool) -> None:
+            self.lived.append(self.steps)
+            self.steps, self.ready = [], True
+
+        def drop(self) -> None:
+            pass
+
+        def clear(self) -> None:
+            self.ready = False
+
+        def start(self, context: Any) -> None:
+            self.ready, self.busy, self.polls = False, True, 0
+
+        def poll(self) -> Any:
+            self.polls += 1
+            if self.polls < 30:
+                return None
+            self.busy = False
+            context = self.outcomes.pop(0)
+            return SimpleNamespace(context=context, reason="" if context else "too far", kl=0.1, seconds=0.5)
+
+        def stop(self) -> None:
+            self.busy = False
+
+    side = Side()
+    one = controller(adaptation=side, episodes=3)
+    report = one.run()
+    assert not report.fault
+    assert report.adapted == ["adopted new weights, KL 0.1, after 0.5 s", "kept the old weights: too far"]
+    assert len(one.policy.adopted) == 1
+    assert [len(e) for e in side.lived] == [10, 10, 10]
+    np.testing.assert_allclose(np.diff([t for t, _, _ in one.robot.commands]), 0.02)  # it was held meanwhile
+    told = [o for o, _, _ in one.policy.told[:10]]
+    np.testing.assert_array_equal([o for o, _, _ in side.lived[0]], told)
+    np.testing.assert_allclose([r for _, _, r in side.lived[0][:-1]], [r for _, r, _ in one.policy.told[1:10]])
+
+    side = Side()
+    side.outcomes[1:] = [{"weights": np.ones(3)}]
+    one = controller(adaptation=side, episodes=2, trials=2)
+    assert not one.run().fault
+    assert len(one.policy.adopted) == 2  # once a trial: what its last episode teaches is nothing to the next
+    assert one.policy.trials == 2
+
+
+def test_the_log_holds_every_step_and_what_happened(tmp_path: Path):
+    one = controller(log=tmp_path / "run.mcap", robot=Restarting(meta()))
+    report = one.run()
+    content = list(read(tmp_path / "run.mcap"))
+    ticks = [c for topic, c in content if topic == "/tick"]
+    events = [c for topic, c in content if topic == "/event"]
+    assert report.dropped == 0
+    assert len(ticks) == report.pace["ticks"] == 2 * 12
+    acted = [t for t in ticks if t["action"][0] is not None]
+    np.testing.assert_array_equal([t["obs"] for t in acted], [o for o, _, _ in one.policy.told])
+    assert [t["reward"] for t in acted] == [r for _, r, _ in one.policy.told]
+    assert [t["sent"] for t in acted] == [c for _, c, _ in one.robot.commands]
+    assert [e["value"] for e in events if e["what"] == "episode"] == report.returns[0]
+    states = [e["state"] for e in events if e["what"] == "state"]
+    assert states == ["ready", "running", "ready", "running", "damping", "stopped"]
+
+
+def test_damping_goes_out_in_real_time_while_the_policy_hangs():
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def hang(policy: Wave, obs: Any) -> Any:
+        if len(policy.told) == 5:
+            hanging.set()
+            go_on.wait(10.0)
+        return np.zeros(2)
+
+    one = controller(Wave(act=hang), clock=Monotonic(), ready_s=0.04)
+    with Watch(one.gate):
+        thread = threading.Thread(target=one.run)
+        thread.start()
+        assert hanging.wait(10.0)
+        end = time.monotonic() + 5.0
+        while not one.robot.damps and time.monotonic() < end:
+            time.sleep(0.001)
+        sent = len(one.robot.commands)
+        go_on.set()
+        thread.join()
+    assert one.robot.damps[0] - one.robot.commands[-1][0] >= one.gate.patience
+    assert len(one.robot.commands) == sent  # nothing after damping, although the policy came back
+    assert one.report.fault
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_damps_even_while_the_main_thread_is_busy(number):
+    robot = Recorder(meta(), Monotonic())
+    handler = signal.getsignal(number)
+    with signs(keys=False) as stop, Watch(gate := Gate(robot, Monotonic(), 0.02), stop.files):
+        os.kill(os.getpid(), number)
+        end = time.monotonic() + 5.0
+        while not robot.damps and time.monotonic() < end:
+            sum(range(1000))
+    assert (gate.reason, gate.fault) == (signal.Signals(number).name, False)
+    assert signal.getsignal(number) is handler
+
+
+def test_a_missed_deadline_is_the_loops_own_only_if_its_own_share_is_too_long():
+    pace = Pace(Monotonic(), 0.01)
+    pace.begin()
+    pace.wait()
+    end = time.thread_time() + 0.025
+    while time.thread_time() < end:
+        pass
+    pace.done()
+    assert pace.own >= 2
+    own = pace.own
+    pace.wait()
+    pace.done()
+    assert pace.own == own
+    pace.wait()
+    time.sleep(0.025)  # waiting is the loop's own doing too
+    pace.done()
+    assert pace.own > own
+    own, host = pace.own, pace.host
+    pace.wait(lambda: time.sleep(0.025))  # but for a reading that is late
+    pace.done()
+    assert (pace.own, pace.ticks) == (own, 4)
+    assert pace.host > host
+
+
+def test_missed_deadlines_are_skipped_and_not_made_up_for():
+    clock = Stepped()
+    pace = Pace(clock, 0.02)
+    pace.begin()
+    pace.wait()
+    clock.time += 0.09
+    pace.done()
+    assert pace.own + pace.host == 4
+    pace.wait()
+    assert clock.time == pytest.approx(0.12)
+
+
+def test_only_a_loop_that_does_not_come_back_is_given_up():
+    given_up: list[str] = []
+    for noticed in (True, False):
+        gate = Gate(Recorder(meta(), Monotonic()), Monotonic(), 0.02)
+        with Watch(gate) as watch:
+            watch.hang, watch.hung, gate.noticed = 0.05, lambda: given_up.append("hung"), noticed
+            gate.damp("a test")
+            time.sleep(0.3)
+        assert len(given_up) == (not noticed)

@@ -1,0 +1,280 @@
+import itertools
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import mujoco
+import numpy as np
+import pytest
+import torch
+
+from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.layouts.leg_odometry import Leg, Odometry, across, upward
+from metarobot.bridge.layouts.legged import Legged
+from metarobot.bridge.layouts.named_signals import Direct
+from metarobot.bridge.policy.metadata import Limit
+from metarobot.bridge.robot_interface import GYRO, QUAT
+from metarobot.deploy.sim_robot_body import World
+from metarobot.env.base import Env
+from metarobot.envs.robots import go2
+from metarobot.tasks.family import Family, families
+from metarobot.tasks.mujoco_models import compile_spec
+from metarobot.training.run_folder import open_run
+from metarobot.types import Percept
+
+FAMILY = families.get("QuadrupedFlat")
+WEIGHTS = dict(FAMILY.weights)
+
+
+def meta(family: Family = FAMILY, **changes: Any) -> Any:
+    """What a layout reads of a policy's metadata."""
+    assert family.hardware is not None
+    h = family.hardware()
+    limits = {
+        j: Limit(*where, velocity=v, torque=t)
+        for j, where, v, t in zip(h.joints, h.position, h.velocity, h.torque, strict=True)
+    }
+    about = {
+        "reward": {**h.reward, "weights": WEIGHTS},
+        "joint_names": h.joints,
+        "default_joint_pos": h.pose,
+        "action_scale": h.scale,
+        "command_names": h.commands,
+        "limits": limits,
+        "control_hz": 50.0,
+    }
+    return SimpleNamespace(**about | changes)
+
+
+def rotation(quat: Any) -> np.ndarray:
+    """The rotation matrix of a quaternion."""
+    matrix = np.zeros(9)
+    mujoco.mju_quat2Mat(matrix, np.array(quat, np.float64))
+    return matrix.reshape(3, 3)
+
+
+def said(robot: World, seq: int) -> dict[str, float]:
+    """The robot's reading as a controller gets it."""
+    values = dict(zip(robot.signals.reading, robot.reading(), strict=True))
+    return {"stamp": 0.02 * seq, "seq": float(seq), **values}
+
+
+class Lived:
+    """An episode: readings, and beside them what the simulator knows."""
+
+    def __init__(self, name: str, task: int, noise: bool) -> None:
+        run = open_run(name)
+        agent, family = run.load_agent(), run.family
+        robot = World(family, family.space.sample("test", task + 1), noise=noise)
+        robot.restart(task, 0)
+        zeros = torch.zeros(1)
+        percept, context = Percept(robot.obs, torch.zeros(1, 12), zeros, zeros, zeros + 1), agent.begin(1)
+        self.readings, self.actions = [said(robot, 1)], [np.zeros(12, np.float32)]
+        self.terms: list[dict[str, float]] = []
+        self.velocity: list[np.ndarray] = []
+        self.rewards: list[float] = []
+        with torch.no_grad():
+            while not robot.over:
+                action, context = agent.act(percept, context)
+                robot.env.command(action)
+                before = robot.terms
+                robot.advance(family.substeps)
+                percept = Percept(robot.obs, action, torch.tensor([robot.reward]), zeros, zeros)
+                self.readings.append(said(robot, len(self.readings) + 1))
+                self.actions.append(action[0].clamp(-4, 4).numpy())
+                self.terms.append({k: robot.terms[k] - before[k] for k in before})
+                self.rewards.append(robot.reward)
+                turn = rotation(robot.env.now.qpos[0, 3:7].numpy())
+                self.velocity.append(robot.env.now.qvel[0, :3].numpy() @ turn)
+        self.fallen = robot.terminated
+
+
+@cache
+def walk(noise: bool) -> Lived:
+    return Lived("QuadrupedFlat-rl2", 3, noise)
+
+
+def reckoned(lived: Lived) -> tuple[list[dict[str, float]], list[float], list[np.ndarray], Legged]:
+    layout = Legged(meta())
+    terms, rewards, velocity = [], [], []
+    pairs = zip(itertools.pairwise(lived.readings), itertools.pairwise(lived.actions), strict=True)
+    for (before, after), (last, action) in pairs:
+        rewards.append(layout.reward(before, after, action, last))
+        terms.append(layout.terms)
+        velocity.append(layout._moment(after).motion.velocity)
+        assert not layout.ended(after)
+    return terms, rewards, velocity, layout
+
+
+def test_feet_are_where_mujoco_has_them_and_move_as_there() -> None:
+    model = compile_spec(go2.go2())
+    data, rng = mujoco.MjData(model), np.random.default_rng(0)
+    legs = [Leg(places) for places in FAMILY.hardware().reward["legs"].values()]
+    for _ in range(20):
+        data.qpos[:], data.qvel[:] = 0, 0
+        data.qpos[3:7] = rng.standard_normal(4)
+        data.qpos[3:7] /= np.linalg.norm(data.qpos[3:7])
+        data.qpos[7:], data.qvel[6:] = rng.uniform(-2, 2, 12), rng.uniform(-9, 9, 12)
+        mujoco.mj_forward(model, data)
+        moved = [leg.move(data.qpos[7 + 3 * i :][:3], data.qvel[6 + 3 * i :][:3]) for i, leg in enumerate(legs)]
+        place, speed = (np.array(x) for x in zip(*moved, strict=True))
+        turn = rotation(data.qpos[3:7])
+        assert place @ turn.T == pytest.approx(np.stack([data.site(f"{leg}_foot").xpos for leg in go2.LEGS]), abs=1e-6)
+        moving = np.stack([data.sensor(f"{leg}_framelinvel").data for leg in go2.LEGS])
+        assert speed @ turn.T == pytest.approx(moving, abs=1e-6)
+
+
+def test_vector_products_and_what_is_up() -> None:
+    rng = np.random.default_rng(1)
+    a, b, quat = rng.standard_normal(3), rng.standard_normal(3), rng.standard_normal(4)
+    assert across(a, b) == pytest.approx(np.cross(a, b))
+    assert upward(quat) == pytest.approx(rotation(quat / np.linalg.norm(quat))[2])
+    with pytest.raises(BridgeError, match="quaternion of zeros"):
+        upward([0.0, 0.0, 0.0, 0.0])
+
+
+def test_observations_are_those_of_the_family() -> None:
+    family = families.get("QuadrupedMix")  # its slopes turn gravity
+    quiet, rng = replace(family, noise=()), np.random.default_rng(0)
+    tasks = family.space.sample("test", 3)
+    robot, env = World(family, tasks, noise=False), Env(quiet, tasks, threads=1)
+    layout, seq, last = Legged(meta(family)), 1, np.zeros(12, np.float32)
+    robot.restart(1, 0)
+    obs = env.reset(0)
+    for _ in range(60):
+        assert layout.observe(said(robot, seq), last) == pytest.approx(obs[1].numpy(), abs=1e-5)
+        last = (0.3 * rng.standard_normal(12)).astype(np.float32)
+        robot.command(np.array(list(layout.targets(last).values())))
+        robot.advance(family.substeps)
+        obs, seq = env.step(torch.from_numpy(last).expand(3, -1)).final_obs, seq + 1
+    assert robot.returns != 0
+
+
+def test_noise_comes_through_as_in_training() -> None:
+    robot = World(FAMILY, FAMILY.space.sample("test", 1))
+    obs = Legged(meta()).observe(said(robot, 1), np.zeros(12))
+    assert obs.dtype == np.float32
+    assert obs[3:] == pytest.approx(robot.obs[0, 3:].numpy(), abs=1e-5)
+    wanted = robot.obs[0, :3].numpy()
+    assert obs[:3] == pytest.approx(wanted / np.linalg.norm(wanted), abs=1e-5)
+
+
+def test_targets_undo_what_the_drives_make_of_actions() -> None:
+    layout, action = Legged(meta()), np.linspace(-4, 4, 12, dtype=np.float32)
+    targets = layout.targets(action)
+    assert list(targets) == [f"{j}.pos" for j in go2.JOINTS]
+    assert list(targets.values()) == pytest.approx(go2.POSE + go2.ACTION_SCALE * action)
+
+
+def test_reward_terms_of_clean_signals_are_the_simulators() -> None:
+    """Those that need no velocity are exact; those that do follow leg odometry."""
+    lived = walk(noise=False)
+    terms, *_ = reckoned(lived)
+    for name in ("turn", "wobble", "effort", "jerk", "pose", "limits"):
+        assert [t[name] for t in terms] == pytest.approx([t[name] for t in lived.terms], abs=2e-6), name
+    for name, least in (("track", 0.7), ("swing", 0.95), ("slip", 0.8), ("tilt", 0.8)):
+        pair = np.array([[t[name] for t in terms], [t[name] for t in lived.terms]])
+        assert np.corrcoef(pair)[0, 1] > least, name
+        assert abs(pair[0].mean() - pair[1].mean()) < 0.06, name
+
+
+@pytest.mark.parametrize(("noise", "rms", "bias"), [(False, 0.08, 0.04), (True, 0.12, 0.05)])
+def test_the_trunks_velocity_is_known_on_a_walk(noise: bool, rms: float, bias: float) -> None:
+    lived = walk(noise)
+    _, _, velocity, _ = reckoned(lived)
+    off = (np.stack(velocity) - np.stack(lived.velocity))[25:, :2]
+    assert np.abs(np.stack(lived.velocity)[25:, 0]).mean() > 0.3  # it does walk
+    assert np.sqrt(np.square(off).mean(0)).max() < rms
+    assert np.abs(off.mean(0)).max() < bias
+
+
+def test_rewards_with_noise_are_close_enough_to_adapt_by() -> None:
+    lived = walk(noise=True)
+    _, rewards, _, _ = reckoned(lived)
+    assert abs(np.mean(rewards) - np.mean(lived.rewards)) < 0.2
+    assert WEIGHTS.keys() == lived.terms[0].keys()
+
+
+def test_a_reading_is_taken_in_once_whoever_asks_first() -> None:
+    lived = walk(noise=True)
+    _, rewards, _, _ = reckoned(lived)
+    layout, seen = Legged(meta()), []
+    for (before, after), (last, action) in zip(
+        itertools.pairwise(lived.readings), itertools.pairwise(lived.actions), strict=True
+    ):
+        layout.observe(before, last)
+        layout.ended(after)
+        layout.observe(after, action)
+        seen.append(layout.reward(before, after, action, last))
+    assert seen == rewards
+    layout.begin()  # another episode: the first again
+    assert layout.reward(*lived.readings[:2], lived.actions[1], lived.actions[0]) == rewards[0]
+
+
+def test_a_fall_is_seen_where_the_simulator_sees_it() -> None:
+    robot = World(FAMILY, FAMILY.space.sample("test", 1), noise=False)
+    layout, seq = Legged(meta()), 1
+    robot.damp()
+    while not robot.over:
+        assert not layout.ended(said(robot, seq))
+        robot.advance(FAMILY.substeps)
+        seq += 1
+    assert robot.terminated
+    assert layout.ended(said(robot, seq)) or layout._moment(said(robot, seq)).motion.depth < 0.19
+
+
+def test_commands_come_from_the_operator_or_with_the_reading() -> None:
+    reading = walk(noise=False).readings[0]
+    layout = Legged(meta(), command=(9.0, 8.0, 7.0))
+    assert layout.observe(reading, np.zeros(12))[-3:] == pytest.approx(
+        [reading[k] for k in ("command.x", "command.y", "command.turn")]
+    )
+    own = {k: v for k, v in reading.items() if not k.startswith("command")}
+    layout.begin()
+    assert layout.observe(own, np.zeros(12))[-3:].tolist() == [9.0, 8.0, 7.0]
+    hidden = Legged(meta(command_names=()), command=(9.0, 8.0, 7.0))
+    assert hidden.observe(own, np.zeros(12))[-3:].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_what_the_robot_is_told_it_earned_counts() -> None:
+    lived = walk(noise=False)
+    told = lived.readings[1] | {"reward": 1.25}
+    assert Legged(meta()).reward(lived.readings[0], told, lived.actions[1], lived.actions[0]) == 1.25
+
+
+def test_what_it_needs_is_what_the_robot_gives() -> None:
+    needed = Legged(meta()).needed()
+    assert set(needed) <= set(walk(noise=False).readings[0])
+    assert {"stamp", "seq", *QUAT, *GYRO, "FR_hip.pos", "RL_calf.tau", "RR.force"} <= set(needed)
+
+
+def test_a_policy_without_rules_for_a_reward_is_refused() -> None:
+    for rules in (None, {"kind": "crab"}):
+        with pytest.raises(BridgeError, match="no quadruped's reward"):
+            Legged(meta(reward=rules))
+
+
+def test_standing_still_is_standing_still() -> None:
+    odometry = Odometry(FAMILY.hardware().reward["legs"], 0.022)
+    angles, still, nothing = go2.POSE.reshape(4, 3).tolist(), [[0.0] * 3] * 4, (0.0, 0.0, 0.0)
+    for _ in range(10):
+        motion = odometry.follow(angles, still, (0.0, 0.0, 1.0), nothing, [True] * 4, 0.02)
+    assert motion.velocity == pytest.approx(np.zeros(3))
+    assert motion.speed == pytest.approx(np.zeros(4))
+    assert motion.depth == pytest.approx(go2.HEIGHT, abs=0.05)
+    assert min(motion.height) == 0.0
+
+
+def test_direct_layouts_take_what_they_are_told() -> None:
+    about: Any = SimpleNamespace(observation_names=("a_m", "b_m"), action=SimpleNamespace(names=("x", "y")))
+    layout = Direct(about)
+    reading = {"stamp": 0.0, "seq": 1.0, "b_m": 2.0, "a_m": 1.0, "reward": 3.0, "terminated": 1.0}
+    assert layout.needed() == ("stamp", "seq", "a_m", "b_m")
+    assert layout.observe(reading, np.zeros(2)).tolist() == [1.0, 2.0]
+    assert layout.observe(reading, np.zeros(2)).dtype == np.float32
+    assert layout.targets(np.array([0.5, -1.0])) == {"x": 0.5, "y": -1.0}
+    assert layout.reward(reading, reading, np.zeros(2), np.zeros(2)) == 3.0
+    assert layout.ended(reading)
+    assert not layout.ended({"stamp": 0.0, "seq": 1.0})
+    assert layout.reward({}, {}, np.zeros(2), np.zeros(2)) == 0.0

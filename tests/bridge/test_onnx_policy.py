@@ -1,0 +1,339 @@
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.policy import onnx_file_check as onnxfile
+from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.training.run_folder import Run
+
+ROOT = Path(__file__).parents[2]
+Exported = Callable[[str], tuple[Run, Path]]
+
+
+@pytest.fixture
+def folder(exported: Exported, tmp_path: Path) -> Path:
+    """A policy folder of one's own, of an agent with a memory of two tensors."""
+    shutil.copytree(exported("lstm")[1], tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def policy(exported: Exported) -> Policy:
+    return Policy.load(exported("lstm")[1])
+
+
+def observations(policy: Policy, steps: int = 10, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=(steps, len(policy.meta.observation_names)))
+
+
+def acted(policy: Policy, obs: Any) -> list[Any]:
+    return [policy.act(o, 0.1, False) for o in obs]
+
+
+def test_a_trial_begins_anew(policy: Policy) -> None:
+    obs = observations(policy)
+    first = acted(policy, obs)
+    assert not np.array_equal(first, acted(policy, obs))
+    policy.begin()
+    np.testing.assert_array_equal(first, acted(policy, obs))
+
+
+def test_actions_are_clipped_but_the_agent_is_told_what_it_chose(exported: Exported) -> None:
+    _, path = exported("rl2")
+    meta, model = Meta.load(path), (path / "policy.onnx").read_bytes()
+    tight = Policy(replace(meta, action=replace(meta.action, low=(-1e-3,) * 6, high=(1e-3,) * 6)), model)
+    free, obs = Policy(meta, model), observations(tight)
+    for o in obs:
+        sent, chosen = tight.act(o, 0.0, False), free.act(o, 0.0, False)
+        np.testing.assert_array_equal(tight.chosen, free.chosen)
+        np.testing.assert_array_equal(sent, np.clip(chosen, np.float32(-1e-3), np.float32(1e-3)))
+    assert float(np.abs(tight.chosen).max()) > 1e-3
+
+
+def test_what_is_returned_is_not_touched_again(policy: Policy) -> None:
+    sent = acted(policy, observations(policy))
+    assert len({s.tobytes() for s in sent}) == len(sent)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("where", ["obs", "reward"])
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_what_is_not_finite_is_refused_and_leaves_no_trace(policy: Policy, where: str, value: float) -> None:
+    obs = observations(policy)
+    whole = acted(policy, obs)
+    policy.begin()
+    begun = acted(policy, obs[:5])
+    bad = obs[5].copy()
+    bad[3] = value if where == "obs" else 0.0
+    with pytest.raises(BridgeError, match=policy.meta.observation_names[3] if where == "obs" else "the reward"):
+        policy.act(bad, value if where == "reward" else 0.1, False)
+    np.testing.assert_array_equal(whole, begun + acted(policy, obs[5:]))
+
+
+def test_an_answer_that_is_not_finite_is_refused(exported: Exported) -> None:
+    _, path = exported("lstm")
+    model = onnx.load(path / "policy.onnx")
+    bias = next(i for i in model.graph.initializer if list(i.dims) == [6])
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(6, np.nan, np.float32), bias.name))
+    policy = Policy(Meta.load(path), model.SerializeToString())
+    before = policy.context()
+    with pytest.raises(BridgeError, match="answer is not finite"):
+        policy.act(observations(policy)[0], 0.0, False)
+    for name, kept in policy.context().items():
+        np.testing.assert_array_equal(kept, before[name])
+
+
+def test_inputs_of_the_wrong_length_are_refused(policy: Policy) -> None:
+    for obs in (np.zeros(3), np.zeros((1, 17)), 0.0):
+        with pytest.raises(BridgeError, match=r"obs must be of shape \(17,\)"):
+            policy.act(obs, 0.0, False)
+
+
+def test_noise_explores(exported: Exported) -> None:
+    policy = Policy.load(exported("maml")[1])
+    obs = observations(policy)[0]
+    quiet = policy.act(obs, 0.0, False).copy()
+    np.testing.assert_array_equal(quiet, policy.act(obs, 0.0, False, np.zeros(6)))
+    assert not np.array_equal(quiet, policy.act(obs, 0.0, False, np.ones(6)))
+    with pytest.raises(BridgeError, match="noise must be of shape"):
+        policy.act(obs, 0.0, False, np.ones(7))
+
+
+def test_a_context_is_adopted_whole_or_not_at_all(exported: Exported) -> None:
+    policy = Policy.load(exported("maml")[1])
+    obs, first = observations(policy)[0], policy.context()
+    before = policy.act(obs, 0.0, False)
+    for context, line in [
+        ({}, "a context of nothing is none of this policy"),
+        ({"h": first["weights"]}, "a context of h"),
+        ({"weights": first["weights"][:, 1:]}, "weights is of shape"),
+        ({"weights": first["weights"] * np.nan}, "weights is not finite"),
+    ]:
+        with pytest.raises(BridgeError, match=line):
+            policy.adopt(context)
+        np.testing.assert_array_equal(policy.act(obs, 0.0, False), before)
+    policy.adopt({"weights": first["weights"] * 1.5})
+    assert not np.array_equal(policy.act(obs, 0.0, False), before)
+    policy.begin()
+    np.testing.assert_array_equal(policy.act(obs, 0.0, False), before)
+
+
+def seal(folder: Path, model: bytes) -> None:
+    """Put another model into a folder, with the checksum that goes with it."""
+    (folder / "policy.onnx").write_bytes(model)
+    tell(folder, sha256=hashlib.sha256(model).hexdigest())
+
+
+def tell(folder: Path, **said: Any) -> None:
+    """Change what policy.json says."""
+    path = folder / "policy.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
+
+
+def forget(key: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        data = json.loads((folder / "policy.json").read_text())
+        del data[key]
+        (folder / "policy.json").write_text(json.dumps(data))
+
+    return change
+
+
+def tampered(folder: Path) -> None:
+    data = bytearray((folder / "policy.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "policy.onnx").write_bytes(data)
+
+
+def model(*nodes: onnx.NodeProto, tensors: tuple[onnx.TensorProto, ...] = (), **more: Any) -> onnx.ModelProto:
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1]) for n in ("obs", "actions"))
+    graph = helper.make_graph(list(nodes), "g", [x], [y], list(tensors))
+    return helper.make_model(graph, ir_version=10, **more)
+
+
+def outside() -> onnx.TensorProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/hostname")
+    return tensor
+
+
+ADD = helper.make_node("Add", ["obs", "w"], ["actions"])
+FOREIGN = model(helper.make_node("Gelu", ["obs"], ["actions"], domain="com.microsoft"))
+HIDDEN = model(
+    helper.make_node(
+        "If", ["c"], ["actions"],
+        then_branch=helper.make_graph([], "t", [], [], [outside()]), else_branch=helper.make_graph([], "e", [], []),
+    )
+)  # fmt: skip
+FUNCTION = helper.make_function("f", "F", ["a"], ["b"], [helper.make_node("Tanh", ["a"], ["b"])], [])
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no folder": (shutil.rmtree, "is no policy folder: cannot read"),
+    "no JSON": (lambda f: (f / "policy.json").write_text("{"), "policy.json is damaged"),
+    "not text": (lambda f: (f / "policy.json").write_bytes(b"\xff\xfe\x00"), "policy.json is damaged"),
+    "a list": (lambda f: (f / "policy.json").write_text("[]"), "is not metarobot's"),
+    "another's": (lambda f: tell(f, kind="run"), "is not metarobot's: it is not of kind 'metarobot-policy'"),
+    "newer": (lambda f: tell(f, format=2), "is of format 2, this metarobot reads up to 1: upgrade"),
+    "format of words": (lambda f: tell(f, format="new"), "policy.json is damaged"),
+    "a key is missing": (forget("limits"), "lacks 'limits': export the policy again"),
+    "no context": (forget("context"), "lacks 'context'"),
+    "a number for a list": (lambda f: tell(f, joint_names=3), "policy.json is damaged"),
+    "joints without gains": (lambda f: tell(f, joint_names=["hip"]), "1 joint_names, but 0 joint_stiffness"),
+    "a rate of nothing": (lambda f: tell(f, control_hz=0), "must be positive"),
+    "an endless rate": (lambda f: tell(f, control_hz=math.inf), "must be positive"),
+    "bounds without room": (
+        lambda f: tell(f, action={"names": ["a"], "low": [1], "high": [1]}),
+        "names and bounds do not pair up",
+    ),
+    "a layout of its own": (lambda f: tell(f, layout="snake"), "layout 'snake'"),
+    "adapts somehow": (lambda f: tell(f, adapts="often"), "adapts is 'often'; it may be: acting, between, none"),
+    "outputs are missing": (lambda f: tell(f, outputs=[]), "the outputs are not the action and the context"),
+    "fewer observations": (lambda f: tell(f, observation_names=["one"]), "obs is of shape"),
+    "other inputs": (lambda f: tell(f, inputs=[{"name": "obs", "shape": [1, 17]}]), "the model's inputs are"),
+    "no model": (lambda f: (f / "policy.onnx").unlink(), "cannot read"),
+    "a bit is wrong": (tampered, "is damaged or another policy's: not the SHA-256"),
+    "empty": (lambda f: seal(f, b""), "policy.onnx: "),
+    "no ONNX": (lambda f: seal(f, b"MZ" * 999), "policy.onnx: "),
+    "cut off": (lambda f: seal(f, (f / "policy.onnx").read_bytes()[:-999]), "policy.onnx: "),
+    "another model": (
+        lambda f: seal(f, model(helper.make_node("Tanh", ["obs"], ["actions"])).SerializeToString()),
+        "the model's inputs are obs",
+    ),
+    "operators of others": (lambda f: seal(f, FOREIGN.SerializeToString()), "uses operators of b'com.microsoft'"),
+    "numbers elsewhere": (
+        lambda f: seal(f, model(ADD, tensors=(outside(),)).SerializeToString()),
+        "keeps numbers in another file",
+    ),
+    "numbers elsewhere, hidden": (lambda f: seal(f, HIDDEN.SerializeToString()), "keeps numbers in another file"),
+    "functions": (lambda f: seal(f, model(ADD, functions=[FUNCTION]).SerializeToString()), "brings functions"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_folder_with_a_fault_is_refused_in_one_line(folder: Path, fault: str) -> None:
+    breaks, line = FAULTS[fault]
+    breaks(folder)
+    with pytest.raises(BridgeError) as caught:
+        Policy.load(folder)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_context_that_begins_with_something_else_is_refused(folder: Path) -> None:
+    context = json.loads((folder / "policy.json").read_text())["context"]
+    for begin in ([1.0, 2.0], "ones", [[1.0], [2.0, 3.0]], None):
+        tell(folder, context=[{**context[0], "begin": begin}, context[1]])
+        with pytest.raises(BridgeError, match="context h begins with"):
+            Policy.load(folder)
+
+
+def complaint(data: bytes) -> str:
+    try:
+        onnxfile.check(data)
+    except BridgeError as e:
+        return str(e)
+    return ""
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_looked_through(data: bytes) -> None:
+    assert "\n" not in complaint(data)
+
+
+@given(st.data())
+def test_so_is_a_model_with_a_byte_changed_and_its_end_cut_off(data: st.DataObject) -> None:
+    whole = bytearray(HIDDEN.SerializeToString())
+    whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    assert "\n" not in complaint(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
+
+
+BARE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "mujoco", "gymnasium", "tyro", "onnx", "safetensors", "scipy", "yaml"):
+            raise ImportError(f"a robot has no {name}")
+
+sys.meta_path.insert(0, Refuse())
+import importlib, pkgutil
+import metarobot.bridge
+for module in pkgutil.iter_modules(metarobot.bridge.__path__, "metarobot.bridge."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+from metarobot.bridge.policy import Policy
+policy = Policy.load(sys.argv[1])
+print(policy.act([0.0] * 17, 0.0, False).shape)
+"""
+
+
+def test_a_robot_needs_neither_torch_nor_mujoco(exported: Exported) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, str(exported("lstm")[1])], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr) == ("(6,)", "")
+
+
+def test_memory_stays_flat(policy: Policy) -> None:
+    obs = observations(policy)[0]
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # noqa: E731
+    for _ in range(2000):
+        policy.act(obs, 0.0, False)
+    before = resident()
+    for _ in range(20_000):
+        policy.act(obs, 0.0, False)
+    assert resident() - before < 64  # pages
+
+
+HEADERS = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
+
+
+@pytest.mark.parametrize("name", ["lstm", "maml"])
+def test_the_loop_in_cpp_gives_the_same(exported: Exported, tmp_path: Path, name: str) -> None:
+    if shutil.which("g++") is None or not (HEADERS / "onnxruntime_cxx_api.h").exists():
+        pytest.skip("no g++, or no headers of onnxruntime: Debian's libonnxruntime-dev, or say ONNXRUNTIME_INCLUDE")
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
+    (tmp_path / "libonnxruntime.so.1").symlink_to(library)
+    (tmp_path / "libonnxruntime.so").symlink_to(library)
+    source, loop = str(ROOT / "docs" / "loop.cpp"), str(tmp_path / "loop")
+    where = [f"-I{HEADERS}", f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}"]
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", source, *where, "-o", loop], check=True)
+
+    policy, steps = Policy.load(exported(name)[1]), 350
+    obs, rng = observations(policy, steps).astype(np.float32), np.random.default_rng(1)
+    reward, ended = rng.normal(size=steps).astype(np.float32), rng.random(steps) < 0.02
+    lines = [f"{int(e)} {r:.9g} {' '.join(f'{x:.9g}' for x in o)}" for e, r, o in zip(ended, reward, obs, strict=True)]
+    path = exported(name)[1] / "policy.onnx"
+    done = subprocess.run([loop, path, "0"], input="\n".join(lines), capture_output=True, text=True, check=True)
+    told = np.array([[float(x) for x in line.split()] for line in done.stdout.splitlines()])
+    np.testing.assert_allclose(told, list(by_hand(policy, ended, reward, obs)), atol=1e-8)
+
+
+def by_hand(policy: Policy, ended: Any, reward: Any, obs: Any) -> Any:
+    """What the same readings give in Python."""
+    step = episode = 0
+    for e, r, o in zip(ended, reward, obs, strict=True):
+        if over := bool(e) or step == policy.meta.trial.horizon:
+            step, episode = 0, (episode + 1) % policy.meta.trial.episodes
+            if episode == 0:
+                policy.begin()
+        new = step == episode == 0
+        yield policy.act(o, 0.0 if new else float(r), over and not new)
+        step += 1

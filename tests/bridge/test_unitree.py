@@ -1,0 +1,278 @@
+import json
+import math
+import os
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from wires import beating, domain, meta, until
+
+from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.robots import unitree_messages as go
+from metarobot.bridge.robots.dds import Link
+from metarobot.bridge.robots.unitree import JOINTS, POS_STOP, VEL_STOP, Unitree
+
+idl = pytest.importorskip("cyclonedds.idl")
+
+ZEROS = {go.LowCmd: 0x4B5A4880, go.LowState: 0x85F11EA6}
+"""Checksums of messages of zeros by Unitree's own library (``crc_amd64.so`` of unitree_sdk2_python)."""
+ROOT = Path(__file__).parents[2]
+HEADER = b"\0\1\0\0"
+
+
+@cache
+def plain(kind: type) -> type:
+    """The same type, read and written field by field by cyclonedds."""
+    return idl.make_idl_struct(kind.__name__, kind.__idl_typename__, dict(kind.__annotations__))
+
+
+def filled(kind: type, numbers: Iterator[float]) -> Any:
+    """A message of a plain type with these numbers in order."""
+
+    def field(annotation: Any) -> Any:
+        if get_args(annotation) and hasattr(array := get_args(annotation)[1], "length"):
+            return [field(array.subtype) for _ in range(array.length)]
+        return filled(annotation, numbers) if hasattr(annotation, "__idl__") else next(numbers)
+
+    return plain(kind)(*[field(annotation) for annotation in kind.__annotations__.values()])
+
+
+def sealed(state: list[float]) -> Any:
+    """A LowState of these numbers, its checksum made right."""
+    state[-1] = go.checksum(go._STATE_C.pack(*state))
+    return filled(go.LowState, iter(state))
+
+
+def flat(message: Any) -> list[float]:
+    """The numbers of a message in order."""
+    if isinstance(message, list | bytes):
+        return [number for part in message for number in flat(part)]
+    return (
+        flat([getattr(message, name) for name in message.__annotations__]) if hasattr(message, "__idl__") else [message]
+    )
+
+
+def numbers(layout: struct.Struct) -> st.SearchStrategy[list[float]]:
+    """Any numbers that fit a layout."""
+    return st.binary(min_size=layout.size, max_size=layout.size).map(
+        lambda data: [0.0 if n != n else n for n in layout.unpack(data)]
+    )
+
+
+def bitwise(message: bytes) -> int:
+    """The checksum by its definition."""
+    crc = 0xFFFFFFFF
+    for (word,) in struct.iter_unpack("<I", message[:-4]):
+        for bit in range(31, -1, -1):
+            top = crc >> 31 ^ word >> bit & 1
+            crc = (crc << 1 & 0xFFFFFFFF) ^ (0x04C11DB7 if top else 0)
+    return crc
+
+
+@given(st.binary(min_size=4, max_size=64).map(lambda b: b[: len(b) // 4 * 4]))
+@settings(deadline=None)
+def test_checksum_is_what_its_definition_says(message: bytes) -> None:
+    assert go.checksum(message) == bitwise(message)
+
+
+def test_checksum_is_the_vendors() -> None:
+    assert go.LowCmd([0] * 250).numbers[-1] == ZEROS[go.LowCmd]
+    assert sealed([0] * 349).crc == ZEROS[go.LowState]
+
+
+@given(numbers(go._CMD_WIRE))
+@settings(max_examples=30, deadline=None)
+def test_commands_are_laid_out_as_cyclonedds_does(message: list[float]) -> None:
+    command = go.LowCmd(message)
+    assert command.serialize() == filled(go.LowCmd, iter(command.numbers)).serialize()
+
+
+@given(numbers(go._STATE_WIRE))
+@settings(max_examples=30, deadline=None)
+def test_states_are_read_as_cyclonedds_does(message: list[float]) -> None:
+    data = filled(go.LowState, iter(message)).serialize()
+    assert list(go.LowState.deserialize(data).numbers) == message
+    assert go.LowState.deserialize(sealed(message).serialize()).sound
+
+
+@pytest.mark.parametrize("at", [4, 300, 1170])
+def test_one_bit_is_enough_to_be_unsound(at: int) -> None:
+    data = bytearray(sealed([0] * 349).serialize())
+    data[at] ^= 1
+    assert not go.LowState.deserialize(bytes(data)).sound
+
+
+@pytest.mark.parametrize("data", [b"\0\0\0\0" + bytes(1176), HEADER + bytes(1000)])
+def test_what_is_no_state_is_refused(data: bytes) -> None:
+    with pytest.raises(BridgeError, match="not a Go2's"):
+        go.LowState.deserialize(data)
+
+
+class Go2:
+    """The far end of ``unitree``: states out, commands in, in messages that cyclonedds reads field by field."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.link = number, Link("lo", number)
+        self._states = self.link.writer("rt/lowstate", plain(go.LowState))
+        self._commands = self.link.reader("rt/lowcmd", plain(go.LowCmd))
+
+    def publish(self, stamp: float, spoilt: int = 0, **parts: list[float]) -> None:
+        """Publish a state of numbers that count up, but for its tick; ``spoilt`` is added to its checksum."""
+        state = [k % 100 for k in range(349)]
+        state[296] = round(stamp * 1000)
+        message = sealed(state)
+        message.crc ^= spoilt
+        self._states.send(message)
+
+    def alive(self, **how: Any) -> Any:
+        """Publish every 5 ms."""
+        return beating(lambda stamp: self.publish(stamp, **how))
+
+    def commanded(self) -> Any:
+        """Return the newest command, None if none is new."""
+        return self._commands.newest()
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[Go2]:
+    monkeypatch.setattr("metarobot.bridge.robots.dds.LISTEN", 0.1)
+    robot = Go2(domain())
+    yield robot
+    robot.link.close()
+
+
+def near(far: Go2, joints: tuple[str, ...] = JOINTS, **settings: Any) -> Unitree:
+    robot = Unitree(meta(joints), domain=far.number, timeout=10.0, **settings)
+    with far.alive():
+        robot.connect()
+    return robot
+
+
+def sees(robot: Unitree, stamp: float) -> dict[str, float]:
+    return until(lambda: (r := robot.get_observation()) and abs(r["stamp"] - stamp) < 1e-9 and r)
+
+
+def test_a_reading_has_all_that_was_measured(far: Go2) -> None:
+    robot = near(far, foot_zero=88.0, foot_scale=0.5)
+    far.publish(100.007)
+    reading = sees(robot, 100.007)
+    assert reading.pop("seq") == 100007
+    assert [reading.pop(f"imu.quat.{a}") for a in "wxyz"] == [9, 10, 11, 12]
+    assert [reading.pop(f"imu.gyro.{a}") for a in "xyz"] == [13, 14, 15]
+    # a motor has twelve numbers, from the 23rd on: mode, q, dq, ddq, torque ...
+    for i, joint in enumerate(JOINTS):
+        assert [reading.pop(f"{joint}.{part}") for part in ("pos", "vel", "tau")] == [
+            (23 + 12 * i + k) % 100 for k in (1, 2, 4)
+        ]
+    assert [reading.pop(f"{leg}.force") for leg in ("FR", "FL", "RR", "RL")] == [0.0, 0.5, 1.0, 1.5]
+    assert reading.keys() == {"stamp"}
+
+
+def test_commands_carry_each_joints_gains(far: Go2) -> None:
+    names = JOINTS[::-1]
+    robot = near(far, names)
+    action = {f"{joint}.pos": 0.25 * i for i, joint in enumerate(JOINTS)}
+    assert robot.send_action(action) == action
+    command = until(far.commanded)
+    assert (list(command.head), command.level_flag) == ([0xFE, 0xEF], 0xFF)
+    for i, motor in enumerate(command.motor_cmd[:12]):
+        assert (motor.mode, motor.q, motor.dq, motor.tau) == (1, 0.25 * i, 0.0, 0.0)
+        assert (motor.kp, motor.kd) == (10.0 * (12 - i), 0.5 * (12 - i))
+    for motor in command.motor_cmd[12:]:
+        assert (motor.q, motor.dq, motor.tau, motor.kp, motor.kd) == (POS_STOP, VEL_STOP, 0.0, 0.0, 0.0)
+    assert command.crc == go.checksum(go._CMD_C.pack(*flat(command)))
+
+
+def test_damping_is_the_last_word(far: Go2) -> None:
+    robot = near(far)
+    robot.damp()
+    command = until(far.commanded)
+    assert {(m.mode, m.q, m.dq, m.tau, m.kp, m.kd) for m in command.motor_cmd[:12]} == {(1, POS_STOP, 0, 0, 0, 4.0)}
+    # as Unitree's own library seals this command
+    assert command.crc == 0x205D641E
+    assert robot.send_action({f"{joint}.pos": 0.0 for joint in JOINTS}) == {}
+    time.sleep(0.05)
+    assert far.commanded() is None
+    robot.damp()
+    assert until(far.commanded).crc == 0x205D641E
+
+
+@pytest.mark.parametrize("bad", [{"FR_hip.pos": math.nan}, {"FR_hip.pos": math.inf}, {"FR_knee.pos": 0.0}])
+def test_what_is_no_command_is_not_sent(far: Go2, bad: dict[str, float]) -> None:
+    robot = near(far)
+    with pytest.raises(BridgeError, match="command"):
+        robot.send_action({f"{joint}.pos": 0.0 for joint in JOINTS} | bad)
+    time.sleep(0.05)
+    assert far.commanded() is None
+
+
+def test_unsound_readings_are_dropped_and_counted(far: Go2) -> None:
+    robot = near(far)
+    far.publish(100.0)
+    sees(robot, 100.0)
+    far.publish(101.0, spoilt=1)
+    until(lambda: robot.get_observation() and robot.bad)
+    assert (robot.bad, robot.get_observation()["stamp"]) == (1, 100.0)
+    strict = Unitree(meta(JOINTS), domain=far.number, timeout=0.3)
+    with far.alive(spoilt=1), pytest.raises(BridgeError, match="with a wrong checksum and no sound one within"):
+        strict.connect()
+    lenient = Unitree(meta(JOINTS), domain=far.number, timeout=10.0, checksums=False)
+    with far.alive(spoilt=1):
+        lenient.connect()
+
+
+def test_a_policy_for_another_robot_is_refused() -> None:
+    with pytest.raises(BridgeError, match="a policy for the joints a, b; a Go2 has FR_hip, FR_thigh"):
+        Unitree(meta())
+
+
+def test_who_is_not_there_or_leaves(far: Go2) -> None:
+    with pytest.raises(BridgeError, match="unitree is not connected"):
+        Unitree(meta(JOINTS)).get_observation()
+    with pytest.raises(BridgeError, match="nothing on rt/lowstate within"):
+        Unitree(meta(JOINTS), domain=far.number, timeout=0.1).connect()
+    robot = near(far)
+    far.link.close()
+    with pytest.raises(BridgeError, match="link lost"):
+        until(lambda: robot.get_observation() and False)
+    robot.disconnect()
+    robot.damp()
+
+
+@pytest.mark.slow
+def test_round_trip_through_the_vendors_own_types() -> None:
+    python = ROOT / os.environ.get("UNITREE_VENV", ".unitree") / "bin/python"
+    if not python.exists():
+        pytest.skip("Unitree's SDK is not there: scripts/unitree_peer.sh")
+    number = domain()
+    command = [python, ROOT / "scripts/unitree_peer.py", "--domain", str(number)]
+    peer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        robot = Unitree(meta(JOINTS), domain=number, timeout=60.0)
+        robot.connect()
+        targets = {f"{joint}.pos": 0.125 * i for i, joint in enumerate(JOINTS)}
+        for _ in range(50):
+            robot.send_action(targets)
+            time.sleep(0.01)
+        # the vendor's side moves its motors to the targets, and tells the gains it was sent as speed and torque
+        reading = until(lambda: (r := robot.get_observation()) and r["FR_thigh.pos"] and r)
+        assert {key: reading[key] for key in targets} == targets
+        assert [reading[f"{joint}.tau"] for joint in JOINTS] == [10.0 * k for k in range(1, 13)]
+        assert [reading[f"{joint}.vel"] for joint in JOINTS] == [0.5 * k for k in range(1, 13)]
+        assert [reading[f"{leg}.force"] for leg in ("FR", "FL", "RR", "RL")] == [40, 41, 42, 43]
+        robot.damp()
+        time.sleep(0.2)
+    finally:
+        peer.terminate()
+        told = peer.communicate(timeout=20)[0]
+    counted = json.loads(told.splitlines()[-1])
+    assert counted.pop("last") == [[1, POS_STOP, 0.0, 0.0, 0.0, 4.0]] * 12
+    assert counted == {"commands": 51, "bad_checksum": 0, "not_low_level": 0}
+    assert robot.bad == 0

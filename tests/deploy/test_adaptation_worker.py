@@ -1,0 +1,269 @@
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import live
+
+from metarobot.bridge.adaptation_client import FAR, Adaptation, Outcome, write
+from metarobot.bridge.errors import BridgeError
+from metarobot.deploy import adaptation_worker as adapting
+from metarobot.errors import MetarobotError
+from metarobot.training.run_folder import Run, open_run
+from metarobot.types import Rollout
+
+WIDE = 1e4
+"""A bound that a step on a few short rollouts does not reach."""
+IN_TIME = ("obs", "action", "reward", "terminated", "truncated", "valid")
+
+
+def meta(run: Run, size: int, horizon: int = 12) -> Any:
+    """What a client asks of a policy's metadata."""
+    return SimpleNamespace(
+        agent=run.agent,
+        adapts="between",
+        run_path=str(run.folder),
+        trial=SimpleNamespace(horizon=horizon, episodes=2, rollouts=20),
+        observation_names=[f"obs_{i}" for i in range(17)],
+        action=SimpleNamespace(names=[f"act_{i}" for i in range(6)]),
+        context=[SimpleNamespace(name="weights", shape=(1, size))],
+    )
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return open_run("CheetahDir100-promp")
+
+
+@pytest.fixture(scope="module")
+def agent(run: Run) -> Any:
+    return run.load_agent()
+
+
+@pytest.fixture(scope="module")
+def lived(agent: Any) -> Rollout:
+    """Rollouts of one task, some of which end early."""
+    both = live(agent, episodes=1).episodes[0]
+    half = both.reward.shape[1] // 2
+    assert not both.valid[:, :half].all()
+    rows = {k: getattr(both, k)[:, :half] for k in (*IN_TIME, "critic_obs", "advice")}
+    return replace(both, **rows, **{k: getattr(both, k)[:half] for k in ("final_obs", "final_critic_obs", "faulted")})
+
+
+def recorded(book: Adaptation, episode: Rollout) -> Adaptation:
+    """Write rollouts down as a controller does, one after the other."""
+    for i in range(episode.reward.shape[1]):
+        steps = int(episode.valid[:, i].sum())
+        for t in range(steps):
+            book.step(episode.obs[t, i].numpy(), episode.action[t, i].numpy(), float(episode.reward[t, i]))
+        book.end(episode.final_obs[i].numpy(), failed=bool(episode.terminated[:, i].any()))
+    return book
+
+
+def outcome(book: Adaptation, seconds: float = 300.0) -> Outcome:
+    end = time.monotonic() + seconds
+    while (found := book.poll()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def log(agent: Any, episode: Rollout, **changes: Any) -> dict[str, Any]:
+    arrays = {k: getattr(episode, k).numpy() for k in (*IN_TIME, "final_obs")}
+    return arrays | {"context_0": agent.begin(1)[0].numpy()} | changes
+
+
+def test_in_its_process_it_comes_to_what_the_agent_comes_to(run: Run, agent: Any, lived: Rollout) -> None:
+    book = Adaptation(meta(run, agent.size, len(lived.reward)), rollouts=lived.reward.shape[1], kl=WIDE, deadline_s=300)
+    recorded(book, lived)
+    assert book.ready
+    book.start({"weights": agent.begin(1)[0].numpy()})
+    assert (book.lived, book.busy) == (0, True)  # the next episodes are collected meanwhile
+    found = outcome(book)
+    assert not book.busy
+    assert found.context is not None, found.reason
+    (wanted,) = agent.adapt(agent.begin(1), lived)
+    assert np.array_equal(found.context["weights"], wanted.numpy())
+    assert found.reason == ""
+    assert 0 < found.kl < WIDE
+    assert found.kl == pytest.approx(adapting.divergence(agent, agent.begin(1), (wanted,), lived))
+
+
+def test_the_divergence_is_that_of_two_gaussians(agent: Any, lived: Rollout) -> None:
+    old, new = agent.begin(1), tuple(x + 0.01 for x in agent.begin(1))
+    x = agent.norm(lived.obs[lived.valid])[None]
+    (m0, s0), (m1, s1) = (agent.distribution(c[0], x) for c in (old, new))
+    one, two = (torch.distributions.Normal(m, s.exp()) for m, s in ((m0, s0), (m1, s1)))
+    kl = torch.distributions.kl_divergence(one, two).sum(-1).mean()
+    assert adapting.divergence(agent, old, new, lived) == pytest.approx(float(kl.detach()), rel=1e-4)
+
+
+def test_a_step_that_goes_too_far_is_refused(run: Run, agent: Any, lived: Rollout) -> None:
+    _, kl = adapting.adapt(str(run.folder), log(agent, lived), WIDE)
+    adapting.adapt(str(run.folder), log(agent, lived), kl * 1.01)
+    with pytest.raises(adapting.AdaptingError, match=rf"is a KL divergence of {kl:.3g} from the old one, more than"):
+        adapting.adapt(str(run.folder), log(agent, lived), kl * 0.99)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward": np.full((12, 20), np.nan, np.float32)}, "nothing to learn from"),
+        ({"valid": np.zeros((12, 20), bool)}, "nothing to learn from"),
+        ({"context_0": np.zeros((1, 7), np.float32)}, r"context is of shapes \[\(1, 7\)\]"),
+        ({"obs": np.zeros((12, 20, 5), np.float32)}, "not one to adapt to"),
+        ({"context_0": np.array(["no"])}, "not one to adapt to"),
+    ],
+)
+def test_a_log_that_does_not_serve_is_refused_in_a_line(
+    run: Run, agent: Any, lived: Rollout, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    arrays = log(agent, lived)
+    changes = {k: v[: len(arrays[k])] if k in IN_TIME else v for k, v in changes.items()}
+    source, out = tmp_path / "log.npz", tmp_path / "out.npz"
+    write(source, arrays | changes)
+    adapting.main(str(run.folder), source, out)
+    with np.load(out, allow_pickle=False) as answer:
+        assert list(answer) == ["reason"]
+        reason = str(answer["reason"])
+    with pytest.raises(MetarobotError, match=said):
+        raise MetarobotError(reason)
+    assert "\n" not in reason
+
+
+def test_other_files_than_a_log_are_refused_and_run_no_code(run: Run, tmp_path: Path) -> None:
+    source, out = tmp_path / "log.npz", tmp_path / "out.npz"
+    np.savez(source, obs=np.array([{"a": 1}], dtype=object))
+    for _ in range(2):
+        adapting.main(str(run.folder), source, out)
+        with np.load(out) as answer:
+            assert "not one to adapt to" in str(answer["reason"])
+        source.write_bytes(b"rubbish")
+
+
+def test_who_imitates_does_not_adapt_to_its_own_episodes(lived: Rollout) -> None:
+    imitator = open_run("Placement-imitation")
+    with pytest.raises(adapting.AdaptingError, match="imitation adapts to demonstrations"):
+        adapting.adapt(str(imitator.folder), {}, FAR)
+
+
+def ended(run: Run, program: str, lived: Rollout, **settings: Any) -> Outcome:
+    """What is made of a process that does something else than adapting."""
+    rollouts, command = lived.reward.shape[1], (sys.executable, "-I", "-S", "-c", program)
+    about = meta(run, 4, len(lived.reward))
+    book = recorded(Adaptation(about, rollouts=rollouts, command=command, **{"deadline_s": 300.0} | settings), lived)
+    book.start({"weights": np.zeros((1, 4), np.float32)})
+    return outcome(book)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import sys; sys.exit('error: the run is gone')", "adapting failed: the run is gone"),
+        ("import os; os.kill(os.getpid(), 9)", "adapting failed: exit code -9"),
+        ("pass", "adapting wrote garbage: .*No such file"),
+        ("import sys; open(sys.argv[3], 'wb').write(b'junk')", "adapting wrote garbage"),
+    ],
+)
+def test_whatever_becomes_of_the_process_the_old_context_stays(
+    run: Run, lived: Rollout, program: str, said: str
+) -> None:
+    found = ended(run, program, lived)
+    assert found.context is None
+    with pytest.raises(BridgeError, match=said):
+        raise BridgeError(found.reason)
+    assert "\n" not in found.reason
+
+
+def answered(run: Run, lived: Rollout, path: Path, **answer: Any) -> Outcome:
+    """What is made of an answer."""
+    np.savez(path, **answer)
+    return ended(run, f"import shutil, sys; shutil.copy({str(path)!r}, sys.argv[3])", lived)
+
+
+SOUND = np.ones((1, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"kl": 1.0}, "adapting wrote garbage: .*context_0"),
+        ({"kl": 1.0, "context_0": SOUND * np.nan}, "or not finite"),
+        ({"kl": 1.0, "context_0": SOUND[:, 1:]}, r"of shape \(1, 3\)"),
+        ({"kl": 1.0, "context_0": SOUND.astype(float)}, "weights is float64"),
+        ({"kl": np.nan, "context_0": SOUND}, "a KL divergence of nan, more than 100"),
+        ({"kl": 200.0, "context_0": SOUND}, "a KL divergence of 200, more than 100"),
+        ({"kl": 1.0, "context_0": np.array([None])}, "adapting wrote garbage: .*allow_pickle"),
+        ({"reason": np.array("it is too far")}, "it is too far"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_not_believed(
+    run: Run, lived: Rollout, tmp_path: Path, answer: dict[str, Any], said: str
+) -> None:
+    found = answered(run, lived, tmp_path / "answer.npz", **answer)
+    assert found.context is None
+    with pytest.raises(BridgeError, match=said):
+        raise BridgeError(found.reason)
+    assert "\n" not in found.reason
+
+
+def test_a_late_process_is_ended(run: Run, lived: Rollout) -> None:
+    found = ended(run, "import time; time.sleep(60)", lived, deadline_s=0.3)
+    assert (found.context, found.reason) == (None, "adapting took longer than 0.3 s")
+    assert found.seconds < 60
+
+
+def test_a_process_that_answers_is_believed(run: Run, lived: Rollout, tmp_path: Path) -> None:
+    found = answered(run, lived, tmp_path / "answer.npz", kl=1.0, context_0=SOUND)
+    assert found.context is not None
+    assert found.context["weights"].tolist() == [[1.0] * 4]
+
+
+def test_stopping_ends_the_process(run: Run, lived: Rollout) -> None:
+    program = (sys.executable, "-c", "import time; time.sleep(60)")
+    book = Adaptation(meta(run, 4, 12), rollouts=1, command=program)
+    book.step(np.zeros(17), np.zeros(6), 1.0)
+    book.end(np.zeros(17), failed=False)
+    book.start({"weights": np.zeros((1, 4), np.float32)})
+    process = book._process
+    assert process is not None
+    book.stop()
+    book.stop()
+    assert process.poll() is not None
+    assert (book.busy, book.poll()) == (False, None)
+
+
+def test_only_whole_episodes_count(run: Run) -> None:
+    book = Adaptation(meta(run, 4, horizon=3), rollouts=2)
+    book.end(np.zeros(17), failed=False)
+    assert book.lived == 0  # nothing was lived
+    book.step(np.ones(17), np.ones(6), 1.0)
+    book.drop()
+    assert book.lived == 0
+    assert not any(x.any() for x in book._in_time.values())
+    for _ in range(5):  # two more than the horizon
+        book.step(np.ones(17), np.ones(6), 1.0)
+    book.end(np.full(17, 2.0), failed=True)
+    assert (book.lived, book.ready) == (1, False)
+    assert book._in_time["terminated"][:, 0].tolist() == [False, False, True]
+    assert book._in_time["valid"].sum() == 3
+    with pytest.raises(BridgeError, match="adapting needs 2 episodes and one process: 1 are there"):
+        book.start({})
+
+
+def test_settings_that_make_no_sense(run: Run) -> None:
+    about = meta(run, 4)
+    for bad in ({"rollouts": -1}, {"kl": -1.0}, {"deadline_s": 0.0}, {"kl": float("nan")}):
+        with pytest.raises(BridgeError, match=f"{next(iter(bad))} must be above 0"):
+            Adaptation(about, **bad)
+    assert Adaptation(about).rollouts == 20
+    about.adapts = "acting"
+    with pytest.raises(BridgeError, match="'promp' does not adapt between episodes"):
+        Adaptation(about)
+    with pytest.raises(adapting.AdaptingError, match="kl must be a positive number, not nan"):
+        adapting.main("x", Path("y"), Path("z"), kl=float("nan"))

@@ -1,0 +1,401 @@
+import json
+import os
+import re
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import minari
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from minari.data_collector import EpisodeBuffer
+from torch import Tensor
+
+from metarobot.env.base import Env
+from metarobot.errors import MetarobotError
+from metarobot.tasks.family import State, families
+from metarobot.training import demonstrations as module
+from metarobot.training.demonstrations import DemosError, read, record
+from metarobot.types import Trials
+
+PLACEMENT = families.get("Placement")
+TASKS, VARIANTS, SHOTS, JITTER = 3, 4, 2, 0.1
+META = {"family": "Placement", "split": "extrapolate"}
+
+
+@dataclass
+class Made:
+    """A recorded dataset, and how it came about: every attempt's tasks, settings and trials."""
+
+    path: Path
+    count: int = 0
+    lived: list[tuple[Any, dict[str, Any], Trials]] = field(default_factory=list)
+    asked: list[Tensor] = field(default_factory=list)
+
+
+def made(path: Path, **settings: Any) -> Made:
+    """Record, and watch it being done."""
+    one, real = Made(path), module.collect
+
+    def watched(agent: Any, env: Env, tasks: Any, **how: Any) -> Trials:
+        one.lived.append((tasks, how, real(agent, env, tasks, **how)))
+        return one.lived[-1][2]
+
+    def program(state: State) -> Tensor:
+        one.asked.append(PLACEMENT.expert(state))
+        return one.asked[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "collect", watched)
+        usual = {"tasks": TASKS, "shots": SHOTS, "seed": 4, "threads": 1}
+        one.count = record(replace(PLACEMENT, expert=program), path, **usual | settings)
+    return one
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return made(tmp_path_factory.mktemp("demos") / "some" / "where" / "calm")
+
+
+@pytest.fixture(scope="module")
+def shaken(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return made(tmp_path_factory.mktemp("demos") / "shaken", jitter=JITTER)
+
+
+def won(one: Made) -> dict[Any, list[tuple[Tensor, Tensor, Tensor]]]:
+    """What was lived with success by (task, variant), in order: observations, the last one, and what was executed."""
+    found = defaultdict(list)
+    for tasks, how, trials in one.lived:
+        (episode,) = trials.episodes
+        for i, (task, variant) in enumerate(zip(tasks, how["variant"].tolist(), strict=True)):
+            if episode.terms["success"][i] == 1:
+                valid = episode.valid[:, i]
+                found[task, variant].append((episode.obs[valid, i], episode.final_obs[i], episode.action[valid, i]))
+    return found
+
+
+def test_what_was_recorded_is_read_back_to_the_bit(calm: Made) -> None:
+    demos, lived = read(calm.path), won(calm)
+    assert calm.count == TASKS * VARIANTS * SHOTS
+    assert (demos.family, demos.split, demos.shots) == (PLACEMENT, "train", SHOTS)
+    assert list(demos.tasks) == PLACEMENT.space.sample("train", TASKS, 4)
+    assert demos.obs.shape[:3] == demos.action.shape[:3] == demos.valid.shape[:3] == (TASKS, VARIANTS, SHOTS)
+    for t, task in enumerate(demos.tasks):
+        for v in range(VARIANTS):
+            assert len(lived[task, v]) == SHOTS
+            for s, (obs, _, action) in enumerate(lived[task, v]):
+                valid, n = demos.valid[t, v, s], len(action)
+                assert valid.tolist() == [True] * n + [False] * (len(valid) - n)
+                assert torch.equal(demos.obs[t, v, s, :n], obs)
+                assert torch.equal(demos.action[t, v, s, :n], action)
+                assert not demos.obs[t, v, s, n:].any()
+                assert not demos.action[t, v, s, n:].any()
+    assert demos.valid.any(0).flatten(0, 1).all(1).any()
+
+
+def test_minari_itself_reads_the_dataset(calm: Made) -> None:
+    dataset, demos, lived = minari.MinariDataset(calm.path / "data"), read(calm.path), won(calm)
+    assert dataset.total_episodes == calm.count
+    assert dataset.total_steps == int(demos.valid.sum())
+    assert dataset.observation_space.shape == (len(PLACEMENT.observations),)
+    assert dataset.action_space.shape == (6,)
+    seen = defaultdict(int)
+    for episode in dataset.iterate_episodes():
+        task = PLACEMENT.space.coerce(dict(zip(PLACEMENT.space.names, episode.infos["task"][0], strict=True)))
+        variant = int(episode.infos["variant"][0])
+        obs, last, action = lived[task, variant][seen[task, variant]]
+        seen[task, variant] += 1
+        n = len(action)
+        assert len(episode) == len(episode.rewards) == n
+        assert np.array_equal(episode.actions, action)
+        assert np.array_equal(episode.observations, torch.cat([obs, last[None]]))
+        assert episode.terminations.tolist() == [False] * (n - 1) + [True]
+        assert not episode.truncations.any()
+        assert (episode.infos["task"] == episode.infos["task"][0]).all()
+        assert len(episode.infos["task"]) == len(episode.infos["variant"]) == n + 1
+        assert (episode.infos["variant"] == variant).all()
+    assert set(seen.values()) == {SHOTS}
+    assert len(seen) == TASKS * VARIANTS
+
+
+def test_recorded_actions_done_again_succeed_as_they_did(calm: Made) -> None:
+    (tasks, how, _), *more = calm.lived
+    assert not more
+    env, demos = Env(PLACEMENT, tasks, threads=1), read(calm.path)
+    env.reset(how["seed"])
+    obs, alive = env.present(how["variant"]), torch.ones(len(tasks), dtype=torch.bool)
+    done = torch.zeros(len(tasks)).double()
+    shown = demos.rollout(range(TASKS), torch.arange(SHOTS).expand(TASKS, SHOTS))
+    for k in range(len(shown.valid)):
+        assert torch.equal(shown.valid[k], alive)
+        assert torch.equal(obs[alive], shown.obs[k, alive])
+        step = env.step(shown.action[k], alive)
+        done += step.terms["success"] * alive
+        obs, alive = step.obs, alive & ~(step.terminated | step.truncated)
+    assert not alive.any()
+    assert (done == 1).all()
+
+
+def test_with_jitter_what_was_asked_for_is_recorded_and_not_what_was_done(shaken: Made, calm: Made) -> None:
+    demos, still, lived = read(shaken.path), read(calm.path), won(shaken)
+    assert demos.tasks == still.tasks
+    off = [
+        executed - demos.action[t, v, s, : len(executed)]
+        for t, task in enumerate(demos.tasks)
+        for v in range(VARIANTS)
+        for s, (_, _, executed) in enumerate(lived[task, v])
+    ]
+    assert len(off) == TASKS * VARIANTS * SHOTS
+    assert float(torch.cat(off).std()) == pytest.approx(JITTER, rel=0.05)
+    assert torch.cat(off).mean(0).abs().max() < 0.05
+    asked = {tuple(x) for x in torch.cat(shaken.asked).float().tolist()}
+    assert asked.issuperset(tuple(x) for x in demos.action[demos.valid].tolist())
+    assert demos.action[demos.valid][:, 4].unique().tolist() == [-1, 1]
+    first = [shaken.lived[0][2].episodes[0], calm.lived[0][2].episodes[0]]
+    assert torch.equal(first[0].obs[0], first[1].obs[0])
+    assert torch.equal(shaken.asked[0], calm.asked[0])
+    assert not torch.equal(first[0].obs[1], first[1].obs[1])
+
+
+def test_the_same_seed_gives_the_same_dataset(calm: Made, tmp_path: Path) -> None:
+    again = read(made(tmp_path / "again", threads=2).path)
+    first = read(calm.path)
+    assert again.tasks == first.tasks
+    for name in ("obs", "action", "valid"):
+        assert torch.equal(getattr(again, name), getattr(first, name)), name
+    assert set(read(made(tmp_path / "other", seed=5, tasks=1, shots=1).path).tasks).isdisjoint(first.tasks)
+
+
+def test_many_tasks_of_a_split_are_recorded_group_by_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", VARIANTS)
+    said: list[int] = []
+    one = made(tmp_path / "x", split="extrapolate", shots=1, tick=said.append)
+    assert said == [4, 8, 12]
+    assert len({how["seed"] for _, how, _ in one.lived}) == len(one.lived) >= TASKS
+    demos = read(one.path)
+    assert demos.split == "extrapolate"
+    assert list(demos.tasks) == PLACEMENT.space.sample("extrapolate", TASKS, 4)
+
+
+def failing(where: Callable[[State], Tensor]) -> Any:
+    """Placement with an expert that does nothing in some worlds."""
+    return replace(PLACEMENT, expert=lambda state: PLACEMENT.expert(state) * ~where(state)[:, None])
+
+
+def test_where_the_expert_fails_it_tries_again_from_another_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seeds, real = [], module.collect
+    monkeypatch.setattr(module, "collect", lambda *x, **how: (seeds.append(how["seed"]), real(*x, **how))[1])
+    family = failing(lambda state: (state.variant < 2) & (len(seeds) == 1))
+    assert record(family, tmp_path / "x", tasks=1, shots=2, threads=1) == 2 * VARIANTS
+    assert len(set(seeds)) == len(seeds) == 2
+    first = read(tmp_path / "x").obs[0, :, :, 0]
+    assert len(first.flatten(0, 1).unique(dim=0)) == 2 * VARIANTS
+
+
+def test_a_task_in_which_the_expert_always_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    tasks = PLACEMENT.space.sample("train", 3, 0)
+    family = failing(lambda state: state.task["order"] == tasks[1]["order"])
+    assert record(family, tmp_path / "x", tasks=3, shots=1, threads=1) == 2 * VARIANTS
+    assert list(read(tmp_path / "x").tasks) == [tasks[0], tasks[2]]
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_an_expert_that_always_fails_is_an_error_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tasks: int
+) -> None:
+    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    with pytest.raises(DemosError, match=r"the expert fails again and again in Placement: class_0 .*, order \d"):
+        record(failing(lambda state: state.variant == 2), tmp_path / "x", tasks=tasks, shots=1, threads=1)
+    assert not list(tmp_path.iterdir())
+
+
+def refused(call: Callable[[], Any], message: str, kind: type[MetarobotError] = DemosError) -> None:
+    with pytest.raises(kind, match=re.escape(message)) as e:
+        call()
+    assert "\n" not in str(e.value)
+
+
+RANGES = "tasks and shots must be at least 1 and jitter between 0 and 10: "
+REFUSED = [
+    ({"tasks": 0}, RANGES + "0, 1, 0"),
+    ({"shots": 0}, RANGES + "1, 0, 0"),
+    ({"jitter": -0.1}, RANGES + "1, 1, -0.1"),
+    ({"jitter": float("nan")}, RANGES + "1, 1, nan"),
+    ({"split": "dev"}, "Placement has no split 'dev'; it has: train, test, extrapolate"),
+    ({"seed": -1}, "a seed must be at least 0, not -1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    settings = {"tasks": 1, "shots": 1, "threads": 1} | change
+    refused(lambda: record(PLACEMENT, tmp_path / "x", **settings), message, MetarobotError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_is_taken_is_left_alone(tmp_path: Path) -> None:
+    refused(lambda: record(PLACEMENT, tmp_path), f"{tmp_path} is there already; choose another place")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "x"
+    refused(lambda: record(PLACEMENT, out, tasks=1, shots=1, threads=1), f"cannot write {out}", MetarobotError)
+
+
+def test_a_family_without_an_expert_has_no_demonstrations(tmp_path: Path) -> None:
+    family, message = families.get("CheetahVel"), "CheetahVel has no scripted expert"
+    refused(lambda: record(family, tmp_path / "x"), message, MetarobotError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_minari_it_says_what_to_install_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, calm: Made
+) -> None:
+    monkeypatch.setitem(sys.modules, "minari", None)
+    monkeypatch.setattr(module, "collect", lambda *_, **__: pytest.fail("it recorded what it cannot write"))
+    for call in (lambda: read(calm.path), lambda: record(PLACEMENT, tmp_path / "x", tasks=1, threads=1)):
+        refused(call, "demonstrations need packages: pip install 'metarobot[demos]'")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_write_that_is_interrupted_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[BaseException]
+) -> None:
+    real, begun = minari.create_dataset_from_buffers, []
+
+    def cut(*arguments: Any, **settings: Any) -> None:
+        real(*arguments, **settings)
+        begun.extend(tmp_path.rglob("*.hdf5"))
+        raise error
+
+    monkeypatch.setattr(minari, "create_dataset_from_buffers", cut)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "elsewhere")
+    with pytest.raises(error):
+        made(tmp_path / "x", tasks=1, shots=1)
+    assert begun
+    assert not list(tmp_path.iterdir())
+    assert os.environ["MINARI_DATASETS_PATH"] == "elsewhere"
+
+
+def episode(variant: int, steps: int = 5, task: int = 0, **changes: float) -> dict[str, Any]:
+    values = list({**PLACEMENT.space.sample("train", 2, 0)[task].as_dict(), **changes}.values())
+    rng = np.random.default_rng([variant, task])
+    obs, action = (rng.standard_normal((n, w)).astype(np.float32) for n, w in ((steps + 1, 35), (steps, 6)))
+    infos = {"task": np.repeat([values], steps + 1, 0), "variant": np.full(steps + 1, variant)}
+    return {"observations": obs, "actions": action, "infos": infos}
+
+
+def foreign(root: Path, episodes: list[dict[str, Any]], description: str | None = json.dumps(META)) -> Path:
+    """A dataset as others make them, with Minari alone."""
+    buffers = [
+        EpisodeBuffer(id=i, **e, **{k: np.zeros(len(e["actions"])) for k in ("rewards", "terminations", "truncations")})
+        for i, e in enumerate(episodes)
+    ]
+    spaces = {f"{k}_space": Box(-np.inf, np.inf, (n,), np.float32) for k, n in (("observation", 35), ("action", 6))}
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no author, no Gymnasium id
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        minari.create_dataset_from_buffers("others-v0", buffers, description=description, **spaces)
+    return root / "others-v0"
+
+
+GOOD = [episode(v) for v in range(VARIANTS)]
+
+
+def four(key: str, change: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """One demonstration of every variant, the third with a change."""
+    return [*GOOD[:2], GOOD[2] | {key: change(GOOD[2][key])}, GOOD[3]]
+
+
+@pytest.mark.parametrize("description", [json.dumps(META), None, "made by hand", "5"])
+def test_others_can_bring_their_own(tmp_path: Path, description: str | None) -> None:
+    episodes = [*(episode(v, 5 + v) for v in range(VARIANTS)), *(episode(v, 3, 1) for v in (3, 1, 0, 2)), episode(2)]
+    demos = read(foreign(tmp_path, episodes, description), PLACEMENT)
+    assert demos.tasks == tuple(PLACEMENT.space.sample("train", 2, 0))
+    assert demos.split == (META["split"] if description == json.dumps(META) else "")
+    assert demos.shots == 1
+    assert demos.valid.sum(-1)[..., 0].tolist() == [[5, 6, 7, 8], [3] * 4]
+    assert np.array_equal(demos.action[0, 3, 0], episodes[3]["actions"])
+    assert np.array_equal(demos.obs[1, 1, 0, :3], episodes[5]["observations"][:3])
+
+
+STEPS = "episode 2 has 2 observations and 1 actions; it takes at least 2 steps"
+LESS = "episode 2 has 4 observations and 5 actions"
+MOOD = "episode 2: infos lack 'variant'; they have: mood, task"
+LACK = "some tasks lack demonstrations of some of the 4 variants"
+OBS = "episode 2: observations of Placement have 35 columns, these are (6, 9)"
+ACT = "episode 2: actions of Placement have 6 columns, these are (5,)"
+HIGH = "order = 77 is outside its bounds: {0, 1, 2, "
+DAMAGED: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "no episodes": ([], "holds no demonstrations"),
+    "a single step": ([*GOOD[:2], episode(2, 1)], STEPS),
+    "lost observations": (four("observations", lambda x: x[:4]), LESS),
+    "no infos": (four("infos", lambda _: None), "episode 2: infos lack 'task'; they have: nothing"),
+    "no variant": (four("infos", lambda x: {"task": x["task"], "mood": x["variant"]}), MOOD),
+    "other tasks": (four("infos", lambda x: {**x, "task": x["task"][:, :3]}), "3 task values, but Placement has 1"),
+    "a task of one number": (four("infos", lambda x: {**x, "task": x["task"][:, 0]}), "episode 2: "),
+    "an impossible task": ([episode(v, order=77.0) for v in range(VARIANTS)], HIGH),
+    "a nan action": (four("actions", lambda x: np.where(x == x[3, 1], np.nan, x)), "episode 2: not all actions are"),
+    "an infinite view": (four("observations", lambda x: np.where(x > 1, np.inf, x)), "episode 2: not all observations"),
+    "a lacking variant": (GOOD[:3], LACK),
+    "a task that lacks variants": ([*GOOD, episode(1, task=1)], LACK),
+    "a variant that does not exist": ([*GOOD, episode(4)], "episode 4"),
+    "other observations": (four("observations", lambda x: x[:, :9]), OBS),
+    "other actions": (four("actions", lambda x: x[:, 0]), ACT),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_demonstrations_that_nobody_can_learn_from_are_refused(tmp_path: Path, case: str) -> None:
+    episodes, message = DAMAGED[case]
+    refused(lambda: read(foreign(tmp_path, episodes)), message, MetarobotError)
+
+
+@pytest.mark.parametrize(("family", "columns"), [("CheetahVel", 17), ("GraspShapes", 19)])
+def test_demonstrations_of_another_robot_are_refused(tmp_path: Path, family: str, columns: int) -> None:
+    path, message = foreign(tmp_path, GOOD, None), f"observations of {family} have {columns} columns, these are (6, 35)"
+    refused(lambda: read(path, families.get(family)), message)
+
+
+def test_demonstrations_that_say_they_are_of_another_family_are_refused(tmp_path: Path) -> None:
+    path = foreign(tmp_path, GOOD)
+    assert read(path).family is PLACEMENT
+    refused(lambda: read(path, families.get("PlacementShown")), "PlacementShown")
+
+
+def test_demonstrations_that_do_not_say_of_which_family_they_are_need_to_be_told(tmp_path: Path) -> None:
+    path = foreign(tmp_path, GOOD, None)
+    refused(lambda: read(path), "no family called ''; there are: AntDir", MetarobotError)
+
+
+@pytest.mark.parametrize("size", [0, 100, 0.5, 0.9])
+def test_a_damaged_file_is_one_line(tmp_path: Path, size: float) -> None:
+    path = foreign(tmp_path, GOOD)
+    data = path / "data" / "main_data.hdf5"
+    os.truncate(data, int(size if size > 1 else size * data.stat().st_size))
+    refused(lambda: read(path), f"{path} is no dataset that Minari reads: ")
+
+
+def test_damaged_metadata_are_one_line(tmp_path: Path, edit_json: Any) -> None:
+    path = foreign(tmp_path, GOOD)
+    edit_json(path / "data" / "metadata.json", "minari_version", "99.0")
+    refused(lambda: read(path), f"{path} is no dataset that Minari reads: The installed Minari version")
+    (path / "data" / "metadata.json").write_text("{")
+    refused(lambda: read(path), f"{path} is no dataset that Minari reads: ")
+
+
+def test_where_there_is_no_dataset_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
+        refused(lambda path=path: read(path), f"{path} holds no Minari dataset: it has no folder called data")

@@ -1,0 +1,158 @@
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_run
+
+from metarobot.env.base import Env
+from metarobot.files import read_json, replacing
+from metarobot.training import run_folder as checkpoint
+from metarobot.training.run_folder import CheckpointError, open_run, pretrained, publish, save
+from metarobot.types import Percept
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tiny_run(tmp_path / "x", steps=400).folder
+
+
+def test_an_agent_comes_back_as_it_was(run: Path) -> None:
+    tensors, counters = open_run(run).checkpoint()
+    agent = open_run(run).load_agent()
+    assert counters["steps"] == 800
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, tensors[f"agent.{name}"])
+
+
+def test_a_folder_holds_one_weights_file_and_nothing_temporary(run: Path) -> None:
+    assert len(list(run.glob("*.safetensors"))) == 1
+    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+
+
+def test_nothing_is_pickled(run: Path) -> None:
+    kinds = {p.suffix for p in run.iterdir() if "tfevents" not in p.name}
+    assert kinds == {".json", ".jsonl", ".safetensors"}
+
+
+def corrupt(run: Path) -> None:
+    weights = next(run.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+
+def truncate(run: Path) -> None:
+    weights = next(run.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def drop_weights(run: Path) -> None:
+    next(run.glob("*.safetensors")).unlink()
+
+
+def cut_counters(run: Path) -> None:
+    (run / "checkpoint.json").write_text('{"iteration": 1')
+
+
+def empty_counters(run: Path) -> None:
+    (run / "checkpoint.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (corrupt, r"is damaged \(not the SHA-256"),
+        (truncate, r"is damaged \(not the SHA-256"),
+        (drop_weights, "cannot read .*safetensors: No such file"),
+        (cut_counters, "checkpoint.json is damaged"),
+        (empty_counters, "checkpoint.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(run: Path, harm, message: str) -> None:
+    harm(run)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_run(run).load_agent()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format", 99, "is of format 99, this metarobot reads up to 1: upgrade"),
+        ("kind", "something-else", "is not a metarobot run"),
+        ("family", "Gone", "no family called 'Gone'"),
+        ("agent", "gone", "no agent called 'gone'"),
+    ],
+)
+def test_a_foreign_or_future_run_is_refused(run: Path, edit_json, key: str, value: object, message: str) -> None:
+    edit_json(run / "config.json", key, value)
+    with pytest.raises(Exception, match=message):
+        open_run(run)
+
+
+def test_weights_of_another_agent_are_refused(run: Path, edit_json) -> None:
+    edit_json(run / "config.json", "agent", "oracle")
+    config = json.loads((run / "config.json").read_text())["agent_config"]
+    edit_json(run / "config.json", "agent_config", {k: v for k, v in config.items() if k not in ("memory", "belief")})
+    with pytest.raises(CheckpointError, match=r"holds other weights than its config\.json says"):
+        open_run(run).load_agent()
+
+
+def test_a_changed_task_space_is_refused(run: Path, edit_json) -> None:
+    edit_json(run / "tasks.json", "name", "Other")
+    with pytest.raises(Exception, match="was changed after it was written"):
+        open_run(run)
+
+
+def test_an_unknown_folder_lists_the_agents_in_the_box() -> None:
+    with pytest.raises(CheckpointError, match="no run folder 'nowhere', and no pretrained agent; there are: "):
+        open_run("nowhere")
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_new(tmp_path: Path) -> None:
+    target = tmp_path / "x.json"
+    target.write_text("old")
+    with pytest.raises(CheckpointError, match=r"cannot write .*x.json: No space left on device"), replacing(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_save_that_fails_midway_leaves_the_last_checkpoint_whole(run: Path, monkeypatch) -> None:
+    def full(path: Path, data: object) -> None:
+        raise CheckpointError("cannot write: No space left on device")
+
+    before, counters = open_run(run).checkpoint()
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(CheckpointError):
+        save(run, {k: v + 1 for k, v in before.items()}, counters)
+    monkeypatch.undo()
+    after, _ = open_run(run).checkpoint()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_published_agent_acts_the_same_without_its_optimiser(run: Path, tmp_path: Path) -> None:
+    publish(open_run(run), tmp_path / "box", {"summary": "tiny"})
+    tensors, _ = open_run(tmp_path / "box").checkpoint()
+    assert all(name.startswith("agent.") for name in tensors)
+    a, b = (open_run(p).load_agent().state_dict() for p in (run, tmp_path / "box"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", pretrained())
+def test_an_agent_in_the_box_is_small_loads_and_says_how_it_was_made(name: str) -> None:
+    run = open_run(name)
+    assert sum(p.stat().st_size for p in run.folder.iterdir()) < 3e6
+    card = read_json(run.folder / "card.json")
+    assert {"summary", "command", "seed", "steps", "wall_s"} <= card.keys()
+    assert card["command"].startswith(f"metarobot train {run.family.name} --agent {run.agent} ")
+    env = Env(run.family, run.family.space.sample("test", 2), threads=1)
+    agent = run.load_agent()
+    encoded = run.family.space.encode(env.tasks) if agent.privileged else None
+    zeros = torch.zeros(2)
+    percept = Percept(env.reset(0), torch.zeros(2, env.act_dim), zeros, zeros, zeros + 1)
+    action, _ = agent.act(percept, agent.begin(2, encoded))
+    assert action.shape == (2, env.act_dim)
+    assert action.isfinite().all()
