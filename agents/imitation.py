@@ -17,11 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.gradient_agent import by_task
-from metarobot.learning.meta_gradient import call, climb, each, exact, first_order, slopes, walk
+from metarobot.learning.meta_gradient import (
+    adapt_weights,
+    call_with_weights,
+    exact_derivatives,
+    first_order_derivatives,
+    per_task_gradients,
+    set_ascent_gradients,
+    vmap_tasks,
+)
 from metarobot.learning.networks import RunningNorm, mlp
-from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.learning.optimiser_state import flatten_state, restore_state
 from metarobot.types import Percept, Rollout, Trials
 
 
@@ -91,7 +99,7 @@ class ImitationAgent(nn.Module):
     imitates = True
     context_names = ("weights",)
 
-    def __init__(self, shapes: Shapes, config: ImitationConfig) -> None:
+    def __init__(self, shapes: Dimensions, config: ImitationConfig) -> None:
         super().__init__()
         if config.worlds % config.rollouts:
             raise MetarobotError(f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}")
@@ -114,7 +122,7 @@ class ImitationAgent(nn.Module):
         """Act with each task's own weights; the worlds of a task stand together."""
         (weights,) = context
         x = self.norm(percept.obs).view(len(weights), -1, percept.obs.shape[-1])
-        action: Tensor = each(lambda w, seen: call(self.actor, w, seen)[0])(weights, x)
+        action: Tensor = vmap_tasks(lambda w, seen: call_with_weights(self.actor, w, seen)[0])(weights, x)
         return action.flatten(0, 1), context
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
@@ -122,7 +130,7 @@ class ImitationAgent(nn.Module):
         (weights,) = context
         support = self.support(episode, len(weights))
         for _ in range(self.config.inner_steps):
-            weights = weights + self.rates.detach() * slopes(self.likeness, weights, support)
+            weights = weights + self.rates.detach() * per_task_gradients(self.likeness, weights, support)
         return (weights,)
 
     def support(self, episode: Rollout, tasks: int) -> Support:
@@ -137,7 +145,7 @@ class ImitationAgent(nn.Module):
 
     def likeness(self, weights: Tensor, data: Support) -> Tensor:
         """Return minus the mean squared error of one task's actions, and of the guess."""
-        action, guess = call(self.actor, weights, data.x, data.end)
+        action, guess = call_with_weights(self.actor, weights, data.x, data.end)
         error, missed = (action - data.action).square().mean(-1), (guess - data.end).square().sum(-1)
         likeness: Tensor = -(data.weight * error).sum() - (data.early * missed).sum()
         return likeness
@@ -146,7 +154,7 @@ class ImitationAgent(nn.Module):
 class Imitator:
     """Trains an ``ImitationAgent`` on trials of demonstrations: support, then query."""
 
-    def __init__(self, config: ImitationConfig, shapes: Shapes) -> None:
+    def __init__(self, config: ImitationConfig, shapes: Dimensions) -> None:
         self.config = config
         self.agent = ImitationAgent(shapes, config)
         self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5)
@@ -159,27 +167,27 @@ class Imitator:
         tasks = shown.valid.shape[1] // c.rollouts
         support, query = agent.support(shown, tasks), agent.support(asked, tasks)
         (start,), rates = agent.begin(tasks), agent.rates.detach()
-        derivative = first_order if c.first_order else exact
-        path = walk(agent.likeness, start, rates, [support] * c.inner_steps, derivative)
-        by_weights, by_rates = (x.mean(0) for x in path.pull(slopes(agent.likeness, path.weights, query)))
+        derivative = first_order_derivatives if c.first_order else exact_derivatives
+        path = adapt_weights(agent.likeness, start, rates, [support] * c.inner_steps, derivative)
+        by_weights, by_rates = (x.mean(0) for x in path.vjp(per_task_gradients(agent.likeness, path.weights, query)))
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
-        climb(agent.actor, by_weights)
+        set_ascent_gradients(agent.actor, by_weights)
         agent.rates.grad = -by_rates if agent.rates.requires_grad else None
         norm = nn.utils.clip_grad_norm_(agent.parameters(), c.grad_norm)
         if norm.isfinite():
             self.optimiser.step()
         with torch.no_grad():
-            before, after = (-each(agent.likeness)(w, query).mean() for w in (start, path.weights))
+            before, after = (-vmap_tasks(agent.likeness)(w, query).mean() for w in (start, path.weights))
         return {"train/loss_before": float(before), "train/loss": float(after), "train/grad_norm": float(norm)}
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, the normaliser and the optimiser."""
-        return pack(self.optimiser, agent=self.agent)
+        return flatten_state(self.optimiser, agent=self.agent)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.optimiser, agent=self.agent)
+        restore_state(state, self.optimiser, agent=self.agent)
 
 
 imitation = AgentKind(

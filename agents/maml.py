@@ -13,10 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from metarobot.learning import trust_region as trust
-from metarobot.learning.agent_interface import AgentKind, Shapes
-from metarobot.learning.gradient_agent import Batch, GradientAgent, InnerConfig, ignored
-from metarobot.learning.meta_gradient import Derivative, Objective, Product, each, exact, first_order, slopes
-from metarobot.learning.outer_critic import Critic
+from metarobot.learning.agent_interface import AgentKind, Dimensions
+from metarobot.learning.gradient_agent import GradientAgent, InnerBatch, InnerConfig, ignored_rollouts
+from metarobot.learning.meta_gradient import (
+    Derivative,
+    Objective,
+    Product,
+    exact_derivatives,
+    first_order_derivatives,
+    per_task_gradients,
+    vmap_tasks,
+)
+from metarobot.learning.outer_critic import OuterCritic
 from metarobot.types import Trials
 
 
@@ -43,26 +51,28 @@ class MAMLConfig(InnerConfig):
 class MAML:
     """Trains a ``GradientAgent`` by TRPO on what its adapted policies earn."""
 
-    derivative: Derivative = staticmethod(exact)
+    derivative: Derivative = staticmethod(exact_derivatives)
 
-    def __init__(self, config: MAMLConfig, shapes: Shapes) -> None:
+    def __init__(self, config: MAMLConfig, shapes: Dimensions) -> None:
         self.config = config
         self.agent = GradientAgent(shapes, config)
-        self.critic = Critic(shapes, config.outer_gamma, config.lam)
+        self.critic = OuterCritic(shapes, config.outer_gamma, config.lam)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Take one outer step."""
         c, agent = self.config, self.agent
         *support, query = agent.batches(trials)
-        query, explained = agent.judged(query, trials, self.critic, seed)
+        query, explained = agent.with_critic_advantages(query, trials, self.critic, seed)
         start = agent.vector()
-        path = agent.walk(start, support, self.derivative)
-        gradient = agent.pull(path, slopes(agent.surrogate, path.weights, query))
+        path = agent.adapt_meta_parameters(start, support, self.derivative)
+        gradient = agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))
         fisher = self.fisher(start, support, query)
         direction = trust.conjugate_gradient(fisher, gradient, c.cg_steps)
         bound = c.kl * (1.0 - progress * (1.0 - c.kl_end))
         objective = partial(self.objective, start, support, query)
-        step, found = trust.backtrack(trust.longest(direction, fisher, bound), objective, bound, c.shrink, c.tries)
+        step, found = trust.backtracking_line_search(
+            trust.scale_to_kl_bound(direction, fisher, bound), objective, bound, c.shrink, c.tries
+        )
         agent.assign(start + step)
         agent.learn_norm(trials)
         metrics = {
@@ -74,26 +84,28 @@ class MAML:
             "std": float(agent.policy.log_std.detach().exp().mean()),
             "inner_lr": float(agent.rates.detach().mean()),
             "explained_variance": float(explained),
-            "ignored_rollouts": ignored(trials),
+            "ignored_rollouts": ignored_rollouts(trials),
         }
         return {f"train/{k}": v for k, v in metrics.items()}
 
-    def fisher(self, start: Tensor, support: list[Batch], query: Batch) -> Product:
+    def fisher(self, start: Tensor, support: list[InnerBatch], query: InnerBatch) -> Product:
         """Return the product of a direction ``(2 P,)`` with the Fisher matrix of the adapted policies.
 
         Adapted policies move by J v, so the matrix is Jᵀ F J with J the derivative of the path and F the Hessian of
         the KL divergence at its end, where the divergence is zero.
         """
         n, agent = self.config.thin, self.agent
-        path = agent.walk(start, support, partial(_thinned, self.derivative, n))
-        _, kl = exact(agent.divergence, path.weights, query.thin(n))
-        return lambda v: agent.pull(path, kl(agent.push(path, v))) + self.config.damping * v
+        path = agent.adapt_meta_parameters(start, support, partial(_thinned, self.derivative, n))
+        _, kl = exact_derivatives(agent.divergence, path.weights, query.thin(n))
+        return lambda v: agent.meta_vjp(path, kl(agent.meta_jvp(path, v))) + self.config.damping * v
 
-    def objective(self, start: Tensor, support: list[Batch], query: Batch, step: Tensor) -> tuple[float, float]:
+    def objective(
+        self, start: Tensor, support: list[InnerBatch], query: InnerBatch, step: Tensor
+    ) -> tuple[float, float]:
         """Return what adapted policies earn and how far they are from those that acted, after a step ``(2 P,)``."""
         agent = self.agent
-        weights = agent.walk(start + step, support, first_order).weights
-        gain, divergence = (float(each(f)(weights, query).mean()) for f in (agent.surrogate, agent.divergence))
+        weights = agent.adapt_meta_parameters(start + step, support, first_order_derivatives).weights
+        gain, divergence = (float(vmap_tasks(f)(weights, query).mean()) for f in (agent.surrogate, agent.divergence))
         return gain, divergence
 
     def state(self) -> dict[str, Tensor]:
@@ -111,12 +123,14 @@ class MAML:
 class FirstOrderMAML(MAML):
     """MAML that takes the derivative of an inner step for the identity."""
 
-    derivative: Derivative = staticmethod(first_order)
+    derivative: Derivative = staticmethod(first_order_derivatives)
 
 
-def _thinned(derivative: Derivative, n: int, objective: Objective, weights: Tensor, data: Batch) -> tuple[Any, Product]:
+def _thinned(
+    derivative: Derivative, n: int, objective: Objective, weights: Tensor, data: InnerBatch
+) -> tuple[Any, Product]:
     """Return the gradient on all steps, and the Hessian product on one in ``n``."""
-    return slopes(objective, weights, data), derivative(objective, weights, data.thin(n))[1]
+    return per_task_gradients(objective, weights, data), derivative(objective, weights, data.thin(n))[1]
 
 
 maml = AgentKind(

@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import AgentKind, Context, Shapes
+from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.gaussian_posterior import (
     Gaussian,
     PosteriorError,
-    check,
-    kl,
+    check_posterior,
+    kl_divergence,
     log_density,
-    product,
+    product_of_gaussians,
     sample,
-    standard,
+    standard_normal,
 )
 from metarobot.learning.networks import RunningNorm, linears, mlp
-from metarobot.learning.optimiser_state import pack, unpack
-from metarobot.learning.ppo_core import gradients
+from metarobot.learning.optimiser_state import flatten_state, restore_state
+from metarobot.learning.ppo_core import set_gradients
 from metarobot.learning.returns import discounted
-from metarobot.learning.trial_replay import Replay, Steps
-from metarobot.types import Percept, Rollout, Trials, sequence
+from metarobot.learning.trial_replay import Transitions, TrialReplay
+from metarobot.types import Percept, Rollout, Trials, join_episodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,9 @@ class PEARLAgent(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, shapes: Shapes, config: PEARLConfig) -> None:
+    def __init__(self, shapes: Dimensions, config: PEARLConfig) -> None:
         super().__init__()
-        self.act_dim, self.noise_width = shapes.act, shapes.act + config.latent
+        self.act_dim, self.noise_dim = shapes.act, shapes.act + config.latent
         hidden = (config.width, config.width)
         self.norm, self.reward_norm = RunningNorm(shapes.obs), RunningNorm(1)
         self.encoder = mlp(2 * shapes.obs + shapes.act + 1, hidden, 2 * config.latent, activation=nn.ReLU)
@@ -100,8 +100,8 @@ class PEARLAgent(nn.Module):
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return the prior N(0, 1), mean and variance, and z, ``(task, latent)`` each."""
-        zeros = self.low.new_zeros(worlds, self.noise_width - self.act_dim)
-        return *standard(zeros), zeros
+        zeros = self.low.new_zeros(worlds, self.noise_dim - self.act_dim)
+        return *standard_normal(zeros), zeros
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
         """Act on z: an episode's first step draws it from the posterior, or without noise takes the mean."""
@@ -114,8 +114,10 @@ class PEARLAgent(nn.Module):
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
         """Multiply the posterior by a factor for each transition of the episode; their order does not matter."""
-        seq = sequence((episode,))
-        mean, var = self.factors(Steps(seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs))
+        seq = join_episodes((episode,))
+        mean, var = self.factors(
+            Transitions(seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs)
+        )
         # a factor of infinite variance says nothing
         lived = seq.valid[..., None]
         factors = Gaussian(torch.where(lived, mean, 0.0), torch.where(lived, var, math.inf))
@@ -134,16 +136,16 @@ class PEARLAgent(nn.Module):
         mean, raw = self.head(torch.cat([posterior.mean, posterior.var.log()], -1)).chunk(2, -1)
         return Gaussian(mean, functional.softplus(raw) + 1e-4)
 
-    def factors(self, lived: Steps) -> Gaussian:
+    def factors(self, lived: Transitions) -> Gaussian:
         """Return what each transition says of z, ``(..., latent)``."""
         x = (self.norm(lived.obs), self.centred(lived.action), self.reward_norm(lived.reward[..., None]))
         mean, raw = self.encoder(torch.cat([*x, self.norm(lived.next_obs)], -1)).chunk(2, -1)
         return Gaussian(mean, (functional.softplus(raw) + 1e-6).reciprocal())
 
-    def infer(self, lived: Steps) -> Gaussian:
+    def infer(self, lived: Transitions) -> Gaussian:
         """Return the posterior given transitions ``(task, step, ...)``."""
         factors = self.factors(lived)
-        return updated(standard(factors.mean[:, 0]), factors, 1)
+        return updated(standard_normal(factors.mean[:, 0]), factors, 1)
 
     def centred(self, action: Tensor) -> Tensor:
         """Move actions from their bounds to ±1."""
@@ -157,7 +159,9 @@ class PEARLAgent(nn.Module):
 
 def updated(prior: Gaussian, factors: Gaussian, dim: int) -> Gaussian:
     """Multiply a prior by factors along an axis."""
-    return product(Gaussian(*(torch.cat([a.unsqueeze(dim), b], dim) for a, b in zip(prior, factors, strict=True))), dim)
+    return product_of_gaussians(
+        Gaussian(*(torch.cat([a.unsqueeze(dim), b], dim) for a, b in zip(prior, factors, strict=True))), dim
+    )
 
 
 def squashed(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,11 +192,11 @@ class Twins(nn.Module):
         return h[..., 0]
 
 
-class Batch(NamedTuple):
+class PEARLBatch(NamedTuple):
     """What a gradient step learns from, ``(task, ...)``: transitions to infer from, and to learn control from."""
 
-    context: Steps
-    steps: Steps
+    context: Transitions
+    steps: Transitions
     task: Tensor
     noise: Tensor
     """Standard normal, ``(task, latent)``."""
@@ -206,7 +210,7 @@ STATISTICS = ("critic_loss", "actor_loss", "kl", "belief_nll", "entropy", "value
 class PEARL:
     """Trains a ``PEARLAgent`` by SAC on a replay."""
 
-    def __init__(self, config: PEARLConfig, shapes: Shapes) -> None:
+    def __init__(self, config: PEARLConfig, shapes: Dimensions) -> None:
         if config.episodes < 2:
             raise MetarobotError("episodes must be at least 2: one to infer from, one to show it")
         if config.context < config.least:
@@ -216,22 +220,22 @@ class PEARL:
         inputs = shapes.obs + shapes.act + config.latent
         self.critics = Twins(inputs, config.width)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
-        self.spread = RunningNorm(1)
+        self.return_norm = RunningNorm(1)
         self.temperature = nn.ParameterDict({"log": torch.tensor(math.log(config.alpha))})
         nets, rest = [*self.agent.parameters(), *self.critics.parameters()], [*self.temperature.parameters()]
         self._parameters = [*nets, *rest]
         self.optimiser = torch.optim.Adam([{"params": nets}, {"params": rest}], lr=config.lr, fused=True)
-        self._replay: Replay | None = None
+        self._replay: TrialReplay | None = None
 
-    def reserve(self) -> None:
+    def reserve_memory(self) -> None:
         """Take the memory that the replay needs, or refuse."""
         if self._replay is None:
-            self._replay = Replay(self.shapes, self.config.replay, self.config.worlds)
+            self._replay = TrialReplay(self.shapes, self.config.replay, self.config.worlds)
 
     @property
-    def replay(self) -> Replay:
+    def replay(self) -> TrialReplay:
         """What was lived."""
-        self.reserve()
+        self.reserve_memory()
         assert self._replay is not None
         return self._replay
 
@@ -252,7 +256,7 @@ class PEARL:
 
     def _remember(self, trials: Trials) -> None:
         """Take trials into normalisers and replay, unless there is nothing to infer a task from."""
-        explored, worlds = sequence(trials.episodes[:-1]), len(trials.task)
+        explored, worlds = join_episodes(trials.episodes[:-1]), len(trials.task)
         fewest, world = explored.valid.sum(0).min(0)
         if fewest < self.config.least:
             raise PosteriorError(
@@ -262,12 +266,12 @@ class PEARL:
         told = torch.cat([explored.percept.obs, explored.action, explored.reward[..., None]], -1)
         if worlds > 1 and torch.equal(told, told[:, :1].expand_as(told)):
             raise PosteriorError(f"pearl: the contexts of all {worlds} tasks are identical; nothing tells tasks apart")
-        for module in (self.critics, self.targets, self.temperature, self.spread):
+        for module in (self.critics, self.targets, self.temperature, self.return_norm):
             module.to(trials.task.device)
-        seq = sequence(trials.episodes)
+        seq = join_episodes(trials.episodes)
         self.agent.norm.update(seq.percept.obs[seq.valid])
         self.agent.reward_norm.update(seq.reward[seq.valid][:, None])
-        self.spread.update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
+        self.return_norm.update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
         self.replay.add(trials)
 
     @torch.no_grad()
@@ -279,18 +283,18 @@ class PEARL:
         for episode in trials.episodes[:-1]:
             context = self.agent.adapt(context, episode)
         posterior = self.agent.posterior(context)
-        check(posterior, "pearl")
+        check_posterior(posterior, "pearl")
         return float(posterior.var.sqrt().mean())
 
     def _step(self, generator: torch.Generator) -> Tensor:
         """Take one gradient step on all weights at once, and let the target critics follow."""
-        statistics = gradients(*self._loss(self._draw(generator)), self._parameters)
+        statistics = set_gradients(*self._loss(self._draw(generator)), self._parameters)
         self.optimiser.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), self.config.tau)
         return statistics
 
-    def _draw(self, generator: torch.Generator) -> Batch:
+    def _draw(self, generator: torch.Generator) -> PEARLBatch:
         c, held, exploring, device = self.config, self.replay, self.config.episodes - 1, self.agent.low.device
         rows = held.draw(c.tasks, c.recent, generator)
         n = round(c.least * (c.context / c.least) ** float(torch.rand((), generator=generator)))
@@ -298,10 +302,10 @@ class PEARL:
         steps = held.steps(held.pick(rows, c.batch, c.episodes, generator))
         noise = torch.randn(c.tasks, c.latent, generator=generator)
         noises = torch.randn(c.tasks, c.batch, 2 * self.shapes.act, generator=generator)
-        context, steps = (Steps(*(x.to(device) for x in lived)) for lived in (context, steps))
-        return Batch(context, steps, held.task(rows).to(device), noise.to(device), noises.to(device))
+        context, steps = (Transitions(*(x.to(device) for x in lived)) for lived in (context, steps))
+        return PEARLBatch(context, steps, held.task(rows).to(device), noise.to(device), noises.to(device))
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: PEARLBatch) -> tuple[Tensor, Tensor]:
         """Return the loss and the statistics.
 
         One loss for all weights: what is given to one part but not to be changed by it is detached.
@@ -310,7 +314,7 @@ class PEARL:
         posterior = agent.infer(batch.context)
         z = sample(posterior, batch.noise)[:, None].expand(-1, c.batch, -1).flatten(0, 1)
         now, following = batch.noises.flatten(0, 1).chunk(2, -1)
-        lived = Steps(*(v.flatten(0, 1) for v in batch.steps))
+        lived = Transitions(*(v.flatten(0, 1) for v in batch.steps))
         lived = lived._replace(obs=agent.norm(lived.obs), next_obs=agent.norm(lived.next_obs))
         target = self._target(lived, z.detach(), following)
         error = self.critics(torch.cat([lived.obs, agent.centred(lived.action), z], -1)) - target
@@ -321,20 +325,20 @@ class PEARL:
         actor_loss = weight * (self.temperature["log"].exp().detach() * density - value).sum()
         # the temperature rises where the policy's entropy is below the target
         temperature_loss = -self.temperature["log"] * weight * (density.detach() - c.entropy * self.shapes.act).sum()
-        divergence = kl(posterior, standard(posterior.mean)).sum() / c.tasks
+        divergence = kl_divergence(posterior, standard_normal(posterior.mean)).sum() / c.tasks
         belief_nll = -log_density(told, batch.task).sum() / c.tasks
         shown = (critic_loss, actor_loss, divergence, belief_nll, -weight * density.sum(), weight * target.sum())
         loss = critic_loss + c.kl * divergence + actor_loss + belief_nll + temperature_loss
         return loss, torch.stack(shown)
 
     @torch.no_grad()
-    def _target(self, lived: Steps, z: Tensor, noise: Tensor) -> Tensor:
+    def _target(self, lived: Transitions, z: Tensor, noise: Tensor) -> Tensor:
         """Return what the critics learn, ``(step,)``: one step's reward and the soft value of what follows."""
         # y = r + γ (1 − terminated) (min Q'(s', a') − α ln π(a' | s'))
         action, density = squashed(*self.agent.policy(lived.next_obs, z), noise)
         value = self.targets(torch.cat([lived.next_obs, action, z], -1)).amin(0)
         soft = value - self.temperature["log"].exp() * density
-        target: Tensor = lived.reward * self.spread.scale + self.config.gamma * (1.0 - lived.terminated) * soft
+        target: Tensor = lived.reward * self.return_norm.scale + self.config.gamma * (1.0 - lived.terminated) * soft
         return target
 
     def _outlook(self, obs: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -357,13 +361,13 @@ class PEARL:
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers, optimiser and replay."""
         modules = {"agent": self.agent, "critics": self.critics, "targets": self.targets}
-        flat = pack(self.optimiser, **modules, temperature=self.temperature, spread=self.spread)
+        flat = flatten_state(self.optimiser, **modules, temperature=self.temperature, spread=self.return_norm)
         return flat | {f"replay.{k}": v for k, v in self.replay.state().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         modules = {"agent": self.agent, "critics": self.critics, "targets": self.targets}
-        unpack(state, self.optimiser, **modules, temperature=self.temperature, spread=self.spread)
+        restore_state(state, self.optimiser, **modules, temperature=self.temperature, spread=self.return_norm)
         self.replay.load({k.removeprefix("replay."): v for k, v in state.items() if k.startswith("replay.")})
 
 

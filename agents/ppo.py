@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.learning.agent_interface import AgentKind, Context, Shapes
-from metarobot.learning.networks import RunningNorm, graft, linears, log_prob, mlp, taught
-from metarobot.learning.optimiser_state import pack, unpack
-from metarobot.learning.ppo_core import Step, descend, gradients
+from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
+from metarobot.learning.networks import RunningNorm, copy_into_larger, distillation_loss, linears, log_prob, mlp
+from metarobot.learning.optimiser_state import flatten_state, restore_state
+from metarobot.learning.ppo_core import GradientStep, run_epochs, set_gradients
 from metarobot.learning.returns import discounted, explained_variance, gae
-from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
+from metarobot.types import Percept, Rollout, Trials, TrialSequence, join_episodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class PPOAgent(nn.Module):
 
     explores = False
 
-    def __init__(self, shapes: Shapes, config: PPOConfig) -> None:
+    def __init__(self, shapes: Dimensions, config: PPOConfig) -> None:
         super().__init__()
         self.privileged = config.sees_task
         inputs = shapes.obs + (shapes.task if config.sees_task else 0)
@@ -108,7 +108,7 @@ class PPOAgent(nn.Module):
         return context
 
 
-class Batch(NamedTuple):
+class StepBatch(NamedTuple):
     """What an update learns from, ``(step, ...)``."""
 
     x: Tensor
@@ -118,38 +118,38 @@ class Batch(NamedTuple):
     advantage: Tensor
     old: Tensor
     action: Tensor
-    advice: Tensor
+    teacher_action: Tensor
 
 
 class PPO:
     """Trains a ``PPOAgent``."""
 
-    def __init__(self, config: PPOConfig, shapes: Shapes) -> None:
+    def __init__(self, config: PPOConfig, shapes: Dimensions) -> None:
         self.config = config
         self.agent = PPOAgent(shapes, config)
-        self.spread = RunningNorm(1)
+        self.return_norm = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
         self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5, fused=True)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Learn from one set of episodes."""
-        c, seq = self.config, sequence(trials.episodes)
+        c, seq = self.config, join_episodes(trials.episodes)
         self.agent.norm.update(seq.percept.obs[seq.valid])
         self.critic_norm.to(seq.reward.device).update(seq.critic_obs[seq.valid])
-        self.spread.to(seq.reward.device).update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
-        batch = Batch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action, seq.advice)))
+        self.return_norm.to(seq.reward.device).update(discounted(seq.reward, c.gamma)[seq.valid][:, None])
+        batch = StepBatch(*(v[seq.valid] for v in (*self._targets(seq, trials.task), seq.action, seq.teacher_action)))
         teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
 
-        def passes() -> Iterator[list[Step]]:
+        def passes() -> Iterator[list[GradientStep]]:
             for _ in range(c.epochs):
                 order = torch.randperm(len(batch.x), generator=generator).to(batch.x.device)
                 yield [partial(self._step, batch, rows, teach) for rows in order.chunk(c.minibatches)]
 
         names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction")
-        sums, steps = descend(passes(), names.index("approx_kl"), c.kl_stop)
+        sums, steps = run_epochs(passes(), names.index("approx_kl"), c.kl_stop)
         metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
         spread = float(self.agent.log_std.detach().exp().mean())
         extra = {"std": spread, "explained_variance": float(explained_variance(batch.value, batch.target))}
@@ -157,7 +157,7 @@ class PPO:
         return metrics | {f"train/{k}": v for k, v in extra.items()}
 
     @torch.no_grad()
-    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, ...]:
+    def _targets(self, seq: TrialSequence, task: Tensor) -> tuple[Tensor, ...]:
         """Return inputs of actor and critic, values, targets, advantages, log-probabilities, ``(time, world, ...)``.
 
         Every episode stands alone: a fall ends it, a time limit bootstraps from its final observation.
@@ -167,20 +167,20 @@ class PPO:
         told = torch.cat([x, self.critic_norm(seq.critic_obs)], -1)
         following = (self.agent.features(seq.next_obs, shown), self.critic_norm(seq.next_critic_obs))
         value, next_value = (self.agent.critic(seen)[..., 0] for seen in (told, torch.cat(following, -1)))
-        reward = seq.reward * self.spread.scale
+        reward = seq.reward * self.return_norm.scale
         advantage = gae(reward, value, next_value, seq.terminated, seq.truncated, self.config.gamma, self.config.lam)
         target, lived = advantage + value, advantage[seq.valid]
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x, told, value, target, advantage, log_prob(self.agent.actor(x), self.agent.log_std, seq.action)
 
-    def _step(self, batch: Batch, rows: Tensor, teach: float) -> Tensor:
+    def _step(self, batch: StepBatch, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step; return the losses, the KL divergence and the clipped fraction."""
-        statistics = gradients(*self._loss(batch, teach, rows), self.agent.parameters())
+        statistics = set_gradients(*self._loss(batch, teach, rows), self.agent.parameters())
         nn.utils.clip_grad_norm_(self.agent.parameters(), self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: Batch, teach: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: StepBatch, teach: float, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of some steps, and its parts."""
         c, x, advantage, weight = self.config, batch.x[rows], batch.advantage[rows], 1.0 / len(rows)
         mean = self.agent.actor(x)
@@ -190,26 +190,26 @@ class PPO:
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -weight * surrogate.sum()
         if teach > 0:
-            policy_loss = policy_loss + teach * weight * taught(mean, batch.advice[rows]).sum()
+            policy_loss = policy_loss + teach * weight * distillation_loss(mean, batch.teacher_action[rows]).sum()
         value_loss = weight * (self.agent.critic(batch.told[rows])[:, 0] - batch.target[rows]).square().sum()
         with torch.no_grad():
             kl = weight * (ratio - 1 - log_ratio).sum()
             clipped = weight * ((ratio - 1).abs() > c.clip).sum()
         return policy_loss + c.value * value_loss, torch.stack([policy_loss, value_loss, kl, clipped])
 
-    def adopt(self, policy: PPOAgent) -> None:
+    def warm_start(self, policy: PPOAgent) -> None:
         """Begin as another policy acts, with noise of its own; what it was not shown has no influence yet."""
         for mine, theirs in zip(linears(self.agent.actor), linears(policy.actor), strict=True):
-            graft(mine, theirs)
-        self.agent.norm.adopt(policy.norm)
+            copy_into_larger(mine, theirs)
+        self.agent.norm.copy_from(policy.norm)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""
-        return pack(self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
+        return flatten_state(self.optimiser, agent=self.agent, spread=self.return_norm, critic_norm=self.critic_norm)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.optimiser, agent=self.agent, spread=self.spread, critic_norm=self.critic_norm)
+        restore_state(state, self.optimiser, agent=self.agent, spread=self.return_norm, critic_norm=self.critic_norm)
 
 
 ppo = AgentKind(name="ppo", doc="PPO without a memory: the blind policy.", config=PPOConfig, build=PPO)

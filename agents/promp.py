@@ -12,11 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from metarobot.learning.agent_interface import AgentKind, Shapes
-from metarobot.learning.gradient_agent import Batch, GradientAgent, InnerConfig, ignored
-from metarobot.learning.meta_gradient import climb, each, first_order, slopes
-from metarobot.learning.optimiser_state import pack, unpack
-from metarobot.learning.outer_critic import Critic
+from metarobot.learning.agent_interface import AgentKind, Dimensions
+from metarobot.learning.gradient_agent import GradientAgent, InnerBatch, InnerConfig, ignored_rollouts
+from metarobot.learning.meta_gradient import (
+    first_order_derivatives,
+    per_task_gradients,
+    set_ascent_gradients,
+    vmap_tasks,
+)
+from metarobot.learning.optimiser_state import flatten_state, restore_state
+from metarobot.learning.outer_critic import OuterCritic
 from metarobot.types import Trials
 
 
@@ -52,25 +57,25 @@ class MAMLPPOConfig(ProMPConfig):
 class ProMP:
     """Trains a ``GradientAgent`` by clipped meta-gradients."""
 
-    def __init__(self, config: ProMPConfig, shapes: Shapes) -> None:
+    def __init__(self, config: ProMPConfig, shapes: Dimensions) -> None:
         self.config = config
         self.agent = GradientAgent(shapes, config)
-        self.critic = Critic(shapes, config.outer_gamma, config.lam)
+        self.critic = OuterCritic(shapes, config.outer_gamma, config.lam)
         self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Take the outer steps of one iteration."""
         c, agent = self.config, self.agent
         *support, query = agent.batches(trials)
-        query, explained = agent.judged(query, trials, self.critic, seed)
+        query, explained = agent.with_critic_advantages(query, trials, self.critic, seed)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         taken, kl, undone, norm = 0, 0.0, 0.0, torch.zeros(())
         for _ in range(c.epochs):
             before = self.state()
             norm = self._step(support, query)
-            adapted = agent.walk(agent.vector(), support, first_order).weights
-            reached = float(each(agent.divergence)(adapted, query).mean())
+            adapted = agent.adapt_meta_parameters(agent.vector(), support, first_order_derivatives).weights
+            reached = float(vmap_tasks(agent.divergence)(adapted, query).mean())
             if not reached <= c.kl_stop:
                 self.load(before)
                 undone = 1.0
@@ -86,24 +91,26 @@ class ProMP:
             "std": float(agent.policy.log_std.detach().exp().mean()),
             "inner_lr": float(agent.rates.detach().mean()),
             "explained_variance": float(explained),
-            "ignored_rollouts": ignored(trials),
+            "ignored_rollouts": ignored_rollouts(trials),
         }
         return {f"train/{k}": v for k, v in metrics.items()}
 
-    def _step(self, support: list[Batch], query: Batch) -> Tensor:
+    def _step(self, support: list[InnerBatch], query: InnerBatch) -> Tensor:
         """Take one outer step; return the meta-gradient's norm before it is bounded."""
         agent = self.agent
-        path = agent.walk(agent.vector(), support)
-        gradient = agent.pull(path, slopes(self.clipped, path.weights, query))
+        path = agent.adapt_meta_parameters(agent.vector(), support)
+        gradient = agent.meta_vjp(path, per_task_gradients(self.clipped, path.weights, query))
         for k, batch in enumerate(support):
-            start = path.until(k * self.config.inner_steps)
-            gradient -= self.config.penalty * agent.pull(start, slopes(agent.divergence, start.weights, batch))
-        climb(agent, gradient)
+            start = path.first(k * self.config.inner_steps)
+            gradient -= self.config.penalty * agent.meta_vjp(
+                start, per_task_gradients(agent.divergence, start.weights, batch)
+            )
+        set_ascent_gradients(agent, gradient)
         norm = nn.utils.clip_grad_norm_(agent.parameters(), self.config.grad_norm)
         self.optimiser.step()
         return norm
 
-    def clipped(self, weights: Tensor, batch: Batch) -> Tensor:
+    def clipped(self, weights: Tensor, batch: InnerBatch) -> Tensor:
         """Return E[min(r A, clip(r, 1 − ε, 1 + ε) A)] of one task."""
         ratio, c = self.agent.ratio(weights, batch), self.config
         bounded = ratio.clamp(1 - c.clip, 1 + c.clip)
@@ -111,11 +118,11 @@ class ProMP:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, rates, the normaliser, the optimiser and the critic."""
-        return pack(self.optimiser, agent=self.agent) | self.critic.state()
+        return flatten_state(self.optimiser, agent=self.agent) | self.critic.state()
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.optimiser, agent=self.agent)
+        restore_state(state, self.optimiser, agent=self.agent)
         self.critic.load(state)
 
 

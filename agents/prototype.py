@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig, PPOSettings
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import AgentKind, Context, Shapes
-from metarobot.learning.metric_losses import LOSSES, calibrated, nearest, stress
+from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
+from metarobot.learning.metric_losses import LOSSES, distance_loss, nearest_prototype, novelty_threshold
 from metarobot.learning.networks import RunningNorm, mlp
-from metarobot.learning.optimiser_state import pack, unpack
-from metarobot.types import Percept, Rollout, Trials, following, sequence
+from metarobot.learning.optimiser_state import flatten_state, restore_state
+from metarobot.types import Percept, Rollout, Trials, join_episodes, next_values
 
 COLLAPSED = 1e-5
 """Spread of the prototypes, in their own size, below which all of them are one point."""
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
     answer of weight 1 for nothing known, is placed in the space of tasks.
     """
 
-    def __init__(self, shapes: Shapes, config: PrototypeConfig) -> None:
+    def __init__(self, shapes: Dimensions, config: PrototypeConfig) -> None:
         super().__init__()
         size = 2 * shapes.obs + shapes.act + 1
         self.norm = RunningNorm(size)
@@ -109,7 +109,7 @@ class Bank(nn.Module):
     threshold: Tensor
     count: Tensor
 
-    def __init__(self, shapes: Shapes, config: PrototypeConfig) -> None:
+    def __init__(self, shapes: Dimensions, config: PrototypeConfig) -> None:
         super().__init__()
         size = (config.bank, config.windows, config.window)
         self.register_buffer("windows", torch.zeros(*size, 2 * shapes.obs + shapes.act + 1))
@@ -136,7 +136,7 @@ class PrototypeAgent(nn.Module):
     privileged = False
     explores = False
 
-    def __init__(self, shapes: Shapes, config: PrototypeConfig, policy: PPOAgent) -> None:
+    def __init__(self, shapes: Dimensions, config: PrototypeConfig, policy: PPOAgent) -> None:
         super().__init__()
         self.policy = policy
         self.encoder = Encoder(shapes, config)
@@ -182,7 +182,7 @@ class PrototypeAgent(nn.Module):
 
     def follow(self, evidence: Tensor, episode: Rollout) -> Tensor:
         """Add up evidence over an episode: before each of its steps and after the last, ``(time + 1, task, ...)``."""
-        after = following(episode, episode.obs, episode.final_obs)
+        after = next_values(episode, episode.obs, episode.final_obs)
         said = self.encoder.evidence(transitions(episode.obs, episode.action, episode.reward, after))
         said = torch.where(episode.valid[..., None], said, 0.0)
         return torch.cat([evidence[None], said]).cumsum(0)
@@ -216,9 +216,9 @@ class PrototypeAgent(nn.Module):
                 f"the embeddings collapsed: {len(z)} tasks lie within {spread:.1g} of one point; {SAFE}"
             )
         bank.prototype[: len(z)] = prototype
-        bank.threshold.fill_(calibrated(z, prototype))
+        bank.threshold.fill_(novelty_threshold(z, prototype))
         support, query = z.chunk(2, 1)
-        found = task[nearest(query, support.mean(1))]
+        found = task[nearest_prototype(query, support.mean(1))]
         right = float((found == task[:, None]).all(-1).float().mean())
         return {"accuracy": right, "spread": spread, "threshold": float(bank.threshold)}
 
@@ -229,7 +229,7 @@ class Prototype:
     No gradient of the policy reaches the encoder: an embedding says which task it is, nothing else.
     """
 
-    def __init__(self, config: PrototypeConfig, shapes: Shapes) -> None:
+    def __init__(self, config: PrototypeConfig, shapes: Dimensions) -> None:
         _check(config)
         self.config = config
         usual = PPOConfig(**{f.name: getattr(config, f.name) for f in fields(PPOSettings)})
@@ -269,7 +269,7 @@ class Prototype:
 
     def _keep(self, trials: Trials, generator: torch.Generator) -> None:
         """Draw windows of each trial into the bank, the last one from its beginning."""
-        c, seq = self.config, sequence(trials.episodes)
+        c, seq = self.config, join_episodes(trials.episodes)
         x, count = transitions(seq.percept.obs, seq.action, seq.reward, seq.next_obs), seq.valid.sum(0)
         if int(count.min()) < 2:
             raise MetarobotError(f"a task lived {int(count.min())} transitions; support and query need at least 2")
@@ -293,7 +293,7 @@ class Prototype:
         task, lived = bank.task[rows], bank.lived[rows] * _cut(bank.lived[rows], generator)
         z = encoder((encoder.evidence(bank.windows[rows]) * lived[..., None]).sum(2))
         label = torch.unique(task, dim=0, return_inverse=True)[1]
-        apart, error = LOSSES[c.loss](z, label, encoder.log_sharpness.exp()), stress(z, task)
+        apart, error = LOSSES[c.loss](z, label, encoder.log_sharpness.exp()), distance_loss(z, task)
         loss = apart + c.distance * error
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -301,21 +301,23 @@ class Prototype:
         self.optimiser.step()
         return torch.stack([apart, error]).detach()
 
-    def adopt(self, policy: PPOAgent) -> None:
+    def warm_start(self, policy: PPOAgent) -> None:
         """Begin as a policy without memory acts."""
-        self.ppo.adopt(policy)
+        self.ppo.warm_start(policy)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers, bank and optimisers."""
         ppo = self.ppo
-        lessons = {f"lessons.{k}": v for k, v in pack(self.optimiser).items()}
-        return lessons | pack(ppo.optimiser, agent=self.agent, spread=ppo.spread, critic_norm=ppo.critic_norm)
+        lessons = {f"lessons.{k}": v for k, v in flatten_state(self.optimiser).items()}
+        return lessons | flatten_state(ppo.optimiser, agent=self.agent, spread=ppo.return_norm, critic_norm=ppo.critic_norm)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         ppo = self.ppo
-        unpack(state, ppo.optimiser, agent=self.agent, spread=ppo.spread, critic_norm=ppo.critic_norm)
-        unpack({k.removeprefix("lessons."): v for k, v in state.items() if k.startswith("lessons.")}, self.optimiser)
+        restore_state(state, ppo.optimiser, agent=self.agent, spread=ppo.return_norm, critic_norm=ppo.critic_norm)
+        restore_state(
+            {k.removeprefix("lessons."): v for k, v in state.items() if k.startswith("lessons.")}, self.optimiser
+        )
 
 
 def _check(c: PrototypeConfig) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import AgentKind, Shapes
-from metarobot.learning.gradient_agent import GradientAgent, InnerConfig, ignored
-from metarobot.learning.meta_gradient import climb
-from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.learning.agent_interface import AgentKind, Dimensions
+from metarobot.learning.gradient_agent import GradientAgent, InnerConfig, ignored_rollouts
+from metarobot.learning.meta_gradient import set_ascent_gradients
+from metarobot.learning.optimiser_state import flatten_state, restore_state
 from metarobot.types import Trials
 
 
@@ -40,7 +40,7 @@ class ReptileConfig(InnerConfig):
 class Reptile:
     """Trains a ``GradientAgent`` by following its adapted weights."""
 
-    def __init__(self, config: ReptileConfig, shapes: Shapes) -> None:
+    def __init__(self, config: ReptileConfig, shapes: Dimensions) -> None:
         if config.learn_rates:
             raise MetarobotError(
                 "learn_rates must be False for Reptile, not True: nothing is differentiated by the rates"
@@ -58,21 +58,21 @@ class Reptile:
         way = (context[0] - start[0]).mean(0)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
-        climb(agent.policy, way)
+        set_ascent_gradients(agent.policy, way)
         norm = nn.utils.clip_grad_norm_(agent.policy.parameters(), c.grad_norm)
         if norm.isfinite():  # inner steps that diverge lead nowhere
             self.optimiser.step()
         agent.learn_norm(trials)
         metrics = {"way": float(norm.nan_to_num(0.0, 0.0)), "std": float(agent.policy.log_std.detach().exp().mean())}
-        return {f"train/{k}": v for k, v in {**metrics, "ignored_rollouts": ignored(trials)}.items()}
+        return {f"train/{k}": v for k, v in {**metrics, "ignored_rollouts": ignored_rollouts(trials)}.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, the normaliser and the optimiser."""
-        return pack(self.optimiser, agent=self.agent)
+        return flatten_state(self.optimiser, agent=self.agent)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.optimiser, agent=self.agent)
+        restore_state(state, self.optimiser, agent=self.agent)
 
 
 reptile = AgentKind(

@@ -19,13 +19,21 @@ from torch import Tensor, nn
 
 from metarobot.agents.ppo import PPOAgent
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import AgentKind, Context, Shapes
-from metarobot.learning.memories import memory
-from metarobot.learning.networks import RunningNorm, graft, linears, log_prob, mlp, orthogonal, taught
-from metarobot.learning.optimiser_state import pack, unpack
-from metarobot.learning.ppo_core import Step, descend, gradients
+from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
+from metarobot.learning.memories import make_memory
+from metarobot.learning.networks import (
+    RunningNorm,
+    copy_into_larger,
+    distillation_loss,
+    linears,
+    log_prob,
+    mlp,
+    orthogonal,
+)
+from metarobot.learning.optimiser_state import flatten_state, restore_state
+from metarobot.learning.ppo_core import GradientStep, run_epochs, set_gradients
 from metarobot.learning.returns import discounted, explained_variance, gae
-from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
+from metarobot.types import Percept, Rollout, Trials, TrialSequence, join_episodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +97,12 @@ class RL2Agent(nn.Module):
 
     explores = False
 
-    def __init__(self, shapes: Shapes, config: RL2Config) -> None:
+    def __init__(self, shapes: Dimensions, config: RL2Config) -> None:
         super().__init__()
         self.privileged = config.sees_task
         inputs = shapes.obs + 1 + shapes.act + 2 + (shapes.task if config.sees_task else 0)
         self.norm = RunningNorm(shapes.obs + 1)
-        self.memory = memory(config.memory, inputs, config.width)
+        self.memory = make_memory(config.memory, inputs, config.width)
         self.recall = orthogonal(nn.Linear(config.width, 2 * config.width), math.sqrt(2))
         self.sense = orthogonal(nn.Linear(inputs, 2 * config.width, bias=False), math.sqrt(2))
         self.actor = mlp(config.width, (config.width,), shapes.act, gain=0.01)
@@ -142,7 +150,7 @@ class RL2Agent(nn.Module):
         return self.actor(actor), self.critic(told)[..., 0], self.belief(h)
 
 
-class Batch(NamedTuple):
+class TrialBatch(NamedTuple):
     """What an update learns from, ``(time, world, ...)``, but for the task, ``(world, parameter)``."""
 
     x: Tensor
@@ -154,7 +162,7 @@ class Batch(NamedTuple):
     action: Tensor
     task: Tensor
     valid: Tensor
-    advice: Tensor
+    teacher_action: Tensor
 
 
 class TrialsPPO:
@@ -166,36 +174,36 @@ class TrialsPPO:
     parts: ClassVar[tuple[str, ...]]
     """Names of the statistics of the loss about what is known."""
 
-    def __init__(self, config: TrialsConfig, agent: Any, shapes: Shapes, **others: nn.Module) -> None:
+    def __init__(self, config: TrialsConfig, agent: Any, shapes: Dimensions, **others: nn.Module) -> None:
         """``others`` are trained beside the agent."""
         if config.worlds % config.minibatches:
             raise MetarobotError(f"worlds = {config.worlds} is not a multiple of minibatches = {config.minibatches}")
         self.config = config
         self.agent = agent
-        self.spread = RunningNorm(1)
+        self.return_norm = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
-        self.modules = {"agent": agent, "spread": self.spread, "critic_norm": self.critic_norm, **others}
+        self.modules = {"agent": agent, "spread": self.return_norm, "critic_norm": self.critic_norm, **others}
         self.groups = [list(agent.parameters()), *(list(m.parameters()) for m in others.values())]
         self.optimiser = torch.optim.Adam(chain(*self.groups), lr=config.lr, eps=1e-5, fused=True)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Learn from one set of trials."""
-        c, seq = self.config, sequence(trials.episodes)
+        c, seq = self.config, join_episodes(trials.episodes)
         self._normalise(seq)
-        batch = Batch(*(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float(), seq.advice))
+        batch = TrialBatch(*(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float(), seq.teacher_action))
         teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         generator = torch.Generator().manual_seed(seed)
 
-        def passes() -> Iterator[list[Step]]:
+        def passes() -> Iterator[list[GradientStep]]:
             for _ in range(c.epochs):
                 drawn = self._draw(seq, generator)
                 order = torch.randperm(c.worlds, generator=generator).to(batch.x.device)
                 yield [partial(self._step, batch, drawn, rows, teach) for rows in order.chunk(c.minibatches)]
 
         names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", *self.parts)
-        sums, steps = descend(passes(), names.index("approx_kl"), c.kl_stop)
+        sums, steps = run_epochs(passes(), names.index("approx_kl"), c.kl_stop)
         metrics = {f"train/{k}": float(v) / steps for k, v in zip(names, sums, strict=True)}
         spread = float(self.agent.log_std.detach().exp().mean())
         explained = float(explained_variance(batch.value[seq.valid], batch.target[seq.valid]))
@@ -203,14 +211,14 @@ class TrialsPPO:
         extra["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
         return metrics | {f"train/{k}": v for k, v in extra.items()}
 
-    def _normalise(self, seq: Sequence) -> None:
+    def _normalise(self, seq: TrialSequence) -> None:
         seen = torch.cat([seq.percept.obs, seq.percept.reward[..., None]], -1)
         self.agent.norm.update(seen[seq.valid])
         self.critic_norm.to(seq.reward.device).update(seq.critic_obs[seq.valid])
-        self.spread.to(seq.reward.device).update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
+        self.return_norm.to(seq.reward.device).update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
 
     @torch.no_grad()
-    def _targets(self, seq: Sequence, task: Tensor) -> tuple[Tensor, ...]:
+    def _targets(self, seq: TrialSequence, task: Tensor) -> tuple[Tensor, ...]:
         """Return inputs, the critic's own, values, targets, advantages, log-probabilities, ``(time, world, ...)``.
 
         A fall ends the trace; a time limit inside the trial leads on into the next episode, which the memory will
@@ -220,30 +228,30 @@ class TrialsPPO:
         told = self.critic_norm(_appended(seq, seq.critic_obs, seq.next_critic_obs))
         mean, value, _ = self.agent(x, task, told)
         cut = torch.zeros_like(seq.valid)
-        cut[last(seq), torch.arange(cut.shape[1], device=cut.device)] = True
-        reward = seq.reward * self.spread.scale
+        cut[last_step(seq), torch.arange(cut.shape[1], device=cut.device)] = True
+        reward = seq.reward * self.return_norm.scale
         advantage = gae(reward, value[:-1], value[1:], seq.terminated, cut, self.config.gamma, self.config.lam)
         target = advantage + value[:-1]
         lived = advantage[seq.valid]
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
         return x[:-1], told[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
 
-    def _draw(self, seq: Sequence, generator: torch.Generator) -> Any:
+    def _draw(self, seq: TrialSequence, generator: torch.Generator) -> Any:
         """Draw what the loss about what is known needs anew in every pass."""
 
-    def _known(self, known: Any, batch: Batch, drawn: Any, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _known(self, known: Any, batch: TrialBatch, drawn: Any, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted loss about what is known of some trials' tasks, and its statistics."""
         raise NotImplementedError
 
-    def _step(self, batch: Batch, drawn: Any, rows: Tensor, teach: float) -> Tensor:
+    def _step(self, batch: TrialBatch, drawn: Any, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
-        statistics = gradients(*self._loss(batch, drawn, teach, rows), chain(*self.groups))
+        statistics = set_gradients(*self._loss(batch, drawn, teach, rows), chain(*self.groups))
         for group in self.groups:
             nn.utils.clip_grad_norm_(group, self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: Batch, drawn: Any, teach: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: TrialBatch, drawn: Any, teach: float, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of some trials, and its parts."""
         c, lived, advantage = self.config, batch.valid[:, rows], batch.advantage[:, rows]
         weight = lived / lived.sum()
@@ -254,7 +262,7 @@ class TrialsPPO:
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
         policy_loss = -(weight * surrogate).sum()
         if teach > 0:
-            policy_loss = policy_loss + teach * (weight * taught(mean, batch.advice[:, rows])).sum()
+            policy_loss = policy_loss + teach * (weight * distillation_loss(mean, batch.teacher_action[:, rows])).sum()
         value_loss = (weight * (value - batch.target[:, rows]).square()).sum()
         known_loss, parts = self._known(known, batch, drawn, weight, rows)
         with torch.no_grad():
@@ -265,11 +273,11 @@ class TrialsPPO:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""
-        return pack(self.optimiser, **self.modules)
+        return flatten_state(self.optimiser, **self.modules)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.optimiser, **self.modules)
+        restore_state(state, self.optimiser, **self.modules)
 
 
 class RL2(TrialsPPO):
@@ -277,43 +285,45 @@ class RL2(TrialsPPO):
 
     parts = ("belief_loss",)
 
-    def __init__(self, config: RL2Config, shapes: Shapes) -> None:
+    def __init__(self, config: RL2Config, shapes: Dimensions) -> None:
         super().__init__(config, RL2Agent(shapes, config), shapes)
         self.belief = config.belief
 
-    def _known(self, known: Tensor, batch: Batch, drawn: None, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _known(
+        self, known: Tensor, batch: TrialBatch, drawn: None, weight: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the belief's squared error."""
         loss = (weight * (known - batch.task[rows]).square().mean(-1)).sum()
         return self.belief * loss, loss[None]
 
-    def adopt(self, policy: PPOAgent) -> None:
+    def warm_start(self, policy: PPOAgent) -> None:
         """Begin as a policy without memory acts, with noise of its own; what the memory holds has no influence yet."""
         first, *rest = linears(policy.actor)
         agent, width = self.agent, len(first.bias)
-        graft(agent.sense, first)
+        copy_into_larger(agent.sense, first)
         with torch.no_grad():
             agent.recall.weight[:width] = 0.0
             agent.recall.bias[:width] = first.bias
         for mine, theirs in zip(linears(agent.actor), rest, strict=True):
-            graft(mine, theirs)
-        agent.norm.adopt(policy.norm)
+            copy_into_larger(mine, theirs)
+        agent.norm.copy_from(policy.norm)
 
 
-def last(seq: Sequence) -> Tensor:
+def last_step(seq: TrialSequence) -> Tensor:
     """Return the index of each trial's last step, ``(world,)``."""
     return seq.valid.sum(0) - 1
 
 
-def _with_final(seq: Sequence) -> Percept:
+def _with_final(seq: TrialSequence) -> Percept:
     """Append to each trial the percept its last step led to, as if the episode went on: what the critic bootstraps."""
     p = seq.percept
     final = (seq.next_obs, seq.action, seq.reward, torch.zeros_like(p.done), torch.zeros_like(p.first))
     return Percept(*(_appended(seq, told, after) for told, after in zip(p, final, strict=True)))
 
 
-def _appended(seq: Sequence, told: Tensor, after: Tensor) -> Tensor:
+def _appended(seq: TrialSequence, told: Tensor, after: Tensor) -> Tensor:
     """Append to each trial of ``told`` ``(time, world, ...)`` what ``after`` holds at its last step."""
-    ends, longer = last(seq), torch.cat([told, torch.zeros_like(told[:1])])
+    ends, longer = last_step(seq), torch.cat([told, torch.zeros_like(told[:1])])
     rows = torch.arange(len(ends), device=ends.device)
     longer[ends + 1, rows] = after[ends, rows]
     return longer

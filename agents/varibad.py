@@ -17,12 +17,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.agents.rl2 import Batch, TrialsConfig, TrialsPPO, last
-from metarobot.learning.agent_interface import AgentKind, Context, Shapes
-from metarobot.learning.gaussian_posterior import Gaussian, check, kl, log_density, sample, standard
-from metarobot.learning.memories import memory
+from metarobot.agents.rl2 import TrialBatch, TrialsConfig, TrialsPPO, last_step
+from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
+from metarobot.learning.gaussian_posterior import (
+    Gaussian,
+    check_posterior,
+    kl_divergence,
+    log_density,
+    sample,
+    standard_normal,
+)
+from metarobot.learning.memories import make_memory
 from metarobot.learning.networks import RunningNorm, mlp, orthogonal
-from metarobot.types import Percept, Rollout, Sequence, Trials, sequence
+from metarobot.types import Percept, Rollout, Trials, TrialSequence, join_episodes
 
 PACE = 0.05
 """Share of a minibatch in the variance of a decoder's errors."""
@@ -49,14 +56,14 @@ class VariBADAgent(nn.Module):
 
     privileged = explores = False
 
-    def __init__(self, shapes: Shapes, config: VariBADConfig) -> None:
+    def __init__(self, shapes: Dimensions, config: VariBADConfig) -> None:
         super().__init__()
         width, latent = config.width, config.latent
         inputs, seen = shapes.obs + 1 + shapes.act + 2, shapes.obs + 2 * latent
         self.obs, self.latent, self.through = shapes.obs, latent, config.through
         self.norm = RunningNorm(shapes.obs + 1)
         self.embed = orthogonal(nn.Linear(inputs, width), math.sqrt(2))
-        self.memory = memory(config.memory, width, width)
+        self.memory = make_memory(config.memory, width, width)
         held = len(self.memory.begin(1))
         self.context_names = (*("h", "c")[:held], "mean", "variance")
         self.encoder = mlp(width, (width,), 2 * latent, gain=0.1)
@@ -97,7 +104,7 @@ class VariBADAgent(nn.Module):
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return an empty memory a world, and the prior's mean and variance."""
-        return (*self.memory.begin(worlds), *standard(self.log_std.new_empty(worlds, self.latent)))
+        return (*self.memory.begin(worlds), *standard_normal(self.log_std.new_empty(worlds, self.latent)))
 
     def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
         """Step the memory, infer, and act on the posterior."""
@@ -149,7 +156,7 @@ class Decoder(nn.Module):
 
     var: Tensor
 
-    def __init__(self, shapes: Shapes, latent: int, width: int = 64) -> None:
+    def __init__(self, shapes: Dimensions, latent: int, width: int = 64) -> None:
         super().__init__()
         self.motion = Head(latent, shapes.obs + shapes.act, shapes.obs, width)
         self.reward = Head(latent, 2 * shapes.obs + shapes.act, 1, width)
@@ -194,7 +201,7 @@ class VariBAD(TrialsPPO):
 
     parts = ("reward_log_density", "motion_log_density", "posterior_kl", "belief_loss")
 
-    def __init__(self, config: VariBADConfig, shapes: Shapes) -> None:
+    def __init__(self, config: VariBADConfig, shapes: Dimensions) -> None:
         decoder = Decoder(shapes, config.latent)
         super().__init__(config, VariBADAgent(shapes, config), shapes, decoder=decoder)
         self.decoder, self.drawn = decoder, (config.posteriors, config.transitions)
@@ -208,14 +215,14 @@ class VariBAD(TrialsPPO):
         """Learn from one set of trials; raise if the posterior has broken down."""
         self.decoder.to(trials.task.device)
         metrics = super().update(trials, progress, seed)
-        seq = sequence(trials.episodes)
+        seq = join_episodes(trials.episodes)
         with torch.no_grad():
             h = self.agent.remember(self.agent.features(seq.percept))
-            check(self.agent.infer(h[last(seq), torch.arange(h.shape[1], device=h.device)]), "varibad")
+            check_posterior(self.agent.infer(h[last_step(seq), torch.arange(h.shape[1], device=h.device)]), "varibad")
         return metrics
 
-    def _draw(self, seq: Sequence, generator: torch.Generator) -> Draws:
-        steps, (posteriors, transitions) = last(seq) + 1, self.drawn
+    def _draw(self, seq: TrialSequence, generator: torch.Generator) -> Draws:
+        steps, (posteriors, transitions) = last_step(seq) + 1, self.drawn
         columns = torch.arange(len(steps), device=steps.device)
 
         def times(n: int) -> Tensor:
@@ -228,14 +235,14 @@ class VariBAD(TrialsPPO):
         before = torch.cat([obs[..., :-1], seq.action[drawn]], -1)
         return Draws(times(posteriors), noise, before, after, steps)
 
-    def _step(self, batch: Batch, drawn: Draws, rows: Tensor, teach: float) -> Tensor:
+    def _step(self, batch: TrialBatch, drawn: Draws, rows: Tensor, teach: float) -> Tensor:
         """Take one gradient step, and the measure of the decoder's errors."""
         statistics = super()._step(batch, drawn, rows, teach)
         self.decoder.measure(statistics[4 + len(self.parts) :])
         return statistics[: 4 + len(self.parts)]
 
     def _known(
-        self, known: Gaussian, batch: Batch, drawn: Draws, weight: Tensor, rows: Tensor
+        self, known: Gaussian, batch: TrialBatch, drawn: Draws, weight: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the bound and the error of the belief, at times drawn from some trials."""
         squared, divergence, q = self._elbo(known, drawn, rows)
@@ -243,7 +250,7 @@ class VariBAD(TrialsPPO):
         # J = E_t [E_q(m|τ:t) ln p(τ|m) − KL(q(m|τ:t) ‖ q(m|τ:t−1))], here a step of the trial
         bound = density.sum(-1) - divergence / drawn.steps[rows]
         # whoever has seen nothing yet has the prior
-        told = Gaussian(*(torch.cat([x.detach(), y[:1]]) for x, y in zip(q, standard(q.mean), strict=True)))
+        told = Gaussian(*(torch.cat([x.detach(), y[:1]]) for x, y in zip(q, standard_normal(q.mean), strict=True)))
         belief = -log_density(self.agent.told(told), batch.task[rows])
         share = self.config.minibatches / self.config.worlds
         parts = torch.stack([density[..., -1], density[..., :-1].sum(-1), divergence]).mean(1).sum(-1)
@@ -259,9 +266,9 @@ class VariBAD(TrialsPPO):
         times, columns = drawn.times[:, rows], torch.arange(len(rows), device=rows.device)
         q, previous = (Gaussian(*(x[t, columns] for x in known)) for t in (times, (times - 1).clamp_min(0)))
         first = (times == 0)[..., None]
-        previous = Gaussian(*(torch.where(first, a, b) for a, b in zip(standard(q.mean), previous, strict=True)))
+        previous = Gaussian(*(torch.where(first, a, b) for a, b in zip(standard_normal(q.mean), previous, strict=True)))
         errors = self.decoder(sample(q, drawn.noise[:, rows]), drawn.before[:, rows], drawn.after[:, rows])
-        return errors.square().mean(1), kl(q, previous), q
+        return errors.square().mean(1), kl_divergence(q, previous), q
 
 
 varibad = AgentKind(

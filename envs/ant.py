@@ -20,10 +20,10 @@ from torch import Tensor
 
 from metarobot.envs.cheetah import effort, start
 from metarobot.tasks.distributions import Uniform
-from metarobot.tasks.family import Family, State
+from metarobot.tasks.family import Family, WorldState
 from metarobot.tasks.space import Param, TaskSpace
 
-Velocity = Callable[[State, State, float], Tensor]
+Velocity = Callable[[WorldState, WorldState, float], Tensor]
 RADIUS = 3.0
 """Of the disc that goals lie on, m."""
 JOINTS = tuple(f"{j}_{i}" for i in range(1, 5) for j in ("hip", "ankle"))
@@ -42,55 +42,57 @@ def published(file: str) -> mujoco.MjSpec:
     return mujoco.MjSpec.from_file(str(assets / file))
 
 
-def observe(state: State) -> Tensor:
+def observe(state: WorldState) -> Tensor:
     """Positions without x and y, then velocities, ``(world, 27)`` for the ant."""
     return torch.cat([state.qpos[:, 2:], state.qvel], 1).float()
 
 
-def observe_place(state: State) -> Tensor:
+def observe_place(state: WorldState) -> Tensor:
     """All positions, as published, then velocities, ``(world, 29)``: who seeks a place must know where it stands."""
     return torch.cat([state.qpos, state.qvel], 1).float()
 
 
-def velocity(before: State, after: State, dt: float) -> Tensor:
+def velocity(before: WorldState, after: WorldState, dt: float) -> Tensor:
     """Mean velocity of the torso over the control step, m/s, ``(world, 2)``."""
     return (after.qpos[:, :2] - before.qpos[:, :2]) / dt
 
 
-def onward(v: Tensor, state: State) -> Tensor:
+def onward(v: Tensor, state: WorldState) -> Tensor:
     """Speed in the hidden direction, m/s, ``(world,)``."""
     angle = state.task["direction"]
     return angle.cos() * v[:, 0] + angle.sin() * v[:, 1]
 
 
-def follow_direction(before: State, after: State, dt: float, velocity: Velocity = velocity) -> dict[str, Tensor]:
+def follow_direction(
+    before: WorldState, after: WorldState, dt: float, velocity: Velocity = velocity
+) -> dict[str, Tensor]:
     """Speed in the direction, −‖a‖², and 1 for being alive, at an episode's last step too."""
     speed = onward(velocity(before, after, dt), after)
     return {"speed": speed, "control": -effort(after.action), "alive": torch.ones_like(speed)}
 
 
-def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show the torso's speed in the hidden direction."""
     return {"onward m/s": onward(velocity(before, after, dt), after)}
 
 
-def fallen(state: State, low: float, high: float) -> Tensor:
+def fallen(state: WorldState, low: float, high: float) -> Tensor:
     """Say where the torso is not between two heights, m."""
     return (state.qpos[:, 2] < low) | (state.qpos[:, 2] > high)
 
 
-def to_goal(state: State) -> Tensor:
+def to_goal(state: WorldState) -> Tensor:
     """From the torso to the goal, m, ``(world, 2)``."""
     angle, radius = state.task["goal_angle"], RADIUS * state.task["goal_area"].sqrt()
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1) - state.qpos[:, :2]
 
 
-def reach(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def reach(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """−|x| − |y| to the goal, and −‖a‖²."""
     return {"distance": -to_goal(after).abs().sum(1), "control": -effort(after.action)}
 
 
-def readout_goal(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def readout_goal(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show the distance to the goal."""
     return {"to goal m": to_goal(after).norm(dim=1)}
 

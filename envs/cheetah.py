@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metarobot.tasks.distributions import Choice, Uniform
-from metarobot.tasks.family import Family, State
+from metarobot.tasks.family import Family, WorldState
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats
 
@@ -37,12 +37,12 @@ def cheetah() -> mujoco.MjSpec:
     return mujoco.MjSpec.from_file(str(assets / "half_cheetah.xml"))
 
 
-def observe(state: State) -> Tensor:
+def observe(state: WorldState) -> Tensor:
     """Positions without x, then velocities, ``(world, 17)``."""
     return torch.cat([state.qpos[:, 1:], state.qvel], 1).float()
 
 
-def speed(before: State, after: State, dt: float) -> Tensor:
+def speed(before: WorldState, after: WorldState, dt: float) -> Tensor:
     """Mean forward speed over the control step, m/s, ``(world,)``."""
     return (after.qpos[:, 0] - before.qpos[:, 0]) / dt
 
@@ -57,17 +57,17 @@ def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floa
     return model.qpos0 + rng.uniform(-0.1, 0.1, model.nq), 0.1 * rng.standard_normal(model.nv)
 
 
-def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show the speed."""
     return {"speed m/s": speed(before, after, dt)}
 
 
-def track_speed(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def track_speed(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """−|v − target| and −‖a‖²."""
     return {"speed": -(speed(before, after, dt) - after.task["target_speed"]).abs(), "control": -effort(after.action)}
 
 
-def follow_direction(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def follow_direction(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Direction times speed, and −‖a‖²."""
     return {"speed": speed(before, after, dt) * after.task["direction"], "control": -effort(after.action)}
 

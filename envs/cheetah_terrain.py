@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metarobot.envs.cheetah import JOINTS, cheetah, cheetah_vel, effort, speed
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, Uniform
-from metarobot.tasks.family import State
+from metarobot.tasks.family import WorldState
 from metarobot.tasks.mujoco_models import Edit, compile_spec
 from metarobot.tasks.space import Param, TaskSpace
 
@@ -41,7 +41,7 @@ def loaded_cheetah() -> mujoco.MjSpec:
     return spec
 
 
-def run(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def run(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Forward speed and −‖a‖²."""
     return {"speed": speed(before, after, dt), "control": -effort(after.action)}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from metarobot.envs.ant import published
 from metarobot.envs.cheetah import effort, readout, speed
 from metarobot.tasks.distributions import LogUniform, Mixture
-from metarobot.tasks.family import Family, State
+from metarobot.tasks.family import Family, WorldState
 from metarobot.tasks.mujoco_models import Edit, compile_spec
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats
@@ -79,12 +79,12 @@ def names(limbs: Sequence[str]) -> tuple[str, ...]:
     return (*(f"{n}_{u}" for n, u in parts), "x_m/s", *(f"{n}_{u}/s" for n, u in parts))
 
 
-def observe(state: State) -> Tensor:
+def observe(state: WorldState) -> Tensor:
     """Positions without x, then velocities up to ±10, ``(world, 17)`` for the walker and 11 for the hopper."""
     return torch.cat([state.qpos[:, 1:], state.qvel.clamp(-10, 10)], 1).float()
 
 
-def run(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def run(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Forward speed, −‖a‖², and 1 for being alive, at an episode's last step too."""
     forward = speed(before, after, dt)
     return {"speed": forward, "control": -effort(after.action), "alive": torch.ones_like(forward)}
@@ -95,7 +95,7 @@ def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floa
     return model.qpos0 + rng.uniform(-0.005, 0.005, model.nq), rng.uniform(-0.005, 0.005, model.nv)
 
 
-def fallen(state: State, low: float, high: float, lean: float, fast: float = math.inf) -> Tensor:
+def fallen(state: WorldState, low: float, high: float, lean: float, fast: float = math.inf) -> Tensor:
     """Say where the torso is not between two heights, m, or leans too far, rad, or any velocity is too large."""
     height, pitch = state.qpos[:, 1], state.qpos[:, 2].abs()
     return (height <= low) | (height >= high) | (pitch >= lean) | (state.qvel.abs().amax(1) >= fast)

@@ -16,9 +16,9 @@ from metarobot.envs.robots import panda
 from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
 from metarobot.envs.scenery import graspable_objects as objects
 from metarobot.tasks.distributions import Choice, LogUniform, Uniform
-from metarobot.tasks.family import Family, State, Tally
+from metarobot.tasks.family import EpisodeStatistics, Family, WorldState
 from metarobot.tasks.space import Param, TaskSpace
-from metarobot.types import like
+from metarobot.types import constant_like
 
 HORIZON = 100
 """Control steps an episode."""
@@ -43,24 +43,24 @@ grasp succeeded, whether the object broke or fell, and its highest lift, m."""
 TALLIES = HAND + 8
 
 
-def limit(state: State) -> Tensor:
+def limit(state: WorldState) -> Tensor:
     """Return the grip force that crushes the object, N: a multiple of what just holds it, m·g / 2μ."""
     if "room" not in state.task:
         return torch.full_like(state.qpos[:, 0], torch.inf)
     return state.task["room"] * need(state)
 
 
-def need(state: State) -> Tensor:
+def need(state: WorldState) -> Tensor:
     """Return the grip force that just holds the object, N: two pads, Coulomb's law."""
     return state.task["mass"] * GRAVITY / (2 * state.task["friction"])
 
 
-def begin(state: State) -> Tensor:
+def begin(state: WorldState) -> Tensor:
     """Start with an open hand, and nothing lifted."""
     return torch.nn.functional.pad(manipulation.begin(state), (0, TALLIES - HAND))
 
 
-def count(before: State, after: State) -> Tensor:
+def count(before: WorldState, after: WorldState) -> Tensor:
     """Keep the tally: see ``HELD``."""
     old, scene = before.tally, sense(after)
     hand = manipulation.count(before, after, scene)
@@ -76,14 +76,14 @@ def count(before: State, after: State) -> Tensor:
     return torch.cat([hand, torch.stack([r.to(hand) for r in rows], 1)], 1)
 
 
-def critic_observe(state: State) -> Tensor:
+def critic_observe(state: WorldState) -> Tensor:
     """Return what the robot cannot feel: the forces, how long the object has been held, and how high it is."""
     scene, tally = sense(state), state.tally
     rows = [scene.pads / 10, tally[:, [HELD]] / HOLD, tally[:, [DONE, CRUSHED, DROPPED]], 10 * tally[:, [TOP]]]
     return torch.cat([*rows, (tally[:, [FORCE]] + 1).log(), (need(state)[:, None] + 1).log()], 1).float()
 
 
-def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
     scene, tally = sense(after), after.tally
     both = tally[:, GRIPPED] * scene.held
@@ -101,21 +101,21 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
     }
 
 
-def over(state: State) -> Tensor:
+def over(state: WorldState) -> Tensor:
     """Say where the object broke, fell or left the table, or the hand jams."""
     scene, tally = sense(state), state.tally
-    away = (scene.object[:, :2] - like(manipulation.CENTRE, scene.object)[:2]).abs().amax(1) > 0.3
+    away = (scene.object[:, :2] - constant_like(manipulation.CENTRE, scene.object)[:2]).abs().amax(1) > 0.3
     jammed = scene.pads.amax(1) > 3 * panda.FORCE
     return (tally[:, CRUSHED] > 0) | (tally[:, DROPPED] > 0) | away | jammed
 
 
-def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show the grip force, and how high the object is."""
     scene = sense(after)
     return {"grip N": scene.pads.amax(1), "lift cm": 100 * scene.lift}
 
 
-def expert(state: State) -> Tensor:
+def expert(state: WorldState) -> Tensor:
     """Grasp and lift with everything known: over the object, down, close with twice the force needed, up, hold.
 
     With a crush limit, with the geometric mean of what holds and what crushes. Returns actions ``(world, 6)``.
@@ -139,7 +139,7 @@ def expert(state: State) -> Tensor:
     return torch.cat([move, torch.stack([turn, close, force], 1)], 1).clamp(-1, 1)
 
 
-def advise(state: State) -> Tensor:
+def advise(state: WorldState) -> Tensor:
     """Say which force to ask for, and how to lift once that is done; how to get there is not said. ``(world, 6)``."""
     action, reaching = expert(state), state.tally[:, FORCE] == 0
     action[:, :5] = torch.where(reaching[:, None], torch.nan, action[:, :5])
@@ -227,7 +227,7 @@ def grasp(name: str, doc: str, params: tuple[Param, ...], *, robot: str = "") ->
         noise=manipulation.NOISE,
         critic_observe=critic_observe,
         control=manipulation.CONTROL,
-        tally=Tally(size=TALLIES, begin=begin, count=count),
+        tally=EpisodeStatistics(size=TALLIES, begin=begin, count=count),
         reward=reward,
         weights=WEIGHTS,
         start=manipulation.starter(robot),

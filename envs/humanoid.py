@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from metarobot.envs.ant import direction, fallen, follow_direction, names, observe, published, readout
-from metarobot.tasks.family import Family, State
+from metarobot.tasks.family import Family, WorldState
 from metarobot.types import Floats
 
 REACH = 0.4
@@ -38,7 +38,7 @@ def humanoid() -> mujoco.MjSpec:
     return spec
 
 
-def centre_velocity(before: State, after: State, dt: float) -> Tensor:
+def centre_velocity(before: WorldState, after: WorldState, dt: float) -> Tensor:
     """Mean velocity of the centre of mass over a control step, m/s, ``(world, 2)``, one substep late.
 
     An episode's first step holds a substep less.

@@ -19,9 +19,9 @@ from metarobot.envs.robots import arm_control as manipulation
 from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
 from metarobot.envs.scenery import graspable_objects as objects
 from metarobot.tasks.distributions import Choice, LogUniform
-from metarobot.tasks.family import Family, State, Tally
+from metarobot.tasks.family import EpisodeStatistics, Family, WorldState
 from metarobot.tasks.space import Param, TaskSpace
-from metarobot.types import Floats, like
+from metarobot.types import Floats, constant_like
 
 HORIZON = 120
 """Control steps an episode."""
@@ -53,46 +53,46 @@ def codes() -> Tensor:
     return torch.from_numpy(units)
 
 
-def belongs(state: State) -> Tensor:
+def belongs(state: WorldState) -> Tensor:
     """Return the middle of the place where the presented object belongs, ``(world, 2)``, m."""
-    orders = like(_ORDERS, state.variant)
-    return like(PLACES, state.qpos)[orders[state.task["order"].long(), state.variant]]
+    orders = constant_like(_ORDERS, state.variant)
+    return constant_like(PLACES, state.qpos)[orders[state.task["order"].long(), state.variant]]
 
 
-def code(state: State) -> Tensor:
+def code(state: WorldState) -> Tensor:
     """Return the presented object's code, ``(world, CODE)``."""
     named = torch.stack([state.task[f"class_{i}"] for i in range(CLASSES)], 1).long()
-    return like(codes(), state.qpos)[
+    return constant_like(codes(), state.qpos)[
         named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()
     ]
 
 
-def observe(state: State) -> Tensor:
+def observe(state: WorldState) -> Tensor:
     """Return ``(world, 35)``: what a grasping hand sees, and the presented object's code."""
     return torch.cat([manipulation.observe(state), code(state).float()], 1)
 
 
-def observe_shown(state: State) -> Tensor:
+def observe_shown(state: WorldState) -> Tensor:
     """Return ``(world, 21)``: what a grasping hand sees, and where the object belongs, from the workspace's middle."""
-    place = belongs(state) - like(manipulation.CENTRE, state.qpos)[:2]
+    place = belongs(state) - constant_like(manipulation.CENTRE, state.qpos)[:2]
     return torch.cat([manipulation.observe(state), place.float()], 1)
 
 
-def critic_observe(state: State) -> Tensor:
+def critic_observe(state: WorldState) -> Tensor:
     """Return the way from the object to its place, and the tally of the placing."""
     return torch.cat([10 * (belongs(state) - sense(state).object[:, :2]), state.tally[:, HAND:]], 1).float()
 
 
-def begin(state: State) -> Tensor:
+def begin(state: WorldState) -> Tensor:
     """Start with an open hand, and nothing placed."""
     return torch.nn.functional.pad(manipulation.begin(state), (0, TALLIES - HAND))
 
 
-def count(before: State, after: State) -> Tensor:
+def count(before: WorldState, after: WorldState) -> Tensor:
     """Keep the tally: see ``SEEN``."""
     old, scene = before.tally, sense(after)
     hand = manipulation.count(before, after, scene)
-    gaps = torch.cdist(scene.object[:, :2], like(PLACES, scene.object))
+    gaps = torch.cdist(scene.object[:, :2], constant_like(PLACES, scene.object))
     down = (hand[:, FORCE] == 0) & (scene.pads.amax(1) < 0.05) & (scene.lift.abs() < 0.01) & (gaps.amin(1) < NEAR)
     seen = torch.where(down, old[:, SEEN] + 1, 0.0)
     away = (old[:, AWAY] > 0) | (scene.held & (scene.lift > 0.02))
@@ -101,7 +101,7 @@ def count(before: State, after: State) -> Tensor:
     return torch.cat([hand, torch.stack([r.to(hand) for r in rows], 1)], 1)
 
 
-def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
     scene, tally = sense(after), after.tally
     gap = (scene.object[:, :2] - belongs(after)).norm(dim=1)
@@ -115,21 +115,21 @@ def reward(before: State, after: State, dt: float) -> dict[str, Tensor]:
     }
 
 
-def over(state: State) -> Tensor:
+def over(state: WorldState) -> Tensor:
     """Say where the object has been put down, or left the table."""
     scene, tally = sense(state), state.tally
-    low, high = (like(x, scene.object)[:2] for x in (manipulation.LOWEST, manipulation.HIGHEST))
+    low, high = (constant_like(x, scene.object)[:2] for x in (manipulation.LOWEST, manipulation.HIGHEST))
     away = ((scene.object[:, :2] < low - 0.1) | (scene.object[:, :2] > high + 0.1)).any(1)
     return (tally[:, DONE] > 0) | (tally[:, WRONG] > 0) | away
 
 
-def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show which class is presented and how far it is from its place."""
     gap = (sense(after).object[:, :2] - belongs(after)).norm(dim=1)
     return {"class": after.variant + 1.0, "to its place cm": 100 * gap}
 
 
-def expert(state: State) -> Tensor:
+def expert(state: WorldState) -> Tensor:
     """Grasp, lift, carry and put down with everything known; actions ``(world, 6)``."""
     scene, tally = sense(state), state.tally
     closed, away = tally[:, FORCE] > 0, tally[:, AWAY] > 0
@@ -208,7 +208,7 @@ def placement(name: str, doc: str, *, shown: bool = False, robot: str = "") -> F
         noise=(*manipulation.NOISE, 0.005, 0.005) if shown else NOISE,
         critic_observe=critic_observe,
         control=manipulation.CONTROL,
-        tally=Tally(size=TALLIES, begin=begin, count=count),
+        tally=EpisodeStatistics(size=TALLIES, begin=begin, count=count),
         variants=CLASSES,
         reward=reward,
         weights=WEIGHTS,

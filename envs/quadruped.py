@@ -19,10 +19,10 @@ from metarobot.envs.robots import go2
 from metarobot.envs.robots.quaternions import rotation
 from metarobot.envs.scenery import terrain
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
-from metarobot.tasks.family import Family, Hardware, State
+from metarobot.tasks.family import Family, Hardware, WorldState
 from metarobot.tasks.mujoco_models import Edit, compile_spec
-from metarobot.tasks.space import Few, Param, TaskSpace
-from metarobot.types import Floats, like
+from metarobot.tasks.space import Param, SparseFaults, TaskSpace
+from metarobot.types import Floats, constant_like
 
 SUBSTEPS, HORIZON = 4, 200
 """Physics steps of 5 ms a control step; control steps an episode."""
@@ -71,23 +71,23 @@ Columns = slice | list[int]
 OURS = slice(6, 18)
 
 
-def joints(state: State, where: Columns) -> tuple[Tensor, Tensor]:
+def joints(state: WorldState, where: Columns) -> tuple[Tensor, Tensor]:
     """Return the joints' angles off the default pose, rad, and their velocities, rad/s, ``(world, 12)`` each."""
-    return state.qpos[:, 1:][:, where] - like(POSE, state.qpos), state.qvel[:, where]
+    return state.qpos[:, 1:][:, where] - constant_like(POSE, state.qpos), state.qvel[:, where]
 
 
-def sense(state: State) -> Tensor:
+def sense(state: WorldState) -> Tensor:
     """Return the trunk's rotation from its own frame to the world's, ``(world, 3, 3)``."""
     return rotation(state.qpos[:, 3:7])
 
 
-def turned(state: State) -> Tensor:
+def turned(state: WorldState) -> Tensor:
     """Return what ``sense`` made of a moment."""
     turn: Tensor = sense(state) if state.sense is None else state.sense
     return turn
 
 
-def gravity(state: State, turn: Tensor) -> Tensor:
+def gravity(state: WorldState, turn: Tensor) -> Tensor:
     """Return the direction of gravity in the trunk's frame, ``(world, 3)``; a slope is gravity turned."""
     if "slope" not in state.task:
         return -turn[:, 2]
@@ -95,18 +95,18 @@ def gravity(state: State, turn: Tensor) -> Tensor:
     return -slope.sin() * turn[:, 0] - slope.cos() * turn[:, 2]
 
 
-def velocity(state: State, turn: Tensor) -> Tensor:
+def velocity(state: WorldState, turn: Tensor) -> Tensor:
     """Return the trunk's velocity in its own frame, m/s, ``(world, 3)``."""
     return (turn * state.qvel[:, :3, None]).sum(1)
 
 
-def command(state: State) -> Tensor:
+def command(state: WorldState) -> Tensor:
     """Return the commanded forward and sideways velocity, m/s, and rate of turn, rad/s, ``(world, 3)``."""
     zero = torch.zeros_like(state.qpos[:, 0])
     return torch.stack([state.task.get("command_x", zero), zero, state.task.get("command_turn", zero)], 1)
 
 
-def observe(state: State, *, hidden: bool = False, where: Columns = OURS) -> Tensor:
+def observe(state: WorldState, *, hidden: bool = False, where: Columns = OURS) -> Tensor:
     """Return ``(world, 45)``; with a hidden command, zeros in its place."""
     down = gravity(state, turned(state))
     told = torch.zeros_like(down) if hidden else command(state)
@@ -116,14 +116,14 @@ def observe(state: State, *, hidden: bool = False, where: Columns = OURS) -> Ten
 class Feet:
     """What the sensors say of the feet, ``(world, 4)`` in the order of the legs, and of the drives."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: WorldState) -> None:
         place, motion, force, self.torque = torch.split(state.sensors, [12, 12, 4, 12], 1)
         self.height = place[:, 2::3]
         self.speed = torch.hypot(motion[:, 0::3], motion[:, 1::3])
         self.down = force > TOUCH
 
 
-def critic_observe(state: State) -> Tensor:
+def critic_observe(state: WorldState) -> Tensor:
     """Return what the robot cannot measure: its velocity, its height over its feet, and which feet are down."""
     feet, height = Feet(state), state.qpos[:, 2:3]
     return torch.cat([velocity(state, turned(state)), height - feet.height, feet.down, command(state)], 1).float()
@@ -134,15 +134,15 @@ _SQUARES = torch.from_numpy(np.repeat(np.diag([4, 0.25, 10 / 12, 1 / 12, 2 / 12]
 _ONES = torch.ones(24, dtype=torch.float64)
 
 
-def reward(before: State, after: State, dt: float, *, where: Columns = OURS) -> dict[str, Tensor]:
+def reward(before: WorldState, after: WorldState, dt: float, *, where: Columns = OURS) -> dict[str, Tensor]:
     """Return named terms: tracking and swing in [0, 1], everything else in [−1, 0]."""
     pose, fast = joints(after, where)
     turn, feet, wanted = turned(after), Feet(after), command(after)
     moving, spin = velocity(after, turn), after.qvel[:, 3:6]
-    ones = like(_ONES, feet.torque)
-    torque = feet.torque / like(TORQUE, feet.torque)
+    ones = constant_like(_ONES, feet.torque)
+    torque = feet.torque / constant_like(TORQUE, feet.torque)
     squared = torch.cat([moving[:, 2:], spin[:, :2], torque, after.action - before.action, pose], 1).square()
-    bounce, wobble, effort, jerk, crouch = (squared @ like(_SQUARES, squared)).unbind(1)
+    bounce, wobble, effort, jerk, crouch = (squared @ constant_like(_SQUARES, squared)).unbind(1)
     costs = {
         "bounce": bounce,
         "wobble": wobble,
@@ -151,7 +151,7 @@ def reward(before: State, after: State, dt: float, *, where: Columns = OURS) -> 
         "jerk": jerk,
         "slip": (feet.down * feet.speed.square()) @ (4 * ones[:4]),
         "pose": crouch,
-        "limits": (torch.cat([torque, fast / like(SPEED, fast)], 1).abs() - 0.9).clamp_min(0) @ (10 * ones),
+        "limits": (torch.cat([torque, fast / constant_like(SPEED, fast)], 1).abs() - 0.9).clamp_min(0) @ (10 * ones),
     }
     # steep where the error is small, and not flat where it is large
     off = torch.hypot(moving[:, 0] - wanted[:, 0], moving[:, 1] - wanted[:, 1])
@@ -176,14 +176,14 @@ def start(rng: np.random.Generator, model: mujoco.MjModel, *, where: Columns = O
     return qpos, qvel
 
 
-def fallen(state: State) -> Tensor:
+def fallen(state: WorldState) -> Tensor:
     """Say where the trunk is tilted by more than 45 degrees, or sinks down between its feet."""
     low = state.qpos[:, 2] - state.sensors[:, 2:12:3].amin(1) < LOWEST
     upright = 1 - 2 * state.qpos[:, 4:6].square().sum(1)
     return low | (upright < UPRIGHT)
 
 
-def readout(before: State, after: State, dt: float) -> dict[str, Tensor]:
+def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show the speed and what was commanded."""
     return {"speed m/s": velocity(after, turned(after))[:, 0], "wanted m/s": command(after)[:, 0]}
 
@@ -301,16 +301,22 @@ def joint(name: str) -> Param:
     )
 
 
-def broken(least: int, most: int) -> Few:
+def broken(least: int, most: int) -> SparseFaults:
     """Break so many joints at a time."""
-    return Few(params=tuple(j for j in go2.JOINTS if j not in SPARED), least=least, most=most, spared=SPARED)
+    return SparseFaults(params=tuple(j for j in go2.JOINTS if j not in SPARED), least=least, most=most, spared=SPARED)
 
 
 HEALTH = tuple(joint(name) for name in go2.JOINTS)
 
 
 def quadruped(
-    name: str, doc: str, params: tuple[Param, ...], few: tuple[Few, ...] = (), *, hidden: bool = False, robot: str = ""
+    name: str,
+    doc: str,
+    params: tuple[Param, ...],
+    few: tuple[SparseFaults, ...] = (),
+    *,
+    hidden: bool = False,
+    robot: str = "",
 ) -> Family:
     """Build a family; ``hidden`` keeps the command from the robot, ``robot`` is another model of it."""
     space = TaskSpace(name, params, few)

@@ -18,7 +18,7 @@ class FileError(MetarobotError):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; it takes its place if the block succeeds and vanishes if it does not."""
     temporary = path
     try:
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically."""
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def placing(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``out``; it takes its place if the block succeeds and vanishes if it does not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

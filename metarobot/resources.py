@@ -15,7 +15,7 @@ from metarobot.errors import MetarobotError
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def single_torch_thread() -> Iterator[None]:
     """Let torch use one thread: its workers would spin against the physics threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def steady_heap() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep freed tensors' pages: without it a fifth of the learning time goes into page faults."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -33,9 +33,9 @@ def steady_heap() -> None:
             libc.mallopt(option, value)
 
 
-def afford_replay(transitions: int, needed: int) -> None:
+def check_replay_memory(transitions: int, needed: int) -> None:
     """Raise if the bytes that a replay of so many transitions needs are not to be had."""
-    free = available()
+    free = available_memory()
     if needed > free:
         raise MetarobotError(
             f"a replay of {transitions:,} transitions needs {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB "
@@ -43,7 +43,7 @@ def afford_replay(transitions: int, needed: int) -> None:
         )
 
 
-def available() -> int:
+def available_memory() -> int:
     """Bytes of memory that may still be taken; Linux's page cache, which gives way, is among them."""
     known = Path("/proc/meminfo")
     lines = known.read_text().splitlines() if known.exists() else []
@@ -52,7 +52,7 @@ def available() -> int:
 
 
 @contextmanager
-def threads_restored() -> Iterator[None]:
+def restored_torch_threads() -> Iterator[None]:
     """Leave torch's thread count as it was found."""
     before = torch.get_num_threads()
     try:

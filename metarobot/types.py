@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 _COPIES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
-def like(constant: Tensor, x: Tensor) -> Tensor:
+def constant_like(constant: Tensor, x: Tensor) -> Tensor:
     """Return a constant of a module with the dtype and on the device of ``x``; it is copied there once."""
     if constant.dtype == x.dtype and constant.device == x.device:
         return constant
@@ -54,8 +54,8 @@ class Rollout:
     reward, terminated, truncated, valid ``(time, world)``; final_obs ``(world, obs)``, the observation after each
     world's last valid step, before any reset; critic_obs ``(time, world, critic)`` and final_critic_obs ``(world,
     critic)``, what only a critic in training is shown beside these; terms, name -> ``(world,)``, each reward term's sum
-    over the episode; faulted ``(world,)``, true where the physics broke down; advice ``(time, world, act)``, what the
-    family advised, NaN where it knew nothing, or ``(time, world, 0)`` if it was not asked.
+    over the episode; faulted ``(world,)``, true where the physics broke down; teacher_action ``(time, world, act)``, what the
+    family record_teacher, NaN where it knew nothing, or ``(time, world, 0)`` if it was not asked.
     """
 
     obs: Tensor
@@ -68,7 +68,7 @@ class Rollout:
     critic_obs: Tensor
     final_critic_obs: Tensor
     faulted: Tensor
-    advice: Tensor
+    teacher_action: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: str) -> Rollout:
@@ -114,12 +114,12 @@ class Trials:
         return int(sum(int(e.faulted.sum()) for e in self.episodes))
 
 
-class Sequence(NamedTuple):
+class TrialSequence(NamedTuple):
     """A trial as one sequence a world, padding moved to the end: what a recurrent learner trains on.
 
     Shapes: percepts ``(time, world, ...)`` each; action ``(time, world, act)``; reward, terminated, truncated, valid
     ``(time, world)``; next_obs ``(time, world, obs)``, the observation the step led to, before any reset; critic_obs
-    and next_critic_obs ``(time, world, critic)``; advice ``(time, world, act)`` or ``(time, world, 0)``.
+    and next_critic_obs ``(time, world, critic)``; teacher_action ``(time, world, act)`` or ``(time, world, 0)``.
     """
 
     percept: Percept
@@ -131,15 +131,15 @@ class Sequence(NamedTuple):
     next_obs: Tensor
     critic_obs: Tensor
     next_critic_obs: Tensor
-    advice: Tensor
+    teacher_action: Tensor
 
 
-def sequence(episodes: tuple[Rollout, ...]) -> Sequence:
+def join_episodes(episodes: tuple[Rollout, ...]) -> TrialSequence:
     """Join the episodes of a trial into one sequence a world, in the order they were lived."""
-    names = ("obs", "action", "reward", "terminated", "truncated", "valid", "critic_obs", "advice")
+    names = ("obs", "action", "reward", "terminated", "truncated", "valid", "critic_obs", "teacher_action")
     parts = {k: torch.cat([getattr(e, k) for e in episodes]) for k in names}
-    parts["next_obs"] = torch.cat([following(e, e.obs, e.final_obs) for e in episodes])
-    parts["next_critic_obs"] = torch.cat([following(e, e.critic_obs, e.final_critic_obs) for e in episodes])
+    parts["next_obs"] = torch.cat([next_values(e, e.obs, e.final_obs) for e in episodes])
+    parts["next_critic_obs"] = torch.cat([next_values(e, e.critic_obs, e.final_critic_obs) for e in episodes])
     if not bool(parts["valid"].all()):
         order = torch.argsort((~parts["valid"]).int(), dim=0, stable=True)
         rows = torch.arange(order.shape[1], device=order.device)
@@ -148,17 +148,17 @@ def sequence(episodes: tuple[Rollout, ...]) -> Sequence:
     done = (terminated | truncated).to(reward.dtype)
     first = torch.zeros_like(reward)
     first[0] = 1.0
-    percept = Percept(obs, shift(action), shift(reward), shift(done), first)
-    told = (parts[k] for k in ("next_obs", "critic_obs", "next_critic_obs", "advice"))
-    return Sequence(percept, action, reward, terminated, truncated, valid, *told)
+    percept = Percept(obs, delay(action), delay(reward), delay(done), first)
+    told = (parts[k] for k in ("next_obs", "critic_obs", "next_critic_obs", "teacher_action"))
+    return TrialSequence(percept, action, reward, terminated, truncated, valid, *told)
 
 
-def shift(x: Tensor) -> Tensor:
+def delay(x: Tensor) -> Tensor:
     """Delay by one step along time, zeros first: what the agent knew of ``x`` when it acted."""
     return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
 
 
-def following(episode: Rollout, seen: Tensor, final: Tensor) -> Tensor:
+def next_values(episode: Rollout, seen: Tensor, final: Tensor) -> Tensor:
     """Return what each step led to, ``(time, world, ...)``, of what was ``seen`` at the steps, before any reset."""
     ended = (episode.terminated | episode.truncated)[..., None]
     return torch.where(ended, final, torch.cat([seen[1:], final[None]]))

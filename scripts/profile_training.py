@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from metarobot.learning.agent_interface import agents
 from metarobot.training.config import TrainConfig
-from metarobot.training.train import start, train
+from metarobot.training.train import start_run, train
 
 NUMBERS = 4
 """Bytes of a number."""
@@ -93,7 +93,7 @@ def main() -> None:
     config = agents.get("rl2").config(**settings(rest.split()))
     with tempfile.TemporaryDirectory() as folder:
         where = TrainConfig(family=told.family, steps=10**9, sim="warp", device=told.device)
-        run = start(where, config, Path(folder) / "run")
+        run = start_run(where, config, Path(folder) / "run")
         watched = profile(activities=activities, record_shapes=True)
         todo = iter((watched.start, watched.stop))
 

@@ -32,7 +32,7 @@ from metarobot.bridge.robots.sim_client import Sim
 from metarobot.bridge.run_report import Report, Settings
 from metarobot.deploy.onnx_export import export
 from metarobot.evaluation.evaluate import interval
-from metarobot.evaluation.protocol import Arena, Protocol
+from metarobot.evaluation.protocol import Evaluator, Protocol
 from metarobot.files import write_json
 from metarobot.training.run_folder import open_run
 
@@ -104,7 +104,7 @@ def compared(robot: np.ndarray, evaluation: np.ndarray) -> list[dict[str, Any]]:
 def evaluated(name: str, tasks: int) -> np.ndarray:
     """Return what ``metarobot evaluate`` finds: ``(episode, task)``."""
     run = open_run(name)
-    arena = Arena(run.family, Protocol(tasks=tasks, threads=1))
+    arena = Evaluator(run.family, Protocol(tasks=tasks, threads=1))
     return arena.play(run.load_agent(), run.rollouts).returns
 
 

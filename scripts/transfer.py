@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarobot.env.base import Env, Step
+from metarobot.env.base import Env, StepResult
 from metarobot.envs.quadruped import Feet, turned, velocity
 from metarobot.envs.robots import go2
 from metarobot.errors import MetarobotError
@@ -35,11 +35,11 @@ def walk(agent: Any, family: Family) -> list[dict[str, float]]:
     tasks = [family.space.task(command_x=v, command_turn=0.0, friction=0.8) for v in SPEEDS for _ in range(STARTS)]
     env, rows = Env(family, tasks), []
 
-    def watch(_: int, env: Env, step: Step) -> None:
+    def watch(_: int, env: Env, step: StepResult) -> None:
         feet = Feet(env.state)
         rows.append(
             {
-                "speed": velocity(env.now, turned(env.now))[:, 0].numpy().copy(),
+                "speed": velocity(env.snapshot, turned(env.snapshot))[:, 0].numpy().copy(),
                 "lift": (feet.height - go2.FOOT).numpy().copy(),
                 "slip": (feet.speed * feet.down).sum(1).div(feet.down.sum(1).clamp_min(1)).numpy().copy(),
                 "torque": (feet.torque.abs() / torch.from_numpy(go2.TORQUE)).amax(1).numpy().copy(),

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from metarobot.cli.main import main
 from metarobot.env.base import Env
-from metarobot.learning.agent_interface import Learner, Shapes, agents
-from metarobot.learning.gradient_agent import Batch, GradientAgent
+from metarobot.learning.agent_interface import Dimensions, Learner, agents
+from metarobot.learning.gradient_agent import GradientAgent, InnerBatch
 from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
 from metarobot.training.run_folder import Run
-from metarobot.training.train import start, train
+from metarobot.training.train import start_run, train
 from metarobot.types import Rollout, Trials
 
 
@@ -28,7 +28,7 @@ def tiny_run(
     kind, small = agents.get(agent).config, {"worlds": 4, "rollouts": 2, "minibatches": 2, "epochs": 2, **settings}
     config = kind(**{k: v for k, v in small.items() if k in kind.__dataclass_fields__})
     settings = TrainConfig(family=family, agent=agent, steps=steps, seed=seed, threads=1, save_every=1)
-    run = start(settings, config, out)
+    run = start_run(settings, config, out)
     assert train(run, show=False)
     return run
 
@@ -57,7 +57,7 @@ JUDGED = ("fomaml", "maml", "maml-ppo", "promp")
 """Learners of an agent that adapts by gradient; their outer objective has a critic."""
 each_judged = pytest.mark.parametrize("name", JUDGED)
 each_agent = pytest.mark.parametrize("name", [*JUDGED, "reptile"])
-SHAPES = Shapes(obs=17, act=6, task=1, episodes=2)
+SHAPES = Dimensions(obs=17, act=6, task=1, episodes=2)
 STEADY = replace(families.get("CheetahDir100"), horizon=12)
 FALLING = replace(STEADY, terminate=lambda state: state.qvel[:, 0].abs() > 1.2)
 TASKS = [STEADY.space.task(direction=d) for d in (1.0, -1.0)]
@@ -140,7 +140,7 @@ def finite(learner: Learner) -> bool:
     return all(bool(v.isfinite().all()) for v in learner.state().values())
 
 
-def doubled(name: str, episodes: int = 2, **settings: Any) -> tuple[Any, Tensor, list[Batch], Batch]:
+def doubled(name: str, episodes: int = 2, **settings: Any) -> tuple[Any, Tensor, list[InnerBatch], InnerBatch]:
     """A learner in float64, its meta-parameters, and batches of real trials."""
     learner = build(name, episodes=episodes, **settings)
     learner.agent.double()

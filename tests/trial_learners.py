@@ -5,14 +5,14 @@ from dataclasses import replace
 import torch
 
 from metarobot.env.base import Env
-from metarobot.learning.agent_interface import Learner, Shapes, agents
+from metarobot.learning.agent_interface import Dimensions, Learner, agents
 from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.types import Trials
 
 FAMILY = replace(families.get("CheetahTerrain"), horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 TASKS = FAMILY.space.sample("train", 6, 0)
-SHAPES = Shapes(obs=17, act=6, task=len(FAMILY.space.params), episodes=2)
+SHAPES = Dimensions(obs=17, act=6, task=len(FAMILY.space.params), episodes=2)
 
 
 def build(name: str, seed: int = 0, **settings) -> Learner:

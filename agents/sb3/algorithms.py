@@ -23,15 +23,22 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from metarobot.agents.sb3.policies import Normalised, PPOAgent, RecurrentAgent, RecurrentPPO, SACAgent, TrialPolicy
-from metarobot.agents.sb3.trial_envs import TrialWorlds, Worlds
+from metarobot.agents.sb3.policies import (
+    Normalised,
+    RecurrentPPO,
+    SB3PPOAgent,
+    SB3RecurrentAgent,
+    SB3SACAgent,
+    TrialPolicy,
+)
+from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv
 from metarobot.env.sb3_vec_env import PPO, SAC, BaseCallback, Logger
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import AgentKind, Iterate, Shapes
+from metarobot.learning.agent_interface import AgentKind, Dimensions, TrainingStep
 from metarobot.learning.networks import RunningNorm
-from metarobot.learning.optimiser_state import pack, unpack
+from metarobot.learning.optimiser_state import flatten_state, restore_state
 from metarobot.learning.returns import discounted
-from metarobot.resources import afford_replay
+from metarobot.resources import check_replay_memory
 from metarobot.tasks.family import Family
 from metarobot.types import Trials
 
@@ -113,9 +120,9 @@ class SACConfig:
 class SB3Learner:
     """Trains an agent by one of SB3's algorithms, an iteration at a time."""
 
-    agent_class: type[PPOAgent] = PPOAgent
+    agent_class: type[SB3PPOAgent] = SB3PPOAgent
 
-    def __init__(self, config: Any, shapes: Shapes) -> None:
+    def __init__(self, config: Any, shapes: Dimensions) -> None:
         self.config, self.lr = config, config.lr
         self.span = config.episodes * max(1, shapes.horizon)
         """Control steps of an iteration in each world."""
@@ -128,21 +135,21 @@ class SB3Learner:
         self.model.set_logger(Logger(None, []))
         self.agent = self.agent_class(self.model.policy, shapes)
 
-    def algorithm(self, shapes: Shapes) -> Any:
+    def algorithm(self, shapes: Dimensions) -> Any:
         """Make SB3's algorithm, not yet set up."""
         raise NotImplementedError
 
-    def features(self, shapes: Shapes) -> int:
+    def features(self, shapes: Dimensions) -> int:
         """Return how many of the inputs are normalised."""
         return shapes.obs
 
-    def inputs(self, shapes: Shapes) -> int:
+    def inputs(self, shapes: Dimensions) -> int:
         """Return the length of what the policy sees."""
         return shapes.obs
 
-    def worlds(self, family: Family, threads: int) -> Worlds:
+    def worlds(self, family: Family, threads: int) -> EpisodeVecEnv:
         """Make what the algorithm lives in: a new task in every episode."""
-        return Worlds(family, self.config.worlds, 1, threads)
+        return EpisodeVecEnv(family, self.config.worlds, 1, threads)
 
     def settings(self, **policy: Any) -> dict[str, Any]:
         """Return what all algorithms are made with."""
@@ -150,13 +157,13 @@ class SB3Learner:
         plain = {"policy": "MlpPolicy", "env": None, "device": "cpu", "_init_setup_model": False}
         return {**plain, "learning_rate": lambda _: self.lr, "policy_kwargs": {**normalised, **policy}}
 
-    def inhabit(self, family: Family, threads: int) -> Iterate:
+    def inhabit(self, family: Family, threads: int) -> TrainingStep:
         """Move into worlds; return what lives an iteration in them and learns from it."""
         worlds = self.worlds(family, threads)
         self.model.set_env(worlds)
         return lambda _, progress, seed: self.iterate(worlds, threads, progress, seed)
 
-    def iterate(self, worlds: Worlds, threads: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
+    def iterate(self, worlds: EpisodeVecEnv, threads: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
         """Live and learn by SB3's loop; return the steps lived, and metrics."""
         self.lr = self.config.lr * (1.0 - progress * (1.0 - self.config.lr_end))
         self.prepare(worlds)
@@ -170,10 +177,10 @@ class SB3Learner:
         speed = {"collect_fps": lived / clock.collecting, "learn_fps": lived / (seconds - clock.collecting)}
         return lived, {**worlds.metrics(), **said, **{f"time/{k}": v for k, v in speed.items()}}
 
-    def prepare(self, worlds: Worlds) -> None:
+    def prepare(self, worlds: EpisodeVecEnv) -> None:
         """Set what an iteration begins with."""
 
-    def absorb(self, worlds: Worlds) -> None:
+    def absorb(self, worlds: EpisodeVecEnv) -> None:
         """Let the normaliser see what has been lived; while living and learning it stands."""
         self.norm.update(torch.from_numpy(np.concatenate(worlds.percepts)[:, : len(self.norm.mean)]))
 
@@ -185,11 +192,11 @@ class SB3Learner:
 class PPOLearner(SB3Learner):
     """SB3's PPO, its rewards scaled by the spread of their discounted sums, as VecNormalize does."""
 
-    def __init__(self, config: SB3PPOConfig, shapes: Shapes) -> None:
+    def __init__(self, config: SB3PPOConfig, shapes: Dimensions) -> None:
         super().__init__(config, shapes)
         self.spread = RunningNorm(1)
 
-    def algorithm(self, shapes: Shapes) -> Any:
+    def algorithm(self, shapes: Dimensions) -> Any:
         """Make PPO."""
         width = [self.config.width] * 2
         return PPO(**self.on_policy(net_arch={"pi": width, "vf": width}))
@@ -206,11 +213,11 @@ class PPOLearner(SB3Learner):
         policy |= {"log_std_init": math.log(c.std)}
         return {**self.settings(**policy), "n_steps": self.span, **learning, **returns, **bounds}
 
-    def prepare(self, worlds: Worlds) -> None:
+    def prepare(self, worlds: EpisodeVecEnv) -> None:
         """Scale the rewards by what is known of them."""
         worlds.scale = float(self.spread.scale)
 
-    def absorb(self, worlds: Worlds) -> None:
+    def absorb(self, worlds: EpisodeVecEnv) -> None:
         """Let the normalisers see what has been lived."""
         super().absorb(worlds)
         sums = discounted(torch.from_numpy(np.stack(worlds.rewards)), self.config.gamma)
@@ -218,35 +225,35 @@ class PPOLearner(SB3Learner):
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser."""
-        return pack(self.model.policy.optimizer, agent=self.agent, spread=self.spread)
+        return flatten_state(self.model.policy.optimizer, agent=self.agent, spread=self.spread)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
-        unpack(state, self.model.policy.optimizer, agent=self.agent, spread=self.spread)
+        restore_state(state, self.model.policy.optimizer, agent=self.agent, spread=self.spread)
 
 
 class RecurrentPPOLearner(PPOLearner):
     """sb3-contrib's RecurrentPPO over trials."""
 
-    agent_class = RecurrentAgent
+    agent_class = SB3RecurrentAgent
 
-    def algorithm(self, shapes: Shapes) -> Any:
+    def algorithm(self, shapes: Dimensions) -> Any:
         """Make RecurrentPPO."""
         width = self.config.width
         policy = {"net_arch": {"pi": [width], "vf": [width]}, "lstm_hidden_size": width}
         return RecurrentPPO(**{**self.on_policy(**policy), "policy": TrialPolicy})
 
-    def features(self, shapes: Shapes) -> int:
+    def features(self, shapes: Dimensions) -> int:
         """Return the length of observation and reward."""
         return shapes.obs + 1
 
-    def inputs(self, shapes: Shapes) -> int:
+    def inputs(self, shapes: Dimensions) -> int:
         """Return the length of a percept."""
         return shapes.obs + 1 + shapes.act + 2
 
-    def worlds(self, family: Family, threads: int) -> Worlds:
+    def worlds(self, family: Family, threads: int) -> EpisodeVecEnv:
         """Make worlds that live trials."""
-        return TrialWorlds(family, self.config.worlds, self.config.episodes, threads)
+        return TrialVecEnv(family, self.config.worlds, self.config.episodes, threads)
 
 
 KEPT = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
@@ -256,10 +263,10 @@ KEPT = ("observations", "next_observations", "actions", "rewards", "dones", "tim
 class SACLearner(SB3Learner):
     """SB3's SAC; what is saved holds its replay."""
 
-    agent_class = SACAgent
+    agent_class = SB3SACAgent
 
-    def __init__(self, config: SACConfig, shapes: Shapes) -> None:
-        afford_replay(config.replay, 4 * config.replay * (2 * shapes.obs + shapes.act + 3))
+    def __init__(self, config: SACConfig, shapes: Dimensions) -> None:
+        check_replay_memory(config.replay, 4 * config.replay * (2 * shapes.obs + shapes.act + 3))
         super().__init__(config, shapes)
         policy = self.model.policy
         self.optimisers = {
@@ -268,7 +275,7 @@ class SACLearner(SB3Learner):
             "entropy": self.model.ent_coef_optimizer,
         }
 
-    def algorithm(self, shapes: Shapes) -> Any:
+    def algorithm(self, shapes: Dimensions) -> Any:
         """Make SAC, one round of gradient steps for each step of all worlds."""
         c = self.config
         learning = {"batch_size": c.batch, "gradient_steps": c.updates, "tau": c.tau, "gamma": c.gamma}
@@ -277,14 +284,14 @@ class SACLearner(SB3Learner):
         entropy = {"target_entropy": -float(shapes.act)}
         return SAC(**{**self.settings(net_arch=[c.width] * 2), **learning, **experience, **entropy})
 
-    def prepare(self, worlds: Worlds) -> None:
+    def prepare(self, worlds: EpisodeVecEnv) -> None:
         """Act at random only until enough has been lived; SB3 counts from each iteration's start."""
         lived = self.model.replay_buffer.size() * self.config.worlds
         self.model.learning_starts = max(0, self.config.start - lived)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normaliser, optimisers, the entropy's weight and the replay."""
-        flat = {f"{name}.{k}": v for name, o in self.optimisers.items() for k, v in pack(o).items()}
+        flat = {f"{name}.{k}": v for name, o in self.optimisers.items() for k, v in flatten_state(o).items()}
         flat |= {f"agent.{k}": v.detach().clone() for k, v in self.agent.state_dict().items()}
         replay = self.model.replay_buffer
         rows = {name: torch.from_numpy(getattr(replay, name)[: replay.size()].copy()) for name in KEPT}
@@ -295,7 +302,9 @@ class SACLearner(SB3Learner):
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         for name, optimiser in self.optimisers.items():
-            unpack({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}, optimiser)
+            restore_state(
+                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}, optimiser
+            )
         self.agent.load_state_dict({k.removeprefix("agent."): v for k, v in state.items() if k.startswith("agent.")})
         self.model.log_ent_coef.data.copy_(state["log_ent_coef"])
         replay = self.model.replay_buffer

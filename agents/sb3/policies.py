@@ -8,20 +8,19 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from metarobot.agents.sb3.trial_envs import told
+from metarobot.agents.sb3.trial_envs import flat_percept
 from metarobot.env.sb3_vec_env import BaseFeaturesExtractor
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Context, Shapes
+from metarobot.learning.agent_interface import Context, Dimensions
 from metarobot.learning.networks import RunningNorm
 from metarobot.types import Percept, Rollout
 
 try:
-    from sb3_contrib import RecurrentPPO
+    from sb3_contrib import RecurrentPPO as RecurrentPPO
     from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 except ImportError as e:
     raise MetarobotError("sb3-contrib is not installed: pip install 'metarobot[sb3]'") from e
 
-__all__ = ["Normalised", "PPOAgent", "RecurrentAgent", "RecurrentPPO", "SACAgent", "TrialPolicy"]
 
 
 class Normalised(BaseFeaturesExtractor):  # type: ignore[misc,unused-ignore]
@@ -49,14 +48,14 @@ class TrialPolicy(RecurrentActorCriticPolicy):  # type: ignore[misc,unused-ignor
         return RecurrentActorCriticPolicy._process_sequence(features, states, starts.flatten(), lstm)
 
 
-class PPOAgent(nn.Module):
+class SB3PPOAgent(nn.Module):
     """SB3's policy at work; its actions within ±1 are ``reach`` times smaller than the robot's around ``middle``."""
 
     privileged = explores = False
     middle: Tensor
     reach: Tensor
 
-    def __init__(self, policy: Any, shapes: Shapes) -> None:
+    def __init__(self, policy: Any, shapes: Dimensions) -> None:
         super().__init__()
         self.policy = policy
         low, high = (torch.tensor(x or [y] * shapes.act) for x, y in ((shapes.low, -1.0), (shapes.high, 1.0)))
@@ -87,7 +86,7 @@ class PPOAgent(nn.Module):
         return action.clamp(-1.0, 1.0)
 
 
-class RecurrentAgent(PPOAgent):
+class SB3RecurrentAgent(SB3PPOAgent):
     """The same with an LSTM, whose state is the context and lives through the trial."""
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
@@ -98,11 +97,11 @@ class RecurrentAgent(PPOAgent):
     def chosen(self, percept: Percept, context: Context) -> tuple[Tensor, Tensor, Context]:
         """Step the memory."""
         states = tuple(x[None] for x in context)
-        distribution, (h, c) = self.policy.get_distribution(told(percept), states, percept.first)
+        distribution, (h, c) = self.policy.get_distribution(flat_percept(percept), states, percept.first)
         return distribution.distribution.mean, distribution.distribution.stddev, (h[0], c[0])
 
 
-class SACAgent(PPOAgent):
+class SB3SACAgent(SB3PPOAgent):
     """The actor of SAC, whose actions are squashed."""
 
     def chosen(self, percept: Percept, context: Context) -> tuple[Tensor, Tensor, Context]:

@@ -16,7 +16,7 @@ from metarobot.tasks.space import Task
 from metarobot.types import Percept
 
 
-class Worlds(SB3VecEnv):
+class EpisodeVecEnv(SB3VecEnv):
     """What an algorithm lives in: actions within ±1, and notes of all that normalisers and metrics are made from."""
 
     def __init__(self, family: Family, worlds: int, episodes: int, threads: int) -> None:
@@ -72,7 +72,7 @@ class Worlds(SB3VecEnv):
         return metrics | {f"meta/return_episode_{k + 1}": r for k, r in enumerate(returns)}
 
 
-class TrialWorlds(Worlds):
+class TrialVecEnv(EpisodeVecEnv):
     """Worlds whose episode, for SB3, is a whole trial, and whose observation is the percept: see ``told``."""
 
     def __init__(self, family: Family, worlds: int, episodes: int, threads: int) -> None:
@@ -109,7 +109,7 @@ def _began(obs: Array, width: int) -> Array:
     return percept
 
 
-def told(percept: Percept) -> Tensor:
+def flat_percept(percept: Percept) -> Tensor:
     """Join a percept as ``TrialWorlds`` shows it: observation, reward, action, done, first; ``(world, width)``."""
     parts = (percept.obs, percept.reward[:, None], percept.action, percept.done[:, None], percept.first[:, None])
     return torch.cat(parts, -1)

@@ -19,8 +19,8 @@ from metarobot.envs.robots import panda
 from metarobot.envs.robots import panda_variants as arms
 from metarobot.envs.robots.quaternions import rotation
 from metarobot.envs.scenery import graspable_objects as objects
-from metarobot.tasks.family import Control, State
-from metarobot.types import Floats, like
+from metarobot.tasks.family import ActionController, WorldState
+from metarobot.types import Floats, constant_like
 
 SUBSTEPS, TIMESTEP = 8, 0.005
 """Physics steps a control step, of so many seconds."""
@@ -60,7 +60,7 @@ _LOW, _HIGH = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
 _DOWN, _EYE = torch.tensor([0.0, 0.0, -1.0]).double(), torch.eye(6).double()
 
 
-def sense(state: State) -> Scene:
+def sense(state: WorldState) -> Scene:
     """Return what the sensors say of a moment, computed once."""
     scene: Scene = state.sense or Scene(state)
     return scene
@@ -69,7 +69,7 @@ def sense(state: State) -> Scene:
 class Scene:
     """What the sensors and joints say, one row a world; m, rad, N, s."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: WorldState) -> None:
         joints, pointing, self.tip, x, y, z, self.speed, self.pads, self.angles, pads, moving = torch.split(
             state.sensors, [21, 21, 3, 3, 3, 3, 3, 2, 7, 6, 6], 1
         )
@@ -88,23 +88,23 @@ class Scene:
         self.lift = self.object[:, 2] - self.rest
 
 
-def observe(state: State) -> Tensor:
+def observe(state: WorldState) -> Tensor:
     """Return ``(world, 19)``: see ``OBSERVATIONS``."""
     scene, tally = sense(state), state.tally
     fingers = torch.stack([scene.opening, scene.closing, (tally[:, FORCE] > 0).to(tally), tally[:, GRIPPED]], 1)
     return torch.cat(
-        [scene.tip - like(CENTRE, scene.tip), scene.speed, scene.offset, scene.x, scene.z, fingers], 1
+        [scene.tip - constant_like(CENTRE, scene.tip), scene.speed, scene.offset, scene.x, scene.z, fingers], 1
     ).float()
 
 
-def begin(state: State) -> Tensor:
+def begin(state: WorldState) -> Tensor:
     """Return the tally of a hand that is open and to stay where it is, ``(world, HAND)``."""
     tip, x = state.sensors[:, 42:45], state.sensors[:, 45:48]
     still = tip.new_zeros(len(tip), 2)
     return torch.cat([still, tip, torch.atan2(x[:, 1], x[:, 0])[:, None]], 1)
 
 
-def count(before: State, after: State, scene: Scene) -> Tensor:
+def count(before: WorldState, after: WorldState, scene: Scene) -> Tensor:
     """Return the hand's tally after an action, ``(world, HAND)``; ``scene`` is what is after."""
     old, close = before.tally, after.action[:, 4]
     asked = WEAKEST * (STRONGEST / WEAKEST) ** ((after.action[:, 5] + 1) / 2)
@@ -115,16 +115,16 @@ def count(before: State, after: State, scene: Scene) -> Tensor:
     return torch.cat([force[:, None], gripped[:, None].to(place), place, turn[:, None]], 1)
 
 
-def _aim(state: State, action: Tensor) -> tuple[Tensor, Tensor]:
+def _aim(state: WorldState, action: Tensor) -> tuple[Tensor, Tensor]:
     """Return where the hand is to be after the action: its place ``(world, 3)``, m, and its turn ``(world,)``, rad."""
     tip, tally = state.sensors[:, 42:45], state.tally
     place = tally[:, AIM] + REACH * action[:, :3]
     place = torch.minimum(torch.maximum(place, tip - AHEAD), tip + AHEAD)
     turn = (tally[:, YAW] + TURN * action[:, 3]).clamp(-1.0, 1.0)
-    return torch.minimum(torch.maximum(place, like(LOWEST, place)), like(HIGHEST, place)), turn
+    return torch.minimum(torch.maximum(place, constant_like(LOWEST, place)), constant_like(HIGHEST, place)), turn
 
 
-def targets(state: State, action: Tensor, told: Tensor) -> Tensor:
+def targets(state: WorldState, action: Tensor, told: Tensor) -> Tensor:
     """Turn the aim of the hand into joint targets, by damped least squares, and the grip into a force, N.
 
     Damped least squares: Buss (2004), "Introduction to inverse kinematics", eq. 11. The hand is kept pointing down.
@@ -132,16 +132,16 @@ def targets(state: State, action: Tensor, told: Tensor) -> Tensor:
     scene = sense(state)
     place, turn = _aim(state, action)
     x = scene.hand[:, 0]
-    upset = torch.linalg.cross(scene.hand[:, 2], like(_DOWN, x).expand_as(x))
+    upset = torch.linalg.cross(scene.hand[:, 2], constant_like(_DOWN, x).expand_as(x))
     upset[:, 2] += turn - torch.atan2(x[:, 1], x[:, 0])
     lever = torch.linalg.cross(scene.axes, scene.tip[:, None] - scene.joints)
     jacobian = torch.cat([lever, scene.axes], 2).transpose(1, 2)
-    square = jacobian @ jacobian.transpose(1, 2) + 1e-4 * like(_EYE, jacobian)
+    square = jacobian @ jacobian.transpose(1, 2) + 1e-4 * constant_like(_EYE, jacobian)
     twist = torch.linalg.solve(square, torch.cat([place - scene.tip, upset], 1)[:, :, None])
     step = (jacobian.transpose(1, 2) @ twist)[:, :, 0]
     # too fast for one joint is too fast for all: slower, but straight
-    step = step / (step.abs() / (2 * like(_STEP, step))).amax(1, keepdim=True).clamp_min(1)
-    arm = (scene.angles + step).clamp(like(_LOW, step), like(_HIGH, step))
+    step = step / (step.abs() / (2 * constant_like(_STEP, step))).amax(1, keepdim=True).clamp_min(1)
+    arm = (scene.angles + step).clamp(constant_like(_LOW, step), constant_like(_HIGH, step))
     asked, gripped = state.tally[:, FORCE], state.tally[:, GRIPPED] > 0
     grip = torch.where(asked > 0, torch.where(gripped, asked, APPROACH), -OPEN)
     return torch.cat([arm, grip[:, None]], 1)
@@ -152,7 +152,7 @@ def rest(qpos: Tensor) -> Tensor:
     return torch.cat([qpos[:, :7], torch.full_like(qpos[:, :1], -OPEN)], 1)
 
 
-CONTROL = Control(actions=ACTIONS, targets=targets, rest=rest)
+CONTROL = ActionController(actions=ACTIONS, targets=targets, rest=rest)
 
 
 def strength(force: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.types import Floats, like
+from metarobot.types import Floats, constant_like
 
 
 def rotation(quat: Tensor) -> Tensor:
     """Return the rotation matrices of unit quaternions ``(world, 4)``, w first: ``(world, 3, 3)``."""
-    return ((quat[:, :, None] * quat[:, None, :]).flatten(1) @ like(_ROTATION, quat)).view(-1, 3, 3)
+    return ((quat[:, :, None] * quat[:, None, :]).flatten(1) @ constant_like(_ROTATION, quat)).view(-1, 3, 3)
 
 
 def _quadratic() -> Tensor:

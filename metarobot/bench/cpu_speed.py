@@ -22,11 +22,11 @@ from torch import Tensor
 
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import agents, usual_agents
-from metarobot.learning.meta_gradient import looped
-from metarobot.resources import steady_heap
-from metarobot.sim.cpu import CpuSim, numbers
-from metarobot.sim.protocol import Rows
+from metarobot.learning.agent_interface import agents, comparable_agents
+from metarobot.learning.meta_gradient import loop_over_tasks
+from metarobot.resources import keep_freed_memory
+from metarobot.sim.cpu import CpuSim, selected_ids
+from metarobot.sim.protocol import WorldSelection
 from metarobot.tasks.family import Family
 from metarobot.training.collect import collect
 from metarobot.training.run_folder import build_learner
@@ -44,7 +44,7 @@ def bench_sim(family: Family, *, worlds: int, seconds: float, threads: int = 0, 
     threads = threads or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    steady_heap()  # as training does
+    keep_freed_memory()  # as training does
     env = Env(family, family.space.sample("train", worlds), threads=threads, make_sim=_Recorder)
     recorder = cast(_Recorder, env.sim)
     models = [copy.copy(env.model(t)) for t in env.tasks]
@@ -87,13 +87,13 @@ class _Recorder(CpuSim):
         self.tape: list[_Told] = []
         self._ctrl, self._act = self.bind("ctrl"), self.bind("act")
 
-    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
+    def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
         self.settle()
         self.tape.append(_Told(substeps, ctrl=self._ctrl.numpy().copy()))
         return super().step(substeps, rows)
 
-    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
-        self.tape.append(_Told(0, numbers(rows), {"qpos": qpos.numpy(), "qvel": qvel.numpy()}))
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
+        self.tape.append(_Told(0, selected_ids(rows), {"qpos": qpos.numpy(), "qvel": qvel.numpy()}))
         super().reset(qpos, qvel, rows)
 
     def settle(self) -> None:
@@ -165,7 +165,7 @@ def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0,
         raise MetarobotError(f"worlds must be a multiple of {MAML_ROLLOUTS}, the rollouts a task, not {worlds}")
     if seconds <= 0:
         raise MetarobotError(f"seconds must be positive, not {seconds:g}")
-    steady_heap()  # as training does
+    keep_freed_memory()  # as training does
     threads = threads or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
     config = agents.get("maml").config(worlds=worlds, rollouts=MAML_ROLLOUTS, width=64, episodes=2, cg_steps=10)
@@ -183,7 +183,7 @@ def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0,
             engine.reset()
             rate = _rate(lambda: _drive_engine(engine, actions, family.substeps), actions)
             measured = {"vmap": _maml_round(learner, env, tasks, threads, rate)}
-            with looped():
+            with loop_over_tasks():
                 measured["loop"] = _maml_round(learner, env, tasks, threads, rate)
             rounds.append(measured)
             bar.update(task, completed=time.perf_counter() - began)
@@ -225,7 +225,7 @@ def bench_pearl(family: Family, *, worlds: int, seconds: float, threads: int = 0
     """
     if worlds < 1 or seconds <= 0:
         raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
-    steady_heap()  # as training does
+    keep_freed_memory()  # as training does
     threads = threads or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
     tasks = family.space.sample("train", worlds, 0)
@@ -296,10 +296,10 @@ def bench_agents(family: Family, *, worlds: int, seconds: float, threads: int = 
     """
     if worlds < 1 or seconds <= 0:
         raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
-    steady_heap()  # as training does
+    keep_freed_memory()  # as training does
     threads, before = threads or len(os.sched_getaffinity(0)), torch.get_num_threads()
     torch.set_num_threads(1)
-    livers = {name: _Liver(name, family, worlds, threads) for name in usual_agents()}
+    livers = {name: _Liver(name, family, worlds, threads) for name in comparable_agents()}
     rounds: list[dict[str, float]] = []
     began = time.perf_counter()
     with Progress(disable=not show, transient=True) as bar:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from metarobot.env.device import DeviceEnv, bytes_each, check_memory
+from metarobot.env.device import DeviceEnv, bytes_per_world, check_memory
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
-from metarobot.learning.optimiser_state import move
-from metarobot.sim.protocol import Rows
+from metarobot.learning.optimiser_state import move_to_device
+from metarobot.sim.protocol import WorldSelection
 from metarobot.sim.warp import WarpSim, free_memory
 from metarobot.tasks.family import Family
 from metarobot.training.collect import collect
@@ -37,11 +37,11 @@ class _Tape:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sim, name)
 
-    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
+    def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
         self.told.append(_Told(self._ctrl.clone(), torch.zeros(0)))
         return self._sim.step(substeps, rows)
 
-    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
         if isinstance(rows, Tensor):
             self.told[-1] = self.told[-1]._replace(over=rows)
         self._sim.reset(qpos, qvel, rows)
@@ -125,7 +125,7 @@ def bench_memory(family: Family, *, worlds: int, device: str) -> dict[str, Any]:
     """
     if worlds < 8:
         raise MetarobotError(f"worlds must be at least 8, not {worlds}")
-    bytes_each(family, device)  # raises where nothing can run: that is no end of the memory
+    bytes_per_world(family, device)  # raises where nothing can run: that is no end of the memory
     rows: list[dict[str, float]] = []
     end = ""
     for n in _doubled(worlds):
@@ -155,7 +155,7 @@ def _iteration(family: Family, worlds: int, device: str) -> dict[str, float]:
     minibatches = 8
     config = agents.get("rl2").config(worlds=worlds, epochs=1, minibatches=minibatches)
     learner = build_learner("rl2", config, family, 0)
-    move(learner, device)
+    move_to_device(learner, device)
     tasks = family.space.sample("train", worlds, 0)
     env = DeviceEnv(family, tasks, device=device)
     physics = cast(WarpSim, env.sim).bytes

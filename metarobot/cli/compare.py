@@ -18,7 +18,7 @@ from metarobot.cli.progress import bar
 from metarobot.errors import MetarobotError
 
 if TYPE_CHECKING:
-    from metarobot.evaluation.compare import Job, Outlook
+    from metarobot.evaluation.compare import Job, PlanETA
 
 LINE_EVERY_S = 20.0
 
@@ -61,21 +61,21 @@ def compare(
         results: Folder for table and plot, FAMILY-compare-SPLIT; that of the runs if not given.
     """
     from metarobot.evaluation import tables
-    from metarobot.evaluation.compare import Plan, assigned, gather, measure, plays
+    from metarobot.evaluation.compare import Plan, compare_runs, count_plays, parse_settings, train_plan
     from metarobot.evaluation.protocol import Protocol
 
     protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, threads=threads)
     whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
-    plan = Plan(family=family, out=out, agents=agents, steps=whole, seeds=seeds, settings=assigned(settings),
+    plan = Plan(family=family, out=out, agents=agents, steps=whole, seeds=seeds, settings=parse_settings(settings),
                 reuse=reuse, threads=threads)  # fmt: skip
     with PlanBar() as shown:
-        runs = gather(plan, protocol, shown.say, shown.watch)
+        runs = train_plan(plan, protocol, shown.say, shown.watch)
     if not runs:
         print("stopped and saved; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     with bar() as progress:
-        task = progress.add_task("playing", total=plays(runs, protocol))
-        report = measure(plan, runs, protocol, lambda: progress.advance(task))
+        task = progress.add_task("playing", total=count_plays(runs, protocol))
+        report = compare_runs(plan, runs, protocol, lambda: progress.advance(task))
     tables.comparison(report)
     _write(report, (out if results is None else results) / f"{family}-compare-{split}")
 
@@ -83,10 +83,10 @@ def compare(
 def _write(report: dict[str, Any], stem: Path) -> None:
     from metarobot.evaluation import plots as plot
     from metarobot.evaluation import tables
-    from metarobot.files import replacing, write_json
+    from metarobot.files import atomic_path, write_json
 
     write_json(stem.with_suffix(".json"), report)
-    with replacing(stem.with_suffix(".md")) as temporary:
+    with atomic_path(stem.with_suffix(".md")) as temporary:
         temporary.write_text(tables.comparison_markdown(report))
     plot.comparison(report, stem.with_suffix(".png"))
     print(f"wrote {stem}.md, .json and .png")
@@ -114,14 +114,14 @@ class PlanBar:
         """Print a line above the bar."""
         self._bar.console.print(line, highlight=False, soft_wrap=True)
 
-    def watch(self, job: Job, metrics: Mapping[str, float], outlook: Outlook) -> None:
+    def watch(self, job: Job, metrics: Mapping[str, float], outlook: PlanETA) -> None:
         """Take in one iteration of one run."""
-        from metarobot.training.metrics_log import headline
+        from metarobot.training.metrics_log import summary_line
 
         self._total = max(self._total, outlook.steps)
         done = f"{metrics['time/total_timesteps']:,.0f}/{job.train.steps:,}"
         left = f"whole plan: {outlook.steps:,} steps left, ETA {outlook.seconds:,.0f} s"
-        line = f"{job.title}: {done} steps  {headline(dict(metrics))}  {left}"
+        line = f"{job.title}: {done} steps  {summary_line(dict(metrics))}  {left}"
         self._bar.update(self._task, description=line, total=self._total, completed=self._total - outlook.steps)
         if not self._live and time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()
@@ -154,7 +154,7 @@ def bench(
         device: Where Warp simulates, cpu or cuda.
         json: Where to write the figures.
     """
-    from metarobot.bench import cpu_speed as measure
+    from metarobot.bench import cpu_speed as compare_runs
     from metarobot.evaluation import tables
     from metarobot.files import write_json
     from metarobot.tasks.family import families as registry
@@ -163,10 +163,10 @@ def bench(
         _bench_device(what, family or "CheetahVel", worlds, seconds, sim, device, json)
         return
     run, show, usual, size = {
-        "sim": (measure.bench_sim, tables.sim, "CheetahVel", 512),
-        "maml": (measure.bench_maml, tables.maml, "CheetahDir100", 800),
-        "pearl": (measure.bench_pearl, tables.pearl, "CheetahVel", 64),
-        "agents": (measure.bench_agents, tables.sampling, "CheetahVel", 64),
+        "sim": (compare_runs.bench_sim, tables.sim, "CheetahVel", 512),
+        "maml": (compare_runs.bench_maml, tables.maml, "CheetahDir100", 800),
+        "pearl": (compare_runs.bench_pearl, tables.pearl, "CheetahVel", 64),
+        "agents": (compare_runs.bench_agents, tables.sampling, "CheetahVel", 64),
     }[what]
     chosen = registry.get(family or usual)
     report = run(chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads)
@@ -184,16 +184,18 @@ def _bench_device(
 
     if what not in ("sim", "memory") or sim != "warp":
         raise MetarobotError(f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory")
-    from metarobot.bench import device_speed as measure
+    from metarobot.bench import device_speed as compare_runs
 
     if what == "sim":
-        report = measure.bench_device(
+        report = compare_runs.bench_device(
             registry.get(family), worlds=8192 if worlds is None else worlds, seconds=seconds, device=device
         )
         tables.sim(report)
         tables.physics(report)
     else:
-        report = measure.bench_memory(registry.get(family), worlds=2**20 if worlds is None else worlds, device=device)
+        report = compare_runs.bench_memory(
+            registry.get(family), worlds=2**20 if worlds is None else worlds, device=device
+        )
         tables.memory(report)
     if json is not None:
         write_json(json, report)

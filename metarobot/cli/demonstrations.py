@@ -34,7 +34,7 @@ def record(
         threads: Physics threads; 0 takes all there are.
     """
     from metarobot.tasks.family import families
-    from metarobot.training.demonstrations import record as write
+    from metarobot.training.demonstrations import record_demonstrations as write
 
     known = families.get(family)
     with bar() as progress:
@@ -79,7 +79,7 @@ def shots(
     from metarobot.evaluation import tables
     from metarobot.evaluation.few_shot_imitation import few_shot
     from metarobot.training import run_folder as checkpoint
-    from metarobot.training.demonstrations import read
+    from metarobot.training.demonstrations import read_demonstrations
 
     opened = checkpoint.open_run(run)
     shown = None if reference is None else checkpoint.open_run(reference)
@@ -87,7 +87,7 @@ def shots(
         task = progress.add_task("playing", total=1 + len(shots))
         report = few_shot(
             opened,
-            read(demos, opened.family),
+            read_demonstrations(demos, opened.family),
             shots=shots,
             reference=shown,
             seed=seed,

@@ -34,15 +34,15 @@ def agents() -> None:
     """List the kinds of agent that can be trained, and the trained agents in the box."""
     from metarobot.files import read_json
     from metarobot.learning.agent_interface import agents as registry
-    from metarobot.training.run_folder import PRETRAINED, pretrained
+    from metarobot.training.run_folder import PRETRAINED_FOLDER, pretrained_names
 
     for name in registry.names():
         try:
             print(f"{name}: {registry.get(name).doc}")
         except MetarobotError as e:  # a package that is not there
             print(f"{name}: {e}")
-    for name in pretrained():
-        card = read_json(PRETRAINED / name / "card.json")
+    for name in pretrained_names():
+        card = read_json(PRETRAINED_FOLDER / name / "card.json")
         print(f"{name}: {card['summary']}")
 
 
@@ -85,8 +85,8 @@ def evaluate(
     """
     from metarobot.evaluation import plots as drawing
     from metarobot.evaluation import tables
+    from metarobot.evaluation.evaluate import count_trials
     from metarobot.evaluation.evaluate import evaluate as measure
-    from metarobot.evaluation.evaluate import trials
     from metarobot.evaluation.protocol import Protocol
     from metarobot.training import run_folder as checkpoint
 
@@ -95,7 +95,7 @@ def evaluate(
     protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, quiet=quiet, threads=threads)
     agents, *others = ([checkpoint.open_run(r, robot) for r in group] for group in (runs, oracle, blind, finetune))
     baselines = dict(zip(("oracle", "blind", "finetune"), others, strict=True))
-    total = trials(
+    total = count_trials(
         len(agents), len(others[0]), len(others[1]), len(others[2]), controls, agents[0].family.expert is not None
     )
     with bar() as progress:
@@ -139,13 +139,13 @@ def render(
     """
     from metarobot.evaluation.protocol import Protocol
     from metarobot.evaluation.trial_film import film
-    from metarobot.tasks.space import assignments
+    from metarobot.tasks.space import parse_assignments
     from metarobot.training.run_folder import open_run
 
     Protocol(split=split, tasks=tasks, episodes=episodes)
     opened = open_run(run, robot)
     space = opened.family.space
-    chosen = [space.task(**assignments(task))] if task else space.sample(split, tasks, seed)
+    chosen = [space.task(**parse_assignments(task))] if task else space.sample(split, tasks, seed)
     agent = opened.load_agent()
     title = f"{opened.family.name}  ·  {opened.agent}"
     take = partial(film, episodes=episodes, seed=seed, rollouts=opened.rollouts, title=title)
@@ -218,11 +218,11 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
         command: The command that made it.
         report: What ``metarobot evaluate --json`` or ``shots --json`` found of it, to go on the card.
     """
-    from metarobot.evaluation.evaluate import headline
+    from metarobot.evaluation.evaluate import card_results
     from metarobot.files import read_json
     from metarobot.training.metrics_log import read_metrics
     from metarobot.training.run_folder import open_run
-    from metarobot.training.run_folder import publish as copy
+    from metarobot.training.run_folder import publish_agent as copy
 
     opened = open_run(run)
     last = read_metrics(opened.folder / "metrics.jsonl")[-1]
@@ -233,7 +233,7 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
     if "machine" in opened.config:
         facts["machine"] = f"{opened.config['machine']}, {opened.config['threads'] or 'all'} of them used"
     if report is not None:
-        facts["results"] = headline(read_json(report))
+        facts["results"] = card_results(read_json(report))
     copy(opened, out, {"summary": summary, "command": command, **facts})
 
 
@@ -300,7 +300,7 @@ def _train(
     """Start or continue a run; what is not given is as it was, or as usual."""
     from metarobot.training.config import TrainConfig
     from metarobot.training.run_folder import open_run
-    from metarobot.training.train import reopen, start
+    from metarobot.training.train import reopen_run, start_run
     from metarobot.training.train import train as run_training
 
     usual = TrainConfig(family="")
@@ -309,7 +309,7 @@ def _train(
     device = held.get("device", usual.device) if device is None else device
     whole = int(steps) if steps == steps and abs(steps) < 1e15 else -1
     asked = TrainConfig(**settings, steps=whole, device=device)
-    run = (reopen if resume else start)(asked, config, out, partial(print, file=sys.stderr))
+    run = (reopen_run if resume else start_run)(asked, config, out, partial(print, file=sys.stderr))
     if run_training(run, resume=resume):
         print(f"done: {out}; now: metarobot {'shots' if asked.demos else 'evaluate'} {out}")
     else:

@@ -46,7 +46,7 @@ def recognise(
     """
     from metarobot.evaluation import plots as drawing
     from metarobot.evaluation import tables
-    from metarobot.evaluation.task_recognition import Quiz, parameter
+    from metarobot.evaluation.task_recognition import RecognitionConfig, parameter
     from metarobot.evaluation.task_recognition import recognise as measure
     from metarobot.training import run_folder as checkpoint
 
@@ -55,7 +55,7 @@ def recognise(
     if plot is not None:
         drawing.check_suffix(plot)
     lived = {"tasks": tasks, "transitions": transitions, "support": support, "queries": queries}
-    quiz = Quiz(split=split, even=even, neighbours=neighbours, seed=seed, threads=threads, **lived)
+    quiz = RecognitionConfig(split=split, even=even, neighbours=neighbours, seed=seed, threads=threads, **lived)
     with bar() as progress:
         task = progress.add_task("playing", total=support + queries)
         report = measure(opened, quiz, tick=lambda: progress.advance(task))

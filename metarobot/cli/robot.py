@@ -27,13 +27,13 @@ def export(run: Positional[str], /, out: Path, robot: str = "", tasks: int = 3, 
         tasks: Number of tasks to play side by side.
         seed: Draws these tasks and the starts.
     """
+    from metarobot.deploy.onnx_export import count_export_trials
     from metarobot.deploy.onnx_export import export as write
-    from metarobot.deploy.onnx_export import trials
     from metarobot.training.run_folder import open_run
 
     opened = open_run(run, robot)
     with bar() as progress:
-        task = progress.add_task("exporting", total=trials(tasks))
+        task = progress.add_task("exporting", total=count_export_trials(tasks))
         meta = write(opened, out, tasks=tasks, seed=seed, tick=lambda: progress.advance(task))
     found = meta["parity"]
     print(f"wrote {out}: actions within {found['difference']:.1g} of torch's over {found['steps']:,} steps")

@@ -22,7 +22,7 @@ from tyro.conf import Positional
 
 from metarobot.bridge.adaptation_client import CONTEXT, FAR, KL, REASON
 from metarobot.errors import MetarobotError
-from metarobot.files import replacing
+from metarobot.files import atomic_path
 from metarobot.learning.agent_interface import Context, agents
 from metarobot.training.run_folder import open_run
 from metarobot.types import Percept, Rollout
@@ -46,7 +46,7 @@ def rollout(log: Mapping[str, Any]) -> Rollout:
         critic_obs=nothing,
         final_critic_obs=nothing[0],
         faulted=torch.zeros(worlds, dtype=torch.bool),
-        advice=nothing,
+        teacher_action=nothing,
     )
 
 
@@ -120,7 +120,7 @@ def main(run: Positional[str], log: Positional[Path], out: Positional[Path], /, 
         result = {REASON: np.array(f"the log is not one to adapt to: {' '.join(repr(e).split())[:200]}")}
     except MetarobotError as e:
         result = {REASON: np.array(str(e))}
-    with replacing(out) as temporary, temporary.open("wb") as file:
+    with atomic_path(out) as temporary, temporary.open("wb") as file:
         np.savez(file, **result)
 
 

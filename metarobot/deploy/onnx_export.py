@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from metarobot.bridge.policy.metadata import ABOUT, FORMAT, KIND, MODEL
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.files import placing, write_json
+from metarobot.files import atomic_folder, write_json
 from metarobot.learning.agent_interface import Context, agents
-from metarobot.learning.meta_gradient import looped
+from metarobot.learning.meta_gradient import loop_over_tasks
 from metarobot.tasks.family import Family, Hardware
 from metarobot.training.collect import collect
-from metarobot.training.run_folder import PRETRAINED, Run
+from metarobot.training.run_folder import PRETRAINED_FOLDER, Run
 from metarobot.types import Percept, Rollout
 
 try:
@@ -47,7 +47,7 @@ class ExportError(MetarobotError):
     """An agent that cannot be exported, or whose export does not act as it does."""
 
 
-class Stepper(nn.Module):
+class AgentStep(nn.Module):
     """One step of an agent as a function of tensors alone, each ``(1, ...)`` and float32."""
 
     def __init__(self, agent: Any, context: Context, given: dict[str, Tensor]) -> None:
@@ -70,7 +70,7 @@ def _percept(obs: Tensor, action: Tensor, reward: Tensor, done: Tensor, first: T
     return Percept(obs, action, reward[:, 0], done[:, 0], first[:, 0])
 
 
-class Beside:
+class ParityCheck:
     """Torch's agent and the exported one, side by side: shown the same, one of them leads."""
 
     privileged = False
@@ -78,7 +78,7 @@ class Beside:
     def __init__(self, agent: Any, policy: Policy, *, exported_leads: bool) -> None:
         self.agent, self.policy, self.exported_leads = agent, policy, exported_leads
         self.explores = bool(agent.explores)
-        self.noise_width = policy.meta.noise or len(policy.meta.action.names)
+        self.noise_dim = policy.meta.noise or len(policy.meta.action.names)
         self.steps, self.largest = 0, 0.0
         """Steps taken, and the largest difference of an action."""
         self.learned = False
@@ -134,7 +134,7 @@ def parity(agent: Any, policy: Policy, family: Family, *, tasks: int, seed: int,
     drawn, episodes = family.space.sample("train", tasks, seed), policy.meta.trial.episodes
     env = Env(family, drawn[:1], threads=1)
     for task, exported_leads in itertools.product(drawn, (False, True)):
-        both = Beside(agent, policy, exported_leads=exported_leads)
+        both = ParityCheck(agent, policy, exported_leads=exported_leads)
         collect(both, env, [task], episodes=episodes, seed=seed, explore=both.explores)
         steps, largest, learned = steps + both.steps, max(largest, both.largest), learned or both.learned
         tick()
@@ -142,7 +142,7 @@ def parity(agent: Any, policy: Policy, family: Family, *, tasks: int, seed: int,
     return Parity(report, learned)
 
 
-def trials(tasks: int) -> int:
+def count_export_trials(tasks: int) -> int:
     """Count the ticks of ``export``: the conversion, and the trials played."""
     return 1 + 2 * tasks
 
@@ -160,7 +160,7 @@ def export(
     if agent.privileged:
         raise ExportError(f"{run.name} is an oracle: it is shown the task, which no robot can be")
     meta = describe(run, agent)
-    with placing(out) as folder, torch.no_grad():
+    with atomic_folder(out) as folder, torch.no_grad():
         model, meta = convert(agent, meta)
         tick()
         _write(folder, model, meta)
@@ -176,7 +176,7 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
     """Return what the metadata say of the agent's family, robot and trial."""
     family, env = run.family, Env(run.family, run.family.space.sample("train", 1), threads=1)
     hardware = None if family.hardware is None else family.hardware()
-    boxed = run.folder.parent == PRETRAINED
+    boxed = run.folder.parent == PRETRAINED_FOLDER
     packages = ("metarobot", "torch", "onnx", "onnxscript", "onnxruntime", "mujoco")
     return {
         "format": FORMAT,
@@ -201,7 +201,7 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
         "layout": "direct" if hardware is None else "legged",
         "reward": {**hardware.reward, "weights": dict(family.weights)} if hardware and hardware.reward else None,
         "explores": bool(agent.explores),
-        "noise": int(getattr(agent, "noise_width", env.act_dim)) if agent.explores else 0,
+        "noise": int(getattr(agent, "noise_dim", env.act_dim)) if agent.explores else 0,
     }
 
 
@@ -228,7 +228,7 @@ def convert(agent: Any, meta: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str
     given |= {name: torch.zeros(1, 1) for name in ("reward_in", "done_in", "first_in")}
     given |= {f"{name}_in": x.float() for name, x in zip(names, context, strict=True)}
     given |= {"noise_in": torch.zeros(1, width)} if width else {}
-    stepper = Stepper(agent, context, given)
+    stepper = AgentStep(agent, context, given)
     results = {"actions": given["action_in"], **{f"{names[i]}_out": context[i] for i in stepper.changes}}
     model = _onnx(stepper, given, list(results))
     read = _prune(model)
@@ -257,13 +257,13 @@ def context_names(agent: Any, count: int) -> list[str]:
     return list(getattr(agent, "context_names", usual))[:count]
 
 
-def _onnx(stepper: Stepper, given: dict[str, Tensor], outputs: list[str]) -> onnx.ModelProto:
+def _onnx(stepper: AgentStep, given: dict[str, Tensor], outputs: list[str]) -> onnx.ModelProto:
     """Run torch's exporter, which is told to keep its remarks to itself."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), looped():
+        with warnings.catch_warnings(), loop_over_tasks():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 stepper.eval(),

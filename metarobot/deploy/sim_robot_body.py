@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from metarobot.bridge.robot_interface import GYRO, QUAT
-from metarobot.env.base import Env, Step
+from metarobot.env.base import Env, StepResult
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import Family, Hardware
 from metarobot.tasks.space import Task
@@ -25,7 +25,7 @@ SOFTER = 4.0
 """How much more a limp robot's drives damp than when they hold a position: it sinks down, and does not drop."""
 
 
-def limp(model: mujoco.MjModel) -> mujoco.MjModel:
+def damped_model(model: mujoco.MjModel) -> mujoco.MjModel:
     """Return the model with its drives in damping: no gain on position, no force, only resistance to motion."""
     soft = copy.copy(model)
     soft.actuator_gainprm[:, 0] = 0.0
@@ -34,14 +34,14 @@ def limp(model: mujoco.MjModel) -> mujoco.MjModel:
     return soft
 
 
-class World:
+class SimulatedRobot:
     """One robot on one task at a time, stepped by as few physics steps as wanted."""
 
     def __init__(self, family: Family, tasks: Sequence[Task], *, seed: int = 0, noise: bool = True) -> None:
         self.family, self.tasks, self.seed, self._noise = family, tasks, seed, noise
         self.env = Env(family, tasks[:1], seed=seed, threads=1)
         hardware = family.hardware() if family.hardware is not None else None
-        self.signals: Signals = Told(self.env) if hardware is None else Measured(self.env, hardware)
+        self.signals: Signals = NamedSignals(self.env) if hardware is None else LeggedSignals(self.env, hardware)
         self.restart(0, 0)
 
     def restart(self, world: int, episode: int) -> None:
@@ -52,7 +52,7 @@ class World:
         if min(world, episode) < 0:
             raise MetarobotError(f"worlds and episodes count from 0: there is no episode {episode} of world {world}")
         self.world, self.episode, self.task = world, episode, self.tasks[world % len(self.tasks)]
-        self.env.numbers[0] = world
+        self.env.world_ids[0] = world
         self.env.set_tasks([self.task])
         self.env.reset(self.seed)
         self.obs = self.env.restart(episode)
@@ -63,7 +63,7 @@ class World:
     def command(self, values: Floats) -> None:
         """Take a command: targets of joints, or an action."""
         if not self.damped:
-            self.env.command(torch.from_numpy(self.signals.action(values))[None])
+            self.env.apply_action(torch.from_numpy(self.signals.action(values))[None])
 
     def advance(self, substeps: int) -> None:
         """Live through so many physics steps; at the end of a control step, see what it gave."""
@@ -72,18 +72,18 @@ class World:
             self._substep += 1
             if self._substep == self.family.substeps:
                 self.env.elapsed.remainder_(self.family.horizon)
-                self._account(self.env.arrive(self._broken))
+                self._account(self.env.finish_step(self._broken))
                 self._substep = 0
 
     def damp(self) -> None:
         """Turn the drives limp until the next restart."""
         if not self.damped:
-            self.env.sim.set_models([limp(self.env.model(self.task))])
+            self.env.sim.set_models([damped_model(self.env.model(self.task))])
             self.damped = True
 
     def reading(self) -> list[float]:
         """Return what the robot says now, in the order of the signals' names."""
-        clean = self.family.observe(self.env.now)
+        clean = self.family.observe(self.env.snapshot)
         return self.signals.values(self, clean[0].numpy(), (self.obs if self._noise else clean)[0].numpy())
 
     def told(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class World:
             "terminated": self.terminated,
         }
 
-    def _account(self, step: Step) -> None:
+    def _account(self, step: StepResult) -> None:
         self.obs, self.reward = step.obs, float(step.reward)
         if bool(step.faulted):
             self.damp()
@@ -108,7 +108,7 @@ class World:
             self.over = bool(step.terminated | step.truncated)
 
 
-class Told:
+class NamedSignals:
     """Robots without hardware of their own: observations by name, the reward, and whether the episode has failed."""
 
     def __init__(self, env: Env) -> None:
@@ -119,12 +119,12 @@ class Told:
         """Return the action that a command is."""
         return values.copy()
 
-    def values(self, world: World, clean: Floats, seen: Floats) -> list[float]:
+    def values(self, world: SimulatedRobot, clean: Floats, seen: Floats) -> list[float]:
         """Return a reading: the observation as it was ``seen`` when the control step began."""
         return [*seen.tolist(), world.reward, float(world.terminated), float(world.damped)]
 
 
-class Measured:
+class LeggedSignals:
     """A robot on legs: what its joints, IMU and feet measure, noise as in its observations; its operator's command."""
 
     def __init__(self, env: Env, hardware: Hardware) -> None:
@@ -151,7 +151,7 @@ class Measured:
         action: Floats = (values - self._pose) / self._scale
         return action
 
-    def values(self, world: World, clean: Floats, seen: Floats) -> list[float]:
+    def values(self, world: SimulatedRobot, clean: Floats, seen: Floats) -> list[float]:
         """Return a reading of this moment, with the noise of the last observation."""
         noise = seen - clean
         state = world.env.state
@@ -171,7 +171,7 @@ class Measured:
         ]
 
 
-Signals = Told | Measured
+Signals = NamedSignals | LeggedSignals
 
 
 def product(a: Floats, b: Floats) -> Floats:

@@ -22,10 +22,10 @@ import tyro
 from tyro.conf import Positional
 
 from metarobot.bridge.robots.sim_client import HOST, LARGEST, Kind, frame, parse
-from metarobot.deploy.sim_robot_body import Measured, World
+from metarobot.deploy.sim_robot_body import LeggedSignals, SimulatedRobot
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import family_on
-from metarobot.tasks.space import assignments
+from metarobot.tasks.space import parse_assignments
 
 SLIP = 0.05
 """How late the physics may be before its time stands still instead of catching up, s: the machine was asleep."""
@@ -35,10 +35,12 @@ SILENT = 1.0
 """After so long without a word from its controller a robot takes another, s."""
 
 
-class Server:
+class SimRobotServer:
     """The process's loop: frames in, physics on, readings out."""
 
-    def __init__(self, world: World, *, port: int, lockstep: bool, watchdog_s: float, publish_hz: float) -> None:
+    def __init__(
+        self, world: SimulatedRobot, *, port: int, lockstep: bool, watchdog_s: float, publish_hz: float
+    ) -> None:
         self.world, self.lockstep, self.watchdog_s = world, lockstep, watchdog_s
         self.period = world.env.dt / world.family.substeps
         physics = 1 / self.period
@@ -89,7 +91,7 @@ class Server:
         family, signals = self.world.family, self.world.signals
         return {
             "family": family.name,
-            "legged": isinstance(signals, Measured),
+            "legged": isinstance(signals, LeggedSignals),
             "reading": signals.reading,
             "command": signals.command,
             "control_s": self.world.env.dt,
@@ -264,10 +266,10 @@ def serve(
         until_eof: End when standard input ends: whoever starts the process holds it open.
     """
     chosen = family_on(family, robot)
-    drawn = [chosen.space.task(**assignments(task))] if task else chosen.space.sample(split, tasks, seed)
+    drawn = [chosen.space.task(**parse_assignments(task))] if task else chosen.space.sample(split, tasks, seed)
     torch.set_num_threads(1)
-    server = Server(
-        World(chosen, drawn, seed=seed, noise=noise),
+    server = SimRobotServer(
+        SimulatedRobot(chosen, drawn, seed=seed, noise=noise),
         port=port,
         lockstep=lockstep,
         watchdog_s=watchdog_s,

@@ -13,14 +13,14 @@ from torch import Tensor
 from metarobot.errors import MetarobotError
 from metarobot.sim.cpu import CpuSim
 from metarobot.sim.protocol import Sim
-from metarobot.tasks.family import Control, Family, State, Tally, families, family_on
+from metarobot.tasks.family import Family, WorldState, families
 from metarobot.tasks.space import Task
 from metarobot.tasks.task_models import TaskModels
 
-__all__ = ["Control", "Env", "Family", "State", "Step", "Tally", "TaskModels", "families", "family_on"]
+__all__ = ["Env", "StepResult"]
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What one control step gave. Shapes ``(world, ...)``.
 
     ``obs`` is the observation to act on next, after the reset where one happened; ``final_obs`` the one the step led
@@ -64,7 +64,7 @@ class Env:
         self.tasks = [family.space.coerce(t) for t in tasks]
         self.sim = make_sim([self.model(t) for t in self.tasks], threads)
         self.worlds = len(self.tasks)
-        self.numbers = list(range(self.worlds))
+        self.world_ids = list(range(self.worlds))
         """Numbers of the worlds, which key their starts."""
         first = self.model(self.tasks[0])
         self.dt = first.opt.timestep * family.substeps
@@ -81,14 +81,14 @@ class Env:
         action = qpos.new_zeros(self.worlds, self.act_dim)
         tally = qpos.new_zeros(self.worlds, 0 if family.tally is None else family.tally.size)
         variant = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
-        self.state = State(qpos, qvel, sensors, action, self.task_values, tally, variant)
+        self.state = WorldState(qpos, qvel, sensors, action, self.task_values, tally, variant)
         self._ctrl, self._act = self.sim.bind("ctrl"), self.sim.bind("act")
         self.elapsed = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
         noisy = torch.tensor(family.noise).nonzero()[:, 0]
         self._amplitude = torch.tensor(family.noise)[noisy].to(self.device)
         self._noisy = noisy.to(self.device)
         self._weights = torch.tensor(list(family.weights.values())).to(qpos)
-        self.now = self.state
+        self.snapshot = self.state
         """The present moment as the family's functions see it: a copy, with what they share."""
         self._prepare()
         self.reset(seed)
@@ -163,23 +163,23 @@ class Env:
             self._restart(np.flatnonzero(elsewhere).tolist())
         return self._observe()
 
-    def put(self, qpos: Tensor, qvel: Tensor) -> Tensor:
+    def set_state(self, qpos: Tensor, qvel: Tensor) -> Tensor:
         """Put every world into a state, ``(world, ...)`` each; return the observations."""
         self.sim.reset(qpos, qvel)
-        self.now = self._moment()
+        self.snapshot = self._take_snapshot()
         return self._observe()
 
-    def present(self, variant: Tensor) -> Tensor:
+    def set_variant(self, variant: Tensor) -> Tensor:
         """Make the episodes that are about to start of these variants, ``(world,)``; return the observations."""
         self.state.variant.copy_(variant)
-        self.now = self._moment()
+        self.snapshot = self._take_snapshot()
         return self._observe()
 
     def _restart(self, ids: Sequence[int]) -> None:
         starts = []
         for i in ids:
             self._episode[i] += 1
-            stream = np.random.Philox(key=[self.seed, self.numbers[i]], counter=[0, 0, 0, int(self._episode[i])])
+            stream = np.random.Philox(key=[self.seed, self.world_ids[i]], counter=[0, 0, 0, int(self._episode[i])])
             rng = np.random.Generator(stream)
             starts.append(self.family.start(rng, self.model(self.tasks[i])))
             if self.family.noise:
@@ -199,12 +199,12 @@ class Env:
         self.elapsed[rows] = 0
         if self.family.tally is not None:
             self.state.tally[rows] = self.family.tally.begin(self.state)[rows]
-        self.now = self._moment()
+        self.snapshot = self._take_snapshot()
         if self.family.control is not None:
             self._ctrl[rows] = self._act[rows] = self.family.control.rest(qpos)
 
     def _observe(self) -> Tensor:
-        obs = self.family.observe(self.now)
+        obs = self.family.observe(self.snapshot)
         return obs if not self.family.noise else obs.index_add_(1, self._noisy, self._disturbance())
 
     def _disturbance(self) -> Tensor:
@@ -214,56 +214,56 @@ class Env:
     def critic_obs(self) -> Tensor:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""
         see = self.family.critic_observe
-        return torch.zeros(self.worlds, 0, device=self.device) if see is None else see(self.now)
+        return torch.zeros(self.worlds, 0, device=self.device) if see is None else see(self.snapshot)
 
-    def advice(self) -> Tensor:
+    def teacher_action(self) -> Tensor:
         """Return what a learner is taught to do now, ``(world, act)``, NaN where nothing is known."""
-        return self.expert() if self.family.advise is None else self.family.advise(self.now).float()
+        return self.expert() if self.family.advise is None else self.family.advise(self.snapshot).float()
 
     def expert(self) -> Tensor:
         """Return what the family's expert would do now, ``(world, act)``; raise if it has none."""
         if self.family.expert is None:
             known = ", ".join(n for n in families.names() if families.get(n).expert is not None)
             raise MetarobotError(f"{self.family.name} has no scripted expert; those that have one: {known}")
-        return self.family.expert(self.now).float()
+        return self.family.expert(self.snapshot).float()
 
-    def step(self, action: Tensor, awake: Tensor | None = None) -> Step:
+    def step(self, action: Tensor, awake: Tensor | None = None) -> StepResult:
         """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset.
 
         Where ``awake`` ``(world,)`` is false nothing happens, and what is returned there means nothing.
         """
         if tuple(action.shape) != (self.worlds, self.act_dim):
             raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
-        self.command(action, awake)
-        step = self.arrive(self.sim.step(self.family.substeps, awake), awake)
-        if self.some(step.terminated | step.truncated):
+        self.apply_action(action, awake)
+        step = self.finish_step(self.sim.step(self.family.substeps, awake), awake)
+        if self.any_world(step.terminated | step.truncated):
             step = step._replace(obs=self._autoreset(step.terminated | step.truncated))
         return step
 
-    def command(self, action: Tensor, awake: Tensor | None = None) -> None:
+    def apply_action(self, action: Tensor, awake: Tensor | None = None) -> None:
         """Set the drives' targets for ``action`` ``(world, act)``, clipped: the first part of ``step``."""
         state, control = self.state, self.family.control
         state.action.copy_(torch.clamp(action.to(state.action.dtype), self.action_low, self.action_high))
         if awake is not None:
             state.action.masked_fill_(~awake[:, None], 0.0)
-        self._ctrl.copy_(state.action if control is None else control.targets(self.now, state.action, self._ctrl))
+        self._ctrl.copy_(state.action if control is None else control.targets(self.snapshot, state.action, self._ctrl))
 
-    def arrive(self, faulted: Tensor, awake: Tensor | None = None) -> Step:
+    def finish_step(self, faulted: Tensor, awake: Tensor | None = None) -> StepResult:
         """Say what the physics of a control step led to, ``faulted`` where it broke down: the last part of ``step``."""
-        family, state, before = self.family, self.state, self.now
+        family, state, before = self.family, self.state, self.snapshot
         self.elapsed += 1 if awake is None else awake
-        broken = self.some(faulted)
+        broken = self.any_world(faulted)
         if broken:
             for now, then in zip(state[:3], before[:3], strict=True):
                 now.copy_(torch.where(faulted[:, None], torch.nan_to_num(then), now))
             state.action.masked_fill_(faulted[:, None], 0.0)
-        after = self.now = self._moment()
+        after = self.snapshot = self._take_snapshot()
         if family.tally is not None:
             state.tally.copy_(family.tally.count(before, after))
-            after = self.now = after._replace(tally=state.tally.clone())
+            after = self.snapshot = after._replace(tally=state.tally.clone())
         terms = family.reward(before, after, self.dt)
         reward = (self._weights @ torch.stack([terms[k] for k in family.weights])).float()
-        self.readout = family.readout(before, after, self.dt) if self.watched else {}
+        self.readout = family.readout(before, after, self.dt) if self.record_readout else {}
         obs = self._observe()
         terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(after)
         if broken:
@@ -273,20 +273,20 @@ class Env:
         truncated = (self.elapsed >= family.horizon) & ~terminated
         if awake is not None:
             terminated, truncated, faulted = terminated & awake, truncated & awake, faulted & awake
-        return Step(obs, reward, terms, terminated, truncated, faulted, obs, self.critic_obs())
+        return StepResult(obs, reward, terms, terminated, truncated, faulted, obs, self.critic_obs())
 
-    def _moment(self) -> State:
+    def _take_snapshot(self) -> WorldState:
         """Copy the state, and make of it what the family's functions share."""
         live = self.state
         qpos, qvel, sensors, action = (x.clone() for x in live[:4])
-        moment = State(qpos, qvel, sensors, action, live.task, live.tally.clone(), live.variant)
+        moment = WorldState(qpos, qvel, sensors, action, live.task, live.tally.clone(), live.variant)
         return moment if self.family.sense is None else moment._replace(sense=self.family.sense(moment))
 
-    def some(self, mask: Tensor) -> bool:
+    def any_world(self, mask: Tensor) -> bool:
         """Say whether a mask ``(world,)`` holds for any world; where the answer would have to be waited for, yes."""
         return bool(mask.any())
 
-    watched = False
+    record_readout = False
     """Set to compute ``readout`` at each step: only a video looks at it."""
 
     def _autoreset(self, over: Tensor) -> Tensor:

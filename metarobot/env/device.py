@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.env.base import Env, Step
-from metarobot.sim.warp import Room, WarpError, WarpSim, device_of, free_memory
+from metarobot.env.base import Env, StepResult
+from metarobot.sim.warp import BufferSizes, WarpError, WarpSim, free_memory, warp_device
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
 from metarobot.tasks.task_models import TaskModels
@@ -40,15 +40,15 @@ class DeviceEnv(Env):
         *,
         device: str = "cuda",
         seed: int = 0,
-        room: Room | None = None,
+        room: BufferSizes | None = None,
         pool: Sequence[Task] = (),
     ) -> None:
         """Make a world for each task, and whatever the tasks of ``pool`` need, so that dealing them out is cheap."""
-        device_of(device)
+        warp_device(device)
         self._chance = torch.Generator(device)
         self._drawn: dict[int, int] = {}
         self._pool = {id(t): t for t in pool}
-        room = measure(family) if room is None else room
+        room = measure_buffer_sizes(family) if room is None else room
         super().__init__(family, tasks, seed=seed, make_sim=lambda models, _: WarpSim(models, device=device, room=room))
 
     def _prepare(self) -> None:
@@ -83,13 +83,13 @@ class DeviceEnv(Env):
         """Draw starts for models that have none."""
         new = {id(m): m for m in models if id(m) not in self._drawn}
         if new:
-            drawn = [self._some(m, len(self._drawn) + k) for k, m in enumerate(new.values())]
+            drawn = [self._draw_starts(m, len(self._drawn) + k) for k, m in enumerate(new.values())]
             for k, kind in enumerate(zip(*drawn, strict=True)):
                 fresh = torch.from_numpy(np.stack(kind)).to(self._starts[k])
                 self._starts[k] = torch.cat([self._starts[k], fresh])
             self._drawn |= {key: len(self._drawn) + k for k, key in enumerate(new)}
 
-    def _some(self, model: mujoco.MjModel, row: int) -> tuple[np.ndarray, ...]:
+    def _draw_starts(self, model: mujoco.MjModel, row: int) -> tuple[np.ndarray, ...]:
         rng = np.random.Generator(np.random.Philox(key=[0, row]))
         pairs = [self.family.start(rng, model) for _ in range(self._each)]
         return tuple(np.stack(x) for x in zip(*pairs, strict=True))
@@ -115,20 +115,20 @@ class DeviceEnv(Env):
         draw = torch.rand(self.worlds, len(self._noisy), generator=self._chance, device=self.device)
         return draw.mul_(2).sub_(1).mul_(self._amplitude)
 
-    def step(self, action: Tensor, awake: Tensor | None = None) -> Step:
+    def step(self, action: Tensor, awake: Tensor | None = None) -> StepResult:
         """Advance every world by one control step; those whose episode is over wait until all are restarted."""
-        self.command(action, awake)
-        step = self.arrive(self.sim.step(self.family.substeps, awake), awake)
+        self.apply_action(action, awake)
+        step = self.finish_step(self.sim.step(self.family.substeps, awake), awake)
         over = step.terminated | step.truncated
         self.sim.reset(self._rest[0], self._rest[1], over if awake is None else over | ~awake)
         return step
 
-    def some(self, mask: Tensor) -> bool:
+    def any_world(self, mask: Tensor) -> bool:
         """Say yes, without looking."""
         return True
 
 
-def measure(family: Family, steps: int = 60) -> Room:
+def measure_buffer_sizes(family: Family, steps: int = 60) -> BufferSizes:
     """Size the buffers from what the CPU needs: random actions in a few tasks, with a margin."""
     env = Env(family, family.space.sample("train", PROBED, 0), threads=1)
     contacts, rows = env.sim.bind("ncon"), env.sim.bind("nefc")
@@ -140,13 +140,13 @@ def measure(family: Family, steps: int = 60) -> Room:
         env.step(low + (high - low) * torch.rand(env.worlds, env.act_dim, generator=generator))
         most = torch.maximum(most, torch.stack([contacts.max(), rows.max()]).long())
     torch.set_num_threads(threads)
-    return Room(int(1.5 * most[0]) + 8, int(2 * most[1]) + 16)
+    return BufferSizes(int(1.5 * most[0]) + 8, int(2 * most[1]) + 16)
 
 
-def bytes_each(family: Family, device: str = "cuda") -> int:
+def bytes_per_world(family: Family, device: str = "cuda") -> int:
     """Return the memory that one more world of its own model takes on the device, or raise for what Warp cannot run."""
-    device_of(device)
-    maker, room = TaskModels(family), measure(family)
+    warp_device(device)
+    maker, room = TaskModels(family), measure_buffer_sizes(family)
     made = {maker.key(t): maker.compile(t) for t in family.space.sample("train", PROBED, 0)}
     models = list(itertools.islice(itertools.cycle(made.values()), PROBED))
     fewer, more = (WarpSim(models[:n], device=device, room=room).bytes for n in (PROBED // 2, PROBED))
@@ -155,7 +155,7 @@ def bytes_each(family: Family, device: str = "cuda") -> int:
 
 def check_memory(family: Family, worlds: int, device: str = "cuda") -> None:
     """Raise for more worlds than the device has memory for, and for a family that Warp cannot run."""
-    each, free = bytes_each(family, device), free_memory(device)
+    each, free = bytes_per_world(family, device), free_memory(device)
     if worlds * each > free:
         raise WarpError(
             f"{worlds:,} worlds of {family.name} need {worlds * each / 1e9:,.1f} GB, and the device has "

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarobot.evaluation.statistics import interval
+from metarobot.evaluation.statistics import bootstrap_interval
 from metarobot.learning.agent_interface import Context
 from metarobot.tasks.space import Task, TaskSpace
 from metarobot.types import Floats
@@ -22,7 +22,7 @@ LEVELS = (0.5, 0.8, 0.95)
 """Central intervals of a belief whose coverage is counted."""
 
 
-class Book:
+class BeliefRecorder:
     """Writes down what agents, one a training seed, believe of their tasks after 0 … K−1 episodes of experience."""
 
     def __init__(self, space: TaskSpace, tasks: Sequence[Task]) -> None:
@@ -66,13 +66,13 @@ def _row(latent: Floats, error: Floats, spread: Floats) -> dict[str, Any]:
     squared = np.moveaxis(error**2, -1, 0)
     return {
         "deviation": float(latent.mean()),
-        "deviation_ci95": interval(latent, np.mean),
+        "deviation_ci95": bootstrap_interval(latent, np.mean),
         "rmse": [_root(x) for x in squared],
-        "rmse_ci95": [interval(x, _root) for x in squared],
+        "rmse_ci95": [bootstrap_interval(x, _root) for x in squared],
         "coverage": {f"{level:g}": inside[level].mean((0, 1)).tolist() for level in LEVELS},
         "coverage_all": {f"{level:g}": float(inside[level].mean()) for level in LEVELS},
         # parameters of one task are resampled together
-        "coverage_all_ci95": {f"{level:g}": interval(inside[level].mean(-1), np.mean) for level in LEVELS},
+        "coverage_all_ci95": {f"{level:g}": bootstrap_interval(inside[level].mean(-1), np.mean) for level in LEVELS},
     }
 
 

@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.evaluate import trials
-from metarobot.evaluation.fine_tuning import finetuning
-from metarobot.evaluation.protocol import Arena, Protocol
-from metarobot.evaluation.statistics import score, summary
+from metarobot.evaluation.evaluate import count_trials
+from metarobot.evaluation.fine_tuning import fine_tune
+from metarobot.evaluation.protocol import Evaluator, Protocol
+from metarobot.evaluation.statistics import adaptation_score, summarise
 from metarobot.files import read_json, write_json
-from metarobot.learning.agent_interface import agents, usual_agents
+from metarobot.learning.agent_interface import agents, comparable_agents
 from metarobot.tasks.family import families
-from metarobot.training.config import TrainConfig, check
+from metarobot.training.config import TrainConfig, check_config
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import CheckpointError, Run, lived, open_run
-from metarobot.training.train import start, train
+from metarobot.training.run_folder import CheckpointError, Run, collected_steps, open_run
+from metarobot.training.train import start_run, train
 from metarobot.types import Floats
 
 TUNED = {"pretrained": "fine-tuning", "from scratch": "fine-tuning from scratch"}
@@ -73,7 +73,7 @@ class Job(NamedTuple):
         return f"{self.train.agent}, seed {self.train.seed}"
 
 
-def assigned(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+def parse_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Read settings written as AGENT.NAME=VALUE: agent -> name -> value."""
     settings: dict[str, dict[str, Any]] = {}
     for word in words:
@@ -105,10 +105,10 @@ def _read(word: str, text: str, usual: Any) -> Any:
     return int(value) if isinstance(usual, int) else value
 
 
-def jobs(plan: Plan) -> list[Job]:
+def plan_jobs(plan: Plan) -> list[Job]:
     """List the runs of a plan, agent by agent; raise for what cannot work before anything is trained."""
     families.get(plan.family)
-    names = plan.agents or usual_agents()
+    names = plan.agents or comparable_agents()
     if not plan.seeds:
         raise MetarobotError("a comparison needs at least one seed")
     for agent in plan.settings:
@@ -123,7 +123,7 @@ def jobs(plan: Plan) -> list[Job]:
         config = agents.get(name).config(**own)
         for seed in dict.fromkeys(plan.seeds):
             job = Job(TrainConfig(family=plan.family, agent=name, steps=steps, seed=seed, threads=plan.threads), config)
-            check(job.train)
+            check_config(job.train)
             made.append(job)
     return made
 
@@ -140,7 +140,7 @@ def difference(config: Mapping[str, Any], job: Job) -> str:
     return ""
 
 
-class Outlook:
+class PlanETA:
     """What is left of a plan, from each agent's own pace."""
 
     def __init__(self, planned: Sequence[Job]) -> None:
@@ -166,11 +166,11 @@ class Outlook:
         return sum(steps * self.pace.get(agent, usual) for agent, steps in self.left.values() if steps)
 
 
-def gather(
+def train_plan(
     plan: Plan,
     protocol: Protocol,
     say: Callable[[str], None],
-    watch: Callable[[Job, Mapping[str, float], Outlook], None],
+    watch: Callable[[Job, Mapping[str, float], PlanETA], None],
 ) -> dict[str, list[Run]]:
     """Find or train every run of a plan: agent -> its runs, one a seed; nothing if a signal stopped it, all saved.
 
@@ -178,9 +178,9 @@ def gather(
 
     ``say`` is told in a line what is found, resumed and trained, and why; ``watch`` is called after each iteration.
     """
-    planned = jobs(plan)
+    planned = plan_jobs(plan)
     families.get(plan.family).space.sample(protocol.split, 1)
-    outlook, found = Outlook(planned), {}
+    outlook, found = PlanETA(planned), {}
     for job in planned:
         if run := _found(job, plan, say):
             found[job.name] = run
@@ -194,7 +194,7 @@ def gather(
     return gathered
 
 
-def _heard(job: Job, outlook: Outlook, watch: Callable[..., None], metrics: Mapping[str, float]) -> None:
+def _heard(job: Job, outlook: PlanETA, watch: Callable[..., None], metrics: Mapping[str, float]) -> None:
     outlook.hear(job, metrics)
     watch(job, metrics, outlook)
 
@@ -208,7 +208,7 @@ def _found(job: Job, plan: Plan, say: Callable[[str], None]) -> Run | None:
         differs = difference(config, job)
         if differs:
             say(f"{job.title}: {folder} is another experiment: {differs}")
-        elif lived(folder) < job.train.steps:
+        elif collected_steps(folder) < job.train.steps:
             if folder != own:
                 say(f"{job.title}: {folder} is not finished")
         else:
@@ -236,9 +236,9 @@ def _trained(
         aside = next(p for i in range(1, 1000) if not (p := folder.with_name(f"{folder.name}.old{i}")).exists())
         folder.rename(aside)
         say(f"{job.title}: what was in {folder} is in {aside} now")
-    done = lived(folder)
+    done = collected_steps(folder)
     say(f"{job.title}: {f'resumed after {done:,} steps' if done else 'training'} in {folder}")
-    run = open_run(folder) if (folder / "config.json").exists() else start(job.train, job.agent, folder)
+    run = open_run(folder) if (folder / "config.json").exists() else start_run(job.train, job.agent, folder)
     try:
         return run if train(run, resume=bool(done), show=False, tick=tick) else None
     except CheckpointError:
@@ -256,14 +256,14 @@ def last_metrics(run: Run) -> Mapping[str, float]:
     return {"time/total_timesteps": run.steps, "time/time_elapsed": float(card.get("wall_s", 0.0))}
 
 
-def plays(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> int:
+def count_plays(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> int:
     """Count the trials that measuring plays, if nothing has been played before."""
     method, policy = _tunable(runs, protocol)
-    tuned = trials(len(runs[method]), 0, 0, len(runs[policy]), False, False) if method and policy else 0
+    tuned = count_trials(len(runs[method]), 0, 0, len(runs[policy]), False, False) if method and policy else 0
     return sum(map(len, runs.values())) + tuned - (len(runs[method]) if tuned else 0)
 
 
-def measure(
+def compare_runs(
     plan: Plan, runs: Mapping[str, Sequence[Run]], protocol: Protocol, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Play the protocol with every agent, and return the comparison as JSON data; ``tick`` is called after each trial.
@@ -271,7 +271,7 @@ def measure(
     If a policy without memory and an agent that adapts by gradient steps are among them, the policy is also fine-tuned
     as that agent adapts.
     """
-    arena, cache = Arena(families.get(plan.family), protocol, tick), plan.out / "played"
+    arena, cache = Evaluator(families.get(plan.family), protocol, tick), plan.out / "played"
     entries = {name: _entry(group, _returns(arena, group, cache)) for name, group in runs.items()}
     for name, policy, returns in _tuned(arena, runs, cache):
         entries[name] = {**_entry(runs[policy], returns), "explores": True}
@@ -300,7 +300,7 @@ def _entry(runs: Sequence[Run], returns: Floats) -> dict[str, Any]:
         "explores": bool(agent.explores),
         "privileged": bool(agent.privileged),
         "agent_config": runs[0].config["agent_config"],
-        "episodes": [{"episode": k, **summary(returns[:, k])} for k in range(returns.shape[1])],
+        "episodes": [{"episode": k, **summarise(returns[:, k])} for k in range(returns.shape[1])],
         "returns": returns.round(3).tolist(),
     }
 
@@ -316,10 +316,10 @@ def _rank(entries: dict[str, dict[str, Any]]) -> None:
     for entry in entries.values():
         returns = np.array(entry["returns"])
         for k, row in enumerate(entry["episodes"]):
-            row |= score(returns[:, k], upper[:, k], lower[:, k])
+            row |= adaptation_score(returns[:, k], upper[:, k], lower[:, k])
 
 
-def _returns(arena: Arena, runs: Sequence[Run], cache: Path) -> Floats:
+def _returns(arena: Evaluator, runs: Sequence[Run], cache: Path) -> Floats:
     """Play with every run, or read what it earned before, ``(run, episode, task)``."""
 
     def play(run: Run) -> Floats:
@@ -328,7 +328,7 @@ def _returns(arena: Arena, runs: Sequence[Run], cache: Path) -> Floats:
     return np.stack([_kept(cache, arena, [run], partial(play, run)) for run in runs])
 
 
-def _tuned(arena: Arena, runs: Mapping[str, Sequence[Run]], cache: Path) -> Iterator[tuple[str, str, Floats]]:
+def _tuned(arena: Evaluator, runs: Mapping[str, Sequence[Run]], cache: Path) -> Iterator[tuple[str, str, Floats]]:
     """Fine-tune a policy without memory as an agent does that adapts by gradient: name, whose policy, returns."""
     method, policy = _tunable(runs, arena.protocol)
     if not (method and policy):
@@ -336,7 +336,7 @@ def _tuned(arena: Arena, runs: Mapping[str, Sequence[Run]], cache: Path) -> Iter
     group = [*runs[method], *runs[policy]]
 
     def tuned() -> Floats:
-        found = finetuning(runs[method], runs[policy], arena)
+        found = fine_tune(runs[method], runs[policy], arena)
         return np.array([found[k]["returns"] for k in TUNED])
 
     for name, returns in zip(TUNED.values(), _kept(cache, arena, group, tuned), strict=True):
@@ -345,12 +345,12 @@ def _tuned(arena: Arena, runs: Mapping[str, Sequence[Run]], cache: Path) -> Iter
 
 def _tunable(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> tuple[str, str]:
     """Name an agent that adapts by gradient steps and a policy without memory, empty where there is none."""
-    method = next((k for k, group in runs.items() if hasattr(group[0].learner().agent, "transferred")), "")
+    method = next((k for k, group in runs.items() if hasattr(group[0].learner().agent, "fine_tuned_from")), "")
     policy = next((k for k in ("blind", "ppo") if k in runs), "")
     return (method, policy) if protocol.episodes > 1 else ("", "")
 
 
-def _kept(cache: Path, arena: Arena, runs: Sequence[Run], play: Callable[[], Floats]) -> Floats:
+def _kept(cache: Path, arena: Evaluator, runs: Sequence[Run], play: Callable[[], Floats]) -> Floats:
     """Return what ``play`` does, kept in a file named after the checkpoints and the protocol."""
     protocol = {k: v for k, v in asdict(arena.protocol).items() if k != "threads"}
     weights = [read_json(r.folder / "checkpoint.json")["sha256"] for r in runs]

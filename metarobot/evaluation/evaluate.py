@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.belief_calibration import Book
-from metarobot.evaluation.fine_tuning import RATES, finetuning
-from metarobot.evaluation.protocol import Arena, Protocol, stacked
-from metarobot.evaluation.statistics import _rows, interval, score
+from metarobot.evaluation.belief_calibration import BeliefRecorder
+from metarobot.evaluation.fine_tuning import STEP_SIZES, fine_tune
+from metarobot.evaluation.protocol import Evaluator, Protocol, stack_played
+from metarobot.evaluation.statistics import adaptation_score, bootstrap_interval, episode_rows
 from metarobot.learning.agent_interface import Agent, Context
 from metarobot.tasks.space import Task
-from metarobot.training.collect import Expert
+from metarobot.training.collect import ExpertAgent
 from metarobot.training.run_folder import Run
 from metarobot.types import Floats
 
@@ -45,8 +45,8 @@ def evaluate(
     family = _one_family([*runs, *oracle, *blind, *finetune])
     if any(not r.load_agent().privileged for r in oracle):
         raise MetarobotError(f"{oracle[0].folder} is not an oracle: its agent is not shown the task")
-    arena = Arena(family, protocol, tick)
-    book = Book(family.space, arena.tasks)
+    arena = Evaluator(family, protocol, tick)
+    book = BeliefRecorder(family.space, arena.tasks)
     returns, success = arena.play_all(runs, book.watch)
     report: dict[str, Any] = {
         "family": family.name,
@@ -60,7 +60,7 @@ def evaluate(
         "quiet": protocol.quiet,
         "task_values": [t.as_dict() for t in arena.tasks],
         "space": family.space.hash,
-        "episodes": _rows(returns),
+        "episodes": episode_rows(returns),
         "kinds": _kinds(arena.tasks, returns),
         "returns": returns.round(3).tolist(),
     }
@@ -68,20 +68,20 @@ def evaluate(
         report["beliefs"] = beliefs
     references = {k: arena.play_all(v) for k, v in (("oracle", oracle), ("blind", blind)) if v}
     if family.expert is not None:
-        references["expert"] = stacked([arena.play(Expert(arena.env()))])
+        references["expert"] = stack_played([arena.play(ExpertAgent(arena.env()))])
     if success is not None:
         report["success"] = {"agent": _rates(success), **{k: _rates(v.success) for k, v in references.items()}}
     _beside(report["episodes"], returns, {k: v.returns for k, v in references.items()})
     if finetune:
-        report["finetuning"] = finetuning(runs, finetune, arena)
+        report["finetuning"] = fine_tune(runs, finetune, arena)
     if controls:
         report["controls"] = {c: _control(c, runs, arena) for c in CONTROLS}
     return report
 
 
-def trials(runs: int, oracle: int, blind: int, finetune: int, controls: bool, expert: bool) -> int:
+def count_trials(runs: int, oracle: int, blind: int, finetune: int, controls: bool, expert: bool) -> int:
     """Count the trials that an evaluation of so many runs of each sort plays."""
-    tuned = (len(RATES) + 1) * (finetune + runs) if finetune else 0
+    tuned = (len(STEP_SIZES) + 1) * (finetune + runs) if finetune else 0
     return runs + oracle + blind + expert + tuned + controls * len(CONTROLS) * runs
 
 
@@ -90,18 +90,18 @@ def _beside(rows: list[dict[str, Any]], returns: Floats, references: Mapping[str
     for k, row in enumerate(rows):
         for name, values in references.items():
             row[name] = float(values[:, k].mean())
-            row[f"{name}_ci95"] = interval(values[:, k], np.mean)
+            row[f"{name}_ci95"] = bootstrap_interval(values[:, k], np.mean)
         if {"oracle", "blind"} <= references.keys():
             upper, lower = (references[x][:, k] for x in ("oracle", "blind"))
             worth = upper.mean(0, keepdims=True) - lower.mean(0, keepdims=True)
-            row |= score(returns[:, k], upper, lower)
-            row |= {"worth": float(worth.mean()), "worth_ci95": interval(worth, np.mean)}
+            row |= adaptation_score(returns[:, k], upper, lower)
+            row |= {"worth": float(worth.mean()), "worth_ci95": bootstrap_interval(worth, np.mean)}
 
 
 def _rates(success: Floats | None) -> list[dict[str, Any]]:
     """Return the success rate of each episode, with its interval."""
     rates = [] if success is None else [success[:, k] for k in range(success.shape[1])]
-    return [{"mean": float(x.mean()), "ci95": interval(x, np.mean)} for x in rates]
+    return [{"mean": float(x.mean()), "ci95": bootstrap_interval(x, np.mean)} for x in rates]
 
 
 def _kinds(tasks: Sequence[Task], returns: Floats, most: int = 4) -> dict[str, list[float]]:
@@ -112,7 +112,7 @@ def _kinds(tasks: Sequence[Task], returns: Floats, most: int = 4) -> dict[str, l
     return {k: returns[:, :, row].mean((0, 2)).tolist() for k, row in rows.items()} if len(kinds) <= most else {}
 
 
-def _control(control: str, runs: Sequence[Run], arena: Arena) -> list[dict[str, Any]]:
+def _control(control: str, runs: Sequence[Run], arena: Evaluator) -> list[dict[str, Any]]:
     """Play with the context tampered with between episodes: ``cleared``, or ``swapped`` for another task's.
 
     An agent that lives on its context falls back to its first episode when cleared, and below when swapped.
@@ -122,7 +122,7 @@ def _control(control: str, runs: Sequence[Run], arena: Arena) -> list[dict[str, 
         agent = run.load_agent()
         tamper = partial(_cleared, agent) if control == "cleared" else partial(_swapped, arena.tasks)
         returns.append(arena.play(agent, run.rollouts, tamper).returns)
-    return _rows(np.stack(returns))
+    return episode_rows(np.stack(returns))
 
 
 def _cleared(agent: Agent, context: Context) -> Context:
@@ -138,7 +138,7 @@ def _swapped(tasks: Sequence[Task], context: Context) -> Context:
     return tuple(x[torch.tensor(other)] for x in context)
 
 
-def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+def card_results(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return of a report what an agent's card says: split, tasks, and the means of each episode, or number of shots."""
     if "shots" in report:
         means = {k: round(report[k]["mean"], 4) for k in ("reference", "expert") if k in report}

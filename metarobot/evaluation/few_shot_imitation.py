@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from metarobot.env.base import Env
-from metarobot.evaluation.statistics import interval
+from metarobot.evaluation.statistics import bootstrap_interval
 from metarobot.learning.agent_interface import Agent, Context
-from metarobot.training.collect import Expert, collect
+from metarobot.training.collect import ExpertAgent, collect
 from metarobot.training.demonstrations import Demonstrations, DemosError
 from metarobot.training.run_folder import Run
 from metarobot.types import Floats
@@ -70,7 +70,7 @@ def few_shot(
         "tasks": len(tasks),
         "chance": 1 / run.family.variants,
         "shots": rows,
-        "expert": scene.success(Expert(scene.env)),
+        "expert": scene.success(ExpertAgent(scene.env)),
     }
     if reference is not None:
         shown = _Stage(reference, demos, seed, threads)
@@ -105,4 +105,4 @@ class _Stage:
             variant=variant,
         )
         won: Floats = trials.totals("success").view(1, len(self.tasks), self.variants).mean(2).double().numpy()
-        return {"mean": float(won.mean()), "ci95": interval(won, np.mean)}
+        return {"mean": float(won.mean()), "ci95": bootstrap_interval(won, np.mean)}

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from metarobot.files import replacing
+from metarobot.files import atomic_path
 from metarobot.training.metrics_log import read_metrics
 from metarobot.training.run_folder import CheckpointError, Run
 
@@ -218,5 +218,5 @@ def _write(figure: Figure, path: Path) -> None:
     check_suffix(path)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary)

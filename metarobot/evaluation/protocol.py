@@ -16,7 +16,7 @@ from metarobot.training.collect import collect
 from metarobot.training.run_folder import Run
 from metarobot.types import Floats
 
-Tamper = Callable[[Context], Context]
+ContextChange = Callable[[Context], Context]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Protocol:
                 raise MetarobotError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-class Played(NamedTuple):
+class PlayedReturns(NamedTuple):
     """What was earned, means over rollouts."""
 
     returns: Floats
@@ -49,7 +49,7 @@ class Played(NamedTuple):
     """The share of episodes that succeeded, of the same shape; None where a family does not say what success is."""
 
 
-class Arena:
+class Evaluator:
     """The tasks of a protocol, and worlds to play them in; ``tick`` is called after each trial played."""
 
     def __init__(self, family: Family, protocol: Protocol, tick: Callable[[], None] = lambda: None) -> None:
@@ -64,7 +64,7 @@ class Arena:
             self._envs[rollouts] = Env(self.family, worlds, threads=self.protocol.threads)
         return self._envs[rollouts]
 
-    def play(self, agent: Agent, rollouts: int = 1, between: Tamper = lambda context: context) -> Played:
+    def play(self, agent: Agent, rollouts: int = 1, between: ContextChange = lambda context: context) -> PlayedReturns:
         """Live the protocol's episodes in every task.
 
         Only an agent that cannot adapt without exploration noise acts with it.
@@ -83,21 +83,23 @@ class Arena:
         self.tick()
         shape = (self.protocol.episodes, len(self.tasks), rollouts)
         won = trials.totals("success").view(shape).mean(2) if "success" in self.family.weights else None
-        return Played(
+        return PlayedReturns(
             trials.returns().double().view(shape).mean(2).numpy(), None if won is None else won.double().numpy()
         )
 
-    def play_all(self, runs: Sequence[Run], watch: Callable[[Agent], Tamper] = lambda agent: lambda x: x) -> Played:
+    def play_all(
+        self, runs: Sequence[Run], watch: Callable[[Agent], ContextChange] = lambda agent: lambda x: x
+    ) -> PlayedReturns:
         """Play with every run: arrays ``(run, episode, task)``; ``watch`` returns what is shown an agent's contexts."""
 
-        def played(run: Run) -> Played:
+        def played(run: Run) -> PlayedReturns:
             agent = run.load_agent()
             return self.play(agent, run.rollouts, watch(agent))
 
-        return stacked(played(r) for r in runs)
+        return stack_played(played(r) for r in runs)
 
 
-def stacked(played: Iterable[Played]) -> Played:
+def stack_played(played: Iterable[PlayedReturns]) -> PlayedReturns:
     """Stack what several agents played."""
     returns, success = zip(*played, strict=True)
-    return Played(np.stack(returns), None if success[0] is None else np.stack(success))
+    return PlayedReturns(np.stack(returns), None if success[0] is None else np.stack(success))

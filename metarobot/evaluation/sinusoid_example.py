@@ -17,7 +17,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from metarobot.learning.meta_gradient import call, climb, each, slopes, walk
+from metarobot.learning.meta_gradient import (
+    adapt_weights,
+    call_with_weights,
+    per_task_gradients,
+    set_ascent_gradients,
+    vmap_tasks,
+)
 
 Points = tuple[Tensor, Tensor]
 """x and y, ``(task, point, 1)`` each."""
@@ -75,7 +81,7 @@ class Regressor:
     def objective(self, weights: Tensor, seen: Points) -> Tensor:
         """Return minus the mean squared error of one task."""
         x, y = seen
-        loss: Tensor = (call(self.net, weights, x) - y).square().mean()
+        loss: Tensor = (call_with_weights(self.net, weights, x) - y).square().mean()
         return -loss
 
     def begin(self, tasks: int) -> Tensor:
@@ -84,11 +90,11 @@ class Regressor:
 
     def update(self, support: Points, query: Points) -> float:
         """Take one outer step; return the mean squared error on the query points before it."""
-        path = walk(self.objective, self.begin(len(support[0])), self.rates, [support] * self.inner_steps)
-        by_weights, _ = path.pull(slopes(self.objective, path.weights, query))
-        climb(self.net, by_weights.mean(0))
+        path = adapt_weights(self.objective, self.begin(len(support[0])), self.rates, [support] * self.inner_steps)
+        by_weights, _ = path.vjp(per_task_gradients(self.objective, path.weights, query))
+        set_ascent_gradients(self.net, by_weights.mean(0))
         self.optimiser.step()
-        return -float(each(self.objective)(path.weights, query).mean())
+        return -float(vmap_tasks(self.objective)(path.weights, query).mean())
 
     def train(self, watch: Callable[[int, float], None] = lambda iteration, error: None) -> Regressor:
         """Train; ``watch`` is told the error of every outer step."""
@@ -106,8 +112,8 @@ class Regressor:
         """Return predictions ``(step, task, point, 1)`` and errors ``(step, task)`` after 0, 1, … gradient steps."""
         weights, predictions = self.begin(len(support[0])), []
         for _ in range(steps + 1):
-            predictions.append(each(lambda w, x: call(self.net, w, x))(weights, query[0]))
-            weights = weights + self.rates * slopes(self.objective, weights, support)
+            predictions.append(vmap_tasks(lambda w, x: call_with_weights(self.net, w, x))(weights, query[0]))
+            weights = weights + self.rates * per_task_gradients(self.objective, weights, support)
         made = torch.stack(predictions)
         return made, (made - query[1]).square().mean((2, 3))
 

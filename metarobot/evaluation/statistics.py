@@ -25,7 +25,7 @@ def worst_tenth(x: Floats) -> float:
     return float(tasks[: max(1, len(tasks) // 10)].mean())
 
 
-def interval(x: Floats, statistic: Callable[[Floats], Any], level: float = 0.95) -> list[float]:
+def bootstrap_interval(x: Floats, statistic: Callable[[Floats], Any], level: float = 0.95) -> list[float]:
     """Bootstrap interval of a statistic of ``(run, task)``: tasks are resampled within each run."""
     rng = np.random.Generator(np.random.PCG64(0))
     draws = [float(statistic(_resample(x, rng))) for _ in range(RESAMPLES)]
@@ -38,28 +38,28 @@ def _resample(x: Floats, rng: np.random.Generator) -> Floats:
     return np.take_along_axis(x, columns, axis=1)
 
 
-def summary(x: Floats) -> dict[str, Any]:
+def summarise(x: Floats) -> dict[str, Any]:
     """Summarise the returns ``(run, task)`` of one episode."""
     return {
         "mean": float(x.mean()),
         "iqm": iqm(x),
-        "ci95": interval(x, np.mean),
-        "iqm_ci95": interval(x, iqm),
+        "ci95": bootstrap_interval(x, np.mean),
+        "iqm_ci95": bootstrap_interval(x, iqm),
         "worst10": worst_tenth(x),
     }
 
 
-def _rows(returns: Floats) -> list[dict[str, Any]]:
+def episode_rows(returns: Floats) -> list[dict[str, Any]]:
     """Summarise returns ``(run, episode, task)`` episode by episode, with the gain over the first."""
     rows = []
     for k in range(returns.shape[1]):
         gain = returns[:, k] - returns[:, 0]
-        gained = {"gain": float(gain.mean()), "gain_ci95": interval(gain, np.mean)} if k else {}
-        rows.append({"episode": k, **summary(returns[:, k]), **gained})
+        gained = {"gain": float(gain.mean()), "gain_ci95": bootstrap_interval(gain, np.mean)} if k else {}
+        rows.append({"episode": k, **summarise(returns[:, k]), **gained})
     return rows
 
 
-def score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, Any]:
+def adaptation_score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, Any]:
     """Adaptation score (agent − blind) / (oracle − blind) of the means, its interval over resampled tasks."""
     rows = np.stack([x.mean(0) for x in (agent, oracle, blind)])
     rng = np.random.Generator(np.random.PCG64(0))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.statistics import interval
-from metarobot.learning.metric_losses import calibrated, distances, nearest, rank_correlation
+from metarobot.evaluation.statistics import bootstrap_interval
+from metarobot.learning.metric_losses import distances, nearest_prototype, novelty_threshold, rank_correlation
 from metarobot.tasks.distributions import Uniform
 from metarobot.tasks.space import Task, TaskSpace
 from metarobot.training.collect import collect
@@ -24,12 +24,12 @@ from metarobot.training.run_folder import Run
 from metarobot.types import Rollout
 
 
-class LikenessError(MetarobotError):
+class RecognitionError(MetarobotError):
     """A run that recognises nothing, or too little lived to be recognised by."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quiz:
+class RecognitionConfig:
     """What is lived, and how much of it is shown."""
 
     split: str = "test"
@@ -53,10 +53,10 @@ class Quiz:
     def __post_init__(self) -> None:
         for name in ("tasks", "transitions", "neighbours", "support", "queries"):
             if getattr(self, name) < 1:
-                raise LikenessError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise RecognitionError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-def recognise(run: Run, quiz: Quiz, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def recognise(run: Run, quiz: RecognitionConfig, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Live the tasks of a split and recognise them; return the report as JSON data.
 
     ``recognised``: the share of queries whose nearest held-out prototype, made of other episodes, is their own.
@@ -69,9 +69,9 @@ def recognise(run: Run, quiz: Quiz, tick: Callable[[], None] = lambda: None) -> 
     support, query = _live(agent, Env(run.family, tasks, threads=quiz.threads), tasks, quiz, tick)
     held = len(agent.bank)
     prototype, known, windows = agent.bank.prototype[:held], agent.bank.task[:held], agent.embedded(quiz.transitions)
-    threshold, encoded = calibrated(windows, prototype), space.encode(tasks)
+    threshold, encoded = novelty_threshold(windows, prototype), space.encode(tasks)
     away = distances(query.flatten(0, 1), prototype).view(len(query), len(tasks), held)
-    right = (encoded[nearest(query, support)] == encoded).all(-1).double()
+    right = (encoded[nearest_prototype(query, support)] == encoded).all(-1).double()
     new = (away.amin(2) > threshold).double()
     flat, values = _plane(prototype), space.decode(known)
     within = distances(windows.flatten(0, 1), prototype).view(held, -1, held).mean(1).diagonal()
@@ -111,7 +111,7 @@ def parameter(space: TaskSpace, name: str) -> str:
     """Return the parameter of that name, or the first for an empty one; raise if there is none."""
     names = [p.name for p in space.params if not p.nuisance]
     if name and name not in names:
-        raise LikenessError(f"{space.name} has no parameter {name!r}; it has: {', '.join(names)}")
+        raise RecognitionError(f"{space.name} has no parameter {name!r}; it has: {', '.join(names)}")
     return name or names[0]
 
 
@@ -120,19 +120,23 @@ def _spaced(space: TaskSpace, n: int) -> list[Task]:
     first, *others = space.params
     low, high = first.train.low, first.train.high
     if others or not isinstance(first.train, Uniform):
-        raise LikenessError(f"{space.name} is not one parameter drawn uniformly: its tasks have no even spacing")
+        raise RecognitionError(f"{space.name} is not one parameter drawn uniformly: its tasks have no even spacing")
     return [space.task(**{first.name: low + (high - low) * (i + 0.5) / n}) for i in range(n)]
 
 
-def _check(run: Run, agent: Any, quiz: Quiz) -> None:
+def _check(run: Run, agent: Any, quiz: RecognitionConfig) -> None:
     """Raise for a run that cannot say what a task is like."""
     if not hasattr(agent, "bank"):
-        raise LikenessError(f"{run.folder} keeps no prototypes: its agent is {run.agent!r}; train one as prototype")
+        raise RecognitionError(f"{run.folder} keeps no prototypes: its agent is {run.agent!r}; train one as prototype")
     if quiz.neighbours > len(agent.bank):
-        raise LikenessError(f"{run.folder} keeps {len(agent.bank)} prototypes, fewer than {quiz.neighbours} neighbours")
+        raise RecognitionError(
+            f"{run.folder} keeps {len(agent.bank)} prototypes, fewer than {quiz.neighbours} neighbours"
+        )
 
 
-def _live(agent: Any, env: Env, tasks: Sequence[Task], quiz: Quiz, tick: Callable[[], None]) -> tuple[Tensor, Tensor]:
+def _live(
+    agent: Any, env: Env, tasks: Sequence[Task], quiz: RecognitionConfig, tick: Callable[[], None]
+) -> tuple[Tensor, Tensor]:
     """Return the prototypes of held-out tasks ``(task, ...)``, and queries ``(query, task, ...)`` of other episodes."""
 
     def episode(k: int) -> Rollout:
@@ -140,7 +144,7 @@ def _live(agent: Any, env: Env, tasks: Sequence[Task], quiz: Quiz, tick: Callabl
         least = int(lived.valid.sum(0).min())
         if least < quiz.transitions:
             task = tasks[int(lived.valid.sum(0).argmin())]
-            raise LikenessError(f"{task.describe()}: the episode ended after {least} transitions; ask for fewer")
+            raise RecognitionError(f"{task.describe()}: the episode ended after {least} transitions; ask for fewer")
         tick()
         return lived
 
@@ -150,7 +154,7 @@ def _live(agent: Any, env: Env, tasks: Sequence[Task], quiz: Quiz, tick: Callabl
 
 def _share(x: Tensor) -> dict[str, Any]:
     """Return the mean of ``(query, task)``, and its interval over tasks."""
-    return {"mean": float(x.mean()), "ci95": interval(x.mean(0, keepdim=True).numpy(), lambda v: v.mean())}
+    return {"mean": float(x.mean()), "ci95": bootstrap_interval(x.mean(0, keepdim=True).numpy(), lambda v: v.mean())}
 
 
 def _pairs(z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:

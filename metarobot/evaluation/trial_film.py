@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from metarobot.env.base import Env, Step
+from metarobot.env.base import Env, StepResult
 from metarobot.learning.agent_interface import Agent
-from metarobot.render.camera import Camera, snap
+from metarobot.render.camera import Camera, snapshot_state
 from metarobot.render.film import (
     GIF_FPS,
     MOST_FPS,
-    Take,
+    Recording,
     check_output,
     compose_frame,
     frame_steps,
     with_progress,
     write_video,
 )
-from metarobot.render.frame_layout import Row, Sheet, number
+from metarobot.render.frame_layout import FrameLayout, TaskRow, format_number
 from metarobot.render.opengl import VideoError
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
@@ -31,9 +31,9 @@ class _Recorder:
 
     def __init__(self, tasks: int, episodes: int, rollouts: int) -> None:
         self.rollouts = rollouts
-        self.takes = [[Take() for _ in range(episodes)] for _ in range(tasks)]
+        self.takes = [[Recording() for _ in range(episodes)] for _ in range(tasks)]
 
-    def __call__(self, k: int, env: Env, step: Step) -> None:
+    def __call__(self, k: int, env: Env, step: StepResult) -> None:
         for task, episodes in enumerate(self.takes):
             world = task * self.rollouts
             take = episodes[k]
@@ -41,7 +41,7 @@ class _Recorder:
                 continue
             take.over = bool(step.terminated[world] | step.truncated[world])
             # The world of an episode that has ended shows the next one already.
-            take.states.append(take.states[-1] if take.over and take.states else snap(env, world))
+            take.states.append(take.states[-1] if take.over and take.states else snapshot_state(env, world))
             take.returns.append(float(step.reward[world]) + (take.returns[-1] if take.returns else 0.0))
             take.readouts.append("   ".join(_say(name, float(v[world])) for name, v in env.readout.items()))
             if bool(step.terminated[world]):
@@ -75,14 +75,14 @@ def film(
         raise VideoError(f"fps must be positive, not {fps:g}")
     with Camera(family, *size) as camera:
         env = Env(family, [task for task in tasks for _ in range(rollouts)], seed=seed)
-        env.watched = True
+        env.record_readout = True
         shown = env.tasks[::rollouts]
         recorder = _Recorder(len(shown), episodes, rollouts)
         live = partial(collect, episodes=episodes, seed=seed, rollouts=rollouts, explore=agent.explores)
         live(agent, env, shown, watch=recorder)
         rate = fps or (GIF_FPS if out.suffix == ".gif" else min(env.control_hz, MOST_FPS))
         heading = title or f"{family.name}  ·  {type(agent).__name__.removesuffix('Agent')}"
-        sheet = Sheet(heading, _rows(family, shown, recorder.takes), episodes, size)
+        sheet = FrameLayout(heading, _rows(family, shown, recorder.takes), episodes, size)
         moments = frame_steps(recorder.takes, env.control_hz, rate)
         frames = (compose_frame(camera, sheet, family, shown, recorder.takes, t) for t in moments)
         write_video(out, with_progress(frames, len(moments), out.name, progress), rate, (sheet.width, sheet.height))
@@ -92,9 +92,9 @@ def film(
 def _say(name: str, value: float) -> str:
     """Put a readout's value between its name and its unit."""
     words, _, unit = name.rpartition(" ")
-    return f"{words} {number(value)} {unit}" if words else f"{name} {number(value)}"
+    return f"{words} {format_number(value)} {unit}" if words else f"{name} {format_number(value)}"
 
 
-def _rows(family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Take]]) -> list[Row]:
+def _rows(family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Recording]]) -> list[TaskRow]:
     returns = [[r for take in row for r in take.returns] for row in takes]
-    return [Row(family.space.say(t), min(r), max(r)) for t, r in zip(tasks, returns, strict=True)]
+    return [TaskRow(family.space.say(t), min(r), max(r)) for t, r in zip(tasks, returns, strict=True)]

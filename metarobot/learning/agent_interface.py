@@ -19,7 +19,7 @@ Where a task has one world, as for agents with a memory, that is the world axis 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes:
+class Dimensions:
     """Sizes of what an agent sees and does."""
 
     obs: int
@@ -38,7 +38,7 @@ class Shapes:
     """Each action's upper bound; 1 if empty."""
 
 
-Iterate = Callable[[int, float, int], tuple[int, dict[str, float]]]
+TrainingStep = Callable[[int, float, int], tuple[int, dict[str, float]]]
 """What training does again and again: (iteration, progress in [0, 1), seed) -> steps lived and metrics."""
 
 
@@ -55,7 +55,7 @@ class Agent(Protocol):
     explores: bool
     """Whether the agent needs its exploration noise to adapt, when it is tested too.
 
-    An agent may also have ``noise_width``: how many numbers of noise ``act`` takes, if not one an action."""
+    An agent may also have ``noise_dim``: how many numbers of noise ``act`` takes, if not one an action."""
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return the context of a new trial in each task; ``task`` ``(task, parameter)`` goes to oracles alone."""
@@ -70,7 +70,7 @@ class Agent(Protocol):
 class Learner(Protocol):
     """Owns an agent's weights and turns collected trials into updates of them.
 
-    A learner may also have ``adopt(policy)``: begin as an agent without memory acts; and ``reserve()``: take the memory
+    A learner may also have ``warm_start(policy)``: begin as an agent without memory acts; and ``reserve_memory()``: take the memory
     that training needs, or refuse.
     """
 
@@ -98,9 +98,9 @@ class AgentKind:
     one task, if a task has more than one."""
     imitates: bool = False
     """Whether it learns from demonstrations, not from its own trials."""
-    build: Callable[[Any, Shapes], Learner]
+    build: Callable[[Any, Dimensions], Learner]
     """(configuration, shapes) -> learner; initial weights come from torch's seeded generator."""
-    fit: Callable[[Any, Any, int], Iterate] | None = None
+    fit: Callable[[Any, Any, int], TrainingStep] | None = None
     """(learner, family, threads) -> how it lives and learns by a loop of its own, on the CPU; None if trials are
     collected for it."""
 
@@ -109,7 +109,7 @@ agents: Registry[AgentKind] = Registry("agent", "metarobot.agents")
 """Name -> ``AgentKind``."""
 
 
-def usual_agents() -> tuple[str, ...]:
+def comparable_agents() -> tuple[str, ...]:
     """Name one agent of each sort that learns from its own trials and whose package is there."""
     chosen: dict[Any, str] = {}
     for name in agents.names():

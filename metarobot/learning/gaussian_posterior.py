@@ -24,7 +24,7 @@ class Gaussian(NamedTuple):
     var: Tensor
 
 
-def standard(like: Tensor) -> Gaussian:
+def standard_normal(like: Tensor) -> Gaussian:
     """Return the prior over tasks, N(0, 1) in every dimension, of the shape of ``like``."""
     return Gaussian(like.new_zeros(like.shape), like.new_ones(like.shape))
 
@@ -34,14 +34,14 @@ def sample(g: Gaussian, noise: Tensor) -> Tensor:
     return g.mean + g.var.sqrt() * noise
 
 
-def kl(p: Gaussian, q: Gaussian) -> Tensor:
+def kl_divergence(p: Gaussian, q: Gaussian) -> Tensor:
     """Kullback-Leibler divergence KL(p ‖ q), summed over the last axis, in nats."""
     # KL = ½ Σ [ln(σ²_q / σ²_p) + (σ²_p + (μ_p − μ_q)²) / σ²_q − 1]
     ratio = p.var / q.var
     return 0.5 * (ratio - ratio.log() + (p.mean - q.mean).square() / q.var - 1.0).sum(-1)
 
 
-def product(g: Gaussian, dim: int) -> Gaussian:
+def product_of_gaussians(g: Gaussian, dim: int) -> Gaussian:
     """Multiply the Gaussians along an axis into one, in whatever order they stand (PEARL, Rakelly et al. 2019)."""
     # 1/σ² = Σ 1/σ²_i,   μ = σ² Σ μ_i / σ²_i
     precision = g.var.reciprocal()
@@ -54,7 +54,7 @@ def log_density(g: Gaussian, x: Tensor) -> Tensor:
     return -0.5 * ((x - g.mean).square() / g.var + g.var.log() + math.log(2 * math.pi)).sum(-1)
 
 
-def check(g: Gaussian, name: str) -> None:
+def check_posterior(g: Gaussian, name: str) -> None:
     """Raise for posteriors ``(task, latent)`` that are not finite, or the same in all tasks."""
     if not bool(g.mean.isfinite().all() and g.var.isfinite().all() and (g.var > 0).all()):
         raise PosteriorError(f"{name}: the posterior is not finite any more; take a lower learning rate")

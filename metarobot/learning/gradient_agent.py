@@ -16,14 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Context, Shapes
-from metarobot.learning.meta_gradient import Derivative, Path, call, each, exact, slopes, walk
+from metarobot.learning.agent_interface import Context, Dimensions
+from metarobot.learning.meta_gradient import (
+    Derivative,
+    InnerTrajectory,
+    adapt_weights,
+    call_with_weights,
+    exact_derivatives,
+    per_task_gradients,
+    vmap_tasks,
+)
 from metarobot.learning.networks import RunningNorm, log_prob, mlp
-from metarobot.learning.outer_critic import Critic
+from metarobot.learning.outer_critic import OuterCritic
 from metarobot.learning.returns import gae, linear_baseline
 from metarobot.types import Percept, Rollout, Trials
 
-MOST = 10.0
+MAX_IMPORTANCE_RATIO = 10.0
 """Largest importance ratio."""
 
 
@@ -68,7 +76,7 @@ class Policy(nn.Module):
         return self.actor(x), self.log_std
 
 
-class Batch(NamedTuple):
+class InnerBatch(NamedTuple):
     """What the rollouts of one episode teach; ``(task, step, ...)``, a task's rollouts joined in one row."""
 
     x: Tensor
@@ -83,9 +91,9 @@ class Batch(NamedTuple):
     old: Tensor
     """Its log-probability of the action."""
 
-    def thin(self, n: int) -> Batch:
+    def thin(self, n: int) -> InnerBatch:
         """Keep one step in ``n``."""
-        kept = Batch(*(x if x.shape[1] == 1 else x[:, ::n] for x in self))
+        kept = InnerBatch(*(x if x.shape[1] == 1 else x[:, ::n] for x in self))
         return kept._replace(weight=_shares(kept.weight))
 
 
@@ -96,7 +104,7 @@ class GradientAgent(nn.Module):
     explores = True
     context_names = ("weights",)
 
-    def __init__(self, shapes: Shapes, config: InnerConfig) -> None:
+    def __init__(self, shapes: Dimensions, config: InnerConfig) -> None:
         super().__init__()
         _check(config)
         self.config = config
@@ -132,25 +140,27 @@ class GradientAgent(nn.Module):
         (weights,), rates = context, self.rates.detach()
         batch = self.batch(weights, episode)
         for _ in range(self.config.inner_steps):
-            stepped = weights + rates * slopes(self.surrogate, weights, batch)
+            stepped = weights + rates * per_task_gradients(self.surrogate, weights, batch)
             weights = torch.where(stepped.isfinite().all(1, keepdim=True), stepped, weights)
         return (weights,)
 
     def distribution(self, weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return every task's mean ``(task, step, act)`` and log-deviation ``(task, 1, act)``."""
-        mean, log_std = each(partial(call, self.policy))(weights, x)
+        mean, log_std = vmap_tasks(partial(call_with_weights, self.policy))(weights, x)
         return mean, log_std[:, None]
 
     @torch.no_grad()
-    def batch(self, weights: Tensor, episode: Rollout) -> Batch:
+    def batch(self, weights: Tensor, episode: Rollout) -> InnerBatch:
         """Prepare rollouts for the policy gradient; ``weights`` ``(task, P)`` are those that acted."""
-        tasks, sound = len(weights), usable(episode)
+        tasks, sound = len(weights), valid_mask(episode)
         obs, action = (torch.where(sound[..., None], v, 0.0) for v in (episode.obs, episode.action))
         x, action = self.norm(obs), by_task(action, tasks)
         advantage = by_task(self._advantage(x, episode, sound, tasks), tasks)
         x, weight = by_task(x, tasks), _shares(by_task(sound, tasks).to(x.dtype))
         mean, log_std = self.distribution(weights, x)
-        return Batch(x, action, _standard(advantage, weight), weight, mean, log_std, log_prob(mean, log_std, action))
+        return InnerBatch(
+            x, action, _standard(advantage, weight), weight, mean, log_std, log_prob(mean, log_std, action)
+        )
 
     def _advantage(self, x: Tensor, episode: Rollout, sound: Tensor, tasks: int) -> Tensor:
         """Estimate advantages ``(time, world)`` against a baseline fitted to each task.
@@ -164,7 +174,7 @@ class GradientAgent(nn.Module):
         following = torch.cat([value[1:], nothing[:1]])
         return gae(reward, value, following, ended, ended, c.gamma, c.lam)
 
-    def surrogate(self, weights: Tensor, batch: Batch) -> Tensor:
+    def surrogate(self, weights: Tensor, batch: InnerBatch) -> Tensor:
         """Return E[π(a|s) / π_old(a|s) A] of one task.
 
         As an inner objective its Hessian holds the score-function terms that E[log π(a|s) A] drops: the low variance
@@ -173,18 +183,18 @@ class GradientAgent(nn.Module):
         gains: Tensor = batch.weight * self.ratio(weights, batch) * batch.advantage
         return gains.sum()
 
-    def ratio(self, weights: Tensor, batch: Batch) -> Tensor:
+    def ratio(self, weights: Tensor, batch: InnerBatch) -> Tensor:
         """Return π(a|s) / π_old(a|s) of one task, ``(step,)``.
 
         Truncated from above (Ionides 2008), so that several steps on the same rollouts cannot run away.
         """
-        mean, log_std = call(self.policy, weights, batch.x)
+        mean, log_std = call_with_weights(self.policy, weights, batch.x)
         log_ratio: Tensor = log_prob(mean, log_std, batch.action) - batch.old
-        return log_ratio.clamp(max=math.log(MOST)).exp()
+        return log_ratio.clamp(max=math.log(MAX_IMPORTANCE_RATIO)).exp()
 
-    def divergence(self, weights: Tensor, batch: Batch) -> Tensor:
+    def divergence(self, weights: Tensor, batch: InnerBatch) -> Tensor:
         """Return E[KL(π_old || π)] of one task."""
-        mean, log_std = call(self.policy, weights, batch.x)
+        mean, log_std = call_with_weights(self.policy, weights, batch.x)
         # KL = Σ log(σ / σ₀) + (σ₀² + (μ₀ − μ)²) / 2σ² − ½
         spread = (2 * batch.log_std).exp() + (batch.mean - mean).square()
         kl = (log_std - batch.log_std + 0.5 * spread * (-2 * log_std).exp() - 0.5).sum(-1)
@@ -203,23 +213,25 @@ class GradientAgent(nn.Module):
         """Return initial weights ``(P,)`` and rates ``(P,)`` of meta-parameters, or of a direction among them."""
         return vector[self.size :], vector[: self.size]
 
-    def walk(self, vector: Tensor, support: list[Batch], derivative: Derivative = exact) -> Path:
+    def adapt_meta_parameters(
+        self, vector: Tensor, support: list[InnerBatch], derivative: Derivative = exact_derivatives
+    ) -> InnerTrajectory:
         """Adapt to the support of every task from meta-parameters ``(2 P,)``."""
         weights, rates = self.split(vector)
         steps = [b for b in support for _ in range(self.config.inner_steps)]
-        return walk(self.surrogate, weights.expand(len(support[0].x), -1), rates, steps, derivative)
+        return adapt_weights(self.surrogate, weights.expand(len(support[0].x), -1), rates, steps, derivative)
 
-    def pull(self, path: Path, slope: Tensor) -> Tensor:
+    def meta_vjp(self, path: InnerTrajectory, slope: Tensor) -> Tensor:
         """Carry slopes ``(task, P)`` at the end of a path back to the meta-parameters, ``(2 P,)``: the tasks' mean."""
-        by_weights, by_rates = (x.mean(0) for x in path.pull(slope))
+        by_weights, by_rates = (x.mean(0) for x in path.vjp(slope))
         return torch.cat([by_rates * self.rates.requires_grad, by_weights])
 
-    def push(self, path: Path, direction: Tensor) -> Tensor:
+    def meta_jvp(self, path: InnerTrajectory, direction: Tensor) -> Tensor:
         """Say how the end of a path moves, ``(task, P)``, along a direction among the meta-parameters."""
         weights, rates = self.split(direction)
-        return path.push(weights.expand_as(path.weights), rates)
+        return path.jvp(weights.expand_as(path.weights), rates)
 
-    def batches(self, trials: Trials) -> list[Batch]:
+    def batches(self, trials: Trials) -> list[InnerBatch]:
         """Prepare each episode of trials, with the weights that acted in it."""
         context = self.begin(trials.episodes[0].reward.shape[1] // self.config.rollouts)
         prepared = []
@@ -229,10 +241,10 @@ class GradientAgent(nn.Module):
             prepared.append(self.batch(context[0], episode))
         return prepared
 
-    def judged(self, query: Batch, trials: Trials, critic: Critic, seed: int) -> tuple[Batch, Tensor]:
+    def with_critic_advantages(self, query: InnerBatch, trials: Trials, critic: OuterCritic, seed: int) -> tuple[InnerBatch, Tensor]:
         """Give the query the advantages of a critic, which learns from it; return the variance it explained too."""
         episode, task = trials.episodes[-1], trials.task
-        sound = usable(episode)
+        sound = valid_mask(episode)
         if int(sound.sum()) < 2:  # nothing to compare
             return query, torch.zeros(())
         x = self.norm(torch.where(sound[..., None], episode.obs, 0.0))
@@ -244,10 +256,10 @@ class GradientAgent(nn.Module):
     def learn_norm(self, trials: Trials) -> None:
         """Take trials into the normaliser: after an update, so that the update sees what the policy saw."""
         for episode in trials.episodes:
-            if (seen := episode.obs[usable(episode)]).numel():
+            if (seen := episode.obs[valid_mask(episode)]).numel():
                 self.norm.update(seen)
 
-    def transferred(self, policy: Any, rate: float) -> GradientAgent:
+    def fine_tuned_from(self, policy: Any, rate: float) -> GradientAgent:
         """Return an agent that adapts as this one does, with one rate, from the weights of another policy.
 
         ``policy`` has ``actor`` and ``log_std``, and ``norm`` unless it shares this agent's, as a ``PPOAgent`` does:
@@ -261,15 +273,15 @@ class GradientAgent(nn.Module):
         return other
 
 
-def usable(episode: Rollout) -> Tensor:
+def valid_mask(episode: Rollout) -> Tensor:
     """Mark the steps to learn from, ``(time, world)``: those lived in a rollout whose numbers are all finite."""
     numbers = torch.cat([episode.obs, episode.action, episode.reward[..., None]], -1)
     return episode.valid & (numbers.isfinite().all(-1) | ~episode.valid).all(0)
 
 
-def ignored(trials: Trials) -> float:
+def ignored_rollouts(trials: Trials) -> float:
     """Count the rollouts that hold numbers that are not finite, which nothing is learned from."""
-    return float(sum(int((e.valid & ~usable(e)).any(0).sum()) for e in trials.episodes))
+    return float(sum(int((e.valid & ~valid_mask(e)).any(0).sum()) for e in trials.episodes))
 
 
 def by_task(x: Tensor, tasks: int) -> Tensor:

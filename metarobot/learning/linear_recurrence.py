@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def scan(a: Tensor, b: Tensor) -> Tensor:
+def linear_scan(a: Tensor, b: Tensor) -> Tensor:
     """Solve ``h_t = a_t h_{t−1} + b_t`` from ``h_{−1} = 0``, ``(time, ...)``, differentiable in both."""
     if a.is_cuda and _kernels() is not None:
         fused: Tensor = _Fused.apply(a, b)  # type: ignore[no-untyped-call]

@@ -9,26 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.errors import MetarobotError
-from metarobot.learning.linear_recurrence import scan
+from metarobot.learning.linear_recurrence import linear_scan
 from metarobot.learning.networks import orthogonal
 
-State = tuple[Tensor, ...]
+MemoryState = tuple[Tensor, ...]
 
 
 class Memory(Protocol):
     """A recurrent layer: the same function step by step (acting) and over a whole sequence (learning)."""
 
-    def begin(self, worlds: int) -> State:
+    def begin(self, worlds: int) -> MemoryState:
         """Return the empty memory of each world, tensors ``(world, ...)``."""
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         """Take one input ``(world, input)``; return the output ``(world, width)`` and the new state."""
 
     def sequence(self, x: Tensor) -> Tensor:
         """Run over ``(time, world, input)`` from the empty memory; return ``(time, world, width)``."""
 
 
-class Linear(nn.Module):
+class LinearRecurrence(nn.Module):
     """A gated linear recurrence that trains in parallel over time (minGRU, Feng et al. 2024).
 
     ``h_t = (1 − z_t) h_{t−1} + z_t c_t`` with gate z and candidate c from the input alone, so one matrix product serves
@@ -42,11 +42,11 @@ class Linear(nn.Module):
         with torch.no_grad():
             self.project.bias[:width] = torch.linspace(-6.0, 0.0, width)
 
-    def begin(self, worlds: int) -> State:
+    def begin(self, worlds: int) -> MemoryState:
         """Return zeros ``(world, width)``."""
         return (self.project.weight.new_zeros(worlds, self.width),)
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         """Advance by one input."""
         gate, candidate = self.project(x).chunk(2, -1)
         h = torch.lerp(state[0], torch.tanh(candidate), torch.sigmoid(gate))
@@ -56,7 +56,7 @@ class Linear(nn.Module):
         """Advance by all inputs at once."""
         gate, candidate = self.project(x).chunk(2, -1)
         z = torch.sigmoid(gate)
-        h: Tensor = scan(1.0 - z, z * torch.tanh(candidate))
+        h: Tensor = linear_scan(1.0 - z, z * torch.tanh(candidate))
         return h
 
 
@@ -71,11 +71,11 @@ class Gated(nn.Module):
         for name, p in self.cell.named_parameters():
             nn.init.orthogonal_(p) if "weight" in name else nn.init.zeros_(p)
 
-    def begin(self, worlds: int) -> State:
+    def begin(self, worlds: int) -> MemoryState:
         """Return zeros ``(world, width)``, twice for an LSTM."""
         return tuple(self.cell.weight_hh_l0.new_zeros(worlds, self.width) for _ in range(self.tensors))
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         """Advance by one input."""
         packed = tuple(s[None] for s in state)
         h, after = self.cell(x[None], packed if self.tensors == 2 else packed[0])
@@ -88,13 +88,13 @@ class Gated(nn.Module):
 
 
 MEMORIES: dict[str, Callable[[int, int], Any]] = {
-    "linear": Linear,
+    "linear": LinearRecurrence,
     "gru": lambda inputs, width: Gated(nn.GRU, inputs, width),
     "lstm": lambda inputs, width: Gated(nn.LSTM, inputs, width),
 }
 
 
-def memory(kind: str, inputs: int, width: int) -> Any:
+def make_memory(kind: str, inputs: int, width: int) -> Any:
     """Build the memory called ``kind``."""
     if kind not in MEMORIES:
         raise MetarobotError(f"no memory called {kind!r}; there are: {', '.join(MEMORIES)}")

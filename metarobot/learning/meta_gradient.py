@@ -23,7 +23,7 @@ Derivative = Callable[[Objective, Tensor, Any], tuple[Tensor, Product]]
 """(objective, weights ``(task, P)``, data of all tasks) -> gradient ``(task, P)`` and product with the Hessian."""
 
 
-def call(module: nn.Module, weights: Tensor, *inputs: Tensor) -> Any:
+def call_with_weights(module: nn.Module, weights: Tensor, *inputs: Tensor) -> Any:
     """Run a module with its parameters taken from ``weights`` ``(P,)``; differentiable in them."""
     names = [k for k, _ in module.named_parameters()]
     return functional_call(module, dict(zip(names, unflatten(weights, module), strict=True)), inputs)
@@ -36,20 +36,20 @@ def unflatten(vector: Tensor, module: nn.Module) -> list[Tensor]:
     return [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
 
-def climb(module: nn.Module, slope: Tensor) -> None:
+def set_ascent_gradients(module: nn.Module, slope: Tensor) -> None:
     """Give a module's parameters the gradients with which a minimiser climbs along ``slope`` ``(P,)``."""
     for p, part in zip(module.parameters(), unflatten(slope, module), strict=True):
         p.grad = -part if p.requires_grad else None
 
 
-def each(f: Callable[..., Any]) -> Callable[..., Any]:
+def vmap_tasks(f: Callable[..., Any]) -> Callable[..., Any]:
     """Map a function of one task's tensors over the task axis of all its arguments: ``vmap``, unless ``looped``."""
     mapped: Callable[..., Any] = _map(f)
     return mapped
 
 
 @contextmanager
-def looped() -> Iterator[None]:
+def loop_over_tasks() -> Iterator[None]:
     """Map over tasks by a Python loop: what ``vmap`` is tested and timed against."""
     global _map
     _map = _loop
@@ -77,25 +77,25 @@ def _row(data: Any, i: int) -> Any:
 _map: Callable[..., Any] = vmap
 
 
-def slopes(objective: Objective, weights: Tensor, data: Any) -> Tensor:
+def per_task_gradients(objective: Objective, weights: Tensor, data: Any) -> Tensor:
     """Return every task's gradient ``(task, P)``."""
-    gradient: Tensor = each(grad(objective))(weights, data)
+    gradient: Tensor = vmap_tasks(grad(objective))(weights, data)
     return gradient
 
 
-def exact(objective: Objective, weights: Tensor, data: Any) -> tuple[Tensor, Product]:
+def exact_derivatives(objective: Objective, weights: Tensor, data: Any) -> tuple[Tensor, Product]:
     """Return every task's gradient and the product with its Hessian, by reverse mode over reverse mode."""
-    result = vjp(lambda w: slopes(objective, w, data), weights)
+    result = vjp(lambda w: per_task_gradients(objective, w, data), weights)
     return result[0], lambda v: result[1](v)[0]
 
 
-def first_order(objective: Objective, weights: Tensor, data: Any) -> tuple[Tensor, Product]:
+def first_order_derivatives(objective: Objective, weights: Tensor, data: Any) -> tuple[Tensor, Product]:
     """Return every task's gradient and take the Hessian for zero (Finn et al. 2017, section 5.2)."""
-    return slopes(objective, weights, data), torch.zeros_like
+    return per_task_gradients(objective, weights, data), torch.zeros_like
 
 
 @dataclass(frozen=True)
-class Step:
+class InnerStep:
     """One inner step: the weights ``(task, P)`` it started from, and the first two derivatives there."""
 
     start: Tensor
@@ -104,7 +104,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Path:
+class InnerTrajectory:
     """Where inner steps led, and what that depends on.
 
     The derivative of a step ``θ' = θ + α ∇J(θ)`` is ``I + α ∇²J``, and ∇²J is symmetric: one Hessian-vector product
@@ -114,13 +114,13 @@ class Path:
     weights: Tensor
     """Weights after the last step, ``(task, P)``."""
     rates: Tensor
-    steps: tuple[Step, ...]
+    steps: tuple[InnerStep, ...]
 
-    def until(self, k: int) -> Path:
+    def first(self, k: int) -> InnerTrajectory:
         """Return the path of the first ``k`` steps."""
-        return self if k >= len(self.steps) else Path(self.steps[k].start, self.rates, self.steps[:k])
+        return self if k >= len(self.steps) else InnerTrajectory(self.steps[k].start, self.rates, self.steps[:k])
 
-    def pull(self, slope: Tensor) -> tuple[Tensor, Tensor]:
+    def vjp(self, slope: Tensor) -> tuple[Tensor, Tensor]:
         """Carry an outer objective's slopes ``(task, P)`` at the end back: by the first weights, and by the rates."""
         by_rates = torch.zeros_like(slope)
         for step in reversed(self.steps):
@@ -128,20 +128,24 @@ class Path:
             slope = slope + step.hessian(self.rates * slope)
         return slope, by_rates
 
-    def push(self, move: Tensor, faster: Tensor) -> Tensor:
+    def jvp(self, move: Tensor, faster: Tensor) -> Tensor:
         """Say how the end moves, ``(task, P)``, as the first weights move by ``move`` and the rates by ``faster``."""
         for step in self.steps:
             move = move + self.rates * step.hessian(move) + faster * step.gradient
         return move
 
 
-def walk(
-    objective: Objective, weights: Tensor, rates: Tensor, data: Sequence[Any], derivative: Derivative = exact
-) -> Path:
+def adapt_weights(
+    objective: Objective,
+    weights: Tensor,
+    rates: Tensor,
+    data: Sequence[Any],
+    derivative: Derivative = exact_derivatives,
+) -> InnerTrajectory:
     """Take one step on each of ``data`` from ``weights`` ``(task, P)``; ``rates`` are ``()`` or ``(P,)``."""
     steps = []
     for batch in data:
         gradient, hessian = derivative(objective, weights, batch)
-        steps.append(Step(weights, gradient, hessian))
+        steps.append(InnerStep(weights, gradient, hessian))
         weights = weights + rates * gradient
-    return Path(weights, rates, tuple(steps))
+    return InnerTrajectory(weights, rates, tuple(steps))

@@ -15,14 +15,14 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(points ``(task, window, embedding)``, class of each task ``(task,)``, sharpness) -> scalar."""
 
 
-def squares(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances of points ``(n, embedding)`` and ``(m, embedding)``: ``(n, m)``."""
     return (a[:, None] - b).square().sum(-1)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Distances of points ``(n, embedding)`` and ``(m, embedding)``, ``(n, m)``; their slope is finite at 0 too."""
-    return (squares(a, b) + 1e-12).sqrt()
+    return (squared_distances(a, b) + 1e-12).sqrt()
 
 
 def prototypical(z: Tensor, label: Tensor, sharpness: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def prototypical(z: Tensor, label: Tensor, sharpness: Tensor) -> Tensor:
     member = functional.one_hot(label).to(z.dtype)
     prototype = (member / member.sum(0)).mT @ support.mean(1)
     # p(k | x) = softmax_k(−s ‖z − c_k‖²)
-    logits = -sharpness * squares(query.flatten(0, 1), prototype)
+    logits = -sharpness * squared_distances(query.flatten(0, 1), prototype)
     return functional.cross_entropy(logits, label.repeat_interleave(query.shape[1]))
 
 
@@ -42,7 +42,7 @@ def contrastive(z: Tensor, label: Tensor, sharpness: Tensor) -> Tensor:
     """
     points, label = z.flatten(0, 1), label.repeat_interleave(z.shape[1])
     itself = torch.eye(len(points), dtype=torch.bool, device=z.device)
-    logits = (-sharpness * squares(points, points)).masked_fill(itself, -torch.inf)
+    logits = (-sharpness * squared_distances(points, points)).masked_fill(itself, -torch.inf)
     alike = (label[:, None] == label) & ~itself
     # −1/|P(i)| Σ_{p ∈ P(i)} log softmax_i(p)
     each = torch.where(alike, logits - logits.logsumexp(1, keepdim=True), 0.0)
@@ -65,18 +65,18 @@ def siamese(z: Tensor, label: Tensor, sharpness: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"prototypical": prototypical, "contrastive": contrastive, "siamese": siamese}
 
 
-def stress(z: Tensor, task: Tensor) -> Tensor:
+def distance_loss(z: Tensor, task: Tensor) -> Tensor:
     """Mean squared error of distances of points to those of their tasks ``(task, parameter)`` (Kruskal 1964)."""
     points, tasks = z.flatten(0, 1), task.repeat_interleave(z.shape[1], 0)
     return (distances(points, points) - distances(tasks, tasks)).square().mean()
 
 
-def nearest(z: Tensor, prototype: Tensor) -> Tensor:
+def nearest_prototype(z: Tensor, prototype: Tensor) -> Tensor:
     """Return which prototype ``(n, embedding)`` each point ``(..., embedding)`` is nearest to, ``(...,)``."""
-    return squares(z.flatten(0, -2), prototype).argmin(1).view(z.shape[:-1])
+    return squared_distances(z.flatten(0, -2), prototype).argmin(1).view(z.shape[:-1])
 
 
-def calibrated(z: Tensor, prototype: Tensor, known: float = 0.95) -> float:
+def novelty_threshold(z: Tensor, prototype: Tensor, known: float = 0.95) -> float:
     """Return the distance within which a share ``known`` of the points have a prototype of another task.
 
     Points ``(task, window, embedding)`` are those of the prototypes ``(task, embedding)``. Each stands for a task that
@@ -84,7 +84,7 @@ def calibrated(z: Tensor, prototype: Tensor, known: float = 0.95) -> float:
     """
     if len(z) < 2:
         return float("inf")
-    gap = squares(z.flatten(0, 1), prototype).view(*z.shape[:2], -1)
+    gap = squared_distances(z.flatten(0, 1), prototype).view(*z.shape[:2], -1)
     own = torch.eye(len(z), dtype=torch.bool, device=z.device)[:, None]
     return float(gap.masked_fill(own, torch.inf).amin(2).sqrt().quantile(known))
 

@@ -46,7 +46,7 @@ class RunningNorm(nn.Module):
         self.scale.copy_((self.m2 / self.count).clamp_min(1e-8).rsqrt())
 
     @torch.no_grad()
-    def adopt(self, other: RunningNorm) -> None:
+    def copy_from(self, other: RunningNorm) -> None:
         """Take over what another has seen of the first features; the rest begin with mean 0 and deviation 1."""
         n = len(other.mean)
         self.count.copy_(other.count)
@@ -93,7 +93,7 @@ def linears(net: nn.Sequential) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def graft(layer: nn.Linear, other: nn.Linear) -> None:
+def copy_into_larger(layer: nn.Linear, other: nn.Linear) -> None:
     """Make a layer's first outputs those of a smaller one; inputs that the smaller one lacks are silent there."""
     rows, columns = other.weight.shape
     if rows > layer.weight.shape[0] or columns > layer.weight.shape[1]:
@@ -104,9 +104,9 @@ def graft(layer: nn.Linear, other: nn.Linear) -> None:
         layer.bias[:rows] = other.bias
 
 
-def taught(mean: Tensor, advice: Tensor) -> Tensor:
-    """Squared error of the mean action to what is advised, where anything is, meaned over the action axis."""
-    return torch.where(advice.isnan(), 0.0, mean - advice.nan_to_num()).square().mean(-1)
+def distillation_loss(mean: Tensor, teacher_action: Tensor) -> Tensor:
+    """Squared error of the mean action to what is record_teacher, where anything is, meaned over the action axis."""
+    return torch.where(teacher_action.isnan(), 0.0, mean - teacher_action.nan_to_num()).square().mean(-1)
 
 
 def log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def pack(optimiser: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Tensor]:
+def flatten_state(optimiser: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Tensor]:
     """Flatten modules and an Adam optimiser's moments into named tensors, copies of what they hold now."""
     flat = {f"{name}.{k}": v.detach().clone() for name, m in modules.items() for k, v in m.state_dict().items()}
     for i, moments in optimiser.state_dict()["state"].items():
@@ -16,7 +16,7 @@ def pack(optimiser: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Te
     return flat
 
 
-def unpack(flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules: nn.Module) -> None:
+def restore_state(flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules: nn.Module) -> None:
     """Restore exactly what ``pack`` flattened."""
     for name, m in modules.items():
         m.load_state_dict({k.removeprefix(f"{name}."): v for k, v in flat.items() if k.startswith(f"{name}.")})
@@ -28,7 +28,7 @@ def unpack(flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules:
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
-def move(learner: Any, device: str) -> None:
+def move_to_device(learner: Any, device: str) -> None:
     """Put all modules that a learner holds on a device, those of critics and learners within it too.
 
     Before ``load``: an optimiser's moments go where the weights are.
@@ -37,4 +37,4 @@ def move(learner: Any, device: str) -> None:
         if isinstance(held, nn.Module):
             held.to(device)
         elif hasattr(held, "load") and hasattr(held, "state"):
-            move(held, device)
+            move_to_device(held, device)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-Step = Callable[[], Tensor]
+GradientStep = Callable[[], Tensor]
 """Takes a gradient step and returns its statistics ``(statistic,)``."""
 
 
-def gradients(loss: Tensor, statistics: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+def set_gradients(loss: Tensor, statistics: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """Set each parameter's gradient of ``loss`` and return the statistics, detached."""
     wanted = list(parameters)
     for p, slope in zip(wanted, torch.autograd.grad(loss, wanted), strict=True):
@@ -19,7 +19,7 @@ def gradients(loss: Tensor, statistics: Tensor, parameters: Iterable[Tensor]) ->
     return statistics.detach()
 
 
-def descend(passes: Iterable[Iterable[Step]], watched: int, limit: float) -> tuple[Tensor, int]:
+def run_epochs(passes: Iterable[Iterable[GradientStep]], watched: int, limit: float) -> tuple[Tensor, int]:
     """Take the steps of each pass until the statistic ``watched`` exceeds a limit; return sums and number of steps.
 
     On the CPU each step is looked at. On an accelerator a look waits for all that was asked of it, so there is one a

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Shapes
-from metarobot.resources import afford_replay
+from metarobot.learning.agent_interface import Dimensions
+from metarobot.resources import check_replay_memory
 from metarobot.types import Rollout, Trials
 
 
-class Steps(NamedTuple):
+class Transitions(NamedTuple):
     """Transitions of several tasks, ``(task, step, ...)``; ``terminated`` is 1.0 where the episode failed.
 
     A time limit is no failure: ``next_obs`` is then the observation before the reset, and its value counts.
@@ -26,14 +26,14 @@ class Steps(NamedTuple):
     next_obs: Tensor
 
 
-class Replay:
+class TrialReplay:
     """Transitions of the last so many trials, in one tensor taken up at once.
 
     Each episode of a row has a slot for every step, and one more for the observation the last step led to. A step and
     what follows it stand side by side: observations are held once, and one gather brings both.
     """
 
-    def __init__(self, shapes: Shapes, transitions: int, at_once: int = 1) -> None:
+    def __init__(self, shapes: Dimensions, transitions: int, at_once: int = 1) -> None:
         self._sizes = [shapes.obs, shapes.act, 1, 1]
         self._slots = shapes.horizon + 1
         self.rows = transitions // (shapes.horizon * shapes.episodes)
@@ -43,7 +43,7 @@ class Replay:
                 f"{shapes.episodes} x {shapes.horizon} transitions each"
             )
         shape = (self.rows, shapes.episodes * self._slots, sum(self._sizes))
-        afford_replay(transitions, 4 * shape[0] * shape[1] * shape[2])
+        check_replay_memory(transitions, 4 * shape[0] * shape[1] * shape[2])
         self._data = torch.zeros(shape)
         self._length = torch.zeros(self.rows, shapes.episodes, dtype=torch.int64)
         self._task = torch.zeros(self.rows, shapes.task)
@@ -94,13 +94,13 @@ class Replay:
         before = (ends - self._length[rows, :episodes]).gather(1, episode)
         return rows[:, None] * self._data.shape[1] + episode * self._slots + n - before
 
-    def steps(self, picked: Tensor) -> Steps:
+    def steps(self, picked: Tensor) -> Transitions:
         """Return the transitions that were picked."""
         rows, slots, width = self._data.shape
         pairs = self._data.view(-1).as_strided((rows * slots - 1, 2 * width), (width, 1))[picked]
         step, after = pairs.chunk(2, -1)
         obs, action, reward, terminated = torch.split(step, self._sizes, -1)
-        return Steps(obs, action, reward[..., 0], terminated[..., 0], after[..., : self._sizes[0]])
+        return Transitions(obs, action, reward[..., 0], terminated[..., 0], after[..., : self._sizes[0]])
 
     def task(self, rows: Tensor) -> Tensor:
         """Return the tasks' encodings ``(task, parameter)``: labels."""

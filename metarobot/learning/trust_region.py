@@ -30,7 +30,7 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-def longest(direction: Tensor, product: Callable[[Tensor], Tensor], bound: float) -> Tensor:
+def scale_to_kl_bound(direction: Tensor, product: Callable[[Tensor], Tensor], bound: float) -> Tensor:
     """Scale a direction so that ``½ xᵀ A x``, the KL divergence to second order, is ``bound``; zero if it cannot be."""
     curvature = direction @ product(direction)
     if not curvature > 0:
@@ -38,7 +38,7 @@ def longest(direction: Tensor, product: Callable[[Tensor], Tensor], bound: float
     return direction * torch.sqrt(2 * bound / curvature)
 
 
-class Found(NamedTuple):
+class LineSearchResult(NamedTuple):
     """What a line search came to."""
 
     gain: float
@@ -47,9 +47,9 @@ class Found(NamedTuple):
     tries: int
 
 
-def backtrack(
+def backtracking_line_search(
     step: Tensor, objective: Callable[[Tensor], tuple[float, float]], bound: float, shrink: float, tries: int
-) -> tuple[Tensor, Found]:
+) -> tuple[Tensor, LineSearchResult]:
     """Shrink a step until the objective gains by it and the divergence keeps its bound.
 
     ``objective`` returns both, of a step. If no step will do, zeros come back: nothing moves.
@@ -59,6 +59,6 @@ def backtrack(
     for i in range(tries):
         after, divergence = objective(step)
         if after > before and divergence <= bound:
-            return step, Found(after - before, divergence, True, i + 1)
+            return step, LineSearchResult(after - before, divergence, True, i + 1)
         step = step * shrink
-    return torch.zeros_like(step), Found(0.0, 0.0, False, tries)
+    return torch.zeros_like(step), LineSearchResult(0.0, 0.0, False, tries)

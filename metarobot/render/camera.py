@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 
 from metarobot.render.opengl import backend
-from metarobot.render.scene import Pixels, Stage, dress
+from metarobot.render.scene import Pixels, Scene, apply_visual_style
 from metarobot.sim.protocol import Sim
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
@@ -40,13 +40,13 @@ class Camera:
         backend()
         self.width, self.height = width, height
         self._family = family
-        self._maker = TaskModels(family, visual=True, dress=dress)
-        self._stages: dict[tuple[float, ...], Stage] = {}
+        self._maker = TaskModels(family, visual=True, style=apply_visual_style)
+        self._stages: dict[tuple[float, ...], Scene] = {}
         self._looks: dict[Hashable, tuple[float, Floats]] = {}
 
     def frame(self, env: FilmedWorlds, world: int) -> Pixels:
         """Take a picture of one world as it is now, ``(height, width, 3)`` uint8."""
-        return self.picture(env.tasks[world], snap(env, world), key=world)
+        return self.picture(env.tasks[world], snapshot_state(env, world), key=world)
 
     def picture(self, task: Task, state: Floats, key: Hashable = None) -> Pixels:
         """Take a picture of a state (``snap``); states of one ``key`` are one take, over which the camera glides."""
@@ -54,17 +54,17 @@ class Camera:
         stage.load(state)
         return stage.draw(self._glide(stage, key))
 
-    def _stage(self, task: Task) -> Stage:
+    def _stage(self, task: Task) -> Scene:
         values = self._maker.key(task)
         if values not in self._stages:
             if len(self._stages) >= _STAGES:
                 self.close()
             model = self._maker.compile(task)
             _mark(model, self._family.marked(task.as_dict()))
-            self._stages[values] = Stage(model, self.width, self.height, self._family.view)
+            self._stages[values] = Scene(model, self.width, self.height, self._family.view)
         return self._stages[values]
 
-    def _glide(self, stage: Stage, key: Hashable) -> Floats:
+    def _glide(self, stage: Scene, key: Hashable) -> Floats:
         """Follow with a lag of 0.2 s, at most a quarter of the robot, along the floor and 0.8 s in height.
 
         Cuts where time runs back.
@@ -99,7 +99,7 @@ def _mark(model: mujoco.MjModel, bodies: Iterable[str]) -> None:
     model.geom_matid[geoms], model.geom_rgba[geoms] = -1, _MARK
 
 
-def snap(env: FilmedWorlds, world: int) -> Floats:
+def snapshot_state(env: FilmedWorlds, world: int) -> Floats:
     """Copy all that a picture of one world depends on: a small vector, so that a trial is kept without its pixels."""
     model, data = env.sim.snapshot(world)
     state = np.empty(mujoco.mj_stateSize(model, _STATE))

@@ -13,7 +13,7 @@ import imageio_ffmpeg
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metarobot.render.camera import Camera
-from metarobot.render.frame_layout import Panel, Sheet
+from metarobot.render.frame_layout import FrameLayout, Panel
 from metarobot.render.opengl import VideoError
 from metarobot.render.scene import Pixels
 from metarobot.tasks.family import Family
@@ -36,7 +36,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass
-class Take:
+class Recording:
     """One episode of one world as it was lived, a step an element."""
 
     states: list[Floats] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Take:
     mishap: str = ""
 
 
-def frame_steps(takes: Sequence[Sequence[Take]], control_hz: float, fps: float) -> list[int]:
+def frame_steps(takes: Sequence[Sequence[Recording]], control_hz: float, fps: float) -> list[int]:
     """Return the step that each frame of the video shows, the last one held for a moment."""
     steps = max(len(take.states) for row in takes for take in row)
     played = max(1, round(steps / control_hz * fps))
@@ -54,7 +54,12 @@ def frame_steps(takes: Sequence[Sequence[Take]], control_hz: float, fps: float) 
 
 
 def compose_frame(
-    camera: Camera, sheet: Sheet, family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Take]], t: int
+    camera: Camera,
+    sheet: FrameLayout,
+    family: Family,
+    tasks: Sequence[Task],
+    takes: Sequence[Sequence[Recording]],
+    t: int,
 ) -> Pixels:
     rows = []
     for i, (task, row) in enumerate(zip(tasks, takes, strict=True)):

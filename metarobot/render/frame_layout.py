@@ -31,7 +31,7 @@ class Panel:
     """What ended the episode before its time."""
 
 
-class Row(NamedTuple):
+class TaskRow(NamedTuple):
     """What is said about a task, and between what its running returns lie from first to last."""
 
     text: str
@@ -39,10 +39,10 @@ class Row(NamedTuple):
     high: float
 
 
-class Sheet:
+class FrameLayout:
     """The layout of a video: a title, then a row of panels a task; all that stays the same is drawn once."""
 
-    def __init__(self, title: str, rows: Sequence[Row], columns: int, size: tuple[int, int]) -> None:
+    def __init__(self, title: str, rows: Sequence[TaskRow], columns: int, size: tuple[int, int]) -> None:
         self.panel_w, self.panel_h = size
         self.unit = max(8, round(size[0] / 24))
         self.gap, self.strip = self.unit, round(2.6 * self.unit)
@@ -82,7 +82,7 @@ class Sheet:
         pad = self.unit // 2
         self._chip(ink, panel.label, (x + pad, y + pad), bold=True)
         total = panel.returns[-1] if panel.returns else 0.0
-        self._chip(ink, f"return {number(total)}", (x + self.panel_w - pad, y + pad), anchor="right", bold=True)
+        self._chip(ink, f"return {format_number(total)}", (x + self.panel_w - pad, y + pad), anchor="right", bold=True)
         bottom = y + self.panel_h - pad - round(1.6 * self.unit)
         self._chip(ink, panel.readout, (x + pad, bottom))
         self._chip(ink, panel.mishap, (x + self.panel_w - pad, bottom), anchor="right")
@@ -98,7 +98,7 @@ class Sheet:
         ink.rounded_rectangle((x, at[1], x + width, at[1] + height), self.unit / 3, fill=(255, 255, 255, 205))
         ink.text((x + width / 2, at[1] + height / 2), text, fill=_INK, font=font, anchor="mm")
 
-    def _curves(self, row: Row, curves: Sequence[Sequence[float]], horizon: int) -> Image.Image:
+    def _curves(self, row: TaskRow, curves: Sequence[Sequence[float]], horizon: int) -> Image.Image:
         """Draw the running return, earlier episodes of the task in grey behind it, above a thin bar of time."""
         fine = 3
         width, height, thick = fine * self.panel_w, fine * self.strip, fine * max(3, self.unit // 5)
@@ -121,7 +121,7 @@ class Sheet:
         return image.reduce(fine)
 
 
-def number(x: float) -> str:
+def format_number(x: float) -> str:
     """Write a number in few characters, with a true minus sign."""
     rounded = round(x, 0 if abs(x) >= 99.95 else 1) + 0.0  # no minus zero
     text = f"{rounded:.0f}" if abs(x) >= 99.95 else f"{rounded:.1f}"

@@ -33,7 +33,7 @@ def up(model: mujoco.MjModel) -> Floats:
     return -model.opt.gravity / norm if norm > 0 else np.array([0.0, 0.0, 1.0])
 
 
-def dress(spec: mujoco.MjSpec) -> mujoco.MjSpec:
+def apply_visual_style(spec: mujoco.MjSpec) -> mujoco.MjSpec:
     """Give a family's model the studio's sky, floor, lights and colours; its physics stays as it was."""
     for thing in (*spec.lights, *(t for t in spec.textures if t.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX)):
         spec.delete(thing)
@@ -117,7 +117,7 @@ def paint_sky(rays: Floats, up: Floats) -> Pixels:
     return np.asarray(sky.round(), dtype=np.uint8)
 
 
-class Stage:
+class Scene:
     """One task's visual model on an OpenGL context that all stages share; ``draw`` takes a picture of a state."""
 
     def __init__(

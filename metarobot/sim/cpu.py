@@ -11,7 +11,7 @@ import torch
 from mujoco import batch
 from torch import Tensor
 
-from metarobot.sim.protocol import Rows
+from metarobot.sim.protocol import WorldSelection
 
 
 class CpuSim:
@@ -41,11 +41,11 @@ class CpuSim:
         array.flags.writeable = True  # derived fields are read-only to numpy; torch warns about that
         return torch.from_numpy(array)
 
-    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
+    def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
         """Advance worlds (default: all); return ``(world,)``, true where the physics broke down."""
         failed: np.ndarray | None = None
         try:
-            self._batch.step(numbers(rows), nstep=substeps)
+            self._batch.step(selected_ids(rows), nstep=substeps)
         except batch.SimulationError as e:
             failed = e.ids
         bad = torch.from_numpy(self._batch.warning[:, :, 1].any(1))
@@ -54,9 +54,9 @@ class CpuSim:
             bad[torch.from_numpy(failed)] = True
         return bad
 
-    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
         """Put worlds (default: all) into a fresh state: warnings cleared, sensors of place and motion current."""
-        ids = numbers(rows)
+        ids = selected_ids(rows)
         if isinstance(rows, Tensor):
             qpos, qvel = qpos[rows], qvel[rows]
         self._batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
@@ -72,6 +72,6 @@ class CpuSim:
         return model, data
 
 
-def numbers(rows: Rows | None) -> Sequence[int] | None:
+def selected_ids(rows: WorldSelection | None) -> Sequence[int] | None:
     """List the numbers of worlds; None is all of them."""
     return torch.nonzero(rows)[:, 0].tolist() if isinstance(rows, Tensor) else rows

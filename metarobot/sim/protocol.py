@@ -8,7 +8,7 @@ from typing import Protocol
 import mujoco
 from torch import Tensor
 
-Rows = Sequence[int] | Tensor
+WorldSelection = Sequence[int] | Tensor
 """Which worlds: their numbers, or a mask ``(world,)``."""
 
 
@@ -29,13 +29,13 @@ class Sim(Protocol):
         state by one substep after ``step``.
         """
 
-    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
+    def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
         """Advance worlds (default: all); return ``(world,)``, true where the physics broke down.
 
         NaN, a warning of MuJoCo's, or an error.
         """
 
-    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
         """Put worlds (default: all) into a fresh state with these joint positions and velocities.
 
         A row for each number; with a mask, a row for each world there is.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metarobot.errors import MetarobotError
-from metarobot.sim.protocol import Rows
+from metarobot.sim.protocol import WorldSelection
 
 try:
     import mujoco_warp as mjw
@@ -47,7 +47,7 @@ class WarpError(MetarobotError):
     """Something that MuJoCo Warp, or this machine, cannot do."""
 
 
-class Room(NamedTuple):
+class BufferSizes(NamedTuple):
     """Sizes of the buffers of one world: an overflow loses contacts, too much room costs memory and time."""
 
     contacts: int
@@ -56,7 +56,7 @@ class Room(NamedTuple):
     """Rows of the constraint Jacobian; every world for itself."""
 
 
-def device_of(name: str) -> Any:
+def warp_device(name: str) -> Any:
     """Return Warp's device for torch's ``cpu`` or ``cuda``, or say why there is none."""
     wp.init()
     if name == "cuda" and not wp.is_cuda_available():
@@ -83,8 +83,10 @@ class WarpSim:
     substeps of a control step are one CUDA graph.
     """
 
-    def __init__(self, models: Sequence[mujoco.MjModel], *, device: str = "cpu", room: Room | None = None) -> None:
-        self._device, self._nominal = device_of(device), models[0]
+    def __init__(
+        self, models: Sequence[mujoco.MjModel], *, device: str = "cpu", room: BufferSizes | None = None
+    ) -> None:
+        self._device, self._nominal = warp_device(device), models[0]
         self._models: list[mujoco.MjModel] = list(models)
         self._library = _Library(models[0], str(wp.device_to_torch(self._device)))
         self._graphs: dict[int, Any] = {}
@@ -163,7 +165,7 @@ class WarpSim:
         live: Tensor = wp.to_torch(getattr(self.data, field))
         return live
 
-    def step(self, substeps: int, rows: Rows | None = None) -> Tensor:
+    def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
         """Advance all worlds; return ``(world,)``, true where the physics broke down, or lost a contact.
 
         Nothing is read back. What worlds that are not in ``rows`` do is not counted.
@@ -186,7 +188,7 @@ class WarpSim:
         broken: Tensor = ~finite | lost
         return broken
 
-    def _mask(self, rows: Rows) -> Tensor:
+    def _mask(self, rows: WorldSelection) -> Tensor:
         if isinstance(rows, Tensor):
             return rows
         return torch.zeros_like(self._overflow, dtype=torch.bool).index_fill_(
@@ -204,7 +206,7 @@ class WarpSim:
         counts = {name: int(((bits & int(mjw.OverflowType[name])) != 0).sum()) for name in BUFFERS}
         return {name: n for name, n in counts.items() if n}
 
-    def reset(self, qpos: Tensor, qvel: Tensor, rows: Rows | None = None) -> None:
+    def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
         """Put worlds (default: all) into a fresh state with these joint positions and velocities.
 
         If all are, sensors of place and motion are current and those of forces zero; otherwise all keep what they have.

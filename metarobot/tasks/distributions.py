@@ -144,26 +144,26 @@ Distribution = Uniform | LogUniform | Choice | Mixture
 _KINDS: dict[str, Any] = {"uniform": Uniform, "log_uniform": LogUniform, "choice": Choice, "mixture": Mixture}
 
 
-def draw(distribution: Distribution, rng: np.random.Generator) -> float:
+def draw_rounded(distribution: Distribution, rng: np.random.Generator) -> float:
     """Draw to nine digits, or in full where rounding would leave the distribution, as it does for a choice of 1/3."""
     x = distribution.sample(rng)
     rounded = float(f"{x:.9g}")
     return rounded if distribution.contains(rounded) else x
 
 
-def dump(d: Distribution) -> dict[str, Any]:
+def to_data(d: Distribution) -> dict[str, Any]:
     """Return a distribution as plain data."""
     kind = next(k for k, c in _KINDS.items() if c is type(d))
     if isinstance(d, Mixture):
-        return {"kind": kind, "weights": d.weights, "parts": [dump(p) for p in d.parts]}
+        return {"kind": kind, "weights": d.weights, "parts": [to_data(p) for p in d.parts]}
     return {"kind": kind, **asdict(d)}
 
 
-def load(data: Mapping[str, Any]) -> Any:
+def from_data(data: Mapping[str, Any]) -> Any:
     """Read a distribution back from plain data."""
     if data["kind"] not in _KINDS:
         raise TaskError(f"no distribution called {data['kind']!r}; there are: {', '.join(_KINDS)}")
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
     if "parts" in args:
-        args["parts"] = tuple(load(p) for p in args["parts"])
+        args["parts"] = tuple(from_data(p) for p in args["parts"])
     return _KINDS[data["kind"]](**args)

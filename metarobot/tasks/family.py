@@ -17,7 +17,7 @@ from metarobot.tasks.space import TaskSpace
 from metarobot.types import Floats
 
 
-class State(NamedTuple):
+class WorldState(NamedTuple):
     """All worlds at one moment, ``(world, ...)``, float64, SI units."""
 
     qpos: Tensor
@@ -39,25 +39,25 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Control:
+class ActionController:
     """A controller between actions and drives, run once a control step."""
 
     actions: tuple[str, ...]
     """One name an element of the action, each in [−1, 1]."""
-    targets: Callable[[State, Tensor, Tensor], Tensor]
+    targets: Callable[[WorldState, Tensor, Tensor], Tensor]
     """(state, action ``(world, act)``, the drives' targets so far ``(world, drives)``) -> their targets now."""
     rest: Callable[[Tensor], Tensor]
     """Joint positions at an episode's start -> the targets that hold them; each drive lags and starts there too."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tally:
+class EpisodeStatistics:
     """Numbers kept through an episode, for what one moment does not show: how long something has been held."""
 
     size: int
-    begin: Callable[[State], Tensor]
+    begin: Callable[[WorldState], Tensor]
     """State at an episode's start -> the tally, ``(world, size)``."""
-    count: Callable[[State, State], Tensor]
+    count: Callable[[WorldState, WorldState], Tensor]
     """(state before, state after) -> the tally after, ``(world, size)``."""
 
 
@@ -101,38 +101,38 @@ class Family:
     """Physics steps a control step."""
     spec: Callable[[], mujoco.MjSpec]
     """Builds the nominal robot and floor."""
-    sense: Callable[[State], Any] | None = None
+    sense: Callable[[WorldState], Any] | None = None
     """State -> what several of the functions below need of a moment, computed once."""
     shape: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
     """Writes into the model the task parameters that say ``shapes``; sets all that it touches, whatever it holds."""
     observations: tuple[str, ...]
     """One name an element of the observation, with its unit."""
-    observe: Callable[[State], Tensor]
+    observe: Callable[[WorldState], Tensor]
     """State -> observation ``(world, obs)``, without noise."""
     noise: tuple[float, ...] = ()
     """Each observation's noise, uniform within ± this; none if empty."""
-    critic_observe: Callable[[State], Tensor] | None = None
+    critic_observe: Callable[[WorldState], Tensor] | None = None
     """State -> what only a critic in training is shown beside the observation, ``(world, critic)``."""
-    reward: Callable[[State, State, float], dict[str, Tensor]]
+    reward: Callable[[WorldState, WorldState, float], dict[str, Tensor]]
     """(state before, state after, control period s) -> terms ``(world,)``."""
     weights: Mapping[str, float]
     """Reward term -> its weight in the sum; the same names as ``reward`` returns."""
     start: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]
     """Draws the initial joint positions and velocities of one world."""
-    control: Control | None = None
+    control: ActionController | None = None
     """How actions become the drives' targets; None if they are these targets."""
-    tally: Tally | None = None
+    tally: EpisodeStatistics | None = None
     """What is kept of the episode so far."""
     variants: int = 1
     """In how many variants the episodes of a task come, as when one of several objects is presented; each episode's is
     drawn at its start."""
-    terminate: Callable[[State], Tensor] | None = None
+    terminate: Callable[[WorldState], Tensor] | None = None
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
-    readout: Callable[[State, State, float], dict[str, Tensor]] = field(default=lambda *_: {})
+    readout: Callable[[WorldState, WorldState, float], dict[str, Tensor]] = field(default=lambda *_: {})
     """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
-    expert: Callable[[State], Tensor] | None = None
+    expert: Callable[[WorldState], Tensor] | None = None
     """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote one."""
-    advise: Callable[[State], Tensor] | None = None
+    advise: Callable[[WorldState], Tensor] | None = None
     """State -> the action that a learner is taught, ``(world, act)``, NaN where nothing is known; None if the expert's
     is."""
     marked: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())

@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.tasks.distributions import Choice, Distribution, LogUniform, Mixture, TaskError, draw, dump, load
+from metarobot.tasks.distributions import (
+    Choice,
+    Distribution,
+    LogUniform,
+    Mixture,
+    TaskError,
+    draw_rounded,
+    from_data,
+    to_data,
+)
 from metarobot.tasks.mujoco_models import Edit
 
 SPLITS = ("train", "test", "interpolate", "extrapolate")
@@ -60,7 +69,7 @@ class Param:
     def draw(self, rng: np.random.Generator, *, hole: bool = False) -> float:
         """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every machine."""
         for _ in range(100_000):
-            x = draw(self.train, rng)
+            x = draw_rounded(self.train, rng)
             if self.in_hole(x) == hole:
                 return x
         raise TaskError(f"{self.name}: nothing can be drawn {'inside' if hole else 'outside'} the hole {self.hole}")
@@ -91,7 +100,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Few:
+class SparseFaults:
     """Parameters of which only a few at a time depart from normal: one or two broken joints of twelve.
 
     Each is drawn from a ``Mixture`` whose first part is normal; the few that depart are drawn from its other parts.
@@ -112,7 +121,7 @@ class TaskSpace:
 
     name: str
     params: tuple[Param, ...]
-    few: tuple[Few, ...] = ()
+    few: tuple[SparseFaults, ...] = ()
 
     def __post_init__(self) -> None:
         names = self.names
@@ -171,9 +180,9 @@ class TaskSpace:
 
     def _draw(self, split: str, rng: np.random.Generator) -> Task:
         values = {p.name: p.draw(rng, hole=split == "interpolate" and p.hole is not None) for p in self.params}
-        far: list[Param | Few] = []
+        far: list[Param | SparseFaults] = []
         if split == "extrapolate":
-            candidates: list[Param | Few] = [
+            candidates: list[Param | SparseFaults] = [
                 *(p for p in self.params if p.beyond is not None),
                 *(f for f in self.few if f.spared),
             ]
@@ -182,10 +191,10 @@ class TaskSpace:
             values |= self._depart(few, rng, spared=few in far)
         for p in far:
             if isinstance(p, Param) and p.beyond is not None:
-                values[p.name] = draw(p.beyond, rng)
+                values[p.name] = draw_rounded(p.beyond, rng)
         return Task(self.name, tuple(values.items()))
 
-    def _depart(self, few: Few, rng: np.random.Generator, *, spared: bool) -> dict[str, float]:
+    def _depart(self, few: SparseFaults, rng: np.random.Generator, *, spared: bool) -> dict[str, float]:
         """Draw all of a group: those chosen from what is not normal, the others from what is.
 
         Of the ``spared``, at least one is.
@@ -198,7 +207,7 @@ class TaskSpace:
         for name in (*few.params, *few.spared):
             mixture = self.params[self.names.index(name)].train
             assert isinstance(mixture, Mixture)
-            values[name] = draw(mixture.odd if name in chosen else mixture.parts[0], rng)
+            values[name] = draw_rounded(mixture.odd if name in chosen else mixture.parts[0], rng)
         return values
 
     def check_split(self, split: str) -> None:
@@ -294,7 +303,7 @@ class TaskSpace:
     def to_json(self) -> dict[str, Any]:
         """Return the space as plain JSON data, with its hash."""
         params = [
-            {**_plain(p), "train": dump(p.train), "beyond": None if p.beyond is None else dump(p.beyond)}
+            {**_plain(p), "train": to_data(p.train), "beyond": None if p.beyond is None else to_data(p.beyond)}
             for p in self.params
         ]
         few = {"few": [asdict(f) for f in self.few]} if self.few else {}
@@ -331,8 +340,8 @@ def _digest(plain: Mapping[str, Any]) -> str:
 def _load_param(data: Mapping[str, Any]) -> Param:
     rest = {k: v for k, v in data.items() if k not in ("train", "beyond", "hole", "edits", "words")}
     return Param(
-        train=load(data["train"]),
-        beyond=None if data["beyond"] is None else load(data["beyond"]),
+        train=from_data(data["train"]),
+        beyond=None if data["beyond"] is None else from_data(data["beyond"]),
         hole=None if data["hole"] is None else tuple(data["hole"]),
         edits=tuple(Edit(**e) for e in data["edits"]),
         words=tuple(data.get("words", ())),
@@ -340,12 +349,12 @@ def _load_param(data: Mapping[str, Any]) -> Param:
     )
 
 
-def _load_few(data: Mapping[str, Any]) -> Few:
+def _load_few(data: Mapping[str, Any]) -> SparseFaults:
     names = {k: tuple(data[k]) for k in ("params", "spared")}
-    return Few(least=data["least"], most=data["most"], **names)
+    return SparseFaults(least=data["least"], most=data["most"], **names)
 
 
-def assignments(words: Iterable[str]) -> dict[str, float]:
+def parse_assignments(words: Iterable[str]) -> dict[str, float]:
     """Read ``name=value`` words, as a task is given on the command line."""
     values = {}
     for word in words:

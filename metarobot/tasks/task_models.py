@@ -15,13 +15,13 @@ class TaskModels:
     """From a family's tasks to compiled models."""
 
     def __init__(
-        self, family: Family, *, visual: bool = False, dress: Callable[[mujoco.MjSpec], mujoco.MjSpec] = lambda s: s
+        self, family: Family, *, visual: bool = False, style: Callable[[mujoco.MjSpec], mujoco.MjSpec] = lambda s: s
     ) -> None:
         params = family.space.params
         edits = [e for p in params for e in p.edits]
         self._columns = [i for i, p in enumerate(params) for _ in p.edits]
         self._shapes = [i for i, p in enumerate(params) if p.shapes]
-        self._factory = ModelFactory(lambda: dress(family.spec()), edits, shape=family.shape, visual=visual)
+        self._factory = ModelFactory(lambda: style(family.spec()), edits, shape=family.shape, visual=visual)
 
     def key(self, task: Task) -> tuple[float, ...]:
         """Return the values that the model depends on: tasks that share them share a model."""

@@ -40,7 +40,7 @@ class TrainConfig:
     """Iterations between checkpoints."""
 
 
-def check(config: TrainConfig) -> None:
+def check_config(config: TrainConfig) -> None:
     """Raise for settings that cannot work."""
     family_on(config.family, config.robot)
     agents.get(config.agent)
@@ -65,5 +65,5 @@ def check(config: TrainConfig) -> None:
         raise MetarobotError(f"--device cuda was asked for, but {why}; use --device cpu")
 
 
-MOVABLE = ("device", "sim")
+CHANGEABLE_ON_RESUME = ("device", "sim")
 """Settings of a run that may change when it is continued: where it lives and learns."""

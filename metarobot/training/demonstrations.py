@@ -27,8 +27,8 @@ from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Task
-from metarobot.training.collect import Expert, collect
-from metarobot.training.run_folder import family_shapes
+from metarobot.training.collect import ExpertAgent, collect
+from metarobot.training.run_folder import agent_dimensions
 from metarobot.types import Rollout, Trials
 
 AT_ONCE, ATTEMPTS = 256, 10
@@ -100,11 +100,11 @@ def demonstrated(obs: Tensor, action: Tensor, valid: Tensor) -> Rollout:
         critic_obs=torch.zeros(*valid.shape, 0),
         final_critic_obs=torch.zeros(valid.shape[1], 0),
         faulted=none[0],
-        advice=torch.zeros(*valid.shape, 0),
+        teacher_action=torch.zeros(*valid.shape, 0),
     )
 
 
-def record(
+def record_demonstrations(
     family: Family,
     out: Path,
     *,
@@ -176,7 +176,7 @@ def _recorded(
 
 def _demonstrate(env: Env, tasks: Sequence[Task], variant: Tensor, seed: int, jitter: float) -> Rollout:
     """Let the expert live one episode of these variants; the rollout's actions are those it asked for."""
-    expert = Expert(env, jitter)
+    expert = ExpertAgent(env, jitter)
     episode = collect(expert, env, tasks, episodes=1, seed=seed, variant=variant).episodes[0]
     return replace(episode, action=torch.stack(expert.asked))
 
@@ -210,7 +210,7 @@ def _write(family: Family, split: str, out: Path, demos: Sequence[dict[str, Any]
         shutil.move(Path(folder) / "demos-v0", out)
 
 
-def read(path: Path, family: Family | None = None) -> Demonstrations:
+def read_demonstrations(path: Path, family: Family | None = None) -> Demonstrations:
     """Read a Minari dataset of demonstrations; ``family``, if given, is the one they must be of."""
     minari = _minari()
     if not (path / "data").is_dir():
@@ -295,7 +295,7 @@ def _spaces(family: str) -> tuple[Any, Any]:
     """Return the spaces of observations and of actions as the expert asks for them."""
     from gymnasium.spaces import Box
 
-    shapes = family_shapes(families.get(family), 1)
+    shapes = agent_dimensions(families.get(family), 1)
     return Box(-np.inf, np.inf, (shapes.obs,), np.float32), Box(-np.inf, np.inf, (shapes.act,), np.float32)
 
 

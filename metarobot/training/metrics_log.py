@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from metarobot.files import replacing
+from metarobot.files import atomic_path
 from metarobot.training.run_folder import CheckpointError
 
 LINE_EVERY_S = 20.0
 
 
-def headline(metrics: dict[str, float]) -> str:
+def summary_line(metrics: dict[str, float]) -> str:
     """Say the return of each episode of the trial, or the error left by who imitates, and the speed."""
     if "train/loss_before" in metrics:
         error = f"{metrics['train/loss_before']:.4f} → {metrics['train/loss']:.4f}"
@@ -30,12 +30,12 @@ def headline(metrics: dict[str, float]) -> str:
     return f"{metrics['time/fps']:,.0f} steps/s  return {returns}"
 
 
-class Log:
+class MetricsLog:
     """Writes each iteration's metrics everywhere; closes, or is left, cleanly."""
 
     def __init__(self, folder: Path, total: int, done: int, iteration: int, *, show: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
-        keep_rows(self.path, iteration)
+        drop_rows_after(self.path, iteration)
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=done)
         console = Console(stderr=True)
@@ -54,7 +54,7 @@ class Log:
         )
         self._task = self._bar.add_task("", total=total, completed=done)
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> MetricsLog:
         self._bar.start()
         return self
 
@@ -75,12 +75,14 @@ class Log:
                 self._board.add_scalar(name, value, steps)
         except OSError as e:
             raise CheckpointError(f"cannot write {self.path}: {e.strerror or e}") from e
-        self._bar.update(self._task, completed=steps, description=headline(metrics))
+        self._bar.update(self._task, completed=steps, description=summary_line(metrics))
         if self._lines and time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()
             total = self._bar.tasks[0].total or 1
             left = metrics["time/time_elapsed"] * (total / steps - 1)
-            print(f"{steps:,}/{total:,.0f} steps  {headline(metrics)}  ETA {left:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{steps:,}/{total:,.0f} steps  {summary_line(metrics)}  ETA {left:.0f} s", file=sys.stderr, flush=True
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -104,8 +106,8 @@ def first_reach(rows: list[dict[str, float]], level: float, window: int = 10) ->
     return None
 
 
-def keep_rows(path: Path, iteration: int) -> None:
+def drop_rows_after(path: Path, iteration: int) -> None:
     """Drop rows written after the checkpoint that training continues from."""
     rows = [r for r in read_metrics(path) if r["time/iterations"] <= iteration]
-    with replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -21,25 +21,25 @@ import torch
 from torch import Tensor
 
 from metarobot.env.base import Env
-from metarobot.files import FileError, read_json, replacing, write_json
-from metarobot.learning.agent_interface import Learner, Shapes, agents
+from metarobot.files import FileError, atomic_path, read_json, write_json
+from metarobot.learning.agent_interface import Dimensions, Learner, agents
 from metarobot.tasks.family import Family, family_on
 from metarobot.tasks.space import TaskSpace
 
 FORMAT = 1
-PRETRAINED = Path(str(resources.files("metarobot.agents"))) / "pretrained"
+PRETRAINED_FOLDER = Path(str(resources.files("metarobot.agents"))) / "pretrained"
 
 
 class CheckpointError(FileError):
     """A run folder that is not one, is damaged, or cannot be written."""
 
 
-def save(folder: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
     """Write a checkpoint: named tensors, and the counters that training continues from."""
     data = safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     weights = folder / f"checkpoint-{digest[:12]}.safetensors"
-    with replacing(weights) as temporary:
+    with atomic_path(weights) as temporary:
         temporary.write_bytes(data)
     write_json(folder / "checkpoint.json", {**counters, "weights": weights.name, "sha256": digest})
     for old in folder.glob("checkpoint-*.safetensors"):
@@ -74,7 +74,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Environment steps that the checkpoint has lived."""
-        return lived(self.folder)
+        return collected_steps(self.folder)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read tensors and counters, checking that they are whole."""
@@ -113,16 +113,16 @@ class Run:
 
 def build_learner(agent: str, config: Any, family: Family, seed: int) -> Learner:
     """Build an untrained learner for a family; torch's global generator is left as it was."""
-    shapes = family_shapes(family, config.episodes)
+    shapes = agent_dimensions(family, config.episodes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return agents.get(agent).build(config, shapes)
 
 
-def family_shapes(family: Family, episodes: int) -> Shapes:
+def agent_dimensions(family: Family, episodes: int) -> Dimensions:
     """Return the sizes of what an agent of this family sees and does."""
     env = Env(family, family.space.sample("train", 1), threads=1)
-    return Shapes(
+    return Dimensions(
         obs=env.obs_dim,
         act=env.act_dim,
         task=family.space.width,
@@ -134,7 +134,7 @@ def family_shapes(family: Family, episodes: int) -> Shapes:
     )
 
 
-def create(folder: Path, config: dict[str, Any]) -> Run:
+def create_run(folder: Path, config: dict[str, Any]) -> Run:
     """Start a run folder, which must not hold a run yet."""
     if (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
@@ -144,13 +144,13 @@ def create(folder: Path, config: dict[str, Any]) -> Run:
     return open_run(folder)
 
 
-def extend(run: Run, settings: Mapping[str, Any]) -> Run:
+def extend_run(run: Run, settings: Mapping[str, Any]) -> Run:
     """Let a run go on with other settings than it was started with, such as more steps."""
     write_json(run.folder / "config.json", {**run.config, **settings})
     return open_run(run.folder)
 
 
-def lived(folder: Path) -> int:
+def collected_steps(folder: Path) -> int:
     """Return the environment steps that a run folder's checkpoint has lived; none if there is no checkpoint yet."""
     path = folder / "checkpoint.json"
     return int(read_json(path)["steps"]) if path.exists() else 0
@@ -159,8 +159,8 @@ def lived(folder: Path) -> int:
 def open_run(where: str | Path, robot: str = "") -> Run:
     """Open a run folder, or a pretrained agent by its name; ``robot`` puts it on another robot than its own."""
     folder = Path(where)
-    if not folder.exists() and (PRETRAINED / str(where)).is_dir():
-        folder = PRETRAINED / str(where)
+    if not folder.exists() and (PRETRAINED_FOLDER / str(where)).is_dir():
+        folder = PRETRAINED_FOLDER / str(where)
     if not folder.is_dir():
         raise CheckpointError(f"no run folder {str(where)!r}, and no pretrained agent; there are: {_listing()}")
     config = read_json(folder / "config.json")
@@ -183,22 +183,22 @@ def open_run(where: str | Path, robot: str = "") -> Run:
     return Run(folder, config, family)
 
 
-def pretrained() -> list[str]:
+def pretrained_names() -> list[str]:
     """Name the agents in the box."""
-    return sorted(p.name for p in PRETRAINED.glob("*") if (p / "config.json").exists())
+    return sorted(p.name for p in PRETRAINED_FOLDER.glob("*") if (p / "config.json").exists())
 
 
-def publish(run: Run, folder: Path, card: dict[str, Any]) -> None:
+def publish_agent(run: Run, folder: Path, card: dict[str, Any]) -> None:
     """Copy a run's agent without its optimiser, with a card of how it was made: a pretrained agent."""
     tensors, counters = run.checkpoint()
-    save(folder, {k: v for k, v in tensors.items() if k.startswith("agent.")}, counters)
+    save_checkpoint(folder, {k: v for k, v in tensors.items() if k.startswith("agent.")}, counters)
     for name in ("config.json", "tasks.json"):
         write_json(folder / name, read_json(run.folder / name))
     write_json(folder / "card.json", card)
 
 
 def _listing() -> str:
-    return ", ".join(pretrained()) or "none"
+    return ", ".join(pretrained_names()) or "none"
 
 
 def _line(error: Exception) -> str:

@@ -18,7 +18,7 @@ POOL = 4096
 
 
 @dataclass(frozen=True)
-class Worlds:
+class TaskSource:
     """The worlds of a training, and the tasks they are given."""
 
     env: Env
@@ -28,9 +28,9 @@ class Worlds:
     """Says, as metrics, in how many worlds the physics lost contacts for want of room since it was last asked."""
 
 
-def build(
+def make_task_source(
     family: Family, worlds: int, rollouts: int, *, seed: int, sim: str, device: str, pool: int, threads: int
-) -> Worlds:
+) -> TaskSource:
     """Build the worlds of a training, ``rollouts`` of each task.
 
     On the CPU every iteration draws new tasks. On a device models are kept there, so where tasks have models of their
@@ -42,10 +42,10 @@ def build(
         return space.sample("train", tasks, [seed, i])
 
     if sim == "cpu":
-        return Worlds(Env(family, space.sample("train", worlds), threads=threads), fresh, dict)
+        return TaskSource(Env(family, space.sample("train", worlds), threads=threads), fresh, dict)
     if TaskModels(family).shared:
         env = _on_device(family, fresh(0), rollouts, device, [])
-        return Worlds(env, fresh, lambda: _lost(env))
+        return TaskSource(env, fresh, lambda: _lost(env))
     drawn = space.sample("train", pool or POOL, seed)
 
     def dealt(i: int) -> list[Task]:
@@ -55,7 +55,7 @@ def build(
         return [drawn[k] for k in order[:tasks]]
 
     env = _on_device(family, dealt(0), rollouts, device, drawn)
-    return Worlds(env, dealt, lambda: _lost(env))
+    return TaskSource(env, dealt, lambda: _lost(env))
 
 
 def _on_device(family: Family, tasks: list[Task], rollouts: int, device: str, pool: list[Task]) -> Env:

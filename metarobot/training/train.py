@@ -26,26 +26,34 @@ import metarobot
 from metarobot.env import factory
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Iterate, Learner, agents
-from metarobot.learning.optimiser_state import move
-from metarobot.resources import steady_heap, threads_restored
+from metarobot.learning.agent_interface import Learner, TrainingStep, agents
+from metarobot.learning.optimiser_state import move_to_device
+from metarobot.resources import keep_freed_memory, restored_torch_threads
 from metarobot.tasks.family import Family, family_on
 from metarobot.training import task_sampling as worlds
 from metarobot.training.collect import collect
-from metarobot.training.config import MOVABLE, TrainConfig, check
-from metarobot.training.demonstrations import read
-from metarobot.training.metrics_log import Log
-from metarobot.training.run_folder import CheckpointError, Run, build_learner, create, extend, open_run, save
+from metarobot.training.config import CHANGEABLE_ON_RESUME, TrainConfig, check_config
+from metarobot.training.demonstrations import read_demonstrations
+from metarobot.training.metrics_log import MetricsLog
+from metarobot.training.run_folder import (
+    CheckpointError,
+    Run,
+    build_learner,
+    create_run,
+    extend_run,
+    open_run,
+    save_checkpoint,
+)
 from metarobot.types import Trials
 
 
-def start(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
+def start_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
     """Make the run folder of a new training; ``say`` is told in a line what simulates, where there is a choice."""
     if config.robot and Path(config.robot).exists():
         config = replace(config, robot=str(Path(config.robot).resolve()))
     if config.demos:
         config = replace(config, demos=str(Path(config.demos).resolve()))
-    check(config)
+    check_config(config)
     for name, value in asdict(agent_config).items():
         least = 0 if name in ("inner_steps", "guess") else 1
         if type(value) is int and value < least:
@@ -59,44 +67,44 @@ def start(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str]
     config = _simulated(config, family, agent_config, say)
     plain |= {"sim": config.sim}
     if getattr(agent_config, "teach", 0) > 0:
-        Env(family, family.space.sample("train", 1)).advice()
+        Env(family, family.space.sample("train", 1)).teacher_action()
     _begin(build_learner(config.agent, agent_config, family, config.seed), family, config)
     if config.demos:
         _imitated(family, agent_config.worlds, agent_config.rollouts, config)(0)
-    return create(out, plain)
+    return create_run(out, plain)
 
 
 def _simulated(config: TrainConfig, family: Family, agent_config: Any, say: Callable[[str], None]) -> TrainConfig:
     """Fill in what simulates, and raise if it cannot have so many worlds."""
     if config.demos or agents.get(config.agent).fit is not None:
         return replace(config, sim="cpu")
-    sim, why = factory.choose(family, config.sim, config.device)
+    sim, why = factory.choose_simulator(family, config.sim, config.device)
     if config.sim or config.device != "cpu":
         say(why)
-    factory.check(family, sim, config.device, agent_config.worlds)
+    factory.check_simulator(family, sim, config.device, agent_config.worlds)
     return replace(config, sim=sim)
 
 
 def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
     """Let an untrained learner take the memory it needs, and begin as the policy of ``config.init`` acts, if given."""
-    getattr(learner, "reserve", lambda: None)()
+    getattr(learner, "reserve_memory", lambda: None)()
     if not config.init:
         return
-    source, adopt = open_run(config.init), getattr(learner, "adopt", None)
+    source, warm_start = open_run(config.init), getattr(learner, "warm_start", None)
     if source.agent not in ("ppo", "blind"):
         raise MetarobotError(
             f"init needs a policy trained as ppo or blind; {config.init} was trained as {source.agent}"
         )
-    if adopt is None:
+    if warm_start is None:
         raise MetarobotError(f"agent {config.agent!r} cannot begin as another policy; rl2, ppo, blind and oracle can")
     if source.family.observations != family.observations:
         raise MetarobotError(
             f"init: {source.family.name}, which {config.init} knows, is observed otherwise than {family.name}"
         )
-    adopt(source.load_agent())
+    warm_start(source.load_agent())
 
 
-def reopen(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
+def reopen_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
     """Open a run to continue it, refusing settings other than those it was started with, but for more steps.
 
     A run that is made longer takes up its schedules where they now stand. It may move to another device or simulator,
@@ -107,7 +115,7 @@ def reopen(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str
     usual = {**asdict(TrainConfig(family="")), **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()}}
     held = {**run.config, **{f"agent_config.{k}": v for k, v in run.config["agent_config"].items()}}
     for name, value in asked.items():
-        if name in MOVABLE:
+        if name in CHANGEABLE_ON_RESUME:
             continue
         required = name in ("family", "agent", "steps")
         longer = name == "steps" and int(value) > int(held["steps"])
@@ -117,18 +125,18 @@ def reopen(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str
     before: dict[str, Any] = {"device": "cpu", "sim": "cpu", **run.config}
     moved: dict[str, Any] = {}
     if config.device != before["device"] or config.sim not in ("", before["sim"]):
-        check(config)
+        check_config(config)
         now = asdict(_simulated(config, run.family, agent_config, say))
-        moved = {k: now[k] for k in MOVABLE}
+        moved = {k: now[k] for k in CHANGEABLE_ON_RESUME}
         so_far = f"{before['sim']} physics and learning on {before['device']}"
         say(f"goes on with {now['sim']} physics and learning on {now['device']}, after {so_far}: other roundings")
     if config.steps > run.config["steps"]:
         moved["steps"] = config.steps
-    return extend(run, moved) if moved else run
+    return extend_run(run, moved) if moved else run
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
+def out_of_memory_errors() -> Iterator[None]:
     """Say in a line that a device's memory is not enough for what is learned from."""
     try:
         yield
@@ -137,7 +145,7 @@ def memory_told() -> Iterator[None]:
         raise MetarobotError(f"out of memory ({why}); take fewer --worlds, or more --minibatches") from e
 
 
-@memory_told()
+@out_of_memory_errors()
 def train(
     run: Run, *, resume: bool = False, show: bool = True, tick: Callable[[dict[str, float]], None] = lambda _: None
 ) -> bool:
@@ -151,35 +159,35 @@ def train(
             **{"sim": "cpu", **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}}
         ),
     )
-    check(config)
-    move(learner, config.device)
+    check_config(config)
+    move_to_device(learner, config.device)
     counters: dict[str, Any] = {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
     if resume and (run.folder / "checkpoint.json").exists():
         counters = _restore(run, learner)
     else:
         _begin(learner, run.family, config)
-    steady_heap()
+    keep_freed_memory()
     threads = config.threads or len(os.sched_getaffinity(0))
     fit = agents.get(run.agent).fit
     iterate = _collected(run, learner, config, threads) if fit is None else fit(learner, run.family, threads)
     with (
-        Log(run.folder, config.steps, counters["steps"], counters["iteration"], show=show) as log,
+        MetricsLog(run.folder, config.steps, counters["steps"], counters["iteration"], show=show) as log,
         deferred_signals() as stopped,
-        threads_restored(),
+        restored_torch_threads(),
     ):
         while counters["steps"] < config.steps and not stopped:
             metrics = _iterate(run, iterate, counters)
             log.write(metrics)
             tick(metrics)
             if counters["iteration"] % config.save_every == 0 or stopped or counters["steps"] >= config.steps:
-                save(run.folder, learner.state(), counters)
+                save_checkpoint(run.folder, learner.state(), counters)
     return bool(counters["steps"] >= config.steps)
 
 
-def _lived(run: Run, learner: Learner, where: worlds.Worlds) -> Callable[[int], Trials]:
+def _lived(run: Run, learner: Learner, where: worlds.TaskSource) -> Callable[[int], Trials]:
     """Return a function that lets the agent live the trials of an iteration."""
     config, env = run.config["agent_config"], where.env
-    usual = {"episodes": config["episodes"], "rollouts": run.rollouts, "advised": config.get("teach", 0) > 0}
+    usual = {"episodes": config["episodes"], "rollouts": run.rollouts, "record_teacher": config.get("teach", 0) > 0}
 
     def live(i: int) -> Trials:
         agent = learner.agent.to(env.device)
@@ -190,7 +198,7 @@ def _lived(run: Run, learner: Learner, where: worlds.Worlds) -> Callable[[int], 
 
 def _imitated(family: Family, worlds: int, rollouts: int, config: TrainConfig) -> Callable[[int], Trials]:
     """Return a function that draws the demonstrations of an iteration."""
-    demos, variants = read(Path(config.demos), family), family.variants
+    demos, variants = read_demonstrations(Path(config.demos), family), family.variants
     if rollouts % variants:
         raise MetarobotError(f"rollouts = {rollouts} is not a multiple of {variants}, the variants of {family.name}")
     return lambda i: demos.trials(worlds // rollouts, rollouts // variants, [config.seed, i])
@@ -200,7 +208,7 @@ def _seed(run: Run, i: int) -> int:
     return int(np.random.SeedSequence([run.config["seed"], i]).generate_state(1)[0])
 
 
-def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) -> Iterate:
+def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) -> TrainingStep:
     """Return a function that gets trials and learns from them once."""
     sizes = run.config["agent_config"].get("worlds", 0), run.rollouts
     lost: Callable[[], dict[str, float]] = dict
@@ -208,7 +216,7 @@ def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) ->
         live = _imitated(run.family, *sizes, config)
     else:
         where: dict[str, Any] = {k: getattr(config, k) for k in ("sim", "device", "pool")} | {"threads": threads}
-        lived_in = worlds.build(run.family, *sizes, seed=config.seed, **where)
+        lived_in = worlds.make_task_source(run.family, *sizes, seed=config.seed, **where)
         live, lost = _lived(run, learner, lived_in), lived_in.lost
 
     def iterate(i: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
@@ -230,7 +238,7 @@ def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) ->
     return iterate
 
 
-def _iterate(run: Run, iterate: Iterate, counters: dict[str, Any]) -> dict[str, float]:
+def _iterate(run: Run, iterate: TrainingStep, counters: dict[str, Any]) -> dict[str, float]:
     """Go through one iteration; advance the counters and return the metrics."""
     began, i = time.monotonic(), counters["iteration"]
     lived, metrics = iterate(i, counters["steps"] / run.config["steps"], _seed(run, i))

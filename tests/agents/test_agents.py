@@ -7,7 +7,7 @@ from trial_learners import FAMILY, SHAPES, TASKS, build, live, skilled
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
 from metarobot.learning.memories import MEMORIES
-from metarobot.types import Percept, Rollout, sequence
+from metarobot.types import Percept, Rollout, join_episodes
 
 NAMES = ("blind", "oracle", "ppo", "prototype", "rl2", "varibad")  # test_maml.py has those that adapt by gradient
 
@@ -21,7 +21,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_rl2_over_a_whole_trial_equals_acting_step_by_step_and_tells_the_critic_alone_the_task(kind: str) -> None:
     learner = skilled("rl2", memory=kind)
     trials = live(learner, seed=3, explore=False)
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     with torch.no_grad():
         x = learner.agent.features(seq.percept)
         mean, value, belief = learner.agent(x, trials.task, seq.critic_obs)
@@ -37,7 +37,7 @@ def test_rl2_over_a_whole_trial_equals_acting_step_by_step_and_tells_the_critic_
 def test_ppo_over_a_whole_trial_equals_acting_step_by_step(name: str) -> None:
     learner = skilled(name)
     trials = live(learner, seed=3, explore=False)
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     with torch.no_grad():
         x = learner.agent.features(seq.percept.obs, trials.task if name == "oracle" else None)
         mean = learner.agent.actor(x)
@@ -138,7 +138,7 @@ def advantages(delta: list[float], fell: list[bool], decay: float) -> list[float
 def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> None:
     learner = skilled("rl2")
     trials = live(build("rl2"))
-    seq, c = sequence(trials.episodes), learner.config
+    seq, c = join_episodes(trials.episodes), learner.config
     ends = seq.valid.sum(0) - 1
     assert 0 < seq.truncated[ends, torch.arange(6)].sum() < 6
     _, _, value, target, *_ = learner._targets(seq, trials.task)
@@ -152,7 +152,7 @@ def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> N
                 learner.agent.features(whole), trials.task[w : w + 1], torch.zeros(len(whole.obs), 1, 0)
             )
         fell = seq.terminated[:n, w]
-        delta = seq.reward[:n, w] * learner.spread.scale + c.gamma * v[1:, 0] * ~fell - v[:-1, 0]
+        delta = seq.reward[:n, w] * learner.return_norm.scale + c.gamma * v[1:, 0] * ~fell - v[:-1, 0]
         expected = torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1, 0]
         assert torch.allclose(value[:n, w], v[:-1, 0], atol=1e-5)
         assert torch.allclose(target[:n, w], expected, atol=1e-4)
@@ -162,7 +162,7 @@ def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> N
 def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -> None:
     learner = skilled(name)
     trials = live(build(name))
-    seq, c, start = sequence(trials.episodes), learner.config, [0] * 6
+    seq, c, start = join_episodes(trials.episodes), learner.config, [0] * 6
     _, _, _, target, *_ = learner._targets(seq, trials.task)
     assert any(e.truncated.any() for e in trials.episodes)
     for e in trials.episodes:
@@ -171,7 +171,7 @@ def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -
             with torch.no_grad():
                 v = learner.agent.critic(learner.agent.features(seen, trials.task[w] if name == "oracle" else None))
             fell, v = e.terminated[:n, w], v[:, 0]
-            delta = e.reward[:n, w] * learner.spread.scale + c.gamma * v[1:] * ~fell - v[:-1]
+            delta = e.reward[:n, w] * learner.return_norm.scale + c.gamma * v[1:] * ~fell - v[:-1]
             expected = torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1]
             assert torch.allclose(target[start[w] : start[w] + n, w], expected, atol=1e-4)
             start[w] += n
@@ -192,7 +192,7 @@ def garbled(episode: Rollout) -> Rollout:
 def test_what_stands_in_the_padding_does_not_matter(name: str, settings) -> None:
     trials = live(build(name, **settings))
     noisy = replace(trials, episodes=tuple(garbled(e) for e in trials.episodes))
-    assert not torch.equal(sequence(noisy.episodes).action, sequence(trials.episodes).action)
+    assert not torch.equal(join_episodes(noisy.episodes).action, join_episodes(trials.episodes).action)
     learners = [build(name, **settings) for _ in range(2)]
     metrics = [one.update(t, 0.0, 0) for one, t in zip(learners, (trials, noisy), strict=True)]
     assert same(learners[0].state(), learners[1].state())

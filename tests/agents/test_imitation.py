@@ -11,16 +11,16 @@ from torch.func import functional_call
 
 from metarobot.agents.imitation import ImitationAgent, Imitator
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Shapes, agents
+from metarobot.learning.agent_interface import Dimensions, agents
 from metarobot.learning.meta_gradient import unflatten
 from metarobot.training.demonstrations import demonstrated
 from metarobot.types import Percept, Rollout, Trials
 
 TASKS, ROLLOUTS, TIME, OBS, ACT = 3, 4, 6, 5, 2
-SHAPES = Shapes(obs=OBS, act=ACT, task=1, episodes=2)
+SHAPES = Dimensions(obs=OBS, act=ACT, task=1, episodes=2)
 
 
-def build(seed: int = 0, shapes: Shapes = SHAPES, **settings: Any) -> Imitator:
+def build(seed: int = 0, shapes: Dimensions = SHAPES, **settings: Any) -> Imitator:
     """A learner of a small policy that does something, with rates that differ."""
     torch.manual_seed(seed)
     kind = agents.get("imitation")
@@ -333,7 +333,7 @@ def toy(rng: torch.Generator, orders: Sequence[int], shots: int = 2, steps: int 
 
 
 def test_a_toy_of_hidden_places_is_learned_from_demonstrations() -> None:
-    shapes = Shapes(obs=CODES + 2, act=2, task=1, episodes=2)
+    shapes = Dimensions(obs=CODES + 2, act=2, task=1, episodes=2)
     settings = {"worlds": 8 * CODES * 2, "rollouts": CODES * 2, "width": 32, "inner_steps": 2, "lr": 5e-3, "guess": 0}
     learner, rng = build(shapes=shapes, **settings, inner_lr=0.1), torch.Generator().manual_seed(0)
     rows = []

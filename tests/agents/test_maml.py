@@ -31,8 +31,8 @@ from helpers import (
 from torch import Tensor, nn
 from torch.func import vmap
 
-from metarobot.learning.gradient_agent import Batch, ignored
-from metarobot.learning.meta_gradient import first_order, slopes
+from metarobot.learning.gradient_agent import InnerBatch, ignored_rollouts
+from metarobot.learning.meta_gradient import first_order_derivatives, per_task_gradients
 
 by_trust_region = pytest.mark.parametrize("name", ["maml", "fomaml"])
 
@@ -42,11 +42,11 @@ def test_rates_that_are_not_learned_have_no_slope_and_never_change(name: str) ->
     learner = build(name, learn_rates=False)
     agent, before = learner.agent, learner.agent.vector()
     *support, query = agent.batches(lived())
-    path = agent.walk(agent.vector(), support)
-    gradient = agent.pull(path, slopes(agent.surrogate, path.weights, query))
+    path = agent.adapt_meta_parameters(agent.vector(), support)
+    gradient = agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))
     assert not gradient[: agent.size].any()
     assert gradient[agent.size :].any()
-    assert build("maml").agent.pull(path, slopes(agent.surrogate, path.weights, query))[: agent.size].any()
+    assert build("maml").agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))[: agent.size].any()
     for i in range(2):
         learner.update(lived(), 0.0, i)
     assert torch.equal(agent.vector()[: agent.size], before[: agent.size])
@@ -60,13 +60,13 @@ def test_promps_meta_gradient_equals_finite_differences() -> None:
     agent.assign(vector)
 
     def outer(x: Tensor) -> Tensor:
-        value = vmap(learner.clipped)(agent.walk(x, support).weights, query).mean()
+        value = vmap(learner.clipped)(agent.adapt_meta_parameters(x, support).weights, query).mean()
         for k, batch in enumerate(support):
-            acting = agent.walk(x, support).until(k).weights
+            acting = agent.adapt_meta_parameters(x, support).first(k).weights
             value = value - c.penalty * vmap(agent.divergence)(acting, batch).mean()
         return value
 
-    ratio = vmap(agent.ratio)(agent.walk(vector, support).weights, query)
+    ratio = vmap(agent.ratio)(agent.adapt_meta_parameters(vector, support).weights, query)
     assert ((ratio - 1).abs() > c.clip).any()
     sides = directions(4, len(vector))
     expected = torch.stack([slope_along(outer, vector, v, 1e-6) for v in sides])
@@ -83,9 +83,9 @@ def test_promps_meta_gradient_equals_finite_differences() -> None:
 def test_fomaml_takes_the_outer_slope_itself_and_updates_otherwise_than_maml() -> None:
     learner, vector, support, query = doubled("fomaml", 3)
     agent = learner.agent
-    path = agent.walk(vector, support, learner.derivative)
-    slope = slopes(agent.surrogate, path.weights, query)
-    assert torch.equal(agent.pull(path, slope)[agent.size :], slope.mean(0))
+    path = agent.adapt_meta_parameters(vector, support, learner.derivative)
+    slope = per_task_gradients(agent.surrogate, path.weights, query)
+    assert torch.equal(agent.meta_vjp(path, slope)[agent.size :], slope.mean(0))
     learners = [build(name) for name in ("fomaml", "maml")]
     for one in learners:
         one.update(lived(), 0.0, 0)
@@ -100,7 +100,7 @@ def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(in
 
     def slope(x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
-        weights = agent.walk(x, support, first_order).weights
+        weights = agent.adapt_meta_parameters(x, support, first_order_derivatives).weights
         return torch.autograd.grad(vmap(agent.divergence)(weights, query).mean(), x)[0]
 
     for v in directions(4, len(vector)):
@@ -112,19 +112,19 @@ def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(in
 def test_thinning_touches_the_curvature_alone(name: str) -> None:
     learner, vector, support, query = doubled(name, 3, thin=4, damping=0.0)
     agent = learner.agent
-    path = agent.walk(vector, support, learner.derivative)
+    path = agent.adapt_meta_parameters(vector, support, learner.derivative)
     sparse = (
         learner.derivative(agent.surrogate, s.start, b.thin(4))[1] for s, b in zip(path.steps, support, strict=True)
     )
     path = replace(path, steps=tuple(replace(s, hessian=h) for s, h in zip(path.steps, sparse, strict=True)))
     for v in directions(2, len(vector)):
-        pushed, moved = agent.push(path, v), []
+        pushed, moved = agent.meta_jvp(path, v), []
         for i in range(len(TASKS)):
-            shown = Batch(*(x[i] for x in query.thin(4)))
+            shown = InnerBatch(*(x[i] for x in query.thin(4)))
             kl = torch.autograd.functional.hvp(lambda w, b=shown: agent.divergence(w, b), path.weights[i], pushed[i])
             moved.append(kl[1])
         assert torch.allclose(
-            learner.fisher(vector, support, query)(v), agent.pull(path, torch.stack(moved)), rtol=1e-9
+            learner.fisher(vector, support, query)(v), agent.meta_vjp(path, torch.stack(moved)), rtol=1e-9
         )
 
 
@@ -149,7 +149,7 @@ def test_an_outer_step_gains_within_a_bound_that_shrinks(name: str, seed: int, p
     learner, old = build(name, kl=0.02, kl_end=0.2), build(name)
     trials = live(old.agent, seed=seed)
     *support, query = old.agent.batches(trials)
-    query, explained = old.agent.judged(query, trials, old.critic, 0)
+    query, explained = old.agent.with_critic_advantages(query, trials, old.critic, 0)
     metrics = learner.update(trials, progress, 0)
     step = learner.agent.vector() - old.agent.vector()
     before, none = old.objective(old.agent.vector(), support, query, torch.zeros_like(step))
@@ -245,7 +245,7 @@ def test_a_step_within_the_bound_is_taken() -> None:
     learner, old = build("promp", epochs=3), build("promp").agent
     metrics = learner.update(lived(), 0.5, 0)
     *support, query = old.batches(lived())
-    reached = vmap(old.divergence)(old.walk(learner.agent.vector(), support).weights, query).mean()
+    reached = vmap(old.divergence)(old.adapt_meta_parameters(learner.agent.vector(), support).weights, query).mean()
     assert metrics["train/approx_kl"] == pytest.approx(float(reached), rel=1e-3)
     assert metrics["train/undone"] == 0.0
     assert metrics["train/gradient_steps"] == 3.0
@@ -290,7 +290,7 @@ def test_a_rollout_with_a_broken_number_is_not_learned_from(name: str, where: in
         trials.append(replace(lived(), episodes=tuple(episodes)))
     counts = [one.update(t, 0.0, 0)["train/ignored_rollouts"] for one, t in zip(learners, trials, strict=True)]
     assert counts == [2.0, 0.0]
-    assert ignored(trials[0]) == 2.0
+    assert ignored_rollouts(trials[0]) == 2.0
     assert same(*(one.state() for one in learners))
     assert finite(learners[0])
     assert not torch.equal(learners[0].agent.vector(), build(name).agent.vector())

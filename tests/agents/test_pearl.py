@@ -11,13 +11,13 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 from metarobot.agents.pearl import PEARL, PEARLConfig, Twins, squashed
 from metarobot.env.base import Env
-from metarobot.learning.agent_interface import Shapes
+from metarobot.learning.agent_interface import Dimensions
 from metarobot.learning.gaussian_posterior import PosteriorError
-from metarobot.learning.trial_replay import Steps
+from metarobot.learning.trial_replay import Transitions
 from metarobot.tasks.family import Family, families
 from metarobot.training.collect import collect
-from metarobot.training.run_folder import build_learner, family_shapes, open_run, save
-from metarobot.types import Percept, Trials, sequence
+from metarobot.training.run_folder import agent_dimensions, build_learner, open_run, save_checkpoint
+from metarobot.types import Percept, Trials, join_episodes
 
 SMALL = {"worlds": 2, "width": 16, "tasks": 4, "batch": 4, "context": 8, "gradient_steps": 3, "replay": 10_000}
 
@@ -43,10 +43,10 @@ def skilled(**settings: Any) -> PEARL:
     return learner
 
 
-def drawn(tasks: int, steps: int, seed: int = 0) -> Steps:
+def drawn(tasks: int, steps: int, seed: int = 0) -> Transitions:
     g = torch.Generator().manual_seed(seed)
     sizes = (17, 6, 0, 0, 17)
-    return Steps(*(torch.randn(*(tasks, steps, n) if n else (tasks, steps), generator=g) for n in sizes))
+    return Transitions(*(torch.randn(*(tasks, steps, n) if n else (tasks, steps), generator=g) for n in sizes))
 
 
 def close(a: tuple[Tensor, ...], b: tuple[Tensor, ...], **tolerance: float) -> bool:
@@ -56,7 +56,7 @@ def close(a: tuple[Tensor, ...], b: tuple[Tensor, ...], **tolerance: float) -> b
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_the_posterior_is_the_normalised_product_of_prior_and_factors(steps: int) -> None:
     agent = skilled(latent=2).agent.double()
-    lived = Steps(*(x.double() for x in drawn(1, steps)))
+    lived = Transitions(*(x.double() for x in drawn(1, steps)))
     factors, got = agent.factors(lived), agent.infer(lived)
     z = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
     for dim in range(2):
@@ -84,7 +84,7 @@ def test_the_order_of_transitions_and_of_episodes_does_not_matter() -> None:
     assert close(there, back, rtol=1e-5, atol=1e-5)
     assert not close(agent.adapt(start, first), there, rtol=1e-2)
     lived, order = drawn(2, 50), torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    shuffled = Steps(*(x[:, order] for x in lived))
+    shuffled = Transitions(*(x[:, order] for x in lived))
     assert close(agent.infer(lived), agent.infer(shuffled), rtol=1e-5, atol=1e-6)
 
 
@@ -94,10 +94,10 @@ def test_adapting_by_episodes_equals_inferring_from_all_that_was_lived_at_once()
     context = agent.begin(2)
     for episode in trials.episodes:
         context = agent.adapt(context, episode)
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     parts = (seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs)
     for world in (0, 1):
-        lived = Steps(*(x[:, world][seq.valid[:, world]][None] for x in parts))
+        lived = Transitions(*(x[:, world][seq.valid[:, world]][None] for x in parts))
         want = tuple(x[world : world + 1] for x in agent.posterior(context))
         assert close(agent.infer(lived), want, rtol=1e-4, atol=1e-5)
 
@@ -148,7 +148,7 @@ def test_z_is_drawn_at_an_episodes_first_step_and_kept() -> None:
 
 
 def test_actions_depend_on_z_and_stay_within_their_bounds() -> None:
-    shapes = Shapes(obs=17, act=6, task=1, episodes=3, horizon=12, low=(-4.0,) * 6, high=(2.0,) * 6)
+    shapes = Dimensions(obs=17, act=6, task=1, episodes=3, horizon=12, low=(-4.0,) * 6, high=(2.0,) * 6)
     agent = PEARL(PEARLConfig(**SMALL), shapes).agent
     nn.init.constant_(agent.actor[-1].bias, 0.3)
     zeros = torch.zeros(2, 5)
@@ -166,7 +166,7 @@ def test_actions_depend_on_z_and_stay_within_their_bounds() -> None:
 
 
 def test_a_family_tells_its_bounds_and_its_horizon() -> None:
-    shapes = family_shapes(families.get("QuadrupedFlat"), 2)
+    shapes = agent_dimensions(families.get("QuadrupedFlat"), 2)
     assert shapes.horizon == 200
     assert shapes.low == (-4.0,) * 12
     assert shapes.high == (4.0,) * 12
@@ -340,7 +340,7 @@ def test_training_that_breaks_down_leaves_the_last_checkpoint(tmp_path: Path, ca
     assert run(capsys, *argv, "--steps", "600")[0] == 0
     before = json.loads((out / "checkpoint.json").read_text())
     tensors, counters = open_run(out).checkpoint()
-    save(out, tensors | {"temperature.log": torch.tensor(float("nan"))}, counters)
+    save_checkpoint(out, tensors | {"temperature.log": torch.tensor(float("nan"))}, counters)
     code, _, errors = run(capsys, *argv, "--steps", "1200", "--resume")
     assert code == 2
     assert "pearl: the weights are not finite any more" in errors

@@ -12,8 +12,8 @@ from metarobot.agents.ppo import PPO, PPOConfig
 from metarobot.agents.prototype import CollapseError, Prototype, PrototypeConfig
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Context, Shapes
-from metarobot.learning.metric_losses import LOSSES, calibrated
+from metarobot.learning.agent_interface import Context, Dimensions
+from metarobot.learning.metric_losses import LOSSES, novelty_threshold
 from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.training.train import train
@@ -21,7 +21,7 @@ from metarobot.types import Percept, Rollout, Trials
 
 FAMILY = replace(families.get("CheetahVel"), horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 TASKS = FAMILY.space.sample("train", 6, 0)
-SHAPES = Shapes(obs=17, act=6, task=1, episodes=2)
+SHAPES = Dimensions(obs=17, act=6, task=1, episodes=2)
 SMALL: dict[str, Any] = {"worlds": 6, "minibatches": 2, "epochs": 2, "width": 16, "lessons": 4, "window": 5}
 
 
@@ -182,7 +182,7 @@ def test_the_bank_holds_the_latest_tasks_with_prototypes_of_the_encoder_as_it_is
     assert torch.equal(bank.task[[6, 7, 8, 0, 1, 2]], trials.task)
     z = learner.agent.embedded()
     assert torch.equal(bank.prototype, z.mean(1))
-    assert float(bank.threshold) == pytest.approx(calibrated(z, z.mean(1)))
+    assert float(bank.threshold) == pytest.approx(novelty_threshold(z, z.mean(1)))
     with torch.no_grad():
         learner.agent.encoder.place[0].weight *= 1.5
     learner.agent.refresh()
@@ -213,7 +213,7 @@ def test_the_policys_gradient_leaves_the_encoder_alone_and_a_blind_policy_is_a_b
     torch.manual_seed(1)
     blind = PPO(PPOConfig(width=16), SHAPES).agent
     blind.norm.update(torch.randn(50, 17))
-    learner.adopt(blind)
+    learner.warm_start(blind)
     obs, zeros = torch.randn(3, 17), torch.zeros(3)
     percept = Percept(obs, torch.zeros(3, 6), zeros, zeros, zeros + 1)
     expected, _ = blind.act(percept, ())

@@ -19,13 +19,13 @@ from metarobot.tasks.space import Param, TaskSpace
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
 from metarobot.training.run_folder import Run, build_learner
-from metarobot.training.train import start, train
+from metarobot.training.train import start_run, train
 
 pytestmark = pytest.mark.slow
 
 
 def trained(out: Path, family: str, steps: int, agent: str = "rl2", **settings: object) -> Run:
-    run = start(TrainConfig(family=family, agent=agent, steps=steps), agents.get(agent).config(**settings), out)
+    run = start_run(TrainConfig(family=family, agent=agent, steps=steps), agents.get(agent).config(**settings), out)
     train(run)
     return run
 

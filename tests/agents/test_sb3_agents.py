@@ -23,14 +23,14 @@ from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import Run, build_learner, open_run, publish
-from metarobot.training.train import start, train
+from metarobot.training.run_folder import Run, build_learner, open_run, publish_agent
+from metarobot.training.train import start_run, train
 from metarobot.types import Percept
 
 pytest.importorskip("sb3_contrib")
 
 from metarobot.agents.sb3.policies import TrialPolicy
-from metarobot.agents.sb3.trial_envs import TrialWorlds, Worlds, told
+from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv, flat_percept
 
 SMALL: dict[str, dict[str, Any]] = {
     "sb3:ppo": {"worlds": 4, "episodes": 1, "width": 8, "epochs": 2, "minibatches": 4},
@@ -43,7 +43,7 @@ VEL = replace(families.get("CheetahVel100"), horizon=10)
 
 def begin(out: Path, name: str, steps: int = 1200, **settings: Any) -> Run:
     config = agents.get(name).config(**SMALL[name] | settings)
-    return start(TrainConfig(family="CheetahVel100", agent=name, steps=steps, threads=1, save_every=1), config, out)
+    return start_run(TrainConfig(family="CheetahVel100", agent=name, steps=steps, threads=1, save_every=1), config, out)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_acts_as_sb3_predicts_through_a_whole_trial(trained: dict[str, Run], nam
     moved = 0.0
     for t in range(25):
         action, context = agent.act(percept, context)
-        seen = told(percept) if context else percept.obs
+        seen = flat_percept(percept) if context else percept.obs
         expected, state = learner.model.predict(seen.numpy(), state, starts, deterministic=True)
         np.testing.assert_allclose(action.detach().numpy(), expected, atol=2e-7)
         moved += float(action.detach().abs().sum())
@@ -85,7 +85,7 @@ def test_explores_as_sb3_does_when_it_collects(trained: dict[str, Run], name: st
     with torch.no_grad():
         ours = torch.stack([agent.act(percept, agent.begin(n), x)[0] for x in noise])
         torch.manual_seed(0)
-        seen = told(percept) if agent.begin(n) else percept.obs
+        seen = flat_percept(percept) if agent.begin(n) else percept.obs
         theirs = np.stack([agent.policy.predict(seen.numpy(), None, np.ones(n))[0] for _ in range(1000)])
     np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=0.09)
     np.testing.assert_allclose(ours.std(0), theirs.std(0), atol=0.09)
@@ -170,7 +170,7 @@ def test_is_evaluated_filmed_and_published_as_any_other(trained: dict[str, Run],
     run = trained[name]
     report = evaluate([run], Protocol(tasks=3, episodes=2, threads=1), controls=True)
     assert report["agent"] == name
-    publish(run, tmp_path / "box", {"summary": "x"})
+    publish_agent(run, tmp_path / "box", {"summary": "x"})
     boxed = open_run(tmp_path / "box")
     assert not any(k.startswith("replay") for k in boxed.checkpoint()[0])
     again = evaluate([boxed], Protocol(tasks=3, episodes=2, threads=1))
@@ -205,7 +205,7 @@ def test_memory_lives_through_the_trial_and_the_whole_sequence_equals_its_steps(
                 begun = k + t == 0
                 before = [torch.zeros_like(x[0]) if begun else x[t - 1] for x in (last.action, last.reward)]
                 first, done = torch.full((4,), float(begun)), torch.full((4,), float(t == 0 and k > 0))
-                percepts.append(told(Percept(episode.obs[t], *before, done, first)))
+                percepts.append(flat_percept(Percept(episode.obs[t], *before, done, first)))
         sequence = torch.stack(percepts, 1).flatten(0, 1)
         starts = torch.zeros(4, 12)
         starts[:, 0] = 1.0
@@ -237,7 +237,7 @@ def test_walks_through_a_sequence_where_memories_are_cleared_within_it() -> None
 
 def test_trial_worlds_show_what_an_agent_is_shown_when_it_is_tested() -> None:
     family = replace(VEL, horizon=5)
-    worlds = TrialWorlds(family, 3, 2, 1)
+    worlds = TrialVecEnv(family, 3, 2, 1)
     actions = torch.rand(10, 3, 6, generator=torch.Generator().manual_seed(0)).numpy() * 2 - 1
     worlds.seed(1)
     percepts, tasks, overs, infos = [worlds.reset()], [list(worlds.env.tasks)], [], []
@@ -268,7 +268,7 @@ def test_trial_worlds_show_what_an_agent_is_shown_when_it_is_tested() -> None:
 
 
 def test_single_episodes_have_a_new_task_each() -> None:
-    worlds = Worlds(replace(VEL, horizon=5), 3, 1, 1)
+    worlds = EpisodeVecEnv(replace(VEL, horizon=5), 3, 1, 1)
     worlds.seed(1)
     worlds.reset()
     before = list(worlds.env.tasks)
@@ -280,7 +280,7 @@ def test_single_episodes_have_a_new_task_each() -> None:
 def test_rewards_are_scaled_in_training_only() -> None:
     learner = build_learner("sb3:ppo", agents.get("sb3:ppo").config(**SMALL["sb3:ppo"]), VEL, 0)
     worlds = learner.worlds(VEL, 1)
-    learner.spread.update(torch.tensor([[0.0], [8.0]]))
+    learner.return_norm.update(torch.tensor([[0.0], [8.0]]))
     learner.prepare(worlds)
     worlds.reset()
     _, reward, _, _ = worlds.step(np.zeros((4, 6), np.float32))

@@ -8,18 +8,18 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from trial_learners import FAMILY, TASKS, build, live, skilled
 
-from metarobot.agents.rl2 import Batch, last
+from metarobot.agents.rl2 import TrialBatch, last_step
 from metarobot.cli.main import main
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.evaluate import _swapped
 from metarobot.learning.agent_interface import Context, Learner, agents
-from metarobot.learning.gaussian_posterior import Gaussian, PosteriorError, standard
+from metarobot.learning.gaussian_posterior import Gaussian, PosteriorError, standard_normal
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
-from metarobot.training.run_folder import open_run, save
-from metarobot.training.train import start, train
-from metarobot.types import Percept, Rollout, sequence
+from metarobot.training.run_folder import open_run, save_checkpoint
+from metarobot.training.train import start_run, train
+from metarobot.types import Percept, Rollout, join_episodes
 
 SMALL = {"latent": 2, "posteriors": 16, "transitions": 16}
 
@@ -38,7 +38,7 @@ def remembered(agent, tasks, episodes: int = 2, seed: int = 3) -> Context:
 
 
 def whole(learner: Learner, trials) -> tuple[Tensor, Gaussian]:
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     with torch.no_grad():
         mean, _, q = learner.agent(learner.agent.features(seq.percept), trials.task, seq.critic_obs)
     return mean, q
@@ -48,7 +48,7 @@ def whole(learner: Learner, trials) -> tuple[Tensor, Gaussian]:
 def test_a_whole_trial_equals_acting_step_by_step(kind: str) -> None:
     learner = skilled("varibad", memory=kind)
     trials = live(learner, seed=3, explore=False)
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     mean, q = whole(learner, trials)
     assert seq.action[seq.valid].abs().mean() > 0.05
     assert torch.allclose(mean[seq.valid], seq.action[seq.valid], atol=1e-5)
@@ -62,7 +62,9 @@ def test_a_whole_trial_equals_acting_step_by_step(kind: str) -> None:
 def test_a_trial_begins_with_the_prior_and_adapting_hands_on_mean_and_variance() -> None:
     agent = skilled("varibad", latent=3).agent
     context = agent.begin(4)
-    assert all(torch.equal(a, b) for a, b in zip(agent.posterior(context), standard(torch.empty(4, 3)), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(agent.posterior(context), standard_normal(torch.empty(4, 3)), strict=True)
+    )
     assert [x.shape for x in agent.belief(context)] == [(4, len(FAMILY.space.params))] * 2
     after = remembered(agent, TASKS)
     adapted = agent.adapt(after, live(build("varibad")).episodes[0])
@@ -102,13 +104,13 @@ def test_the_context_of_another_task_changes_posterior_belief_and_actions() -> N
 
 def bound(learner: Learner, trials, known: Gaussian, passes: int, first: bool = False) -> float:
     """The learner's estimate of the bound a step, averaged over many draws and over the trials."""
-    rng, seq, rows = torch.Generator().manual_seed(0), sequence(trials.episodes), torch.arange(6)
+    rng, seq, rows = torch.Generator().manual_seed(0), join_episodes(trials.episodes), torch.arange(6)
     total = 0.0
     for _ in range(passes):
         drawn = learner._draw(seq, rng)
         if first:
             drawn = drawn._replace(times=torch.zeros_like(drawn.times))
-        batch = Batch._make([trials.task] * 10)
+        batch = TrialBatch._make([trials.task] * 10)
         with torch.no_grad():
             loss, parts = learner._known(known, batch, drawn, torch.ones(1, 6), rows)
         total += float(parts[3] - loss)
@@ -117,8 +119,8 @@ def bound(learner: Learner, trials, known: Gaussian, passes: int, first: bool = 
 
 def densities(learner: Learner, trials, world: int, m: Tensor) -> Tensor:
     """Log-density a step of all that happened in a trial, by torch's own, for each task ``m`` ``(draw, latent)``."""
-    seq = sequence(trials.episodes)
-    n = int(last(seq)[world]) + 1
+    seq = join_episodes(trials.episodes)
+    n = int(last_step(seq)[world]) + 1
     obs, after = (
         learner.agent.norm(torch.cat([x, seq.reward[..., None]], -1))[:n, world : world + 1]
         for x in (seq.percept.obs, seq.next_obs)
@@ -143,7 +145,7 @@ def test_the_bound_is_what_samples_of_every_posterior_say(explained) -> None:
     learner, trials, known = explained
     rng, means = torch.Generator().manual_seed(1), []
     with torch.no_grad():
-        for w, end in enumerate(last(sequence(trials.episodes)).tolist()):
+        for w, end in enumerate(last_step(join_episodes(trials.episodes)).tolist()):
             terms, previous = [], Gaussian(torch.zeros(2), torch.ones(2))
             for t in range(end + 1):
                 q = Gaussian(known.mean[t, w], known.var[t, w])
@@ -157,7 +159,7 @@ def test_the_bound_is_what_samples_of_every_posterior_say(explained) -> None:
 
 def test_the_bound_lies_below_the_evidence(explained) -> None:
     learner, trials, known = explained
-    lengths = last(sequence(trials.episodes)) + 1
+    lengths = last_step(join_episodes(trials.episodes)) + 1
     prior = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         evidence = [
@@ -172,7 +174,7 @@ def test_the_policys_gradient_reaches_the_encoder_only_if_it_may() -> None:
     for through in (False, True):
         agent = skilled("varibad", through=through).agent
         agent.zero_grad()
-        seq = sequence(trials.episodes)
+        seq = join_episodes(trials.episodes)
         mean, value, _ = agent(agent.features(seq.percept), trials.task, seq.critic_obs)
         (mean.sum() + value.sum()).backward()
         reached = {k for k, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
@@ -217,10 +219,10 @@ def test_trials_that_are_all_the_same_collapse_it_too() -> None:
 
     def one(episode: Rollout) -> Rollout:
         rows = {
-            k: v[..., :1, :] if k in ("obs", "action", "critic_obs", "advice") else v for k, v in vars(episode).items()
+            k: v[..., :1, :] if k in ("obs", "action", "critic_obs", "teacher_action") else v for k, v in vars(episode).items()
         }
         wide = {
-            k: v.expand(*v.shape[:-2], 6, -1) for k, v in rows.items() if k in ("obs", "action", "critic_obs", "advice")
+            k: v.expand(*v.shape[:-2], 6, -1) for k, v in rows.items() if k in ("obs", "action", "critic_obs", "teacher_action")
         }
         flat = {k: getattr(episode, k)[:, :1].expand(-1, 6) for k in ("reward", "terminated", "truncated", "valid")}
         return replace(episode, **wide, **flat, final_obs=episode.final_obs[:1].expand(6, -1))
@@ -243,7 +245,7 @@ def test_a_posterior_that_is_not_finite_is_named() -> None:
 def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(tmp_path: Path, capsys) -> None:
     config = agents.get("varibad").config(worlds=4, minibatches=2, epochs=1, width=16, lr=0.0)
     settings = TrainConfig(family="CheetahDir100", agent="varibad", steps=2400, threads=1, save_every=1)
-    run = start(settings, config, tmp_path / "x")
+    run = start_run(settings, config, tmp_path / "x")
     learner = run.learner()
     trials = collect(
         learner.agent,
@@ -254,7 +256,7 @@ def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(t
     )
     learner.update(trials, 0.0, 0)
     silence(learner)
-    save(run.folder, learner.state(), {"iteration": 1, "steps": 800, "elapsed_s": 1.0})
+    save_checkpoint(run.folder, learner.state(), {"iteration": 1, "steps": 800, "elapsed_s": 1.0})
     before = (run.folder / "checkpoint.json").read_bytes()
     with pytest.raises(PosteriorError, match="has collapsed"):
         train(run, resume=True, show=False)
@@ -270,4 +272,4 @@ def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(t
 def test_counts_below_one_are_refused(tmp_path: Path, name: str) -> None:
     settings = TrainConfig(family="CheetahDir100", agent="varibad")
     with pytest.raises(MetarobotError, match=f"{name} must be at least 1, not 0"):
-        start(settings, agents.get("varibad").config(**{name: 0}), tmp_path / "x")
+        start_run(settings, agents.get("varibad").config(**{name: 0}), tmp_path / "x")

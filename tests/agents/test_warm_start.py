@@ -14,7 +14,7 @@ from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
 from metarobot.training.run_folder import Run, build_learner, open_run
-from metarobot.training.train import start, train
+from metarobot.training.train import start_run, train
 
 SMALL = {"worlds": 4, "minibatches": 2, "epochs": 1}
 
@@ -26,7 +26,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begun(out: Path, policy: Path, agent: str) -> Run:
     settings = TrainConfig(family="CheetahDir", agent=agent, init=str(policy), steps=1600, threads=1, save_every=1)
-    return start(settings, replace(agents.get(agent).config(), **SMALL), out)
+    return start_run(settings, replace(agents.get(agent).config(), **SMALL), out)
 
 
 @pytest.mark.parametrize("name", ["rl2", "blind", "oracle"])
@@ -40,7 +40,7 @@ def test_an_agent_that_adopted_a_policy_acts_as_it_does(name: str, policy: Path)
     env = Env(family, tasks, threads=1)
     before_std = learner.agent.log_std.clone()
     before = collect(learner.agent, env, tasks, episodes=2, seed=0, explore=False)
-    learner.adopt(source)
+    learner.warm_start(source)
     mine, theirs = (collect(a, env, tasks, episodes=2, seed=0, explore=False) for a in (learner.agent, source))
     assert theirs.episodes[0].action.abs().mean() > 0.05
     for k in range(2):
@@ -72,7 +72,7 @@ def test_a_policy_that_does_not_fit_is_refused_in_a_line(
 ) -> None:
     config = replace(agents.get(agent).config(), width=width)
     with pytest.raises(MetarobotError, match=message) as refusal:
-        start(TrainConfig(family=family, agent=agent, init=str(policy)), config, tmp_path / "run")
+        start_run(TrainConfig(family=family, agent=agent, init=str(policy)), config, tmp_path / "run")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run").exists()
 

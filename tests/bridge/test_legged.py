@@ -15,7 +15,7 @@ from metarobot.bridge.layouts.legged import Legged
 from metarobot.bridge.layouts.named_signals import Direct
 from metarobot.bridge.policy.metadata import Limit
 from metarobot.bridge.robot_interface import GYRO, QUAT
-from metarobot.deploy.sim_robot_body import World
+from metarobot.deploy.sim_robot_body import SimulatedRobot
 from metarobot.env.base import Env
 from metarobot.envs.robots import go2
 from metarobot.tasks.family import Family, families
@@ -54,7 +54,7 @@ def rotation(quat: Any) -> np.ndarray:
     return matrix.reshape(3, 3)
 
 
-def said(robot: World, seq: int) -> dict[str, float]:
+def said(robot: SimulatedRobot, seq: int) -> dict[str, float]:
     """The robot's reading as a controller gets it."""
     values = dict(zip(robot.signals.reading, robot.reading(), strict=True))
     return {"stamp": 0.02 * seq, "seq": float(seq), **values}
@@ -66,7 +66,7 @@ class Lived:
     def __init__(self, name: str, task: int, noise: bool) -> None:
         run = open_run(name)
         agent, family = run.load_agent(), run.family
-        robot = World(family, family.space.sample("test", task + 1), noise=noise)
+        robot = SimulatedRobot(family, family.space.sample("test", task + 1), noise=noise)
         robot.restart(task, 0)
         zeros = torch.zeros(1)
         percept, context = Percept(robot.obs, torch.zeros(1, 12), zeros, zeros, zeros + 1), agent.begin(1)
@@ -77,7 +77,7 @@ class Lived:
         with torch.no_grad():
             while not robot.over:
                 action, context = agent.act(percept, context)
-                robot.env.command(action)
+                robot.env.apply_action(action)
                 before = robot.terms
                 robot.advance(family.substeps)
                 percept = Percept(robot.obs, action, torch.tensor([robot.reward]), zeros, zeros)
@@ -85,8 +85,8 @@ class Lived:
                 self.actions.append(action[0].clamp(-4, 4).numpy())
                 self.terms.append({k: robot.terms[k] - before[k] for k in before})
                 self.rewards.append(robot.reward)
-                turn = rotation(robot.env.now.qpos[0, 3:7].numpy())
-                self.velocity.append(robot.env.now.qvel[0, :3].numpy() @ turn)
+                turn = rotation(robot.env.snapshot.qpos[0, 3:7].numpy())
+                self.velocity.append(robot.env.snapshot.qvel[0, :3].numpy() @ turn)
         self.fallen = robot.terminated
 
 
@@ -138,7 +138,7 @@ def test_observations_are_those_of_the_family() -> None:
     family = families.get("QuadrupedMix")  # its slopes turn gravity
     quiet, rng = replace(family, noise=()), np.random.default_rng(0)
     tasks = family.space.sample("test", 3)
-    robot, env = World(family, tasks, noise=False), Env(quiet, tasks, threads=1)
+    robot, env = SimulatedRobot(family, tasks, noise=False), Env(quiet, tasks, threads=1)
     layout, seq, last = Legged(meta(family)), 1, np.zeros(12, np.float32)
     robot.restart(1, 0)
     obs = env.reset(0)
@@ -152,7 +152,7 @@ def test_observations_are_those_of_the_family() -> None:
 
 
 def test_noise_comes_through_as_in_training() -> None:
-    robot = World(FAMILY, FAMILY.space.sample("test", 1))
+    robot = SimulatedRobot(FAMILY, FAMILY.space.sample("test", 1))
     obs = Legged(meta()).observe(said(robot, 1), np.zeros(12))
     assert obs.dtype == np.float32
     assert obs[3:] == pytest.approx(robot.obs[0, 3:].numpy(), abs=1e-5)
@@ -213,7 +213,7 @@ def test_a_reading_is_taken_in_once_whoever_asks_first() -> None:
 
 
 def test_a_fall_is_seen_where_the_simulator_sees_it() -> None:
-    robot = World(FAMILY, FAMILY.space.sample("test", 1), noise=False)
+    robot = SimulatedRobot(FAMILY, FAMILY.space.sample("test", 1), noise=False)
     layout, seq = Legged(meta()), 1
     robot.damp()
     while not robot.over:

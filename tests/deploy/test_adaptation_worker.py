@@ -51,7 +51,7 @@ def lived(agent: Any) -> Rollout:
     both = live(agent, episodes=1).episodes[0]
     half = both.reward.shape[1] // 2
     assert not both.valid[:, :half].all()
-    rows = {k: getattr(both, k)[:, :half] for k in (*IN_TIME, "critic_obs", "advice")}
+    rows = {k: getattr(both, k)[:, :half] for k in (*IN_TIME, "critic_obs", "teacher_action")}
     return replace(both, **rows, **{k: getattr(both, k)[:half] for k in ("final_obs", "final_critic_obs", "faulted")})
 
 

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from metarobot.bridge.policy.metadata import Meta
 from metarobot.bridge.policy.onnx_policy import Policy
 from metarobot.deploy import onnx_export as exporting
-from metarobot.deploy.onnx_export import TOLERANCE, Beside, ExportError, convert, describe, export, parity, properties
+from metarobot.deploy.onnx_export import (
+    TOLERANCE,
+    ExportError,
+    ParityCheck,
+    convert,
+    describe,
+    export,
+    parity,
+    properties,
+)
 from metarobot.env.base import Env
 from metarobot.envs.robots import go2
 from metarobot.files import read_json
@@ -123,7 +132,7 @@ def test_a_step_that_is_no_number_is_found(exported: Exported) -> None:
 def test_the_exported_agent_takes_over_what_was_learned(exported: Exported) -> None:
     run, folder = exported("maml")
     policy = Policy.load(folder)
-    both = Beside(run.load_agent(), policy, exported_leads=True)
+    both = ParityCheck(run.load_agent(), policy, exported_leads=True)
     env = Env(run.family, run.family.space.sample("train", 1), threads=1)
     before = both.begin(1)
     np.testing.assert_array_equal(policy.context()["weights"], before[0])

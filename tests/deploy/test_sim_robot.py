@@ -20,8 +20,8 @@ import torch
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robots.sim_client import HOST, Kind, Sim, frame, parse
-from metarobot.deploy.sim_robot_body import World, between, limp, product, tilted, upright
-from metarobot.deploy.sim_robot_server import Server, serve
+from metarobot.deploy.sim_robot_body import SimulatedRobot, between, damped_model, product, tilted, upright
+from metarobot.deploy.sim_robot_server import SimRobotServer, serve
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import families
@@ -36,15 +36,17 @@ def meta(family: str) -> Any:
     return SimpleNamespace(family=family, joint_names=joints, observation_names=chosen.observations)
 
 
-def world(family: str, tasks: int = 1, **settings: Any) -> World:
+def world(family: str, tasks: int = 1, **settings: Any) -> SimulatedRobot:
     chosen = families.get(family)
-    return World(chosen, chosen.space.sample("test", tasks), **settings)
+    return SimulatedRobot(chosen, chosen.space.sample("test", tasks), **settings)
 
 
 @contextmanager
-def served(robot: World, *, lockstep: bool = True, watchdog_s: float = WATCHDOG, hz: float = 0.0) -> Iterator[Server]:
+def served(
+    robot: SimulatedRobot, *, lockstep: bool = True, watchdog_s: float = WATCHDOG, hz: float = 0.0
+) -> Iterator[SimRobotServer]:
     """A robot's loop in a thread of its own."""
-    server = Server(robot, port=0, lockstep=lockstep, watchdog_s=watchdog_s, publish_hz=hz)
+    server = SimRobotServer(robot, port=0, lockstep=lockstep, watchdog_s=watchdog_s, publish_hz=hz)
     thread = threading.Thread(target=server.serve, kwargs={"until_eof": False}, daemon=True)
     thread.start()
     try:
@@ -56,7 +58,7 @@ def served(robot: World, *, lockstep: bool = True, watchdog_s: float = WATCHDOG,
 
 
 @contextmanager
-def driven(server: Server) -> Iterator[Sim]:
+def driven(server: SimRobotServer) -> Iterator[Sim]:
     robot = Sim(meta(server.world.family.name), address=f"{HOST}:{server.port}")
     robot.connect()
     try:
@@ -134,7 +136,7 @@ def test_what_it_really_earned_is_summed_by_term() -> None:
 
 def test_past_the_horizon_it_goes_on_and_nothing_more_is_summed() -> None:
     chosen = replace(families.get("QuadrupedFlat"), horizon=5)
-    robot = World(chosen, chosen.space.sample("test", 1))
+    robot = SimulatedRobot(chosen, chosen.space.sample("test", 1))
     robot.advance(12 * chosen.substeps)
     assert (robot.told()["steps"], robot.over) == (5, True)
     assert len(robot.reading()) == len(robot.signals.reading)
@@ -165,7 +167,7 @@ def test_a_task_that_is_not_there_is_refused() -> None:
 
 def test_a_legged_robot_tells_what_its_sensors_measure() -> None:
     robot = world("QuadrupedFlat", noise=False)
-    assert not robot.obs[0, 3:30].equal(robot.family.observe(robot.env.now)[0, 3:30])  # training's has noise
+    assert not robot.obs[0, 3:30].equal(robot.family.observe(robot.env.snapshot)[0, 3:30])  # training's has noise
     robot.advance(robot.family.substeps)
     said = dict(zip(robot.signals.reading, robot.reading(), strict=True))
     model, state = robot.env.model(robot.tasks[0]), robot.env.state
@@ -210,12 +212,12 @@ def test_an_imu_calls_down_what_gravity_pulls_to() -> None:
 
 def test_a_limp_robot_only_resists_motion() -> None:
     robot = world("QuadrupedFlat")
-    soft = limp(robot.env.model(robot.tasks[0]))
+    soft = damped_model(robot.env.model(robot.tasks[0]))
     data = mujoco.MjData(soft)
     data.ctrl[:], data.qvel[6:] = 3.0, np.linspace(-1, 1, 12)
     mujoco.mj_forward(soft, data)
     assert data.actuator_force == pytest.approx(-2.0 * data.qvel[6:])
-    motors = limp(world("CheetahDir").env.model(families.get("CheetahDir").space.task(direction=1.0)))
+    motors = damped_model(world("CheetahDir").env.model(families.get("CheetahDir").space.task(direction=1.0)))
     data = mujoco.MjData(motors)
     data.ctrl[:] = 1.0
     mujoco.mj_forward(motors, data)
@@ -452,4 +454,4 @@ def test_a_port_that_is_taken() -> None:
         served(robot) as server,
         pytest.raises(MetarobotError, match=f"port {server.port} of 127.0.0.1 cannot be had"),
     ):
-        Server(robot, port=server.port, lockstep=True, watchdog_s=1.0, publish_hz=0.0)
+        SimRobotServer(robot, port=server.port, lockstep=True, watchdog_s=1.0, publish_hz=0.0)

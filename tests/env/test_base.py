@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from metarobot.env.base import Env, Step
+from metarobot.env.base import Env, StepResult
 from metarobot.tasks.distributions import Uniform
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Param, TaskSpace
@@ -26,11 +26,11 @@ def actions(env: Env, steps: int, seed: int = 0) -> torch.Tensor:
     return 2 * torch.rand(steps, env.worlds, env.act_dim, generator=rng) - 1
 
 
-def roll(env: Env, steps: int, seed: int = 0) -> list[Step]:
+def roll(env: Env, steps: int, seed: int = 0) -> list[StepResult]:
     return [env.step(a) for a in actions(env, steps, seed)]
 
 
-def same(a: Step, b: Step, worlds: Sequence[int] | slice = slice(None)) -> bool:
+def same(a: StepResult, b: StepResult, worlds: Sequence[int] | slice = slice(None)) -> bool:
     """Whether two steps are equal bit for bit in those worlds."""
     assert a.terms.keys() == b.terms.keys()
     pairs = [*zip(a._replace(terms=a.reward), b._replace(terms=b.reward), strict=True)]

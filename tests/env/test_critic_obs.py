@@ -14,13 +14,13 @@ from metarobot.envs import quadruped
 from metarobot.envs.robots import go2
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
-from metarobot.tasks.family import Family, State, families, family_on
+from metarobot.tasks.family import Family, WorldState, families, family_on
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import build_learner, family_shapes, open_run
-from metarobot.training.train import start, train
-from metarobot.types import Rollout, Trials, sequence
+from metarobot.training.run_folder import agent_dimensions, build_learner, open_run
+from metarobot.training.train import start_run, train
+from metarobot.types import Rollout, Trials, join_episodes
 
 FLAT = replace(families.get("QuadrupedFlat"), horizon=10)
 WORLDS = 6
@@ -29,7 +29,7 @@ TINY: dict[str, Any] = {"worlds": WORLDS, "episodes": 2, "epochs": 2, "minibatch
 LEARNERS = ("ppo", "oracle", "rl2")
 
 
-def tipping(state: State) -> Tensor:
+def tipping(state: WorldState) -> Tensor:
     """Early ends by chance, the noise of the actions, at another step in each world and episode."""
     return state.action[:, 0] > 0.9
 
@@ -116,7 +116,7 @@ def following(seen: str, final: str, world: int) -> Tensor:
 
 @pytest.mark.parametrize("world", range(WORLDS))
 def test_a_sequence_keeps_what_the_critic_sees_beside_what_the_agent_sees(world: int) -> None:
-    seq = sequence(lived().episodes)
+    seq = join_episodes(lived().episodes)
     valid = seq.valid[:, world]
     length = int(valid.sum())
     assert valid[:length].all()
@@ -127,7 +127,7 @@ def test_a_sequence_keeps_what_the_critic_sees_beside_what_the_agent_sees(world:
 
 
 def test_what_follows_is_what_comes_next_but_at_an_episodes_end() -> None:
-    seq = sequence(lived().episodes)
+    seq = join_episodes(lived().episodes)
     inside = (seq.valid & ~seq.terminated & ~seq.truncated)[:-1]
     assert torch.equal(seq.next_critic_obs[:-1][inside], seq.critic_obs[1:][inside])
     assert torch.equal(seq.next_obs[:-1][inside], seq.percept.obs[1:][inside])
@@ -159,16 +159,16 @@ def perturbed(trials: Trials, by: float) -> Trials:
     return replace(trials, episodes=tuple(told))
 
 
-def judged(name: str, trials: Trials) -> tuple[Tensor, Tensor, Tensor]:
+def with_critic_advantages(name: str, trials: Trials) -> tuple[Tensor, Tensor, Tensor]:
     """Values, targets, and log-probabilities of the actions, as a learner sees them, ``(step,)``."""
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     _, _, value, target, _, old = learner(name)._targets(seq, trials.task)
     return value[seq.valid], target[seq.valid], old[seq.valid]
 
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_values_depend_on_what_the_critic_sees_and_the_policy_does_not(name: str) -> None:
-    seq, ours, other = sequence(lived().episodes), judged(name, lived()), judged(name, perturbed(lived(), 1.0))
+    seq, ours, other = join_episodes(lived().episodes), judged(name, lived()), judged(name, perturbed(lived(), 1.0))
     differ = [~torch.isclose(a, b, atol=1e-5) for a, b in zip(ours, other, strict=True)]
     fell = seq.terminated[seq.valid]
     assert differ[0].float().mean() > 0.95
@@ -191,7 +191,7 @@ def test_the_last_value_depends_on_what_the_critic_sees_last(name: str) -> None:
 def test_learners_learn_from_early_ends_and_with_a_critic_that_sees_more_or_not(name: str, family: Family) -> None:
     config = agents.get(name).config(**TINY)
     of = build_learner(name, config, family, 0)
-    shapes = family_shapes(family, 2)
+    shapes = agent_dimensions(family, 2)
     assert shapes.critic == (14 if family.critic_observe else 0)
     before = {k: v.clone() for k, v in of.state().items()}
     for iteration in range(3):
@@ -258,7 +258,7 @@ def test_resuming_a_quadruped_gives_the_uninterrupted_bits(tmp_path: Path, name:
 
     config = agents.get(name).config(**TINY)
     settings = TrainConfig(family="QuadrupedFlat", agent=name, steps=2 * WORLDS * 200 + 1, threads=1, save_every=1)
-    whole, broken = (start(settings, config, tmp_path / n) for n in ("whole", "broken"))
+    whole, broken = (start_run(settings, config, tmp_path / n) for n in ("whole", "broken"))
     assert train(whole, show=False)
     calls, real = [], module.save
 
@@ -282,7 +282,7 @@ def test_resuming_a_quadruped_gives_the_uninterrupted_bits(tmp_path: Path, name:
 
 def test_a_run_of_a_quadruped_opens_and_acts_on_its_robot_and_on_another(tmp_path: Path) -> None:
     config = agents.get("rl2").config(**TINY)
-    run = start(TrainConfig(family="QuadrupedFlat", agent="rl2", steps=1, threads=1), config, tmp_path / "run")
+    run = start_run(TrainConfig(family="QuadrupedFlat", agent="rl2", steps=1, threads=1), config, tmp_path / "run")
     assert train(run, show=False)
     spec, path = go2.go2(), tmp_path / "robot.xml"
     for thing in (*spec.sensors, *spec.sites, spec.body("payload")):

@@ -11,20 +11,20 @@ import torch
 from helpers import run
 
 from metarobot.env.base import Env
-from metarobot.learning.linear_recurrence import scan
-from metarobot.tasks.family import Family, State, families
-from metarobot.types import like
+from metarobot.learning.linear_recurrence import linear_scan
+from metarobot.tasks.family import Family, WorldState, families
+from metarobot.types import constant_like
 
 
-def elsewhere(env: Env) -> State:
+def elsewhere(env: Env) -> WorldState:
     """The present moment of an environment, on a device that holds no numbers, in the float32 of a GPU."""
-    now = env.now
+    now = env.snapshot
 
     def moved(x: Any) -> Any:
         return x.to("meta", torch.float32 if x.is_floating_point() else x.dtype)
 
     task = {k: moved(v) for k, v in now.task.items()}
-    state = State(*(moved(x) for x in now[:4]), task, moved(now.tally), moved(now.variant))
+    state = WorldState(*(moved(x) for x in now[:4]), task, moved(now.tally), moved(now.variant))
     return state if env.family.sense is None else state._replace(sense=env.family.sense(state))
 
 
@@ -54,9 +54,9 @@ def test_a_familys_functions_stay_on_the_device_and_in_its_precision(name: str) 
 
 def test_a_constant_is_copied_to_a_device_once() -> None:
     constant, x = torch.arange(3.0), torch.zeros(2, device="meta")
-    assert like(constant, constant) is constant
-    assert like(constant, x) is like(constant, x)
-    assert like(constant, x.double()).dtype == torch.float64
+    assert constant_like(constant, constant) is constant
+    assert constant_like(constant, x) is constant_like(constant, x)
+    assert constant_like(constant, x.double()).dtype == torch.float64
 
 
 def test_without_a_gpu_cuda_is_refused_in_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
@@ -98,7 +98,7 @@ def test_the_recurrence_on_the_gpu_equals_the_cpus() -> None:
     found = []
     for device in ("cpu", "cuda"):
         x, y = (v.to(device).requires_grad_() for v in (a, b))
-        h = scan(x, y)
+        h = linear_scan(x, y)
         found.append([v.cpu() for v in (h, *torch.autograd.grad((h * weight.to(device)).sum(), (x, y)))])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -112,5 +112,5 @@ def test_the_recurrence_equals_a_loop_over_time(time: int) -> None:
     for t in range(time):
         h = a[t] * h + b[t]
         states.append(h)
-    torch.testing.assert_close(scan(a, b), torch.stack(states))
-    assert torch.autograd.gradcheck(scan, (a, b))
+    torch.testing.assert_close(linear_scan(a, b), torch.stack(states))
+    assert torch.autograd.gradcheck(linear_scan, (a, b))

@@ -199,7 +199,7 @@ def test_each_world_of_many_lives_as_one_alone(family):
         task = {k: float(v[i]) for k, v in infos["task"].items() if k[0] != "_"}
         singles[i].reset(options={"task": task})
         sim = many.env.sim
-        singles[i].env.put(sim.bind("qpos")[i : i + 1].clone(), sim.bind("qvel")[i : i + 1].clone())
+        singles[i].env.set_state(sim.bind("qpos")[i : i + 1].clone(), sim.bind("qvel")[i : i + 1].clone())
 
     for i in range(3):
         put(i)

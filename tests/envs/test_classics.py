@@ -10,7 +10,7 @@ import torch
 from metarobot.env.base import Env
 from metarobot.envs.ant import published
 from metarobot.tasks.distributions import TaskError
-from metarobot.tasks.family import Family, State, families
+from metarobot.tasks.family import Family, WorldState, families
 from metarobot.tasks.mujoco_models import ModelFactory
 from metarobot.tasks.task_models import TaskModels
 
@@ -32,10 +32,10 @@ def nominal(family: Family) -> dict[str, float]:
     return {p.name: float(family.name in PLANAR or p.name == "goal_area") for p in family.space.params}
 
 
-def state(qpos, qvel=(0.0,), action=(0.0,), sensors=(0.0, 0.0, 0.0), **task: float) -> State:
+def state(qpos, qvel=(0.0,), action=(0.0,), sensors=(0.0, 0.0, 0.0), **task: float) -> WorldState:
     """One world."""
     rows = (torch.tensor([x], dtype=torch.float64) for x in (qpos, qvel, sensors, action))
-    return State(*rows, {k: torch.tensor([v], dtype=torch.float64) for k, v in task.items()})
+    return WorldState(*rows, {k: torch.tensor([v], dtype=torch.float64) for k, v in task.items()})
 
 
 def arrays(model: mujoco.MjModel) -> dict[str, np.ndarray]:

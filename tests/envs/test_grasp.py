@@ -23,19 +23,19 @@ from grasping import (
 )
 from torch import Tensor
 
-from metarobot.env.base import Env, Step
+from metarobot.env.base import Env, StepResult
 from metarobot.envs import grasp
 from metarobot.envs.robots import panda
 from metarobot.envs.robots.arm_control import Scene
 from metarobot.tasks.family import Family, families
-from metarobot.training.collect import Expert, collect
+from metarobot.training.collect import ExpertAgent, collect
 
 
 @each_family
 def test_the_expert_succeeds(family: Family) -> None:
     tasks = family.space.sample("train", 60, 0)
     env = Env(family, tasks, threads=1)
-    trials = collect(Expert(env), env, tasks, episodes=1, seed=0)
+    trials = collect(ExpertAgent(env), env, tasks, episodes=1, seed=0)
     success = trials.totals("success")
     assert set(success.unique().tolist()) <= {0.0, 1.0}
     assert success.mean() >= 0.95
@@ -43,7 +43,7 @@ def test_the_expert_succeeds(family: Family) -> None:
 
 
 @cache
-def held(name: str) -> tuple[Env, Tensor, list[Step], Tensor]:
+def held(name: str) -> tuple[Env, Tensor, list[StepResult], Tensor]:
     """Objects held still in the air by the expert.
 
     The worlds, where in the hand each object was after 100 and 225 steps, all steps, and which worlds lived to the end.
@@ -189,17 +189,17 @@ def test_a_dropped_object_ends_the_episode_cleanly(family: Family) -> None:
 @each_family
 def test_an_object_off_the_table_and_a_jammed_hand_end_the_episode_cleanly(family: Family) -> None:
     env = small(family, 4, 1)
-    qpos, qvel = env.now.qpos.clone(), env.now.qvel.clone()
+    qpos, qvel = env.snapshot.qpos.clone(), env.snapshot.qvel.clone()
     qpos[1, -7] += 0.35
-    env.put(qpos, qvel)
+    env.set_state(qpos, qvel)
     step = env.step(torch.zeros(4, env.act_dim))
     assert step.terminated.tolist() == [False, True, False, False]
     assert not step.faulted.any()
     assert all(x.isfinite().all() for x in (step.obs, step.reward, step.final_obs))
     assert env.elapsed.tolist() == [1, 0, 1, 1]
-    pads = env.now.sensors.clone()
+    pads = env.snapshot.sensors.clone()
     pads[2, PADS] = torch.tensor([10.0, 4 * panda.FORCE]).double()
-    jammed = env.now._replace(sensors=pads)
+    jammed = env.snapshot._replace(sensors=pads)
     jammed = jammed._replace(sense=Scene(jammed._replace(sense=None)))
     assert family.terminate(jammed).tolist() == [False, False, True, False]
 
@@ -249,7 +249,7 @@ def test_the_observation_is_what_its_names_say() -> None:
 LIKED = ("reach", "grip", "lift", "hold", "success")
 
 
-def rolled(name: str, policy: Callable[[Env], Tensor]) -> list[Step]:
+def rolled(name: str, policy: Callable[[Env], Tensor]) -> list[StepResult]:
     env = small(families.get(name), 8, 2)
     return [env.step(policy(env)) for _ in range(80)]
 

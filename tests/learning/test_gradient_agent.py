@@ -30,8 +30,8 @@ from torch.func import functional_call, vmap
 
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
-from metarobot.learning.gradient_agent import Batch, GradientAgent, by_task, usable
-from metarobot.learning.meta_gradient import first_order, slopes
+from metarobot.learning.gradient_agent import GradientAgent, InnerBatch, by_task, valid_mask
+from metarobot.learning.meta_gradient import first_order_derivatives, per_task_gradients
 from metarobot.learning.returns import linear_baseline
 from metarobot.types import Percept, Rollout
 
@@ -64,12 +64,12 @@ def policy(agent: GradientAgent, weights: Tensor, x: Tensor) -> Independent:
 def test_the_meta_gradient_equals_finite_differences(episodes: int, inner_steps: int) -> None:
     learner, vector, support, query = doubled("maml", episodes, inner_steps=inner_steps, inner_lr=0.05 / inner_steps)
     agent = learner.agent
-    path = agent.walk(vector, support)
+    path = agent.adapt_meta_parameters(vector, support)
     assert len(path.steps) == (episodes - 1) * inner_steps
-    gradient = agent.pull(path, slopes(agent.surrogate, path.weights, query))
+    gradient = agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))
 
     def end(x: Tensor) -> Tensor:
-        return agent.walk(x, support).weights
+        return agent.adapt_meta_parameters(x, support).weights
 
     def outer(x: Tensor) -> Tensor:
         return vmap(agent.surrogate)(end(x), query).mean()
@@ -78,7 +78,7 @@ def test_the_meta_gradient_equals_finite_differences(episodes: int, inner_steps:
         for side in (torch.cat([v * vector[: agent.size], 0 * v]), torch.cat([0 * v, v])):
             scale = float(gradient.norm() * side.norm())
             assert float(gradient @ side) == pytest.approx(float(slope_along(outer, vector, side)), abs=1e-6 * scale)
-            moved = agent.push(path, side)
+            moved = agent.meta_jvp(path, side)
             assert torch.allclose(moved, slope_along(end, vector, side), rtol=0, atol=1e-6 * float(moved.norm()))
 
 
@@ -104,24 +104,26 @@ def test_many_tasks_at_once_equal_one_after_the_other() -> None:
     agent = build("maml").agent.double()
     trials, both = lived(), initial(agent)
     batch, after = agent.batch(both, episode()), adapted(agent, episode())
-    path = agent.walk(agent.vector(), [batch])
+    path = agent.adapt_meta_parameters(agent.vector(), [batch])
     query = agent.batch(after, trials.episodes[1])
-    slope = slopes(agent.surrogate, path.weights, query)
-    pulled, pushed = path.pull(slope), agent.push(path, agent.vector())
+    slope = per_task_gradients(agent.surrogate, path.weights, query)
+    pulled, pushed = path.vjp(slope), agent.meta_jvp(path, agent.vector())
     for i in range(len(TASKS)):
         rollout = worlds(episode(), slice(ROLLOUTS * i, ROLLOUTS * (i + 1)))
         alone = agent.batch(both[:1], rollout)
         for x, y in zip(alone, batch, strict=True):
             assert torch.allclose(x, y[i : i + 1], rtol=1e-9, atol=1e-10)
-        single = Batch(*(x[i : i + 1] for x in batch))
-        short = agent.walk(agent.vector(), [single])
-        shown = Batch(*(x[i : i + 1] for x in query))
+        single = InnerBatch(*(x[i : i + 1] for x in batch))
+        short = agent.adapt_meta_parameters(agent.vector(), [single])
+        shown = InnerBatch(*(x[i : i + 1] for x in query))
         assert torch.allclose(adapted(agent, rollout)[0], after[i], rtol=1e-10, atol=1e-11)
         assert torch.allclose(
-            agent.surrogate(after[i], Batch(*(x[i] for x in query))), vmap(agent.surrogate)(after, query)[i]
+            agent.surrogate(after[i], InnerBatch(*(x[i] for x in query))), vmap(agent.surrogate)(after, query)[i]
         )
-        assert torch.allclose(slopes(agent.surrogate, short.weights, shown)[0], slope[i], rtol=1e-10, atol=1e-11)
-        assert torch.allclose(agent.push(short, agent.vector())[0], pushed[i], rtol=1e-10, atol=1e-11)
+        assert torch.allclose(
+            per_task_gradients(agent.surrogate, short.weights, shown)[0], slope[i], rtol=1e-10, atol=1e-11
+        )
+        assert torch.allclose(agent.meta_jvp(short, agent.vector())[0], pushed[i], rtol=1e-10, atol=1e-11)
         for x, y in zip(short.pull(slope[i : i + 1]), pulled, strict=True):
             assert torch.allclose(x[0], y[i], rtol=1e-10, atol=1e-11)
 
@@ -210,8 +212,8 @@ def test_the_way_walked_is_the_way_adapted() -> None:
     context = agent.begin(2)
     for e in trials.episodes[:2]:
         context = agent.adapt(context, e)
-    for derivative in ({}, {"derivative": first_order}):
-        assert torch.allclose(agent.walk(agent.vector(), support, **derivative).weights, context[0], atol=1e-6)
+    for derivative in ({}, {"derivative": first_order_derivatives}):
+        assert torch.allclose(agent.adapt_meta_parameters(agent.vector(), support, **derivative).weights, context[0], atol=1e-6)
 
 
 def test_adapting_leaves_the_context_and_the_episode_as_they_were() -> None:
@@ -270,8 +272,8 @@ def test_how_long_others_live_changes_nothing_in_this_task() -> None:
 def test_small_steps_climb_the_surrogate() -> None:
     agent = build("maml", inner_steps=4, inner_lr=0.02).agent
     batch = agent.batch(initial(agent), episode())
-    path = agent.walk(agent.vector(), [batch])
-    heights = [vmap(agent.surrogate)(path.until(k).weights, batch) for k in range(5)]
+    path = agent.adapt_meta_parameters(agent.vector(), [batch])
+    heights = [vmap(agent.surrogate)(path.first(k).weights, batch) for k in range(5)]
     assert heights[0].abs().max() < 1e-5
     assert all((b > a).all() for a, b in pairwise(heights))
     assert torch.allclose(path.weights, adapted(agent, episode()), atol=1e-7)
@@ -286,7 +288,7 @@ BROKEN = {
 def test_a_rollout_with_a_broken_number_is_not_adapted_to(broken: dict[str, Any]) -> None:
     agent = build("maml").agent
     rollout, without = changed(episode(), **broken), changed(episode(), valid=fill((slice(None), 1), False))
-    assert usable(rollout)[:, 1].sum() == 0
+    assert valid_mask(rollout)[:, 1].sum() == 0
     assert torch.equal(adapted(agent, rollout), adapted(agent, without))
     assert adapted(agent, rollout).isfinite().all()
     assert not torch.equal(adapted(agent, rollout), adapted(agent, episode()))
@@ -369,7 +371,7 @@ def test_another_policy_can_be_fine_tuned(width: int) -> None:
         for p in source.parameters():
             p += 0.2 * torch.randn_like(p)
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (agent, source)]
-    tuned, seen = agent.transferred(source, 0.1), percept(agent)
+    tuned, seen = agent.fine_tuned_from(source, 0.1), percept(agent)
     assert torch.allclose(tuned.split(tuned.vector())[1], torch.full((tuned.size,), 0.1))
     context = tuned.begin(2)
     action, _ = tuned.act(seen, context)
@@ -378,7 +380,7 @@ def test_another_policy_can_be_fine_tuned(width: int) -> None:
     assert torch.allclose(tuned.act(seen, context, noise)[0], source.act(seen, (), noise)[0], atol=1e-6)
     (after,) = tuned.adapt(context, episode())
     batch = tuned.batch(context[0], episode())
-    assert torch.allclose(after, context[0] + 0.1 * slopes(tuned.surrogate, context[0], batch), atol=1e-6)
+    assert torch.allclose(after, context[0] + 0.1 * per_task_gradients(tuned.surrogate, context[0], batch), atol=1e-6)
     assert not torch.allclose(after, context[0], atol=1e-3)
     assert not torch.allclose(tuned.act(seen, (after,))[0], action, atol=1e-3)
     trials = live(tuned)

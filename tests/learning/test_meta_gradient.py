@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from metarobot.learning.agent_interface import Shapes
-from metarobot.learning.gradient_agent import Batch, GradientAgent, InnerConfig
+from metarobot.learning.agent_interface import Dimensions
+from metarobot.learning.gradient_agent import GradientAgent, InnerBatch, InnerConfig
 from metarobot.learning.meta_gradient import (
-    Path,
-    call,
-    climb,
-    each,
-    exact,
-    first_order,
-    looped,
-    slopes,
+    InnerTrajectory,
+    adapt_weights,
+    call_with_weights,
+    exact_derivatives,
+    first_order_derivatives,
+    loop_over_tasks,
+    per_task_gradients,
+    set_ascent_gradients,
     unflatten,
-    walk,
+    vmap_tasks,
 )
 from metarobot.learning.networks import log_prob
 
@@ -51,8 +51,8 @@ each_rate = pytest.mark.parametrize("rates", RATES.values(), ids=RATES.keys())
 each_length = pytest.mark.parametrize("steps", [1, 3])
 
 
-def gone(weights: Tensor, rates: Tensor, steps: int, derivative: Any = exact) -> Path:
-    return walk(objective, weights, rates, [points(i) for i in range(steps)], derivative)
+def gone(weights: Tensor, rates: Tensor, steps: int, derivative: Any = exact_derivatives) -> InnerTrajectory:
+    return adapt_weights(objective, weights, rates, [points(i) for i in range(steps)], derivative)
 
 
 def differences(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-5) -> Tensor:
@@ -69,7 +69,7 @@ def outer(weights: Tensor, rates: Tensor, steps: int) -> Tensor:
 @each_length
 def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
     path = gone(START, rates, steps)
-    by_weights, by_rates = path.pull(slopes(objective, path.weights, QUERY))
+    by_weights, by_rates = path.vjp(per_task_gradients(objective, path.weights, QUERY))
     assert torch.allclose(by_weights, differences(lambda w: outer(w, rates, steps), START), rtol=1e-6, atol=1e-8)
     many = rates.expand(SIZE)
     assert torch.allclose(by_rates, differences(lambda r: outer(START, r, steps), many), rtol=1e-6, atol=1e-8)
@@ -83,7 +83,7 @@ def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
 @each_length
 def test_pulling_equals_differentiating_through_the_graph_of_each_task(rates: Tensor, steps: int) -> None:
     path = gone(START, rates, steps)
-    by_weights, by_rates = path.pull(slopes(objective, path.weights, QUERY))
+    by_weights, by_rates = path.vjp(per_task_gradients(objective, path.weights, QUERY))
     for task in range(TASKS):
         start, rate = START[task].clone().requires_grad_(), rates.clone().requires_grad_()
         weights = start
@@ -104,11 +104,11 @@ def test_pushing_is_the_transpose_of_pulling(rates: Tensor, steps: int) -> None:
     path = gone(START, rates, steps)
     u, v, faster = (numbers(TASKS, SIZE, seed=s) for s in (5, 6, 7))
     faster = faster[0, 0] if rates.dim() == 0 else faster[0]
-    by_weights, by_rates = path.pull(u)
-    pushed = path.push(v, faster)
+    by_weights, by_rates = path.vjp(u)
+    pushed = path.jvp(v, faster)
     assert torch.allclose((pushed * u).sum(-1), (v * by_weights + faster * by_rates).sum(-1), rtol=1e-10)
     still = torch.zeros_like(faster)
-    assert torch.allclose((path.push(v, still) * u).sum(-1), (v * by_weights).sum(-1), rtol=1e-10)
+    assert torch.allclose((path.jvp(v, still) * u).sum(-1), (v * by_weights).sum(-1), rtol=1e-10)
 
 
 @each_rate
@@ -123,22 +123,22 @@ def test_pushing_equals_finite_differences(rates: Tensor, steps: int) -> None:
 def test_a_path_can_be_carried_along_again_and_again() -> None:
     path = gone(START, RATES["rates"], 3)
     u = numbers(TASKS, SIZE, seed=5)
-    first, pushed = path.pull(u), path.push(u, u[0])
-    assert all(torch.equal(a, b) for a, b in zip(first, path.pull(u), strict=True))
-    assert torch.equal(pushed, path.push(u, u[0]))
+    first, pushed = path.vjp(u), path.jvp(u, u[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, path.vjp(u), strict=True))
+    assert torch.equal(pushed, path.jvp(u, u[0]))
     assert not path.weights.requires_grad
 
 
-@pytest.mark.parametrize("derivative", [exact, first_order])
+@pytest.mark.parametrize("derivative", [exact_derivatives, first_order_derivatives])
 def test_many_tasks_at_once_equal_one_after_the_other(derivative: Any) -> None:
     rates, u = RATES["rates"], numbers(TASKS, SIZE, seed=5)
     together = gone(START, rates, 3, derivative)
     pulled, pushed = together.pull(u), together.push(u, u[0])
     for i in range(TASKS):
         data = [tuple(x[i : i + 1] for x in points(k)) for k in range(3)]
-        alone = walk(objective, START[i : i + 1], rates, data, derivative)
+        alone = adapt_weights(objective, START[i : i + 1], rates, data, derivative)
         slope = grad(objective)(START[i], [x[i] for x in points(0)])
-        assert torch.allclose(slopes(objective, START, points(0))[i], slope, rtol=1e-12, atol=1e-13)
+        assert torch.allclose(per_task_gradients(objective, START, points(0))[i], slope, rtol=1e-12, atol=1e-13)
         assert torch.allclose(alone.weights[0], together.weights[i], rtol=1e-12, atol=1e-13)
         for one, many in zip(
             (*alone.pull(u[i : i + 1]), alone.push(u[i : i + 1], u[0])), (*pulled, pushed), strict=True
@@ -151,22 +151,27 @@ def test_a_python_loop_over_tasks_gives_what_vmap_gives() -> None:
 
     def everything() -> list[Tensor]:
         path = gone(START, rates, 3)
-        return [*path.pull(u), path.push(u, u[0]), slopes(objective, START, QUERY), *each(one)(START, QUERY)]
+        return [
+            *path.vjp(u),
+            path.jvp(u, u[0]),
+            per_task_gradients(objective, START, QUERY),
+            *vmap_tasks(one)(START, QUERY),
+        ]
 
     mapped = everything()
-    with looped():
+    with loop_over_tasks():
         found = everything()
         with pytest.raises(IndexError):
-            each(lambda w: w[99])(START)
+            vmap_tasks(lambda w: w[99])(START)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(mapped, found, strict=True))
-    with pytest.raises(ZeroDivisionError), looped():
+    with pytest.raises(ZeroDivisionError), loop_over_tasks():
         raise ZeroDivisionError
     assert all(torch.equal(a, b) for a, b in zip(mapped, everything(), strict=True))
 
 
 def test_first_order_walks_the_same_way_and_gives_exactly_the_outer_slope() -> None:
     rates = RATES["rates"]
-    rough, sharp = gone(START, rates, 3, first_order), gone(START, rates, 3)
+    rough, sharp = gone(START, rates, 3, first_order_derivatives), gone(START, rates, 3)
     assert torch.allclose(rough.weights, sharp.weights, rtol=1e-13, atol=1e-14)
     u = numbers(TASKS, SIZE, seed=5)
     by_weights, by_rates = rough.pull(u)
@@ -177,7 +182,7 @@ def test_first_order_walks_the_same_way_and_gives_exactly_the_outer_slope() -> N
 
 
 def test_the_product_is_with_the_hessian() -> None:
-    _, product = exact(objective, START, QUERY)
+    _, product = exact_derivatives(objective, START, QUERY)
     v = numbers(TASKS, SIZE, seed=5)
     for i in range(TASKS):
         hessian = torch.autograd.functional.hessian(lambda w, i=i: objective(w, [x[i] for x in QUERY]), START[i])
@@ -188,13 +193,13 @@ def test_a_path_can_be_cut_short() -> None:
     rates, u = RATES["rates"], numbers(TASKS, SIZE, seed=5)
     path = gone(START, rates, 3)
     for k in range(4):
-        short, again = path.until(k), gone(START, rates, k)
+        short, again = path.first(k), gone(START, rates, k)
         assert torch.equal(short.weights, again.weights)
         assert all(torch.equal(a, b) for a, b in zip(short.pull(u), again.pull(u), strict=True))
-    assert torch.equal(path.until(0).weights, START)
-    assert torch.equal(path.until(0).pull(u)[0], u)
-    assert not path.until(0).pull(u)[1].any()
-    assert path.until(7) is path
+    assert torch.equal(path.first(0).weights, START)
+    assert torch.equal(path.first(0).pull(u)[0], u)
+    assert not path.first(0).pull(u)[1].any()
+    assert path.first(7) is path
 
 
 def test_calling_a_module_with_other_weights_equals_setting_them() -> None:
@@ -202,9 +207,9 @@ def test_calling_a_module_with_other_weights_equals_setting_them() -> None:
     net, other = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double() for _ in range(2))
     x, weights = numbers(5, 3, seed=0), nn.utils.parameters_to_vector(other.parameters()).detach()
     before = [p.clone() for p in net.parameters()]
-    assert torch.equal(call(net, weights, x), other(x))
+    assert torch.equal(call_with_weights(net, weights, x), other(x))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
-    by_weights = grad(lambda w: call(net, w, x).square().sum())(weights)
+    by_weights = grad(lambda w: call_with_weights(net, w, x).square().sum())(weights)
     expected = torch.autograd.grad(other(x).square().sum(), list(other.parameters()))
     assert torch.allclose(by_weights, torch.cat([g.flatten() for g in expected]), rtol=1e-12)
 
@@ -216,7 +221,7 @@ def test_a_minimiser_climbs_along_the_slope_it_is_given() -> None:
     pieces = unflatten(slope, net)
     assert [p.shape for p in pieces] == [p.shape for p in net.parameters()]
     assert torch.equal(nn.utils.parameters_to_vector(pieces), slope)
-    climb(net, slope)
+    set_ascent_gradients(net, slope)
     torch.optim.SGD(net.parameters(), lr=0.5).step()
     slope[24:] = 0.0
     assert torch.allclose(nn.utils.parameters_to_vector(net.parameters()), before + 0.5 * slope)
@@ -254,30 +259,30 @@ def expected(theta: Tensor) -> Tensor:
 
 def bandit() -> GradientAgent:
     """An agent of one step and two weights, its log-deviation and its mean, each with its own rate."""
-    agent = GradientAgent(Shapes(obs=1, act=1, task=1, episodes=2), InnerConfig(worlds=2, rollouts=1))
-    agent = agent.transferred(SimpleNamespace(actor=Constant(0.4), log_std=torch.tensor([-0.5])), 1.0)
+    agent = GradientAgent(Dimensions(obs=1, act=1, task=1, episodes=2), InnerConfig(worlds=2, rollouts=1))
+    agent = agent.fine_tuned_from(SimpleNamespace(actor=Constant(0.4), log_std=torch.tensor([-0.5])), 1.0)
     agent.assign(agent.vector() * torch.tensor([0.3, 0.7, 1.0, 1.0]))
     return agent.double().requires_grad_()
 
 
-def sampled(agent: GradientAgent, weights: Tensor) -> Batch:
+def sampled(agent: GradientAgent, weights: Tensor) -> InnerBatch:
     """What the policy of these weights ``(1, 2)`` lives through, its expectations exact."""
     action = drawn(weights[0])[None, :, None]
     x = torch.zeros_like(action)
     mean, log_std = agent.distribution(weights, x)
     old = log_prob(mean, log_std, action)
-    return Batch(x, action, reward(action[..., 0]), SHARES[None], mean, log_std, old)
+    return InnerBatch(x, action, reward(action[..., 0]), SHARES[None], mean, log_std, old)
 
 
 def meta_gradient(agent: GradientAgent, inner: Any, episodes: int) -> tuple[Tensor, Tensor]:
     """The derivative of the adapted policy's objective by rates and weights, and the adapted weights."""
     weights, rates = agent.split(agent.vector())
-    support, path = [], walk(inner, weights[None], rates, [])
+    support, path = [], adapt_weights(inner, weights[None], rates, [])
     for _ in range(episodes):
         support.append(sampled(agent, path.weights))
-        path = walk(inner, weights[None], rates, support)
-    slope = slopes(agent.surrogate, path.weights, sampled(agent, path.weights))
-    return agent.pull(path, slope), path.weights
+        path = adapt_weights(inner, weights[None], rates, support)
+    slope = per_task_gradients(agent.surrogate, path.weights, sampled(agent, path.weights))
+    return agent.meta_vjp(path, slope), path.weights
 
 
 @pytest.mark.parametrize("episodes", [1, 2])
@@ -295,23 +300,23 @@ def test_the_meta_gradient_goes_through_the_sampling_distribution(episodes: int)
     assert torch.allclose(weights[0], adapted(agent.vector()), rtol=1e-10)
     assert torch.allclose(found, truth, rtol=1e-6, atol=1e-9)
 
-    def score(weights: Tensor, batch: Batch) -> Tensor:
-        mean, log_std = call(agent.policy, weights, batch.x)
+    def score(weights: Tensor, batch: InnerBatch) -> Tensor:
+        mean, log_std = call_with_weights(agent.policy, weights, batch.x)
         return (batch.weight * log_prob(mean, log_std, batch.action) * batch.advantage).sum()
 
     wrong, same = meta_gradient(agent, score, episodes)
     assert torch.allclose(same, weights, rtol=1e-10)
     by_weights = agent.split(truth)[0]
     assert (agent.split(wrong)[0] - by_weights).norm() > by_weights.norm()
-    rough = slopes(agent.surrogate, weights, sampled(agent, weights))[0]
+    rough = per_task_gradients(agent.surrogate, weights, sampled(agent, weights))[0]
     assert (agent.split(found)[0] - rough).norm() > 0.1 * rough.norm()
 
 
 def test_the_agents_own_walk_is_that_of_the_bandit() -> None:
     agent = bandit()
     batch = sampled(agent, agent.split(agent.vector())[0][None])
-    path = agent.walk(agent.vector(), [batch])
+    path = agent.adapt_meta_parameters(agent.vector(), [batch])
     found, weights = meta_gradient(agent, agent.surrogate, 1)
     assert torch.equal(path.weights, weights)
-    slope = slopes(agent.surrogate, weights, sampled(agent, weights))
-    assert torch.equal(agent.pull(path, slope), found)
+    slope = per_task_gradients(agent.surrogate, weights, sampled(agent, weights))
+    assert torch.equal(agent.meta_vjp(path, slope), found)

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metarobot.learning.metric_losses import LOSSES, calibrated, nearest, rank_correlation, stress
+from metarobot.learning.metric_losses import (
+    LOSSES,
+    distance_loss,
+    nearest_prototype,
+    novelty_threshold,
+    rank_correlation,
+)
 
 SHARP = torch.tensor(1.7, dtype=torch.float64)
 LABEL = torch.tensor([2, 0, 1, 0, 2])
@@ -81,7 +87,7 @@ def test_losses_are_low_where_tasks_stand_apart_and_do_not_mind_the_order_of_tas
 @pytest.mark.parametrize("name", LOSSES)
 def test_slopes_are_finite_where_all_points_are_one_and_a_single_class_is_nothing_to_tell_apart(name: str) -> None:
     z = torch.zeros(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    loss = LOSSES[name](z, torch.tensor([0, 1, 2, 1]), SHARP) + stress(z, torch.eye(4).double())
+    loss = LOSSES[name](z, torch.tensor([0, 1, 2, 1]), SHARP) + distance_loss(z, torch.eye(4).double())
     (slope,) = torch.autograd.grad(loss, z)
     assert slope.isfinite().all()
     assert LOSSES[name](points(tasks=3), torch.zeros(3, dtype=torch.int64), SHARP).isfinite()
@@ -91,15 +97,15 @@ def test_stress_compares_the_distances_of_all_pairs() -> None:
     z, task = points(tasks=3, windows=2), torch.tensor([[0.0], [1.0], [3.0]], dtype=torch.float64)
     flat = [(float(task[i]), p) for i in range(3) for p in z[i]]
     errors = [(gap(p, q) - abs(a - b)) ** 2 for a, p in flat for b, q in flat]
-    assert float(stress(z, task)) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert float(distance_loss(z, task)) == pytest.approx(sum(errors) / len(errors), rel=1e-4)
     line = task[:, None].expand(3, 2, 1) * torch.tensor([1.0, 0.0, 0.0])
-    assert stress(line, task) < 1e-10
+    assert distance_loss(line, task) < 1e-10
 
 
 def test_the_nearest_prototype() -> None:
     prototype = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 3.0]])
     z = torch.tensor([[[0.9, 0.0], [1.1, 0.0]], [[0.0, 2.0], [5.0, 0.0]]])
-    assert nearest(z, prototype).tolist() == [[0, 1], [2, 1]]
+    assert nearest_prototype(z, prototype).tolist() == [[0, 1], [2, 1]]
 
 
 @settings(deadline=None, max_examples=30)
@@ -109,11 +115,11 @@ def test_the_threshold_lets_the_asked_share_of_training_tasks_be_known_by_others
 ) -> None:
     z = points(seed, tasks=12)
     prototype = z.mean(1)
-    threshold = calibrated(z, prototype, known)
+    threshold = novelty_threshold(z, prototype, known)
     near = [min(gap(p, prototype[j]) for j in range(12) if j != i) for i in range(12) for p in z[i]]
     share = sum(d <= threshold + 1e-12 for d in near) / len(near)
     assert share == pytest.approx(known, abs=1.5 / len(near))
-    assert calibrated(z[:1], prototype[:1]) == math.inf
+    assert novelty_threshold(z[:1], prototype[:1]) == math.inf
 
 
 def test_rank_correlation_sees_order_alone_and_shares_ranks() -> None:

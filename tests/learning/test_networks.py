@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarobot.errors import MetarobotError
-from metarobot.learning.linear_recurrence import scan
-from metarobot.learning.memories import MEMORIES, memory
+from metarobot.learning.linear_recurrence import linear_scan
+from metarobot.learning.memories import MEMORIES, make_memory
 from metarobot.learning.networks import RunningNorm, log_prob, mlp
 
 
@@ -32,7 +32,7 @@ def gates(time: int, seed: int = 0, worlds: int = 3, width: int = 2) -> tuple[to
 def test_the_scan_and_its_gradient_equal_the_loop(time: int, seed: int) -> None:
     a, b = gates(time, seed)
     weight = torch.randn(time, 3, 2, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    fast, slow = scan(a, b), loop(a, b)
+    fast, slow = linear_scan(a, b), loop(a, b)
     assert torch.allclose(fast, slow, atol=1e-12)
     gradients = [torch.autograd.grad((h * weight).sum(), (a, b)) for h in (fast, slow)]
     for ours, theirs in zip(*gradients, strict=True):
@@ -41,20 +41,20 @@ def test_the_scan_and_its_gradient_equal_the_loop(time: int, seed: int) -> None:
 
 @pytest.mark.parametrize("time", [1, 2, 3, 4, 5, 7, 9, 16])
 def test_the_scans_gradient_equals_finite_differences(time: int) -> None:
-    assert torch.autograd.gradcheck(scan, gates(time, worlds=1))
+    assert torch.autograd.gradcheck(linear_scan, gates(time, worlds=1))
 
 
 def test_the_scan_takes_gates_at_their_extremes() -> None:
     _, b = gates(12)
-    assert torch.equal(scan(torch.zeros_like(b), b), b)
-    assert torch.allclose(scan(torch.ones_like(b), b), b.cumsum(0))
+    assert torch.equal(linear_scan(torch.zeros_like(b), b), b)
+    assert torch.allclose(linear_scan(torch.ones_like(b), b), b.cumsum(0))
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize("time", [1, 6, 23])
 def test_a_memory_stepped_equals_the_memory_run_over_the_sequence(kind: str, time: int) -> None:
     torch.manual_seed(0)
-    m = memory(kind, 5, 8)
+    m = make_memory(kind, 5, 8)
     x = torch.randn(time, 4, 5)
     state, out = m.begin(4), []
     for row in x:
@@ -66,7 +66,7 @@ def test_a_memory_stepped_equals_the_memory_run_over_the_sequence(kind: str, tim
 
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_a_memory_step_leaves_the_old_state_as_it_was(kind: str) -> None:
-    m = memory(kind, 5, 8)
+    m = make_memory(kind, 5, 8)
     state = m.begin(4)
     _, after = m.step(torch.randn(4, 5), state)
     assert all((s == 0).all() for s in state)
@@ -76,7 +76,7 @@ def test_a_memory_step_leaves_the_old_state_as_it_was(kind: str) -> None:
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_a_memory_hears_the_past_and_never_the_future(kind: str) -> None:
     torch.manual_seed(0)
-    m = memory(kind, 5, 8)
+    m = make_memory(kind, 5, 8)
     x = torch.randn(20, 2, 5)
     changed = x.clone()
     changed[10, 0] += 1.0
@@ -87,7 +87,7 @@ def test_a_memory_hears_the_past_and_never_the_future(kind: str) -> None:
 
 
 def test_the_linear_memory_is_born_with_many_time_scales() -> None:
-    m = memory("linear", 3, 64)
+    m = make_memory("linear", 3, 64)
     keeps = 1 - torch.sigmoid(m.project.bias[:64].detach())
     assert float(keeps.min()) == pytest.approx(0.5)
     assert keeps.max() > 0.99
@@ -95,7 +95,7 @@ def test_the_linear_memory_is_born_with_many_time_scales() -> None:
 
 def test_an_unknown_memory_is_answered_with_those_that_exist() -> None:
     with pytest.raises(MetarobotError, match="no memory called 'rnn'; there are: linear, gru, lstm"):
-        memory("rnn", 1, 1)
+        make_memory("rnn", 1, 1)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 2**31))

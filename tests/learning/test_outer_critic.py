@@ -20,15 +20,15 @@ from helpers import (
 )
 from torch import Tensor
 
-from metarobot.learning.outer_critic import Critic
+from metarobot.learning.outer_critic import OuterCritic
 from metarobot.types import Rollout
 
 
-def make(seed: int = 0) -> Critic:
+def make(seed: int = 0) -> OuterCritic:
     torch.manual_seed(seed)
-    critic = Critic(SHAPES, gamma=0.9, lam=0.8)
+    critic = OuterCritic(SHAPES, gamma=0.9, lam=0.8)
     critic.net.double()
-    critic.spread.double()
+    critic.return_norm.double()
     return critic
 
 
@@ -47,20 +47,20 @@ def shown(e: Rollout) -> tuple[Tensor, Tensor, Tensor, Rollout, Tensor]:
     return e.obs.double(), e.final_obs.double(), lived().task.double(), exact, e.valid
 
 
-def learn(critic: Critic, e: Rollout, seed: int) -> tuple[Tensor, ...]:
+def learn(critic: OuterCritic, e: Rollout, seed: int) -> tuple[Tensor, ...]:
     x, _, task, _, sound = shown(e)
     advantage, target, explained = critic.advantage(*shown(e))
     critic.fit(x, task, target, sound, seed)
     return advantage[sound], target[sound], explained
 
 
-def values(critic: Critic, x: Tensor, task: Tensor) -> Tensor:
+def values(critic: OuterCritic, x: Tensor, task: Tensor) -> Tensor:
     """Values of one world's observations ``(step, obs)``."""
     with torch.no_grad():
         return critic.net(torch.cat([x, task.expand(len(x), -1)], 1))[:, 0]
 
 
-def by_hand(critic: Critic, e: Rollout, w: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+def by_hand(critic: OuterCritic, e: Rollout, w: int, scale: Tensor) -> tuple[Tensor, Tensor]:
     """One world's advantages and values, by their definition."""
     n, (x, final, task, *_) = int(e.valid[:, w].sum()), shown(e)
     v = values(critic, torch.cat([x[:n, w], final[w : w + 1]]), task[w])
@@ -89,10 +89,10 @@ def test_advantages_count_the_value_after_a_time_limit_and_none_after_a_fall() -
 def test_the_reward_scale_remembers_all_episodes() -> None:
     critic, e = make(), last()
     critic.advantage(*shown(e))
-    alone = critic.spread.scale.clone()
+    alone = critic.return_norm.scale.clone()
     critic.advantage(*shown(changed(e, reward=lambda x: x.mul_(3.0))))
-    assert critic.spread.count == 2 * e.valid.sum()
-    assert alone / 3.0 < critic.spread.scale < alone
+    assert critic.return_norm.count == 2 * e.valid.sum()
+    assert alone / 3.0 < critic.return_norm.scale < alone
 
 
 def test_what_was_not_lived_has_no_effect() -> None:
@@ -163,7 +163,7 @@ def test_the_critic_never_reaches_the_agent(name: str) -> None:
 def test_the_query_is_judged_before_the_critic_learns_from_it() -> None:
     learner, alone, e = build("maml"), build("maml").critic, last()
     agent, query = learner.agent, learner.agent.batches(lived())[-1]
-    judged, explained = agent.judged(query, lived(), learner.critic, 5)
+    judged, explained = agent.with_critic_advantages(query, lived(), learner.critic, 5)
     x = agent.norm(e.obs)
     advantage, target, expected = alone.advantage(x, agent.norm(e.final_obs), lived().task, e, e.valid)
     alone.fit(x, lived().task, target, e.valid, 5)
@@ -201,6 +201,6 @@ def test_a_query_with_nothing_to_compare_leaves_the_critic_as_it_was(name: str, 
     before, (first, second) = learner.critic.state(), lived().episodes
     trials = replace(lived(), episodes=(first, changed(second, **last)))
     query = learner.agent.batches(trials)[-1]
-    assert learner.agent.judged(query, trials, learner.critic, 1)[0] is query
+    assert learner.agent.with_critic_advantages(query, trials, learner.critic, 1)[0] is query
     assert learner.update(trials, 0.0, 1)["train/explained_variance"] == 0.0
     assert same(before, learner.critic.state())

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Shapes
-from metarobot.learning.trial_replay import Replay
-from metarobot.resources import available
+from metarobot.learning.agent_interface import Dimensions
+from metarobot.learning.trial_replay import TrialReplay
+from metarobot.resources import available_memory
 from metarobot.training.collect import collect
-from metarobot.types import Rollout, Trials, sequence
+from metarobot.types import Rollout, Trials, join_episodes
 
 HORIZON, EPISODES = 5, 3
-SHAPES = Shapes(obs=3, act=2, task=1, episodes=EPISODES, horizon=HORIZON)
+SHAPES = Dimensions(obs=3, act=2, task=1, episodes=EPISODES, horizon=HORIZON)
 TRIAL = HORIZON * EPISODES
 
 
@@ -46,7 +46,7 @@ def _episode(length: Tensor, k: int, first: int) -> Rollout:
         critic_obs=t[..., None][..., :0],
         final_critic_obs=final[:, :0],
         faulted=torch.zeros(worlds, dtype=torch.bool),
-        advice=obs[..., :0],
+        teacher_action=obs[..., :0],
     )
 
 
@@ -54,8 +54,8 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def filled(trials: int, capacity: int = 6) -> Replay:
-    replay = Replay(SHAPES, capacity * TRIAL)
+def filled(trials: int, capacity: int = 6) -> TrialReplay:
+    replay = TrialReplay(SHAPES, capacity * TRIAL)
     for i in range(trials):
         replay.add(written([[5], [2], [5]], first=i))
     return replay
@@ -69,7 +69,7 @@ episode_lengths = st.integers(1, 4).flatmap(
 @settings(max_examples=60, deadline=None)
 @given(lengths=episode_lengths, episodes=st.integers(1, EPISODES))
 def test_what_is_picked_was_lived_and_all_that_was_lived_is_picked(lengths: list[list[int]], episodes: int) -> None:
-    replay, worlds = Replay(SHAPES, 4 * TRIAL), len(lengths[0])
+    replay, worlds = TrialReplay(SHAPES, 4 * TRIAL), len(lengths[0])
     replay.add(written(lengths))
     steps = replay.steps(replay.pick(torch.arange(worlds), 400, episodes, generator()))
     trial, k, t = steps.obs.unbind(-1)
@@ -99,9 +99,9 @@ def test_transitions_of_real_trials_are_those_of_their_sequence() -> None:
 
     trials = collect(Random(), Env(FALLING, TASKS, threads=1), TASKS, episodes=2, seed=0)
     assert not all(e.valid.all() for e in trials.episodes)
-    replay = Replay(Shapes(obs=17, act=6, task=1, episodes=2, horizon=FALLING.horizon), 10_000)
+    replay = TrialReplay(Dimensions(obs=17, act=6, task=1, episodes=2, horizon=FALLING.horizon), 10_000)
     replay.add(trials)
-    steps, seq = replay.steps(replay.pick(torch.arange(2), 500, 2, generator())), sequence(trials.episodes)
+    steps, seq = replay.steps(replay.pick(torch.arange(2), 500, 2, generator())), join_episodes(trials.episodes)
     assert seq.truncated.any() or seq.terminated.any()
     for world in range(2):
         lived = seq.valid[:, world]
@@ -167,21 +167,21 @@ def test_a_state_is_no_view_of_what_is_held() -> None:
 
 def test_a_replay_larger_than_memory_is_refused_with_the_number() -> None:
     with pytest.raises(MetarobotError, match=r"a replay of 1,000,000,000,000 transitions needs .* GB .* are free"):
-        Replay(SHAPES, 10**12)
-    assert 0 < available() < 10**14
+        TrialReplay(SHAPES, 10**12)
+    assert 0 < available_memory() < 10**14
 
 
 @pytest.mark.parametrize(("transitions", "at_once"), [(1, 1), (TRIAL - 1, 1), (3 * TRIAL - 1, 3)])
 def test_a_replay_smaller_than_an_iteration_is_refused(transitions: int, at_once: int) -> None:
     with pytest.raises(MetarobotError, match=f"does not hold the {at_once} trials of an iteration, 3 x 5 transitions"):
-        Replay(SHAPES, transitions, at_once)
+        TrialReplay(SHAPES, transitions, at_once)
 
 
 def test_a_broken_number_in_the_padding_stays_outside() -> None:
     trials = written([[5, 2], [2, 5], [5, 5]])
     first = trials.episodes[0]
     reward = torch.where(first.valid, first.reward, float("nan"))
-    replay = Replay(SHAPES, 4 * TRIAL)
+    replay = TrialReplay(SHAPES, 4 * TRIAL)
     replay.add(replace(trials, episodes=(replace(first, reward=reward), *trials.episodes[1:])))
     steps = replay.steps(replay.pick(torch.arange(2), 300, 3, generator()))
     assert all(bool(x.isfinite().all()) for x in steps)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metarobot.learning.trust_region import backtrack, conjugate_gradient, longest
+from metarobot.learning.trust_region import backtracking_line_search, conjugate_gradient, scale_to_kl_bound
 
 
 def spd(n: int, seed: int, condition: float = 100.0) -> tuple[Tensor, Tensor]:
@@ -84,15 +84,15 @@ def test_solving_leaves_the_right_hand_side_as_it_was() -> None:
 @settings(max_examples=30, deadline=None)
 def test_the_longest_step_reaches_the_bound_and_keeps_the_direction(n: int, bound: float, seed: int) -> None:
     a, b = spd(n, seed)
-    x = longest(b, Counted(a), bound)
+    x = scale_to_kl_bound(b, Counted(a), bound)
     assert float(0.5 * x @ a @ x) == pytest.approx(bound, rel=1e-9)
     assert torch.allclose(x / x.norm(), b / b.norm(), atol=1e-12)
 
 
 @pytest.mark.parametrize("matrix", [torch.zeros(2, 2), -torch.eye(2), torch.full((2, 2), math.nan)])
 def test_without_curvature_there_is_no_longest_step(matrix: Tensor) -> None:
-    assert torch.equal(longest(torch.ones(2), Counted(matrix), 0.1), torch.zeros(2))
-    assert torch.equal(longest(torch.full((2,), math.nan), Counted(torch.eye(2)), 0.1), torch.zeros(2))
+    assert torch.equal(scale_to_kl_bound(torch.ones(2), Counted(matrix), 0.1), torch.zeros(2))
+    assert torch.equal(scale_to_kl_bound(torch.full((2,), math.nan), Counted(torch.eye(2)), 0.1), torch.zeros(2))
 
 
 class Tried:
@@ -110,17 +110,17 @@ class Tried:
 
 def test_the_line_search_takes_the_longest_step_that_gains_within_the_bound() -> None:
     objective = Tried(lambda s: 5.0 + s - s * s, lambda s: s * s)
-    step, found = backtrack(torch.tensor([4.0]), objective, 1.0, 0.5, 10)
+    step, found = backtracking_line_search(torch.tensor([4.0]), objective, 1.0, 0.5, 10)
     assert step.tolist() == [0.5]
     assert found == (0.25, 0.25, True, 4)
     assert objective.asked == [0.0, 4.0, 2.0, 1.0, 0.5]
 
 
 def test_a_divergence_of_just_the_bound_is_allowed() -> None:
-    step, found = backtrack(torch.tensor([4.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3)
+    step, found = backtracking_line_search(torch.tensor([4.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3)
     assert step.tolist() == [1.0]
     assert found == (1.0, 1.0, True, 3)
-    _, found = backtrack(torch.tensor([1.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3)
+    _, found = backtracking_line_search(torch.tensor([1.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3)
     assert found.tries == 1
 
 
@@ -130,7 +130,7 @@ def test_the_line_search_equals_trying_every_step(
     length: float, shrink: float, tries: int, bound: float, bend: float
 ) -> None:
     objective = Tried(lambda s: math.sin(bend * s), lambda s: s * s)
-    step, found = backtrack(torch.tensor([length], dtype=torch.float64), objective, bound, shrink, tries)
+    step, found = backtracking_line_search(torch.tensor([length], dtype=torch.float64), objective, bound, shrink, tries)
     steps = [torch.tensor(length, dtype=torch.float64)]
     while len(steps) < tries:
         steps.append(steps[-1] * shrink)
@@ -155,7 +155,7 @@ def test_the_line_search_equals_trying_every_step(
     ids=["worse", "equal", "too far", "gain NaN", "divergence NaN", "divergence infinite", "all NaN"],
 )
 def test_where_no_step_will_do_nothing_moves(objective: Tried) -> None:
-    step, found = backtrack(torch.tensor([1.0]), objective, 1.0, 0.7, 5)
+    step, found = backtracking_line_search(torch.tensor([1.0]), objective, 1.0, 0.7, 5)
     assert torch.equal(step, torch.zeros(1))
     assert found == (0.0, 0.0, False, 5)
     assert len(objective.asked) == 6
@@ -163,14 +163,14 @@ def test_where_no_step_will_do_nothing_moves(objective: Tried) -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_broken_step_is_not_taken(broken: float) -> None:
-    step, found = backtrack(torch.tensor([broken]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.7, 5)
+    step, found = backtracking_line_search(torch.tensor([broken]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.7, 5)
     assert torch.equal(step, torch.zeros(1))
     assert not found.success
 
 
 def test_a_zero_step_is_not_searched_along() -> None:
     objective = Tried(lambda s: s, lambda s: s * s)
-    step, found = backtrack(torch.zeros(1), objective, 1.0, 0.7, 5)
+    step, found = backtracking_line_search(torch.zeros(1), objective, 1.0, 0.7, 5)
     assert torch.equal(step, torch.zeros(1))
     assert not found.success
     assert objective.asked == [0.0]

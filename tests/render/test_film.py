@@ -14,8 +14,8 @@ import torch
 
 from metarobot.env.base import Env
 from metarobot.evaluation.trial_film import film
-from metarobot.learning.agent_interface import Agent, Shapes, agents
-from metarobot.render.camera import Camera, snap
+from metarobot.learning.agent_interface import Agent, Dimensions, agents
+from metarobot.render.camera import Camera, snapshot_state
 from metarobot.render.film import VideoError
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Task
@@ -32,7 +32,7 @@ def family() -> Family:
 def agent() -> Agent:
     torch.manual_seed(0)
     kind = agents.get("rl2")
-    made: Agent = kind.build(kind.config(), Shapes(obs=17, act=6, task=1, episodes=2)).agent
+    made: Agent = kind.build(kind.config(), Dimensions(obs=17, act=6, task=1, episodes=2)).agent
     return made
 
 
@@ -135,7 +135,7 @@ def test_drawing_leaves_the_world_as_it_was(gl: None, family: Family) -> None:
 
 def test_the_floor_is_under_a_robot_that_was_far_away_in_the_last_picture(gl: None, family: Family) -> None:
     env = Env(family, [family.space.task(target_speed=0.0)], seed=5, threads=1)
-    here = snap(env, 0)
+    here = snapshot_state(env, 0)
     far = here.copy()
     far[1] += 100.0  # time, then the position along the track (m)
     task = env.tasks[0]

@@ -20,9 +20,9 @@ from metarobot.training.run_folder import build_learner
 mjw = pytest.importorskip("mujoco_warp")
 
 from metarobot.agents.ppo import PPOConfig  # noqa: E402
-from metarobot.env.device import DeviceEnv, measure  # noqa: E402
+from metarobot.env.device import DeviceEnv, measure_buffer_sizes  # noqa: E402
 from metarobot.sim import warp  # noqa: E402
-from metarobot.sim.warp import Room, WarpError  # noqa: E402
+from metarobot.sim.warp import BufferSizes, WarpError  # noqa: E402
 
 DEVICE = os.environ.get("METAROBOT_WARP_DEVICE", "cpu")
 """Warp's device; scripts/gpu_report.sh says cuda."""
@@ -145,7 +145,7 @@ def test_broken_physics_of_one_world_is_seen_there_and_harms_no_other() -> None:
 def test_an_overflow_is_counted_and_ends_the_episode() -> None:
     name = "QuadrupedDamage"
     env = Env(families.get(name), tasks(name), threads=1)
-    sim = WarpSim(models(name), room=Room(contacts=16, constraints=3))
+    sim = WarpSim(models(name), room=BufferSizes(contacts=16, constraints=3))
     low = env.state.qpos.clone()
     low[:, 2] = 0.2
     sim.reset(low, env.state.qvel)
@@ -155,8 +155,8 @@ def test_an_overflow_is_counted_and_ends_the_episode() -> None:
 
 
 @cache
-def measured() -> Room:
-    return measure(families.get("CheetahTerrain"), steps=20)
+def measured() -> BufferSizes:
+    return measure_buffer_sizes(families.get("CheetahTerrain"), steps=20)
 
 
 def world(family: Any, drawn: Sequence[Task], seed: int = 0) -> DeviceEnv:

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from metarobot.env.base import Env
-from metarobot.learning.agent_interface import Context, Shapes, agents
+from metarobot.learning.agent_interface import Context, Dimensions, agents
 from metarobot.tasks.distributions import TaskError
 from metarobot.tasks.family import Family, families
 from metarobot.training.collect import collect
-from metarobot.types import Percept, Rollout, Trials, sequence
+from metarobot.types import Percept, Rollout, Trials, join_episodes
 
 EPISODES = 3
 
@@ -60,7 +60,7 @@ def rl2(family: Family, seed: int = 0):
     torch.manual_seed(seed)
     kind = agents.get("rl2")
     config = kind.config(width=16)
-    shapes = Shapes(obs=len(family.observations), act=6, task=len(family.space.params), episodes=EPISODES)
+    shapes = Dimensions(obs=len(family.observations), act=6, task=len(family.space.params), episodes=EPISODES)
     agent = kind.build(config, shapes).agent
     with torch.no_grad():
         for p in agent.parameters():
@@ -174,7 +174,7 @@ def percepts_of(agent: Recorder, trials: Trials, world: int) -> list[Percept]:
 @pytest.mark.parametrize("family", [short(), falling()], ids=["short", "falling"])
 def test_the_sequence_shows_the_learner_what_the_agent_was_shown(family: Family) -> None:
     agent, trials = record(family)
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     for w in range(5):
         seen = percepts_of(agent, trials, w)
         assert seq.valid[:, w].tolist() == [True] * len(seen) + [False] * (len(seq.valid) - len(seen))
@@ -186,7 +186,7 @@ def test_the_sequence_shows_the_learner_what_the_agent_was_shown(family: Family)
 @pytest.mark.parametrize("family", [short(), falling()], ids=["short", "falling"])
 def test_the_sequence_equals_a_slow_reconstruction(family: Family) -> None:
     _, trials = record(family)
-    seq = sequence(trials.episodes)
+    seq = join_episodes(trials.episodes)
     for w in range(5):
         action, reward, done, j = torch.zeros(6), torch.tensor(0.0), 0.0, 0
         for e in trials.episodes:
@@ -254,7 +254,7 @@ def test_only_privileged_agents_are_told_the_task() -> None:
 @pytest.mark.parametrize("name", agents.names())
 def test_only_the_oracle_of_our_agents_is_privileged(name: str) -> None:
     kind = agents.get(name)
-    agent = kind.build(kind.config(), Shapes(obs=17, act=6, task=1, episodes=2)).agent
+    agent = kind.build(kind.config(), Dimensions(obs=17, act=6, task=1, episodes=2)).agent
     assert agent.privileged == (name.endswith("oracle"))
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.tasks.family import State, families
+from metarobot.tasks.family import WorldState, families
 from metarobot.training import demonstrations as module
-from metarobot.training.demonstrations import DemosError, read, record
+from metarobot.training.demonstrations import DemosError, read_demonstrations, record_demonstrations
 from metarobot.types import Trials
 
 PLACEMENT = families.get("Placement")
@@ -47,14 +47,14 @@ def made(path: Path, **settings: Any) -> Made:
         one.lived.append((tasks, how, real(agent, env, tasks, **how)))
         return one.lived[-1][2]
 
-    def program(state: State) -> Tensor:
+    def program(state: WorldState) -> Tensor:
         one.asked.append(PLACEMENT.expert(state))
         return one.asked[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "collect", watched)
         usual = {"tasks": TASKS, "shots": SHOTS, "seed": 4, "threads": 1}
-        one.count = record(replace(PLACEMENT, expert=program), path, **usual | settings)
+        one.count = record_demonstrations(replace(PLACEMENT, expert=program), path, **usual | settings)
     return one
 
 
@@ -81,7 +81,7 @@ def won(one: Made) -> dict[Any, list[tuple[Tensor, Tensor, Tensor]]]:
 
 
 def test_what_was_recorded_is_read_back_to_the_bit(calm: Made) -> None:
-    demos, lived = read(calm.path), won(calm)
+    demos, lived = read_demonstrations(calm.path), won(calm)
     assert calm.count == TASKS * VARIANTS * SHOTS
     assert (demos.family, demos.split, demos.shots) == (PLACEMENT, "train", SHOTS)
     assert list(demos.tasks) == PLACEMENT.space.sample("train", TASKS, 4)
@@ -100,7 +100,7 @@ def test_what_was_recorded_is_read_back_to_the_bit(calm: Made) -> None:
 
 
 def test_minari_itself_reads_the_dataset(calm: Made) -> None:
-    dataset, demos, lived = minari.MinariDataset(calm.path / "data"), read(calm.path), won(calm)
+    dataset, demos, lived = minari.MinariDataset(calm.path / "data"), read_demonstrations(calm.path), won(calm)
     assert dataset.total_episodes == calm.count
     assert dataset.total_steps == int(demos.valid.sum())
     assert dataset.observation_space.shape == (len(PLACEMENT.observations),)
@@ -127,9 +127,9 @@ def test_minari_itself_reads_the_dataset(calm: Made) -> None:
 def test_recorded_actions_done_again_succeed_as_they_did(calm: Made) -> None:
     (tasks, how, _), *more = calm.lived
     assert not more
-    env, demos = Env(PLACEMENT, tasks, threads=1), read(calm.path)
+    env, demos = Env(PLACEMENT, tasks, threads=1), read_demonstrations(calm.path)
     env.reset(how["seed"])
-    obs, alive = env.present(how["variant"]), torch.ones(len(tasks), dtype=torch.bool)
+    obs, alive = env.set_variant(how["variant"]), torch.ones(len(tasks), dtype=torch.bool)
     done = torch.zeros(len(tasks)).double()
     shown = demos.rollout(range(TASKS), torch.arange(SHOTS).expand(TASKS, SHOTS))
     for k in range(len(shown.valid)):
@@ -143,7 +143,7 @@ def test_recorded_actions_done_again_succeed_as_they_did(calm: Made) -> None:
 
 
 def test_with_jitter_what_was_asked_for_is_recorded_and_not_what_was_done(shaken: Made, calm: Made) -> None:
-    demos, still, lived = read(shaken.path), read(calm.path), won(shaken)
+    demos, still, lived = read_demonstrations(shaken.path), read_demonstrations(calm.path), won(shaken)
     assert demos.tasks == still.tasks
     off = [
         executed - demos.action[t, v, s, : len(executed)]
@@ -164,12 +164,14 @@ def test_with_jitter_what_was_asked_for_is_recorded_and_not_what_was_done(shaken
 
 
 def test_the_same_seed_gives_the_same_dataset(calm: Made, tmp_path: Path) -> None:
-    again = read(made(tmp_path / "again", threads=2).path)
-    first = read(calm.path)
+    again = read_demonstrations(made(tmp_path / "again", threads=2).path)
+    first = read_demonstrations(calm.path)
     assert again.tasks == first.tasks
     for name in ("obs", "action", "valid"):
         assert torch.equal(getattr(again, name), getattr(first, name)), name
-    assert set(read(made(tmp_path / "other", seed=5, tasks=1, shots=1).path).tasks).isdisjoint(first.tasks)
+    assert set(read_demonstrations(made(tmp_path / "other", seed=5, tasks=1, shots=1).path).tasks).isdisjoint(
+        first.tasks
+    )
 
 
 def test_many_tasks_of_a_split_are_recorded_group_by_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -178,12 +180,12 @@ def test_many_tasks_of_a_split_are_recorded_group_by_group(monkeypatch: pytest.M
     one = made(tmp_path / "x", split="extrapolate", shots=1, tick=said.append)
     assert said == [4, 8, 12]
     assert len({how["seed"] for _, how, _ in one.lived}) == len(one.lived) >= TASKS
-    demos = read(one.path)
+    demos = read_demonstrations(one.path)
     assert demos.split == "extrapolate"
     assert list(demos.tasks) == PLACEMENT.space.sample("extrapolate", TASKS, 4)
 
 
-def failing(where: Callable[[State], Tensor]) -> Any:
+def failing(where: Callable[[WorldState], Tensor]) -> Any:
     """Placement with an expert that does nothing in some worlds."""
     return replace(PLACEMENT, expert=lambda state: PLACEMENT.expert(state) * ~where(state)[:, None])
 
@@ -194,9 +196,9 @@ def test_where_the_expert_fails_it_tries_again_from_another_start(
     seeds, real = [], module.collect
     monkeypatch.setattr(module, "collect", lambda *x, **how: (seeds.append(how["seed"]), real(*x, **how))[1])
     family = failing(lambda state: (state.variant < 2) & (len(seeds) == 1))
-    assert record(family, tmp_path / "x", tasks=1, shots=2, threads=1) == 2 * VARIANTS
+    assert record_demonstrations(family, tmp_path / "x", tasks=1, shots=2, threads=1) == 2 * VARIANTS
     assert len(set(seeds)) == len(seeds) == 2
-    first = read(tmp_path / "x").obs[0, :, :, 0]
+    first = read_demonstrations(tmp_path / "x").obs[0, :, :, 0]
     assert len(first.flatten(0, 1).unique(dim=0)) == 2 * VARIANTS
 
 
@@ -204,8 +206,8 @@ def test_a_task_in_which_the_expert_always_fails_is_left_out(monkeypatch: pytest
     monkeypatch.setattr(module, "ATTEMPTS", 2)
     tasks = PLACEMENT.space.sample("train", 3, 0)
     family = failing(lambda state: state.task["order"] == tasks[1]["order"])
-    assert record(family, tmp_path / "x", tasks=3, shots=1, threads=1) == 2 * VARIANTS
-    assert list(read(tmp_path / "x").tasks) == [tasks[0], tasks[2]]
+    assert record_demonstrations(family, tmp_path / "x", tasks=3, shots=1, threads=1) == 2 * VARIANTS
+    assert list(read_demonstrations(tmp_path / "x").tasks) == [tasks[0], tasks[2]]
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
@@ -214,7 +216,9 @@ def test_an_expert_that_always_fails_is_an_error_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr(module, "ATTEMPTS", 1)
     with pytest.raises(DemosError, match=r"the expert fails again and again in Placement: class_0 .*, order \d"):
-        record(failing(lambda state: state.variant == 2), tmp_path / "x", tasks=tasks, shots=1, threads=1)
+        record_demonstrations(
+            failing(lambda state: state.variant == 2), tmp_path / "x", tasks=tasks, shots=1, threads=1
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -238,24 +242,28 @@ REFUSED = [
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     settings = {"tasks": 1, "shots": 1, "threads": 1} | change
-    refused(lambda: record(PLACEMENT, tmp_path / "x", **settings), message, MetarobotError)
+    refused(lambda: record_demonstrations(PLACEMENT, tmp_path / "x", **settings), message, MetarobotError)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_is_taken_is_left_alone(tmp_path: Path) -> None:
-    refused(lambda: record(PLACEMENT, tmp_path), f"{tmp_path} is there already; choose another place")
+    refused(lambda: record_demonstrations(PLACEMENT, tmp_path), f"{tmp_path} is there already; choose another place")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "x"
-    refused(lambda: record(PLACEMENT, out, tasks=1, shots=1, threads=1), f"cannot write {out}", MetarobotError)
+    refused(
+        lambda: record_demonstrations(PLACEMENT, out, tasks=1, shots=1, threads=1),
+        f"cannot write {out}",
+        MetarobotError,
+    )
 
 
 def test_a_family_without_an_expert_has_no_demonstrations(tmp_path: Path) -> None:
     family, message = families.get("CheetahVel"), "CheetahVel has no scripted expert"
-    refused(lambda: record(family, tmp_path / "x"), message, MetarobotError)
+    refused(lambda: record_demonstrations(family, tmp_path / "x"), message, MetarobotError)
     assert not list(tmp_path.iterdir())
 
 
@@ -264,7 +272,10 @@ def test_without_minari_it_says_what_to_install_before_any_work(
 ) -> None:
     monkeypatch.setitem(sys.modules, "minari", None)
     monkeypatch.setattr(module, "collect", lambda *_, **__: pytest.fail("it recorded what it cannot write"))
-    for call in (lambda: read(calm.path), lambda: record(PLACEMENT, tmp_path / "x", tasks=1, threads=1)):
+    for call in (
+        lambda: read_demonstrations(calm.path),
+        lambda: record_demonstrations(PLACEMENT, tmp_path / "x", tasks=1, threads=1),
+    ):
         refused(call, "demonstrations need packages: pip install 'metarobot[demos]'")
 
 
@@ -321,7 +332,7 @@ def four(key: str, change: Callable[[Any], Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("description", [json.dumps(META), None, "made by hand", "5"])
 def test_others_can_bring_their_own(tmp_path: Path, description: str | None) -> None:
     episodes = [*(episode(v, 5 + v) for v in range(VARIANTS)), *(episode(v, 3, 1) for v in (3, 1, 0, 2)), episode(2)]
-    demos = read(foreign(tmp_path, episodes, description), PLACEMENT)
+    demos = read_demonstrations(foreign(tmp_path, episodes, description), PLACEMENT)
     assert demos.tasks == tuple(PLACEMENT.space.sample("train", 2, 0))
     assert demos.split == (META["split"] if description == json.dumps(META) else "")
     assert demos.shots == 1
@@ -359,24 +370,24 @@ DAMAGED: dict[str, tuple[list[dict[str, Any]], str]] = {
 @pytest.mark.parametrize("case", DAMAGED)
 def test_demonstrations_that_nobody_can_learn_from_are_refused(tmp_path: Path, case: str) -> None:
     episodes, message = DAMAGED[case]
-    refused(lambda: read(foreign(tmp_path, episodes)), message, MetarobotError)
+    refused(lambda: read_demonstrations(foreign(tmp_path, episodes)), message, MetarobotError)
 
 
 @pytest.mark.parametrize(("family", "columns"), [("CheetahVel", 17), ("GraspShapes", 19)])
 def test_demonstrations_of_another_robot_are_refused(tmp_path: Path, family: str, columns: int) -> None:
     path, message = foreign(tmp_path, GOOD, None), f"observations of {family} have {columns} columns, these are (6, 35)"
-    refused(lambda: read(path, families.get(family)), message)
+    refused(lambda: read_demonstrations(path, families.get(family)), message)
 
 
 def test_demonstrations_that_say_they_are_of_another_family_are_refused(tmp_path: Path) -> None:
     path = foreign(tmp_path, GOOD)
-    assert read(path).family is PLACEMENT
-    refused(lambda: read(path, families.get("PlacementShown")), "PlacementShown")
+    assert read_demonstrations(path).family is PLACEMENT
+    refused(lambda: read_demonstrations(path, families.get("PlacementShown")), "PlacementShown")
 
 
 def test_demonstrations_that_do_not_say_of_which_family_they_are_need_to_be_told(tmp_path: Path) -> None:
     path = foreign(tmp_path, GOOD, None)
-    refused(lambda: read(path), "no family called ''; there are: AntDir", MetarobotError)
+    refused(lambda: read_demonstrations(path), "no family called ''; there are: AntDir", MetarobotError)
 
 
 @pytest.mark.parametrize("size", [0, 100, 0.5, 0.9])
@@ -384,18 +395,20 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, size: float) -> None:
     path = foreign(tmp_path, GOOD)
     data = path / "data" / "main_data.hdf5"
     os.truncate(data, int(size if size > 1 else size * data.stat().st_size))
-    refused(lambda: read(path), f"{path} is no dataset that Minari reads: ")
+    refused(lambda: read_demonstrations(path), f"{path} is no dataset that Minari reads: ")
 
 
 def test_damaged_metadata_are_one_line(tmp_path: Path, edit_json: Any) -> None:
     path = foreign(tmp_path, GOOD)
     edit_json(path / "data" / "metadata.json", "minari_version", "99.0")
-    refused(lambda: read(path), f"{path} is no dataset that Minari reads: The installed Minari version")
+    refused(lambda: read_demonstrations(path), f"{path} is no dataset that Minari reads: The installed Minari version")
     (path / "data" / "metadata.json").write_text("{")
-    refused(lambda: read(path), f"{path} is no dataset that Minari reads: ")
+    refused(lambda: read_demonstrations(path), f"{path} is no dataset that Minari reads: ")
 
 
 def test_where_there_is_no_dataset_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
-        refused(lambda path=path: read(path), f"{path} holds no Minari dataset: it has no folder called data")
+        refused(
+            lambda path=path: read_demonstrations(path), f"{path} holds no Minari dataset: it has no folder called data"
+        )

@@ -7,9 +7,9 @@ import torch
 from helpers import tiny_run
 
 from metarobot.env.base import Env
-from metarobot.files import read_json, replacing
+from metarobot.files import atomic_path, read_json
 from metarobot.training import run_folder as checkpoint
-from metarobot.training.run_folder import CheckpointError, open_run, pretrained, publish, save
+from metarobot.training.run_folder import CheckpointError, open_run, pretrained_names, publish_agent, save_checkpoint
 from metarobot.types import Percept
 
 
@@ -114,7 +114,7 @@ def test_an_unknown_folder_lists_the_agents_in_the_box() -> None:
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_new(tmp_path: Path) -> None:
     target = tmp_path / "x.json"
     target.write_text("old")
-    with pytest.raises(CheckpointError, match=r"cannot write .*x.json: No space left on device"), replacing(target):
+    with pytest.raises(CheckpointError, match=r"cannot write .*x.json: No space left on device"), atomic_path(target):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
@@ -127,21 +127,21 @@ def test_a_save_that_fails_midway_leaves_the_last_checkpoint_whole(run: Path, mo
     before, counters = open_run(run).checkpoint()
     monkeypatch.setattr(checkpoint, "write_json", full)
     with pytest.raises(CheckpointError):
-        save(run, {k: v + 1 for k, v in before.items()}, counters)
+        save_checkpoint(run, {k: v + 1 for k, v in before.items()}, counters)
     monkeypatch.undo()
     after, _ = open_run(run).checkpoint()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_a_published_agent_acts_the_same_without_its_optimiser(run: Path, tmp_path: Path) -> None:
-    publish(open_run(run), tmp_path / "box", {"summary": "tiny"})
+    publish_agent(open_run(run), tmp_path / "box", {"summary": "tiny"})
     tensors, _ = open_run(tmp_path / "box").checkpoint()
     assert all(name.startswith("agent.") for name in tensors)
     a, b = (open_run(p).load_agent().state_dict() for p in (run, tmp_path / "box"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", pretrained())
+@pytest.mark.parametrize("name", pretrained_names())
 def test_an_agent_in_the_box_is_small_loads_and_says_how_it_was_made(name: str) -> None:
     run = open_run(name)
     assert sum(p.stat().st_size for p in run.folder.iterdir()) < 3e6

@@ -17,7 +17,7 @@ from metarobot.learning.agent_interface import agents
 from metarobot.training.config import TrainConfig
 from metarobot.training.metrics_log import first_reach, read_metrics
 from metarobot.training.run_folder import open_run
-from metarobot.training.train import reopen, start, train
+from metarobot.training.train import reopen_run, start_run, train
 
 SMALL = ("--worlds", "4", "--minibatches", "2", "--epochs", "2", "--threads", "1", "--save-every", "1")
 
@@ -48,9 +48,9 @@ def test_resuming_from_any_checkpoint_gives_the_uninterrupted_bits(tmp_path: Pat
     agent = name.split()[0]
     config = agents.get(agent).config(**SETTINGS[name])
     settings = TrainConfig(family="CheetahDir100", agent=agent, steps=3200, threads=1, save_every=1)
-    whole = start(settings, config, tmp_path / "whole")
+    whole = start_run(settings, config, tmp_path / "whole")
     train(whole, show=False)
-    broken = start(settings, config, tmp_path / "broken")
+    broken = start_run(settings, config, tmp_path / "broken")
     calls = 0
 
     def die_after_two(*args: object) -> None:
@@ -114,12 +114,12 @@ def test_a_run_that_is_through_can_be_made_longer_but_not_shorter(tmp_path: Path
         **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config} | {"steps": 4000}
     )
     with pytest.raises(MetarobotError, match="with steps 900: it was trained with 1600"):
-        reopen(replace(longer, steps=900), kind, run.folder)
-    again = reopen(replace(longer, steps=1600), kind, run.folder)
+        reopen_run(replace(longer, steps=900), kind, run.folder)
+    again = reopen_run(replace(longer, steps=1600), kind, run.folder)
     before = digest(run.folder)
     assert train(again, resume=True, show=False)
     assert digest(run.folder) == before
-    assert train(reopen(longer, kind, run.folder), resume=True, show=False)
+    assert train(reopen_run(longer, kind, run.folder), resume=True, show=False)
     rows = read_metrics(run.folder / "metrics.jsonl")
     assert rows[-1]["time/total_timesteps"] >= 4000
     assert open_run(run.folder).config["steps"] == 4000
@@ -179,7 +179,7 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path: Path, change, message) -> None:
     settings = TrainConfig(**{"family": "CheetahVel", **change})
     with pytest.raises(MetarobotError, match=message):
-        start(settings, agents.get("rl2").config(), tmp_path / "x")
+        start_run(settings, agents.get("rl2").config(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -188,7 +188,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
 def test_counts_below_one_are_refused(tmp_path: Path, name: str, agent: str) -> None:
     kind = agents.get(agent)
     with pytest.raises(MetarobotError, match=f"{name} must be at least 1, not 0"):
-        start(TrainConfig(family="CheetahVel", agent=agent), kind.config(**{name: 0}), tmp_path / "x")
+        start_run(TrainConfig(family="CheetahVel", agent=agent), kind.config(**{name: 0}), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

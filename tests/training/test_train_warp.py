@@ -13,15 +13,15 @@ from helpers import run
 
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
-from metarobot.learning.optimiser_state import move
-from metarobot.learning.ppo_core import descend
+from metarobot.learning.optimiser_state import move_to_device
+from metarobot.learning.ppo_core import run_epochs
 from metarobot.tasks.family import families
 from metarobot.training import task_sampling as worlds
 from metarobot.training import train as module
 from metarobot.training.config import TrainConfig
 from metarobot.training.metrics_log import read_metrics
 from metarobot.training.run_folder import Run, build_learner, open_run
-from metarobot.training.train import reopen, start, train
+from metarobot.training.train import reopen_run, start_run, train
 
 pytest.importorskip("mujoco_warp")
 
@@ -47,10 +47,10 @@ def config(steps: int = 48, sim: str = "warp", **more: Any) -> TrainConfig:
 def test_a_run_on_warp_is_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = agents.get("rl2").config(**SMALL)
     said: list[str] = []
-    whole = short(start(config(), small, tmp_path / "whole", said.append))
+    whole = short(start_run(config(), small, tmp_path / "whole", said.append))
     assert said == ["physics: warp on cpu, as asked"]
     assert train(whole, show=False)
-    broken = short(start(config(), small, tmp_path / "broken"))
+    broken = short(start_run(config(), small, tmp_path / "broken"))
     with monkeypatch.context() as m:
         real, calls = module.save, iter([None])
         m.setattr(module, "save", lambda *a: (next(calls), real(*a)))
@@ -65,9 +65,9 @@ def test_a_run_on_warp_is_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytes
 def test_a_run_moves_between_simulators_and_that_is_said(tmp_path: Path) -> None:
     small, out = agents.get("rl2").config(**SMALL), tmp_path / "run"
     said: list[str] = []
-    assert train(short(start(config(24, "cpu"), small, out)), show=False)
+    assert train(short(start_run(config(24, "cpu"), small, out)), show=False)
     for steps, sim in ((48, "warp"), (72, ""), (96, "cpu")):
-        made = reopen(config(steps, sim), small, out, said.append)
+        made = reopen_run(config(steps, sim), small, out, said.append)
         assert train(short(made), resume=True, show=False)
         assert made.config["sim"] == (sim or "warp")
     goes = "goes on with {} physics and learning on cpu, after {} physics and learning on cpu: other roundings"
@@ -82,7 +82,9 @@ def test_a_run_moves_between_simulators_and_that_is_said(tmp_path: Path) -> None
 
 def test_tasks_with_models_of_their_own_are_dealt_from_a_pool_keyed_by_the_seed() -> None:
     family = families.get("CheetahTerrain")
-    one, other = (worlds.build(family, 4, 2, seed=s, sim="warp", device="cpu", pool=5, threads=1) for s in (0, 1))
+    one, other = (
+        worlds.make_task_source(family, 4, 2, seed=s, sim="warp", device="cpu", pool=5, threads=1) for s in (0, 1)
+    )
     dealt = [one.deal(i) for i in range(8)]
     assert len({t for tasks in dealt for t in tasks}) == 5
     assert one.deal(3) == dealt[3]
@@ -96,14 +98,14 @@ def test_tasks_with_models_of_their_own_are_dealt_from_a_pool_keyed_by_the_seed(
 
 def test_more_tasks_than_the_pool_holds_are_dealt_evenly() -> None:
     family = families.get("CheetahTerrain")
-    where = worlds.build(family, 7, 1, seed=0, sim="warp", device="cpu", pool=3, threads=1)
+    where = worlds.make_task_source(family, 7, 1, seed=0, sim="warp", device="cpu", pool=3, threads=1)
     _, counts = np.unique([str(t.values) for t in where.deal(0)], return_counts=True)
     assert sorted(counts) == [2, 2, 3]
 
 
 def test_tasks_that_share_a_model_are_drawn_as_on_the_cpu() -> None:
     family = families.get("CheetahVel")
-    sims = [worlds.build(family, 3, 1, seed=2, sim=s, device="cpu", pool=0, threads=1) for s in worlds.SIMS]
+    sims = [worlds.make_task_source(family, 3, 1, seed=2, sim=s, device="cpu", pool=0, threads=1) for s in worlds.SIMS]
     assert sims[0].deal(5) == sims[1].deal(5)
 
 
@@ -126,7 +128,7 @@ def test_what_cannot_be_had_is_said_before_anything_is_written(
 
 def test_a_family_that_warp_cannot_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MetarobotError, match="geom_type"):
-        start(config(family="GraspShapes"), agents.get("rl2").config(**SMALL), tmp_path / "x")
+        start_run(config(family="GraspShapes"), agents.get("rl2").config(**SMALL), tmp_path / "x")
 
 
 def test_without_warp_or_a_gpu_the_cpu_is_chosen_and_why_is_said() -> None:
@@ -138,7 +140,7 @@ def test_without_warp_or_a_gpu_the_cpu_is_chosen_and_why_is_said() -> None:
 
 
 def test_memory_that_runs_out_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = start(TrainConfig(family="CheetahDir100", steps=800), agents.get("rl2").config(**SMALL), tmp_path / "x")
+    made = start_run(TrainConfig(family="CheetahDir100", steps=800), agents.get("rl2").config(**SMALL), tmp_path / "x")
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
@@ -151,7 +153,7 @@ def test_memory_that_runs_out_is_said_in_a_line(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("name", ["rl2", "varibad", "pearl", "prototype", "maml", "imitation"])
 def test_all_that_a_learner_holds_moves_with_it(name: str) -> None:
     learner = build_learner(name, agents.get(name).config(), families.get("CheetahDir100"), 0)
-    move(learner, "meta")
+    move_to_device(learner, "meta")
     held = {k: v for k, v in learner.state().items() if not k.startswith(("replay.", "optimiser."))}
     assert held
     assert {v.device.type for v in held.values()} == {"meta"}
@@ -159,7 +161,7 @@ def test_all_that_a_learner_holds_moves_with_it(name: str) -> None:
 
 def test_the_bound_stops_the_step_that_broke_it_on_the_cpu() -> None:
     said = iter([0.1, 0.2, 0.9, 0.1])
-    sums, taken = descend([[lambda: torch.tensor([1.0, next(said)])] * 2] * 2, 1, 0.5)
+    sums, taken = run_epochs([[lambda: torch.tensor([1.0, next(said)])] * 2] * 2, 1, 0.5)
     assert taken == 3
     torch.testing.assert_close(sums, torch.tensor([3.0, 1.2]))
 
