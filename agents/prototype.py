@@ -309,7 +309,9 @@ class Prototype:
         """Return weights, normalisers, bank and optimisers."""
         ppo = self.ppo
         lessons = {f"lessons.{k}": v for k, v in flatten_state(self.optimiser).items()}
-        return lessons | flatten_state(ppo.optimiser, agent=self.agent, spread=ppo.return_norm, critic_norm=ppo.critic_norm)
+        return lessons | flatten_state(
+            ppo.optimiser, agent=self.agent, spread=ppo.return_norm, critic_norm=ppo.critic_norm
+        )
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""

@@ -190,7 +190,9 @@ class TrialsPPO:
         """Learn from one set of trials."""
         c, seq = self.config, join_episodes(trials.episodes)
         self._normalise(seq)
-        batch = TrialBatch(*(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float(), seq.teacher_action))
+        batch = TrialBatch(
+            *(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float(), seq.teacher_action)
+        )
         teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))

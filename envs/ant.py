@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import gymnasium
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from metarobot.envs.cheetah import effort, start
 from metarobot.tasks.distributions import Uniform
-from metarobot.tasks.family import Family, WorldState
+from metarobot.tasks.family import Display, Family, Interaction, WorldState
 from metarobot.tasks.space import Param, TaskSpace
 
 Velocity = Callable[[WorldState, WorldState, float], Tensor]
@@ -115,7 +114,7 @@ GOALS = TaskSpace(
         Param(
             name="goal_area",
             train=Uniform(0, 1),
-            beyond=Uniform(1, (4 / 3) ** 2),
+            extrapolation=Uniform(1, (4 / 3) ** 2),
             doc=f"the goal's distance is {RADIUS:g} m times its root",
         ),
     ),
@@ -133,12 +132,15 @@ ant_dir = Family(
     reward=follow_direction,
     weights={"speed": 1.0, "control": 0.5, "alive": 1.0},
     start=start,
-    terminate=partial(fallen, low=0.2, high=1.0),
-    readout=readout,
+    interaction=Interaction(
+        terminate=partial(fallen, low=0.2, high=1.0),
+    ),
+    display=Display(
+        readout=readout,
+    ),
 )
 
-ant_goal = replace(
-    ant_dir,
+ant_goal = ant_dir.replace(
     name="AntGoal",
     doc="Find a goal within 3 m that only the reward reveals, and stay: horizon 200 (ProMP, PEARL).",
     space=GOALS,

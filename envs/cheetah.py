@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metarobot.tasks.distributions import Choice, Uniform
-from metarobot.tasks.family import Family, WorldState
+from metarobot.tasks.family import Display, Family, WorldState
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats
 
@@ -76,7 +76,8 @@ def target_speed(name: str, high: float) -> TaskSpace:
     """Target speeds from standing still to ``high``, and up to a third beyond to extrapolate."""
     beyond = Uniform(high, high * 4 / 3)
     return TaskSpace(
-        name, (Param(name="target_speed", train=Uniform(0, high), beyond=beyond, unit="m/s", doc="rewarded speed"),)
+        name,
+        (Param(name="target_speed", train=Uniform(0, high), extrapolation=beyond, unit="m/s", doc="rewarded speed"),),
     )
 
 
@@ -92,7 +93,9 @@ cheetah_vel = Family(
     reward=track_speed,
     weights={"speed": 1.0, "control": 0.05},
     start=start,
-    readout=readout,
+    display=Display(
+        readout=readout,
+    ),
 )
 
 cheetah_vel_100 = replace(

@@ -51,7 +51,7 @@ def motor(name: str) -> Param:
     return Param(
         name=f"{name}_motor",
         train=Mixture((0.7, 0.25, 0.05), (Uniform(0.8, 1.2), Uniform(-1.2, -0.8), Choice((0.0,)))),
-        beyond=Mixture((0.5, 0.5), (Uniform(0.5, 0.8), Uniform(-0.8, -0.5))),
+        extrapolation=Mixture((0.5, 0.5), (Uniform(0.5, 0.8), Uniform(-0.8, -0.5))),
         edits=(Edit(element="actuator", name=name, field="gear", index=0, op="scale"),),
         doc="torque factor; negative is reversed, 0 is dead",
     )
@@ -63,15 +63,15 @@ SPACE = TaskSpace(
         Param(
             name="friction",
             train=LogUniform(0.4, 1.2),
-            beyond=LogUniform(0.2, 0.4),
+            extrapolation=LogUniform(0.2, 0.4),
             edits=(Edit(element="geom", name="floor", field="friction", index=0),),
             doc="sliding friction of the floor",
         ),
         Param(
             name="slope",
             train=Uniform(-5, 5),
-            hole=(1.0, 2.0),
-            beyond=Uniform(5, 10),
+            held_out=(1.0, 2.0),
+            extrapolation=Uniform(5, 10),
             edits=(Edit(element="option", field="gravity", op="rotate_y"),),
             unit="deg",
             doc="positive is uphill; x and height are along and across the slope",
@@ -79,7 +79,7 @@ SPACE = TaskSpace(
         Param(
             name="payload",
             train=Uniform(0.1, 4),
-            beyond=Uniform(4, 7),
+            extrapolation=Uniform(4, 7),
             edits=(Edit(element="geom", name="payload", field="mass"),),
             unit="kg",
             doc="on the back of the 14 kg robot",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import mujoco
@@ -25,7 +24,7 @@ from torch import Tensor
 from metarobot.envs.ant import published
 from metarobot.envs.cheetah import effort, readout, speed
 from metarobot.tasks.distributions import LogUniform, Mixture
-from metarobot.tasks.family import Family, WorldState
+from metarobot.tasks.family import Display, Family, Interaction, WorldState
 from metarobot.tasks.mujoco_models import Edit, compile_spec
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats
@@ -52,7 +51,7 @@ def factor(name: str, base: float, element: str, target: str, field: str, *index
     return Param(
         name=name,
         train=LogUniform(base**-3, base**3),
-        beyond=Mixture((0.5, 0.5), outer),
+        extrapolation=Mixture((0.5, 0.5), outer),
         edits=tuple(Edit(element=element, name=target, field=field, index=i, op="scale") for i in index),
         doc="times the nominal value",
     )
@@ -113,12 +112,15 @@ walker_params = Family(
     reward=run,
     weights={"speed": 1.0, "control": 1e-3, "alive": 1.0},
     start=start,
-    terminate=partial(fallen, low=0.8, high=2.0, lean=1.0),
-    readout=readout,
+    interaction=Interaction(
+        terminate=partial(fallen, low=0.8, high=2.0, lean=1.0),
+    ),
+    display=Display(
+        readout=readout,
+    ),
 )
 
-hopper_params = replace(
-    walker_params,
+hopper_params = walker_params.replace(
     name="HopperParams",
     doc="Hop on one leg of unknown masses, inertias, damping and friction: horizon 200 (PEARL, VariBAD).",
     space=factors("HopperParams", LEG),

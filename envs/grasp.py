@@ -13,10 +13,10 @@ from torch import Tensor
 
 from metarobot.envs.robots import arm_control as manipulation
 from metarobot.envs.robots import panda
-from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
+from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, scene_of
 from metarobot.envs.scenery import graspable_objects as objects
 from metarobot.tasks.distributions import Choice, LogUniform, Uniform
-from metarobot.tasks.family import EpisodeStatistics, Family, WorldState
+from metarobot.tasks.family import Deployment, Display, EpisodeStatistics, Family, Interaction, Teaching, WorldState
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import constant_like
 
@@ -38,9 +38,9 @@ WEIGHTS = {
 }
 
 HELD, ANCHOR, DONE, CRUSHED, DROPPED, TOP = HAND, slice(HAND + 1, HAND + 4), HAND + 4, HAND + 5, HAND + 6, HAND + 7
-"""Of the tally, after the hand's: control steps held, where in the hand the object was when that began, whether the
+"""Of the statistics, after the hand's: control steps held, where in the hand the object was when that began, whether the
 grasp succeeded, whether the object broke or fell, and its highest lift, m."""
-TALLIES = HAND + 8
+STATISTICS_SIZE = HAND + 8
 
 
 def limit(state: WorldState) -> Tensor:
@@ -57,12 +57,12 @@ def need(state: WorldState) -> Tensor:
 
 def begin(state: WorldState) -> Tensor:
     """Start with an open hand, and nothing lifted."""
-    return torch.nn.functional.pad(manipulation.begin(state), (0, TALLIES - HAND))
+    return torch.nn.functional.pad(manipulation.begin(state), (0, STATISTICS_SIZE - HAND))
 
 
 def count(before: WorldState, after: WorldState) -> Tensor:
-    """Keep the tally: see ``HELD``."""
-    old, scene = before.tally, sense(after)
+    """Keep the statistics: see ``HELD``."""
+    old, scene = before.statistics, scene_of(after)
     hand = manipulation.count(before, after, scene)
     moved = (scene.within - old[:, ANCHOR]).norm(dim=1)
     up = (scene.lift >= LIFT) & (hand[:, GRIPPED] > 0) & scene.held
@@ -78,40 +78,45 @@ def count(before: WorldState, after: WorldState) -> Tensor:
 
 def critic_observe(state: WorldState) -> Tensor:
     """Return what the robot cannot feel: the forces, how long the object has been held, and how high it is."""
-    scene, tally = sense(state), state.tally
-    rows = [scene.pads / 10, tally[:, [HELD]] / HOLD, tally[:, [DONE, CRUSHED, DROPPED]], 10 * tally[:, [TOP]]]
-    return torch.cat([*rows, (tally[:, [FORCE]] + 1).log(), (need(state)[:, None] + 1).log()], 1).float()
+    scene, statistics = scene_of(state), state.statistics
+    rows = [
+        scene.pads / 10,
+        statistics[:, [HELD]] / HOLD,
+        statistics[:, [DONE, CRUSHED, DROPPED]],
+        10 * statistics[:, [TOP]],
+    ]
+    return torch.cat([*rows, (statistics[:, [FORCE]] + 1).log(), (need(state)[:, None] + 1).log()], 1).float()
 
 
 def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
-    scene, tally = sense(after), after.tally
-    both = tally[:, GRIPPED] * scene.held
+    scene, statistics = scene_of(after), after.statistics
+    both = statistics[:, GRIPPED] * scene.held
     aim = scene.offset.square().sum(1).sqrt()
     return {
         "reach": 1 - torch.tanh(8 * aim),
         "grip": both,
         "lift": both * (scene.lift / LIFT).clamp(0, 1),
-        "hold": (tally[:, HELD] / HOLD).clamp_max(1),
-        "success": tally[:, DONE] - before.tally[:, DONE],
-        "crush": before.tally[:, CRUSHED] - tally[:, CRUSHED],
-        "drop": before.tally[:, DROPPED] - tally[:, DROPPED],
+        "hold": (statistics[:, HELD] / HOLD).clamp_max(1),
+        "success": statistics[:, DONE] - before.statistics[:, DONE],
+        "crush": before.statistics[:, CRUSHED] - statistics[:, CRUSHED],
+        "drop": before.statistics[:, DROPPED] - statistics[:, DROPPED],
         "calm": -after.action[:, :4].square().mean(1),
-        "effort": -tally[:, GRIPPED] * tally[:, FORCE] / manipulation.STRONGEST,
+        "effort": -statistics[:, GRIPPED] * statistics[:, FORCE] / manipulation.STRONGEST,
     }
 
 
 def over(state: WorldState) -> Tensor:
     """Say where the object broke, fell or left the table, or the hand jams."""
-    scene, tally = sense(state), state.tally
+    scene, statistics = scene_of(state), state.statistics
     away = (scene.object[:, :2] - constant_like(manipulation.CENTRE, scene.object)[:2]).abs().amax(1) > 0.3
     jammed = scene.pads.amax(1) > 3 * panda.FORCE
-    return (tally[:, CRUSHED] > 0) | (tally[:, DROPPED] > 0) | away | jammed
+    return (statistics[:, CRUSHED] > 0) | (statistics[:, DROPPED] > 0) | away | jammed
 
 
 def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show the grip force, and how high the object is."""
-    scene = sense(after)
+    scene = scene_of(after)
     return {"grip N": scene.pads.amax(1), "lift cm": 100 * scene.lift}
 
 
@@ -120,16 +125,18 @@ def expert(state: WorldState) -> Tensor:
 
     With a crush limit, with the geometric mean of what holds and what crushes. Returns actions ``(world, 6)``.
     """
-    scene, tally = sense(state), state.tally
-    closed, low = tally[:, FORCE] > 0, (scene.rest - 0.002).clamp_min(0.014)
+    scene, statistics = scene_of(state), state.statistics
+    closed, low = statistics[:, FORCE] > 0, (scene.rest - 0.002).clamp_min(0.014)
     grasped = closed & scene.held
     off = scene.offset[:, :2].norm(dim=1)
-    height = torch.where(grasped | (tally[:, TOP] > 0.01), 0.18, torch.where(closed | (off < 0.01), low, low + 0.06))
-    place = torch.where(closed[:, None], tally[:, AIM][:, :2], scene.object[:, :2])
-    move = (torch.cat([place, height[:, None]], 1) - tally[:, AIM]) / REACH
+    height = torch.where(
+        grasped | (statistics[:, TOP] > 0.01), 0.18, torch.where(closed | (off < 0.01), low, low + 0.06)
+    )
+    place = torch.where(closed[:, None], statistics[:, AIM][:, :2], scene.object[:, :2])
+    move = (torch.cat([place, height[:, None]], 1) - statistics[:, AIM]) / REACH
     # as the object's y axis lies, or against it, whichever is nearer
     y = scene.y[:, :2]
-    turn = torch.atan(-y[:, 0] / y[:, 1]) - tally[:, YAW]
+    turn = torch.atan(-y[:, 0] / y[:, 1]) - statistics[:, YAW]
     turn = torch.where(closed, 0.0, turn) / TURN
     ready = (off < 0.003) & ((scene.tip[:, 2] - low).abs() < 0.004) & (scene.speed.norm(dim=1) < 0.02)
     wanted = torch.minimum(2 * need(state), torch.sqrt(need(state) * limit(state)))
@@ -141,7 +148,7 @@ def expert(state: WorldState) -> Tensor:
 
 def advise(state: WorldState) -> Tensor:
     """Say which force to ask for, and how to lift once that is done; how to get there is not said. ``(world, 6)``."""
-    action, reaching = expert(state), state.tally[:, FORCE] == 0
+    action, reaching = expert(state), state.statistics[:, FORCE] == 0
     action[:, :5] = torch.where(reaching[:, None], torch.nan, action[:, :5])
     return action
 
@@ -150,27 +157,27 @@ SIZE = (
     Param(
         name="width",
         train=Uniform(0.03, 0.064),
-        beyond=Uniform(0.022, 0.03),
-        shapes=True,
+        extrapolation=Uniform(0.022, 0.03),
+        edits_spec=True,
         unit="m",
         doc="across the fingers",
     ),
-    Param(name="length", train=Uniform(1.0, 1.5), shapes=True, doc="in widths"),
-    Param(name="height", train=Uniform(0.04, 0.08), shapes=True, unit="m", doc="upwards"),
+    Param(name="length", train=Uniform(1.0, 1.5), edits_spec=True, doc="in widths"),
+    Param(name="height", train=Uniform(0.04, 0.08), edits_spec=True, unit="m", doc="upwards"),
 )
 SHAPE = (
     Param(
         name="kind",
         train=Choice((0.0, 1.0, 2.0, 3.0)),
-        beyond=Choice((4.0, 5.0)),
-        shapes=True,
+        extrapolation=Choice((4.0, 5.0)),
+        edits_spec=True,
         doc="shape",
         words=tuple(f"{i} {k}" for i, k in enumerate(objects.KINDS)),
     ),
     Param(
         name="shape_seed",
         train=Choice(tuple(map(float, range(1000)))),
-        shapes=True,
+        edits_spec=True,
         nuisance=True,
         doc="draws a superquadric",
     ),
@@ -179,7 +186,7 @@ CENTRE_OF_MASS = tuple(
     Param(
         name=f"centre_{a}",
         train=Uniform(-0.5, 0.5),
-        shapes=True,
+        edits_spec=True,
         doc=f"how far along {a} a fifth of the mass sits, in half-sizes",
     )
     for a in "xy"
@@ -187,7 +194,7 @@ CENTRE_OF_MASS = tuple(
 ROOM = Param(
     name="room",
     train=Uniform(2.0, 3.0),
-    beyond=Uniform(1.7, 2.0),
+    extrapolation=Uniform(1.7, 2.0),
     doc="grip force that crushes it, in forces that just hold it",
 )
 
@@ -197,8 +204,8 @@ def mass(low: float, high: float, beyond: float) -> Param:
     return Param(
         name="mass",
         train=LogUniform(low, high),
-        beyond=LogUniform(high, beyond),
-        shapes=True,
+        extrapolation=LogUniform(high, beyond),
+        edits_spec=True,
         unit="kg",
         doc="of the object",
     )
@@ -207,7 +214,11 @@ def mass(low: float, high: float, beyond: float) -> Param:
 def friction(low: float, high: float, beyond: float) -> Param:
     """Build the friction between the object and what touches it."""
     return Param(
-        name="friction", train=LogUniform(low, high), beyond=LogUniform(beyond, low), shapes=True, doc="of the object"
+        name="friction",
+        train=LogUniform(low, high),
+        extrapolation=LogUniform(beyond, low),
+        edits_spec=True,
+        doc="of the object",
     )
 
 
@@ -220,23 +231,31 @@ def grasp(name: str, doc: str, params: tuple[Param, ...], *, robot: str = "") ->
         horizon=HORIZON,
         substeps=manipulation.SUBSTEPS,
         spec=partial(manipulation.build, robot),
-        shape=objects.shape,
         observations=manipulation.OBSERVATIONS,
-        sense=manipulation.Scene,
         observe=manipulation.observe,
-        noise=manipulation.NOISE,
-        critic_observe=critic_observe,
-        control=manipulation.CONTROL,
-        tally=EpisodeStatistics(size=TALLIES, begin=begin, count=count),
         reward=reward,
         weights=WEIGHTS,
         start=manipulation.starter(robot),
-        terminate=over,
-        readout=readout,
-        expert=expert,
-        advise=advise,
-        view=((0.5, 0.0, 0.17), 0.3),
-        on_robot=lambda other: grasp(name, doc, params, robot=other),
+        interaction=Interaction(
+            edit_spec=objects.shape,
+            derive=manipulation.Scene,
+            noise=manipulation.NOISE,
+            controller=manipulation.CONTROL,
+            statistics=EpisodeStatistics(size=STATISTICS_SIZE, begin=begin, update=count),
+            terminate=over,
+        ),
+        teaching=Teaching(
+            critic_observe=critic_observe,
+            expert=expert,
+            teacher_action=advise,
+        ),
+        display=Display(
+            readout=readout,
+            view=((0.5, 0.0, 0.17), 0.3),
+        ),
+        deployment=Deployment(
+            on_robot=lambda other: grasp(name, doc, params, robot=other),
+        ),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from metarobot.envs.ant import direction, fallen, follow_direction, names, observe, published, readout
-from metarobot.tasks.family import Family, WorldState
+from metarobot.tasks.family import Display, Family, Interaction, WorldState
 from metarobot.types import Floats
 
 REACH = 0.4
@@ -63,6 +63,10 @@ humanoid_dir = Family(
     reward=partial(follow_direction, velocity=centre_velocity),
     weights={"speed": 1.25, "control": 0.1 * REACH**2, "alive": 5.0},
     start=start,
-    terminate=partial(fallen, low=1.0, high=2.0),
-    readout=readout,
+    interaction=Interaction(
+        terminate=partial(fallen, low=1.0, high=2.0),
+    ),
+    display=Display(
+        readout=readout,
+    ),
 )

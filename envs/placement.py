@@ -16,10 +16,10 @@ from torch import Tensor
 
 from metarobot.envs.grasp import SIZE
 from metarobot.envs.robots import arm_control as manipulation
-from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, sense
+from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, scene_of
 from metarobot.envs.scenery import graspable_objects as objects
 from metarobot.tasks.distributions import Choice, LogUniform
-from metarobot.tasks.family import EpisodeStatistics, Family, WorldState
+from metarobot.tasks.family import Deployment, Display, EpisodeStatistics, Family, Interaction, Teaching, WorldState
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats, constant_like
 
@@ -39,9 +39,9 @@ SHOWN = (*manipulation.OBSERVATIONS, "place_x_m", "place_y_m")
 WEIGHTS = {"reach": 0.3, "grip": 0.3, "carry": 1.0, "success": 20.0, "wrong": 10.0, "calm": 0.05}
 
 SEEN, AWAY, DONE, WRONG = HAND, HAND + 1, HAND + 2, HAND + 3
-"""Of the tally, after the hand's: control steps put down, whether the object has been carried, whether it was put down
+"""Of the statistics, after the hand's: control steps put down, whether the object has been carried, whether it was put down
 in its place, and in another's."""
-TALLIES = HAND + 4
+STATISTICS_SIZE = HAND + 4
 _ORDERS = torch.tensor(list(permutations(range(CLASSES))))
 
 
@@ -79,18 +79,18 @@ def observe_shown(state: WorldState) -> Tensor:
 
 
 def critic_observe(state: WorldState) -> Tensor:
-    """Return the way from the object to its place, and the tally of the placing."""
-    return torch.cat([10 * (belongs(state) - sense(state).object[:, :2]), state.tally[:, HAND:]], 1).float()
+    """Return the way from the object to its place, and the statistics of the placing."""
+    return torch.cat([10 * (belongs(state) - scene_of(state).object[:, :2]), state.statistics[:, HAND:]], 1).float()
 
 
 def begin(state: WorldState) -> Tensor:
     """Start with an open hand, and nothing placed."""
-    return torch.nn.functional.pad(manipulation.begin(state), (0, TALLIES - HAND))
+    return torch.nn.functional.pad(manipulation.begin(state), (0, STATISTICS_SIZE - HAND))
 
 
 def count(before: WorldState, after: WorldState) -> Tensor:
-    """Keep the tally: see ``SEEN``."""
-    old, scene = before.tally, sense(after)
+    """Keep the statistics: see ``SEEN``."""
+    old, scene = before.statistics, scene_of(after)
     hand = manipulation.count(before, after, scene)
     gaps = torch.cdist(scene.object[:, :2], constant_like(PLACES, scene.object))
     down = (hand[:, FORCE] == 0) & (scene.pads.amax(1) < 0.05) & (scene.lift.abs() < 0.01) & (gaps.amin(1) < NEAR)
@@ -103,56 +103,56 @@ def count(before: WorldState, after: WorldState) -> Tensor:
 
 def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
-    scene, tally = sense(after), after.tally
+    scene, statistics = scene_of(after), after.statistics
     gap = (scene.object[:, :2] - belongs(after)).norm(dim=1)
     return {
         "reach": 1 - torch.tanh(8 * scene.offset.norm(dim=1)),
-        "grip": tally[:, GRIPPED] * scene.held,
-        "carry": tally[:, AWAY] * (1 - torch.tanh(5 * gap)),
-        "success": tally[:, DONE] - before.tally[:, DONE],
-        "wrong": before.tally[:, WRONG] - tally[:, WRONG],
+        "grip": statistics[:, GRIPPED] * scene.held,
+        "carry": statistics[:, AWAY] * (1 - torch.tanh(5 * gap)),
+        "success": statistics[:, DONE] - before.statistics[:, DONE],
+        "wrong": before.statistics[:, WRONG] - statistics[:, WRONG],
         "calm": -after.action[:, :4].square().mean(1),
     }
 
 
 def over(state: WorldState) -> Tensor:
     """Say where the object has been put down, or left the table."""
-    scene, tally = sense(state), state.tally
+    scene, statistics = scene_of(state), state.statistics
     low, high = (constant_like(x, scene.object)[:2] for x in (manipulation.LOWEST, manipulation.HIGHEST))
     away = ((scene.object[:, :2] < low - 0.1) | (scene.object[:, :2] > high + 0.1)).any(1)
-    return (tally[:, DONE] > 0) | (tally[:, WRONG] > 0) | away
+    return (statistics[:, DONE] > 0) | (statistics[:, WRONG] > 0) | away
 
 
 def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show which class is presented and how far it is from its place."""
-    gap = (sense(after).object[:, :2] - belongs(after)).norm(dim=1)
+    gap = (scene_of(after).object[:, :2] - belongs(after)).norm(dim=1)
     return {"class": after.variant + 1.0, "to its place cm": 100 * gap}
 
 
 def expert(state: WorldState) -> Tensor:
     """Grasp, lift, carry and put down with everything known; actions ``(world, 6)``."""
-    scene, tally = sense(state), state.tally
-    closed, away = tally[:, FORCE] > 0, tally[:, AWAY] > 0
+    scene, statistics = scene_of(state), state.statistics
+    closed, away = statistics[:, FORCE] > 0, statistics[:, AWAY] > 0
     rest = scene.rest
     low = (rest - 0.002).clamp_min(0.014)
     goal = belongs(state)
     gap, off = (scene.object[:, :2] - goal).norm(dim=1), scene.offset[:, :2].norm(dim=1)
     there, landed = gap < 0.02, scene.object[:, 2] < rest + 0.005
     # before: over it, down and close; then up, across, down and open; then up again
-    carried = closed & scene.held & (tally[:, GRIPPED] > 0)
+    carried = closed & scene.held & (statistics[:, GRIPPED] > 0)
     over = torch.where(off < 0.01, low, low + 0.06)
     height = torch.where(closed, torch.where(carried, torch.where(there, low, 0.13), low), over)
     height = torch.where(away & ~closed, 0.16, height)
     # keep clear of the table while it is carried across
     lifted = scene.object[:, 2] > rest + 0.03
-    across = torch.where((lifted | there)[:, None], goal - scene.offset[:, :2], tally[:, AIM][:, :2])
+    across = torch.where((lifted | there)[:, None], goal - scene.offset[:, :2], statistics[:, AIM][:, :2])
     place = torch.where(
-        carried[:, None], across, torch.where(closed[:, None], tally[:, AIM][:, :2], scene.object[:, :2])
+        carried[:, None], across, torch.where(closed[:, None], statistics[:, AIM][:, :2], scene.object[:, :2])
     )
-    place = torch.where((away & ~closed)[:, None], tally[:, AIM][:, :2], place)
-    move = (torch.cat([place, height[:, None]], 1) - tally[:, AIM]) / REACH
+    place = torch.where((away & ~closed)[:, None], statistics[:, AIM][:, :2], place)
+    move = (torch.cat([place, height[:, None]], 1) - statistics[:, AIM]) / REACH
     y = scene.y[:, :2]
-    turn = torch.where(closed | away, 0.0, (torch.atan(-y[:, 0] / y[:, 1]) - tally[:, YAW]) / TURN)
+    turn = torch.where(closed | away, 0.0, (torch.atan(-y[:, 0] / y[:, 1]) - statistics[:, YAW]) / TURN)
     still = scene.speed.norm(dim=1) < 0.08
     ready = (off < 0.006) & ((scene.tip[:, 2] - low).abs() < 0.006) & still & ~away
     release = away & closed & there & landed & still
@@ -171,22 +171,22 @@ def named(i: int) -> Param:
 UNSEEN = Param(
     name="unseen",
     train=Choice((0.0,)),
-    beyond=Choice((1.0,)),
+    extrapolation=Choice((1.0,)),
     nuisance=True,
     doc="whether all classes are others, that are never trained on",
 )
 
 
-FORM = tuple(replace(p, beyond=None) for p in SIZE)
+FORM = tuple(replace(p, extrapolation=None) for p in SIZE)
 ORDER = Param(
     name="order", train=Choice(tuple(map(float, range(len(_ORDERS))))), doc="which class belongs where: a permutation"
 )
-MASS = Param(name="mass", train=LogUniform(0.05, 0.3), shapes=True, unit="kg", doc="of the object")
-FRICTION = Param(name="friction", train=LogUniform(0.6, 1.2), shapes=True, doc="of the object")
+MASS = Param(name="mass", train=LogUniform(0.05, 0.3), edits_spec=True, unit="kg", doc="of the object")
+FRICTION = Param(name="friction", train=LogUniform(0.6, 1.2), edits_spec=True, doc="of the object")
 KIND = Param(
     name="kind",
     train=Choice((0.0, 1.0)),
-    shapes=True,
+    edits_spec=True,
     doc="shape",
     words=tuple(f"{i} {k}" for i, k in enumerate(objects.KINDS)),
 )
@@ -201,23 +201,31 @@ def placement(name: str, doc: str, *, shown: bool = False, robot: str = "") -> F
         horizon=HORIZON,
         substeps=manipulation.SUBSTEPS,
         spec=partial(manipulation.build, robot),
-        shape=objects.shape,
         observations=SHOWN if shown else OBSERVATIONS,
-        sense=manipulation.Scene,
         observe=observe_shown if shown else observe,
-        noise=(*manipulation.NOISE, 0.005, 0.005) if shown else NOISE,
-        critic_observe=critic_observe,
-        control=manipulation.CONTROL,
-        tally=EpisodeStatistics(size=TALLIES, begin=begin, count=count),
-        variants=CLASSES,
         reward=reward,
         weights=WEIGHTS,
         start=manipulation.starter(robot),
-        terminate=over,
-        readout=readout,
-        expert=expert,
-        view=((0.5, 0.0, 0.15), 0.38),
-        on_robot=lambda other: placement(name, doc, shown=shown, robot=other),
+        interaction=Interaction(
+            edit_spec=objects.shape,
+            derive=manipulation.Scene,
+            noise=(*manipulation.NOISE, 0.005, 0.005) if shown else NOISE,
+            controller=manipulation.CONTROL,
+            statistics=EpisodeStatistics(size=STATISTICS_SIZE, begin=begin, update=count),
+            variants=CLASSES,
+            terminate=over,
+        ),
+        teaching=Teaching(
+            critic_observe=critic_observe,
+            expert=expert,
+        ),
+        display=Display(
+            readout=readout,
+            view=((0.5, 0.0, 0.15), 0.38),
+        ),
+        deployment=Deployment(
+            on_robot=lambda other: placement(name, doc, shown=shown, robot=other),
+        ),
     )
 
 

@@ -19,7 +19,7 @@ from metarobot.envs.robots import go2
 from metarobot.envs.robots.quaternions import rotation
 from metarobot.envs.scenery import terrain
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
-from metarobot.tasks.family import Family, Hardware, WorldState
+from metarobot.tasks.family import Deployment, Display, Family, Hardware, Interaction, Teaching, WorldState
 from metarobot.tasks.mujoco_models import Edit, compile_spec
 from metarobot.tasks.space import Param, SparseFaults, TaskSpace
 from metarobot.types import Floats, constant_like
@@ -76,14 +76,14 @@ def joints(state: WorldState, where: Columns) -> tuple[Tensor, Tensor]:
     return state.qpos[:, 1:][:, where] - constant_like(POSE, state.qpos), state.qvel[:, where]
 
 
-def sense(state: WorldState) -> Tensor:
+def trunk_rotation(state: WorldState) -> Tensor:
     """Return the trunk's rotation from its own frame to the world's, ``(world, 3, 3)``."""
     return rotation(state.qpos[:, 3:7])
 
 
 def turned(state: WorldState) -> Tensor:
-    """Return what ``sense`` made of a moment."""
-    turn: Tensor = sense(state) if state.sense is None else state.sense
+    """Return what ``trunk_rotation`` made of a moment."""
+    turn: Tensor = trunk_rotation(state) if state.derived is None else state.derived
     return turn
 
 
@@ -209,15 +209,15 @@ def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
 FRICTION = Param(
     name="friction",
     train=LogUniform(0.4, 1.2),
-    beyond=LogUniform(0.2, 0.4),
+    extrapolation=LogUniform(0.2, 0.4),
     edits=(Edit(element="geom", name="floor", field="friction", index=0),),
     doc="sliding friction of the floor",
 )
 SLOPE = Param(
     name="slope",
     train=Uniform(-8, 8),
-    hole=(2.0, 4.0),
-    beyond=Uniform(8, 12),
+    held_out=(2.0, 4.0),
+    extrapolation=Uniform(8, 12),
     edits=(Edit(element="option", field="gravity", op="rotate_y"),),
     unit="deg",
     doc="positive is uphill",
@@ -226,23 +226,23 @@ TERRAIN = (
     Param(
         name="roughness",
         train=Uniform(0.02, 0.08),
-        beyond=Uniform(0.08, 0.12),
-        shapes=True,
+        extrapolation=Uniform(0.08, 0.12),
+        edits_spec=True,
         unit="m",
         doc="from the lowest to the highest point",
     ),
     Param(
         name="terrain",
         train=Choice((0.0, 1.0, 2.0)),
-        beyond=Choice((3.0,)),
-        shapes=True,
+        extrapolation=Choice((3.0,)),
+        edits_spec=True,
         doc="kind of ground",
         words=tuple(f"{i} {k}" for i, k in enumerate(terrain.KINDS)),
     ),
     Param(
         name="terrain_seed",
         train=Choice(tuple(map(float, range(10_000)))),
-        shapes=True,
+        edits_spec=True,
         nuisance=True,
         doc="draws the ground",
     ),
@@ -251,7 +251,7 @@ PAYLOAD = (
     Param(
         name="payload",
         train=Uniform(0.001, 4),
-        beyond=Uniform(4, 6),
+        extrapolation=Uniform(4, 6),
         edits=(Edit(element="geom", name="payload", field="mass"),),
         unit="kg",
         doc="on the trunk of the 15.2 kg robot",
@@ -274,8 +274,8 @@ PAYLOAD = (
 LATENCY = Param(
     name="latency",
     train=Choice((0.005, 0.01, 0.015, 0.02)),
-    beyond=Choice((0.03, 0.04)),
-    shapes=True,
+    extrapolation=Choice((0.03, 0.04)),
+    edits_spec=True,
     unit="s",
     doc="from action to drive, in whole physics steps",
 )
@@ -284,7 +284,7 @@ LATENCY = Param(
 def commanded(low: float, high: float, beyond: float) -> Param:
     """Build the commanded forward speed."""
     return Param(
-        name="command_x", train=Uniform(low, high), beyond=Uniform(high, beyond), unit="m/s", doc="forward speed"
+        name="command_x", train=Uniform(low, high), extrapolation=Uniform(high, beyond), unit="m/s", doc="forward speed"
     )
 
 
@@ -295,7 +295,7 @@ def joint(name: str) -> Param:
         train=Mixture(
             (0.83, 0.06, 0.07, 0.04), (Uniform(0.9, 1.1), Uniform(0.2, 0.5), Choice((0.0,)), Choice((-1.0,)))
         ),
-        shapes=True,
+        edits_spec=True,
         doc="torque factor of its drive; 0 is dead, -1 locked",
         words=("0 dead", "-1 locked"),
     )
@@ -303,7 +303,9 @@ def joint(name: str) -> Param:
 
 def broken(least: int, most: int) -> SparseFaults:
     """Break so many joints at a time."""
-    return SparseFaults(params=tuple(j for j in go2.JOINTS if j not in SPARED), least=least, most=most, spared=SPARED)
+    return SparseFaults(
+        params=tuple(j for j in go2.JOINTS if j not in SPARED), least=least, most=most, extrapolation_params=SPARED
+    )
 
 
 HEALTH = tuple(joint(name) for name in go2.JOINTS)
@@ -321,7 +323,10 @@ def quadruped(
     """Build a family; ``hidden`` keeps the command from the robot, ``robot`` is another model of it."""
     space = TaskSpace(name, params, few)
     rough = "terrain" in space.names
-    fast = next((max(p.train.high, p.beyond.high if p.beyond else 0) for p in params if p.name == "command_x"), 0.0)
+    fast = next(
+        (max(p.train.high, p.extrapolation.high if p.extrapolation else 0) for p in params if p.name == "command_x"),
+        0.0,
+    )
     if rough and HORIZON * SUBSTEPS * go2.TIMESTEP * 1.3 * fast > terrain.RADIUS:
         raise TaskError(f"{name}: a terrain of {2 * terrain.RADIUS:g} m does not fit a speed of {fast:g} m/s")
     where = go2.columns(go2.model(robot)) if robot else OURS
@@ -332,20 +337,28 @@ def quadruped(
         horizon=HORIZON,
         substeps=SUBSTEPS,
         spec=partial(_build, robot, rough, "payload" in space.names),
-        shape=shape,
         observations=OBSERVATIONS,
-        sense=sense,
         observe=partial(observe, hidden=hidden, where=where),
-        noise=NOISE,
-        critic_observe=critic_observe,
         reward=partial(reward, where=where),
         weights=WEIGHTS,
         start=partial(start, where=where),
-        terminate=fallen,
-        readout=readout,
-        marked=broken_links,
-        on_robot=lambda other: quadruped(name, doc, params, few, hidden=hidden, robot=other),
-        hardware=partial(hardware, robot, hidden),
+        interaction=Interaction(
+            edit_spec=shape,
+            derive=trunk_rotation,
+            noise=NOISE,
+            terminate=fallen,
+        ),
+        teaching=Teaching(
+            critic_observe=critic_observe,
+        ),
+        display=Display(
+            readout=readout,
+            highlight=broken_links,
+        ),
+        deployment=Deployment(
+            on_robot=lambda other: quadruped(name, doc, params, few, hidden=hidden, robot=other),
+            hardware=partial(hardware, robot, hidden),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from metarobot.tasks.family import Family, families
 
 NAMES = ["GraspFragile", "GraspMix", "GraspShapes"]
 SHAPES, FRAGILE = families.get("GraspShapes"), families.get("GraspFragile")
-LOOSE = replace(SHAPES, terminate=None)
+LOOSE = SHAPES.replace(terminate=None)
 BOX = {"kind": 0.0, "shape_seed": 0.0, "width": 0.05, "length": 1.2, "height": 0.06, "mass": 0.3, "friction": 0.8}
 FORCES = 0.5, 60.0
 """The weakest and the strongest grip that can be asked for, N."""
@@ -34,7 +34,7 @@ def wild(env: Env, rng: torch.Generator) -> Tensor:
 
 
 def clever(env: Env) -> Tensor:
-    return env.family.expert(env.state).float()
+    return env.family.teaching.expert(env.state).float()
 
 
 def need(env: Env) -> Tensor:

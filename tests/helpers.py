@@ -59,7 +59,7 @@ each_judged = pytest.mark.parametrize("name", JUDGED)
 each_agent = pytest.mark.parametrize("name", [*JUDGED, "reptile"])
 SHAPES = Dimensions(obs=17, act=6, task=1, episodes=2)
 STEADY = replace(families.get("CheetahDir100"), horizon=12)
-FALLING = replace(STEADY, terminate=lambda state: state.qvel[:, 0].abs() > 1.2)
+FALLING = STEADY.replace(terminate=lambda state: state.qvel[:, 0].abs() > 1.2)
 TASKS = [STEADY.space.task(direction=d) for d in (1.0, -1.0)]
 ROLLOUTS = 3
 IN_TIME = ("obs", "action", "reward", "terminated", "truncated", "valid")

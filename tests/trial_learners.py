@@ -1,7 +1,5 @@
 """Learners of agents with and without memory, on trials with early ends."""
 
-from dataclasses import replace
-
 import torch
 
 from metarobot.env.base import Env
@@ -10,7 +8,7 @@ from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.types import Trials
 
-FAMILY = replace(families.get("CheetahTerrain"), horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
+FAMILY = families.get("CheetahTerrain").replace(horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 TASKS = FAMILY.space.sample("train", 6, 0)
 SHAPES = Dimensions(obs=17, act=6, task=len(FAMILY.space.params), episodes=2)
 

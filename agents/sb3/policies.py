@@ -22,7 +22,6 @@ except ImportError as e:
     raise MetarobotError("sb3-contrib is not installed: pip install 'metarobot[sb3]'") from e
 
 
-
 class Normalised(BaseFeaturesExtractor):  # type: ignore[misc,unused-ignore]
     """The observation, its first features normalised by what has been seen of them."""
 

@@ -52,7 +52,7 @@ NOISE = (*[0.001] * 3, *[0.01] * 3, *[0.003] * 3, *[0.03] * 6, 0.0005, 0.005, 0.
 """Uniform, ± so much: the object's pose comes from a camera."""
 
 FORCE, GRIPPED, AIM, YAW, HAND = 0, 1, slice(2, 5), 5, 6
-"""Of the tally: force asked for, N (0 open), whether a pad has met something since, and where the hand is to be, m and
+"""Of the statistics: force asked for, N (0 open), whether a pad has met something since, and where the hand is to be, m and
 rad; and how many columns that takes."""
 
 _STEP = torch.from_numpy(panda.SPEED * SUBSTEPS * TIMESTEP)
@@ -60,9 +60,9 @@ _LOW, _HIGH = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
 _DOWN, _EYE = torch.tensor([0.0, 0.0, -1.0]).double(), torch.eye(6).double()
 
 
-def sense(state: WorldState) -> Scene:
+def scene_of(state: WorldState) -> Scene:
     """Return what the sensors say of a moment, computed once."""
-    scene: Scene = state.sense or Scene(state)
+    scene: Scene = state.derived or Scene(state)
     return scene
 
 
@@ -90,23 +90,25 @@ class Scene:
 
 def observe(state: WorldState) -> Tensor:
     """Return ``(world, 19)``: see ``OBSERVATIONS``."""
-    scene, tally = sense(state), state.tally
-    fingers = torch.stack([scene.opening, scene.closing, (tally[:, FORCE] > 0).to(tally), tally[:, GRIPPED]], 1)
+    scene, statistics = scene_of(state), state.statistics
+    fingers = torch.stack(
+        [scene.opening, scene.closing, (statistics[:, FORCE] > 0).to(statistics), statistics[:, GRIPPED]], 1
+    )
     return torch.cat(
         [scene.tip - constant_like(CENTRE, scene.tip), scene.speed, scene.offset, scene.x, scene.z, fingers], 1
     ).float()
 
 
 def begin(state: WorldState) -> Tensor:
-    """Return the tally of a hand that is open and to stay where it is, ``(world, HAND)``."""
+    """Return the statistics of a hand that is open and to stay where it is, ``(world, HAND)``."""
     tip, x = state.sensors[:, 42:45], state.sensors[:, 45:48]
     still = tip.new_zeros(len(tip), 2)
     return torch.cat([still, tip, torch.atan2(x[:, 1], x[:, 0])[:, None]], 1)
 
 
 def count(before: WorldState, after: WorldState, scene: Scene) -> Tensor:
-    """Return the hand's tally after an action, ``(world, HAND)``; ``scene`` is what is after."""
-    old, close = before.tally, after.action[:, 4]
+    """Return the hand's statistics after an action, ``(world, HAND)``; ``scene`` is what is after."""
+    old, close = before.statistics, after.action[:, 4]
     asked = WEAKEST * (STRONGEST / WEAKEST) ** ((after.action[:, 5] + 1) / 2)
     force = torch.where((close > 0.5) & (old[:, FORCE] == 0), asked, old[:, FORCE])
     force = torch.where(close < -0.5, 0.0, force)
@@ -117,10 +119,10 @@ def count(before: WorldState, after: WorldState, scene: Scene) -> Tensor:
 
 def _aim(state: WorldState, action: Tensor) -> tuple[Tensor, Tensor]:
     """Return where the hand is to be after the action: its place ``(world, 3)``, m, and its turn ``(world,)``, rad."""
-    tip, tally = state.sensors[:, 42:45], state.tally
-    place = tally[:, AIM] + REACH * action[:, :3]
+    tip, statistics = state.sensors[:, 42:45], state.statistics
+    place = statistics[:, AIM] + REACH * action[:, :3]
     place = torch.minimum(torch.maximum(place, tip - AHEAD), tip + AHEAD)
-    turn = (tally[:, YAW] + TURN * action[:, 3]).clamp(-1.0, 1.0)
+    turn = (statistics[:, YAW] + TURN * action[:, 3]).clamp(-1.0, 1.0)
     return torch.minimum(torch.maximum(place, constant_like(LOWEST, place)), constant_like(HIGHEST, place)), turn
 
 
@@ -129,7 +131,7 @@ def targets(state: WorldState, action: Tensor, told: Tensor) -> Tensor:
 
     Damped least squares: Buss (2004), "Introduction to inverse kinematics", eq. 11. The hand is kept pointing down.
     """
-    scene = sense(state)
+    scene = scene_of(state)
     place, turn = _aim(state, action)
     x = scene.hand[:, 0]
     upset = torch.linalg.cross(scene.hand[:, 2], constant_like(_DOWN, x).expand_as(x))
@@ -142,7 +144,7 @@ def targets(state: WorldState, action: Tensor, told: Tensor) -> Tensor:
     # too fast for one joint is too fast for all: slower, but straight
     step = step / (step.abs() / (2 * constant_like(_STEP, step))).amax(1, keepdim=True).clamp_min(1)
     arm = (scene.angles + step).clamp(constant_like(_LOW, step), constant_like(_HIGH, step))
-    asked, gripped = state.tally[:, FORCE], state.tally[:, GRIPPED] > 0
+    asked, gripped = state.statistics[:, FORCE], state.statistics[:, GRIPPED] > 0
     grip = torch.where(asked > 0, torch.where(gripped, asked, APPROACH), -OPEN)
     return torch.cat([arm, grip[:, None]], 1)
 

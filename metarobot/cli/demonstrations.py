@@ -38,7 +38,7 @@ def record(
 
     known = families.get(family)
     with bar() as progress:
-        task = progress.add_task("recording", total=tasks * shots * known.variants)
+        task = progress.add_task("recording", total=tasks * shots * known.interaction.variants)
         count = write(
             known,
             out,
@@ -50,7 +50,7 @@ def record(
             threads=threads,
             tick=lambda n: progress.update(task, completed=n),
         )
-    left = tasks - count // (shots * known.variants)
+    left = tasks - count // (shots * known.interaction.variants)
     out_of = f" ({left} left out, in which the expert kept failing)" if left else ""
     print(f"wrote {count:,} demonstrations of {tasks - left:,} tasks to {out}{out_of}")
 

@@ -96,7 +96,12 @@ def evaluate(
     agents, *others = ([checkpoint.open_run(r, robot) for r in group] for group in (runs, oracle, blind, finetune))
     baselines = dict(zip(("oracle", "blind", "finetune"), others, strict=True))
     total = count_trials(
-        len(agents), len(others[0]), len(others[1]), len(others[2]), controls, agents[0].family.expert is not None
+        len(agents),
+        len(others[0]),
+        len(others[1]),
+        len(others[2]),
+        controls,
+        agents[0].family.teaching.expert is not None,
     )
     with bar() as progress:
         task = progress.add_task("playing", total=total)

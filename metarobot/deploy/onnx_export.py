@@ -175,7 +175,7 @@ def export(
 def describe(run: Run, agent: Any) -> dict[str, Any]:
     """Return what the metadata say of the agent's family, robot and trial."""
     family, env = run.family, Env(run.family, run.family.space.sample("train", 1), threads=1)
-    hardware = None if family.hardware is None else family.hardware()
+    hardware = None if family.deployment.hardware is None else family.deployment.hardware()
     boxed = run.folder.parent == PRETRAINED_FOLDER
     packages = ("metarobot", "torch", "onnx", "onnxscript", "onnxruntime", "mujoco")
     return {

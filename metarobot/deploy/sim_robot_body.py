@@ -40,7 +40,7 @@ class SimulatedRobot:
     def __init__(self, family: Family, tasks: Sequence[Task], *, seed: int = 0, noise: bool = True) -> None:
         self.family, self.tasks, self.seed, self._noise = family, tasks, seed, noise
         self.env = Env(family, tasks[:1], seed=seed, threads=1)
-        hardware = family.hardware() if family.hardware is not None else None
+        hardware = family.deployment.hardware() if family.deployment.hardware is not None else None
         self.signals: Signals = NamedSignals(self.env) if hardware is None else LeggedSignals(self.env, hardware)
         self.restart(0, 0)
 

@@ -69,8 +69,8 @@ class Env:
         first = self.model(self.tasks[0])
         self.dt = first.opt.timestep * family.substeps
         bounds = torch.from_numpy(first.actuator_ctrlrange.T.copy())
-        if family.control is not None:
-            bounds = torch.tensor([[-1.0], [1.0]]).expand(2, len(family.control.actions))
+        if family.interaction.controller is not None:
+            bounds = torch.tensor([[-1.0], [1.0]]).expand(2, len(family.interaction.controller.actions))
         qpos, qvel = self.sim.bind("qpos"), self.sim.bind("qvel")
         self.device = qpos.device
         self.action_low, self.action_high = bounds.to(qpos)
@@ -79,13 +79,15 @@ class Env:
         """Each task parameter over the worlds, name -> ``(world,)``."""
         sensors = self.sim.bind("sensordata") if first.nsensordata else qpos.new_zeros(self.worlds, 0)
         action = qpos.new_zeros(self.worlds, self.act_dim)
-        tally = qpos.new_zeros(self.worlds, 0 if family.tally is None else family.tally.size)
+        statistics = qpos.new_zeros(
+            self.worlds, 0 if family.interaction.statistics is None else family.interaction.statistics.size
+        )
         variant = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
-        self.state = WorldState(qpos, qvel, sensors, action, self.task_values, tally, variant)
+        self.state = WorldState(qpos, qvel, sensors, action, self.task_values, statistics, variant)
         self._ctrl, self._act = self.sim.bind("ctrl"), self.sim.bind("act")
         self.elapsed = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
-        noisy = torch.tensor(family.noise).nonzero()[:, 0]
-        self._amplitude = torch.tensor(family.noise)[noisy].to(self.device)
+        noisy = torch.tensor(family.interaction.noise).nonzero()[:, 0]
+        self._amplitude = torch.tensor(family.interaction.noise)[noisy].to(self.device)
         self._noisy = noisy.to(self.device)
         self._weights = torch.tensor(list(family.weights.values())).to(qpos)
         self.snapshot = self.state
@@ -111,8 +113,8 @@ class Env:
     @property
     def action_names(self) -> tuple[str, ...]:
         """Name the action's elements: by the family's controller, or its drives; a nameless drive by its joint."""
-        if self.family.control is not None:
-            return self.family.control.actions
+        if self.family.interaction.controller is not None:
+            return self.family.interaction.controller.actions
         model = self.model(self.tasks[0])
         joints = [model.joint(j).name for j in model.actuator_trnid[:, 0]]
         return tuple(model.actuator(i).name or joint for i, joint in enumerate(joints))
@@ -182,12 +184,12 @@ class Env:
             stream = np.random.Philox(key=[self.seed, self.world_ids[i]], counter=[0, 0, 0, int(self._episode[i])])
             rng = np.random.Generator(stream)
             starts.append(self.family.start(rng, self.model(self.tasks[i])))
-            if self.family.noise:
+            if self.family.interaction.noise:
                 noise = self._noise[i]
                 rng.random(dtype=np.float32, out=noise.numpy())
                 noise.mul_(2).sub_(1).mul_(self._amplitude)
-            if self.family.variants > 1:
-                self.state.variant[i] = int(rng.integers(self.family.variants))
+            if self.family.interaction.variants > 1:
+                self.state.variant[i] = int(rng.integers(self.family.interaction.variants))
         qpos, qvel = (torch.from_numpy(np.stack(x)) for x in zip(*starts, strict=True))
         self._begin(qpos, qvel, None if len(ids) == self.worlds else list(ids))
 
@@ -197,15 +199,15 @@ class Env:
         self.sim.reset(qpos, qvel, ids)
         self.state.action[rows] = 0.0
         self.elapsed[rows] = 0
-        if self.family.tally is not None:
-            self.state.tally[rows] = self.family.tally.begin(self.state)[rows]
+        if self.family.interaction.statistics is not None:
+            self.state.statistics[rows] = self.family.interaction.statistics.begin(self.state)[rows]
         self.snapshot = self._take_snapshot()
-        if self.family.control is not None:
-            self._ctrl[rows] = self._act[rows] = self.family.control.rest(qpos)
+        if self.family.interaction.controller is not None:
+            self._ctrl[rows] = self._act[rows] = self.family.interaction.controller.rest(qpos)
 
     def _observe(self) -> Tensor:
         obs = self.family.observe(self.snapshot)
-        return obs if not self.family.noise else obs.index_add_(1, self._noisy, self._disturbance())
+        return obs if not self.family.interaction.noise else obs.index_add_(1, self._noisy, self._disturbance())
 
     def _disturbance(self) -> Tensor:
         """Return the noise of the observations that have any, ``(world, noisy)``."""
@@ -213,19 +215,23 @@ class Env:
 
     def critic_obs(self) -> Tensor:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""
-        see = self.family.critic_observe
+        see = self.family.teaching.critic_observe
         return torch.zeros(self.worlds, 0, device=self.device) if see is None else see(self.snapshot)
 
     def teacher_action(self) -> Tensor:
         """Return what a learner is taught to do now, ``(world, act)``, NaN where nothing is known."""
-        return self.expert() if self.family.advise is None else self.family.advise(self.snapshot).float()
+        return (
+            self.expert()
+            if self.family.teaching.teacher_action is None
+            else self.family.teaching.teacher_action(self.snapshot).float()
+        )
 
     def expert(self) -> Tensor:
         """Return what the family's expert would do now, ``(world, act)``; raise if it has none."""
-        if self.family.expert is None:
-            known = ", ".join(n for n in families.names() if families.get(n).expert is not None)
+        if self.family.teaching.expert is None:
+            known = ", ".join(n for n in families.names() if families.get(n).teaching.expert is not None)
             raise MetarobotError(f"{self.family.name} has no scripted expert; those that have one: {known}")
-        return self.family.expert(self.snapshot).float()
+        return self.family.teaching.expert(self.snapshot).float()
 
     def step(self, action: Tensor, awake: Tensor | None = None) -> StepResult:
         """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset.
@@ -242,7 +248,7 @@ class Env:
 
     def apply_action(self, action: Tensor, awake: Tensor | None = None) -> None:
         """Set the drives' targets for ``action`` ``(world, act)``, clipped: the first part of ``step``."""
-        state, control = self.state, self.family.control
+        state, control = self.state, self.family.interaction.controller
         state.action.copy_(torch.clamp(action.to(state.action.dtype), self.action_low, self.action_high))
         if awake is not None:
             state.action.masked_fill_(~awake[:, None], 0.0)
@@ -258,14 +264,16 @@ class Env:
                 now.copy_(torch.where(faulted[:, None], torch.nan_to_num(then), now))
             state.action.masked_fill_(faulted[:, None], 0.0)
         after = self.snapshot = self._take_snapshot()
-        if family.tally is not None:
-            state.tally.copy_(family.tally.count(before, after))
-            after = self.snapshot = after._replace(tally=state.tally.clone())
+        if family.interaction.statistics is not None:
+            state.statistics.copy_(family.interaction.statistics.update(before, after))
+            after = self.snapshot = after._replace(statistics=state.statistics.clone())
         terms = family.reward(before, after, self.dt)
         reward = (self._weights @ torch.stack([terms[k] for k in family.weights])).float()
-        self.readout = family.readout(before, after, self.dt) if self.record_readout else {}
+        self.readout = family.display.readout(before, after, self.dt) if self.record_readout else {}
         obs = self._observe()
-        terminated = torch.zeros_like(faulted) if family.terminate is None else family.terminate(after)
+        terminated = (
+            torch.zeros_like(faulted) if family.interaction.terminate is None else family.interaction.terminate(after)
+        )
         if broken:
             reward = torch.where(faulted, 0.0, reward)
             terms = {k: torch.where(faulted, 0.0, v) for k, v in terms.items()}
@@ -279,8 +287,12 @@ class Env:
         """Copy the state, and make of it what the family's functions share."""
         live = self.state
         qpos, qvel, sensors, action = (x.clone() for x in live[:4])
-        moment = WorldState(qpos, qvel, sensors, action, live.task, live.tally.clone(), live.variant)
-        return moment if self.family.sense is None else moment._replace(sense=self.family.sense(moment))
+        moment = WorldState(qpos, qvel, sensors, action, live.task, live.statistics.clone(), live.variant)
+        return (
+            moment
+            if self.family.interaction.derive is None
+            else moment._replace(derived=self.family.interaction.derive(moment))
+        )
 
     def any_world(self, mask: Tensor) -> bool:
         """Say whether a mask ``(world,)`` holds for any world; where the answer would have to be waited for, yes."""

@@ -104,8 +104,8 @@ class DeviceEnv(Env):
         key = np.random.SeedSequence([self.seed, episode]).generate_state(1, np.uint64)[0]
         self._chance.manual_seed(int(key >> np.uint64(1)))
         picked = torch.randint(self._each, (self.worlds,), generator=self._chance, device=self.device)
-        if self.family.variants > 1:
-            n = self.family.variants
+        if self.family.interaction.variants > 1:
+            n = self.family.interaction.variants
             self.state.variant.random_(0, n, generator=self._chance)
         self._rest = [starts[self._origin, picked] for starts in self._starts]
         self._begin(self._rest[0], self._rest[1])

@@ -67,7 +67,7 @@ def evaluate(
     if beliefs := book.report():
         report["beliefs"] = beliefs
     references = {k: arena.play_all(v) for k, v in (("oracle", oracle), ("blind", blind)) if v}
-    if family.expert is not None:
+    if family.teaching.expert is not None:
         references["expert"] = stack_played([arena.play(ExpertAgent(arena.env()))])
     if success is not None:
         report["success"] = {"agent": _rates(success), **{k: _rates(v.success) for k, v in references.items()}}

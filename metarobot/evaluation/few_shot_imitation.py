@@ -68,7 +68,7 @@ def few_shot(
         "steps": int(run.config["steps"]),
         "split": demos.split,
         "tasks": len(tasks),
-        "chance": 1 / run.family.variants,
+        "chance": 1 / run.family.interaction.variants,
         "shots": rows,
         "expert": scene.success(ExpertAgent(scene.env)),
     }
@@ -88,7 +88,7 @@ class _Stage:
 
     def __init__(self, run: Run, demos: Demonstrations, seed: int, threads: int) -> None:
         self.tasks = [run.family.space.coerce(t.as_dict()) for t in demos.tasks]
-        self.variants, self.seed = run.family.variants, seed
+        self.variants, self.seed = run.family.interaction.variants, seed
         self.env = Env(run.family, [t for t in self.tasks for _ in range(self.variants)], threads=threads)
 
     def success(self, agent: Agent) -> dict[str, Any]:

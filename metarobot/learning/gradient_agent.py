@@ -241,7 +241,9 @@ class GradientAgent(nn.Module):
             prepared.append(self.batch(context[0], episode))
         return prepared
 
-    def with_critic_advantages(self, query: InnerBatch, trials: Trials, critic: OuterCritic, seed: int) -> tuple[InnerBatch, Tensor]:
+    def with_critic_advantages(
+        self, query: InnerBatch, trials: Trials, critic: OuterCritic, seed: int
+    ) -> tuple[InnerBatch, Tensor]:
         """Give the query the advantages of a critic, which learns from it; return the variance it explained too."""
         episode, task = trials.episodes[-1], trials.task
         sound = valid_mask(episode)

@@ -56,7 +56,9 @@ class OuterCritic:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, reward scale and optimiser."""
-        return {f"critic.{k}": v for k, v in flatten_state(self.optimiser, net=self.net, spread=self.return_norm).items()}
+        return {
+            f"critic.{k}": v for k, v in flatten_state(self.optimiser, net=self.net, spread=self.return_norm).items()
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""

@@ -60,8 +60,8 @@ class Camera:
             if len(self._stages) >= _STAGES:
                 self.close()
             model = self._maker.compile(task)
-            _mark(model, self._family.marked(task.as_dict()))
-            self._stages[values] = Scene(model, self.width, self.height, self._family.view)
+            _mark(model, self._family.display.highlight(task.as_dict()))
+            self._stages[values] = Scene(model, self.width, self.height, self._family.display.view)
         return self._stages[values]
 
     def _glide(self, stage: Scene, key: Hashable) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import mujoco
@@ -30,11 +30,11 @@ class WorldState(NamedTuple):
     """The clipped action that led here; zero at an episode's start."""
     task: Mapping[str, Tensor]
     """Task parameters by name, ``(world,)`` each."""
-    tally: Tensor = torch.zeros(0, 0).double()
+    statistics: Tensor = torch.zeros(0, 0).double()
     """What the family's ``Tally`` keeps of the episode so far, ``(world, tallies)``."""
     variant: Tensor = torch.zeros(0, dtype=torch.int64)
     """Which of the family's ``variants`` the episode is, ``(world,)``."""
-    sense: Any = None
+    derived: Any = None
     """What the family's ``sense`` made of the moment."""
 
 
@@ -56,9 +56,9 @@ class EpisodeStatistics:
 
     size: int
     begin: Callable[[WorldState], Tensor]
-    """State at an episode's start -> the tally, ``(world, size)``."""
-    count: Callable[[WorldState, WorldState], Tensor]
-    """(state before, state after) -> the tally after, ``(world, size)``."""
+    """State at an episode's start -> the statistics, ``(world, size)``."""
+    update: Callable[[WorldState, WorldState], Tensor]
+    """(state before, state after) -> the statistics after, ``(world, size)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,61 +88,108 @@ class Hardware:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interaction:
+    """How the robot is acted on and what an episode keeps track of, where the plain defaults do not do."""
+
+    controller: ActionController | None = None
+    """How actions become actuator targets; None if they are these targets."""
+    statistics: EpisodeStatistics | None = None
+    """What is kept of the episode so far."""
+    variants: int = 1
+    """In how many variants the episodes of a task come, as when one of several objects is presented; each episode's
+    variant is drawn at its start."""
+    terminate: Callable[[WorldState], Tensor] | None = None
+    """State -> ``(world,)``, true where the episode has failed; None if it never does."""
+    noise: tuple[float, ...] = ()
+    """Each observation's noise, uniform within ± this; none if empty."""
+    derive: Callable[[WorldState], Any] | None = None
+    """State -> what several of the family's functions need, computed once and kept as ``WorldState.derived``."""
+    edit_spec: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
+    """Writes the parameters marked ``edits_spec`` into the model; sets all that it touches, whatever it holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teaching:
+    """What a simulator knows and a robot does not, for training only."""
+
+    expert: Callable[[WorldState], Tensor] | None = None
+    """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote one."""
+    teacher_action: Callable[[WorldState], Tensor] | None = None
+    """State -> the action to distil from, ``(world, act)``, NaN where nothing is known; None if it is the expert's."""
+    critic_observe: Callable[[WorldState], Tensor] | None = None
+    """State -> what the critic sees in training beside the observation, ``(world, critic)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Display:
+    """What pictures and films show."""
+
+    readout: Callable[[WorldState, WorldState, float], dict[str, Tensor]] = field(default=lambda *_: {})
+    """(before, after, control period in s) -> quantities that a film shows, "name unit" -> ``(world,)``."""
+    highlight: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
+    """Task values by name -> names of the bodies to draw in red: what is broken."""
+    view: tuple[tuple[float, float, float], float] | None = None
+    """Centre and radius of the scene, m; None follows the whole robot."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """The real robot behind the family."""
+
+    hardware: Callable[[], Hardware] | None = None
+    """What the real robot's drives must be told; None if no real robot is like this one."""
+    on_robot: Callable[[str], Family] | None = None
+    """The same family with another model of its robot: a path to an MJCF, or ``menagerie:name``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """A task family: a robot, what varies, and what is observed and rewarded, as plain functions on batched tensors."""
+    """A task family: a robot, what varies, and what is observed and rewarded.
+
+    Eleven required fields describe a first family; ``docs/families.md`` walks through one. All functions take and
+    return batches, with the world axis first. The groups are optional.
+    """
 
     name: str
     doc: str
     """One sentence: what the agent must find out."""
     space: TaskSpace
+    """What varies from task to task."""
     horizon: int
     """Control steps an episode lasts at most."""
     substeps: int
-    """Physics steps a control step."""
+    """Physics steps in a control step."""
     spec: Callable[[], mujoco.MjSpec]
-    """Builds the nominal robot and floor."""
-    sense: Callable[[WorldState], Any] | None = None
-    """State -> what several of the functions below need of a moment, computed once."""
-    shape: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
-    """Writes into the model the task parameters that say ``shapes``; sets all that it touches, whatever it holds."""
+    """Builds the nominal robot and its surroundings."""
     observations: tuple[str, ...]
-    """One name an element of the observation, with its unit."""
+    """One name for each element of the observation, with its unit."""
     observe: Callable[[WorldState], Tensor]
     """State -> observation ``(world, obs)``, without noise."""
-    noise: tuple[float, ...] = ()
-    """Each observation's noise, uniform within ± this; none if empty."""
-    critic_observe: Callable[[WorldState], Tensor] | None = None
-    """State -> what only a critic in training is shown beside the observation, ``(world, critic)``."""
     reward: Callable[[WorldState, WorldState, float], dict[str, Tensor]]
-    """(state before, state after, control period s) -> terms ``(world,)``."""
+    """(state before, state after, control period in s) -> reward terms, name -> ``(world,)``."""
     weights: Mapping[str, float]
     """Reward term -> its weight in the sum; the same names as ``reward`` returns."""
     start: Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]
-    """Draws the initial joint positions and velocities of one world."""
-    control: ActionController | None = None
-    """How actions become the drives' targets; None if they are these targets."""
-    tally: EpisodeStatistics | None = None
-    """What is kept of the episode so far."""
-    variants: int = 1
-    """In how many variants the episodes of a task come, as when one of several objects is presented; each episode's is
-    drawn at its start."""
-    terminate: Callable[[WorldState], Tensor] | None = None
-    """State -> ``(world,)``, true where the episode has failed; None if it never does."""
-    readout: Callable[[WorldState, WorldState, float], dict[str, Tensor]] = field(default=lambda *_: {})
-    """(before, after, control period s) -> quantities a video shows, "name unit" -> ``(world,)``."""
-    expert: Callable[[WorldState], Tensor] | None = None
-    """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote one."""
-    advise: Callable[[WorldState], Tensor] | None = None
-    """State -> the action that a learner is taught, ``(world, act)``, NaN where nothing is known; None if the expert's
-    is."""
-    marked: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
-    """Task values by name -> names of the bodies that pictures show in red: what is broken."""
-    view: tuple[tuple[float, float, float], float] | None = None
-    """What pictures show: its middle and its radius, m; None if all there is, following a robot that travels."""
-    on_robot: Callable[[str], Family] | None = None
-    """The same family with another model of its robot: a path to an MJCF, or ``menagerie:name``."""
-    hardware: Callable[[], Hardware] | None = None
-    """Says what the real robot's drives must be told; None if no real robot is like this one."""
+    """Draws the initial ``qpos`` and ``qvel`` of one world."""
+    interaction: Interaction = Interaction()
+    teaching: Teaching = Teaching()
+    display: Display = Display()
+    deployment: Deployment = Deployment()
+
+    def replace(self, **changes: Any) -> Family:
+        """Return a copy with other values; fields of the groups may be named directly.
+
+        ``family.replace(horizon=100, terminate=None)`` changes the horizon and ``interaction.terminate``.
+
+        Raises:
+            TypeError: A field that neither the family nor a group has.
+        """
+        groups = {}
+        for name in ("interaction", "teaching", "display", "deployment"):
+            group = changes.pop(name, getattr(self, name))
+            own = {f.name: changes.pop(f.name) for f in fields(group) if f.name in changes}
+            groups[name] = replace(group, **own)
+        return replace(self, **changes, **groups)
 
 
 families: Registry[Family] = Registry("family", "metarobot.families")
@@ -154,6 +201,6 @@ def family_on(name: str, robot: str = "") -> Family:
     family: Family = families.get(name)
     if not robot:
         return family
-    if family.on_robot is None:
+    if family.deployment.on_robot is None:
         raise MetarobotError(f"{name} has no other robot than its own; leave --robot out")
-    return family.on_robot(robot)
+    return family.deployment.on_robot(robot)

@@ -37,13 +37,13 @@ class Param:
     name: str
     train: Distribution
     """What training and test tasks are drawn from."""
-    hole: tuple[float, float] | None = None
+    held_out: tuple[float, float] | None = None
     """An open interval cut out of ``train``: training and test never draw it, ``interpolate`` draws nothing else."""
-    beyond: Distribution | None = None
+    extrapolation: Distribution | None = None
     """What ``extrapolate`` draws, outside of ``train``."""
     edits: tuple[Edit, ...] = ()
     """Where the value enters the model; empty if the family's functions read it instead."""
-    shapes: bool = False
+    edits_spec: bool = False
     """Whether the family's ``shape`` writes the value into the model: what no edit can say, as a terrain."""
     nuisance: bool = False
     """Whether the value means nothing by itself, as a seed does: it is left out of the encoding."""
@@ -60,23 +60,25 @@ class Param:
 
     def contains(self, x: float) -> bool:
         """Say whether any split can draw ``x``."""
-        return self.train.contains(x) or (self.beyond is not None and self.beyond.contains(x))
+        return self.train.contains(x) or (self.extrapolation is not None and self.extrapolation.contains(x))
 
-    def in_hole(self, x: float) -> bool:
+    def in_held_out(self, x: float) -> bool:
         """Say whether ``x`` lies in the hole."""
-        return self.hole is not None and self.hole[0] < x < self.hole[1]
+        return self.held_out is not None and self.held_out[0] < x < self.held_out[1]
 
-    def draw(self, rng: np.random.Generator, *, hole: bool = False) -> float:
+    def draw(self, rng: np.random.Generator, *, inside: bool = False) -> float:
         """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every machine."""
         for _ in range(100_000):
             x = draw_rounded(self.train, rng)
-            if self.in_hole(x) == hole:
+            if self.in_held_out(x) == inside:
                 return x
-        raise TaskError(f"{self.name}: nothing can be drawn {'inside' if hole else 'outside'} the hole {self.hole}")
+        raise TaskError(
+            f"{self.name}: nothing can be drawn {'inside' if inside else 'outside'} the hole {self.held_out}"
+        )
 
     def bounds(self) -> str:
         """Say what values are allowed."""
-        beyond = "" if self.beyond is None else f", or {self.beyond.describe()} to extrapolate"
+        beyond = "" if self.extrapolation is None else f", or {self.extrapolation.describe()} to extrapolate"
         return self.train.describe() + beyond + (f" {self.unit}" if self.unit else "")
 
 
@@ -111,7 +113,7 @@ class SparseFaults:
     least: int
     most: int
     """How many do, each number equally likely."""
-    spared: tuple[str, ...] = ()
+    extrapolation_params: tuple[str, ...] = ()
     """Those that depart in ``extrapolate`` alone, and there no others do."""
 
 
@@ -121,22 +123,24 @@ class TaskSpace:
 
     name: str
     params: tuple[Param, ...]
-    few: tuple[SparseFaults, ...] = ()
+    sparse_faults: tuple[SparseFaults, ...] = ()
 
     def __post_init__(self) -> None:
         names = self.names
         for name in names:
             if names.count(name) > 1:
                 raise TaskError(f"{self.name} has two parameters called {name!r}")
-        for few in self.few:
-            for name in (*few.params, *few.spared):
+        for faults in self.sparse_faults:
+            for name in (*faults.params, *faults.extrapolation_params):
                 mixture = self.params[names.index(name)].train if name in names else None
                 if not isinstance(mixture, Mixture) or len(mixture.parts) < 2:
                     raise TaskError(
                         f"{self.name}: {name!r} is not a parameter drawn from a mixture of two parts or more"
                     )
-            if not 0 <= few.least <= few.most <= len(few.params):
-                raise TaskError(f"{self.name}: {few.least} to {few.most} of {len(few.params)} parameters cannot depart")
+            if not 0 <= faults.least <= faults.most <= len(faults.params):
+                raise TaskError(
+                    f"{self.name}: {faults.least} to {faults.most} of {len(faults.params)} parameters cannot depart"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,8 +151,10 @@ class TaskSpace:
     def splits(self) -> tuple[str, ...]:
         """The splits this space can draw from: no hole, no ``interpolate``; nothing beyond, no ``extrapolate``."""
         has = {"train": True, "test": True}
-        has["interpolate"] = any(p.hole for p in self.params)
-        has["extrapolate"] = any(p.beyond for p in self.params) or any(f.spared for f in self.few)
+        has["interpolate"] = any(p.held_out for p in self.params)
+        has["extrapolate"] = any(p.extrapolation for p in self.params) or any(
+            f.extrapolation_params for f in self.sparse_faults
+        )
         return tuple(s for s in SPLITS if has[s])
 
     @property
@@ -159,7 +165,7 @@ class TaskSpace:
         if len(choices) < len(trains):
             return None
         rows = (dict(zip(self.names, row, strict=True)) for row in itertools.product(*choices))
-        return tuple(self.task(**r) for r in rows if not any(p.in_hole(r[p.name]) for p in self.params))
+        return tuple(self.task(**r) for r in rows if not any(p.in_held_out(r[p.name]) for p in self.params))
 
     def sample(self, split: str, n: int, seed: int | Sequence[int] = 0) -> list[Task]:
         """Draw ``n`` tasks; the same split, n and seed give the same tasks on every machine.
@@ -179,32 +185,32 @@ class TaskSpace:
         return [self._draw(split, rng) for _ in range(n)]
 
     def _draw(self, split: str, rng: np.random.Generator) -> Task:
-        values = {p.name: p.draw(rng, hole=split == "interpolate" and p.hole is not None) for p in self.params}
+        values = {p.name: p.draw(rng, inside=split == "interpolate" and p.held_out is not None) for p in self.params}
         far: list[Param | SparseFaults] = []
         if split == "extrapolate":
             candidates: list[Param | SparseFaults] = [
-                *(p for p in self.params if p.beyond is not None),
-                *(f for f in self.few if f.spared),
+                *(p for p in self.params if p.extrapolation is not None),
+                *(f for f in self.sparse_faults if f.extrapolation_params),
             ]
             far = [candidates[int(rng.integers(len(candidates)))]]
-        for few in self.few:
-            values |= self._depart(few, rng, spared=few in far)
+        for faults in self.sparse_faults:
+            values |= self._draw_faults(faults, rng, extrapolate=faults in far)
         for p in far:
-            if isinstance(p, Param) and p.beyond is not None:
-                values[p.name] = draw_rounded(p.beyond, rng)
+            if isinstance(p, Param) and p.extrapolation is not None:
+                values[p.name] = draw_rounded(p.extrapolation, rng)
         return Task(self.name, tuple(values.items()))
 
-    def _depart(self, few: SparseFaults, rng: np.random.Generator, *, spared: bool) -> dict[str, float]:
+    def _draw_faults(self, faults: SparseFaults, rng: np.random.Generator, *, extrapolate: bool) -> dict[str, float]:
         """Draw all of a group: those chosen from what is not normal, the others from what is.
 
         Of the ``spared``, at least one is.
         """
-        names = few.spared if spared else few.params
-        least = 1 if spared else few.least
-        number = min(int(rng.integers(least, max(few.most, least) + 1)), len(names))
+        names = faults.extrapolation_params if extrapolate else faults.params
+        least = 1 if extrapolate else faults.least
+        number = min(int(rng.integers(least, max(faults.most, least) + 1)), len(names))
         chosen = {names[i] for i in rng.permutation(len(names))[:number]}
         values = {}
-        for name in (*few.params, *few.spared):
+        for name in (*faults.params, *faults.extrapolation_params):
             mixture = self.params[self.names.index(name)].train
             assert isinstance(mixture, Mixture)
             values[name] = draw_rounded(mixture.odd if name in chosen else mixture.parts[0], rng)
@@ -273,7 +279,7 @@ class TaskSpace:
 
     def say(self, task: Task) -> str:
         """Say in one line what a task is, leaving out what is normal or means nothing."""
-        grouped = {name for few in self.few for name in (*few.params, *few.spared)}
+        grouped = {name for faults in self.sparse_faults for name in (*faults.params, *faults.extrapolation_params)}
         said = []
         for p in self.params:
             normal = p.name in grouped and isinstance(p.train, Mixture) and p.train.parts[0].contains(task[p.name])
@@ -288,25 +294,27 @@ class TaskSpace:
             unit = f" {p.unit}" if p.unit else ""
             lines.append(f"  {p.name}{unit}: {p.train.describe()}" + (f"  ({p.doc})" if p.doc else ""))
             for label, value in (
-                ("enters", "; ".join(e.describe() for e in p.edits) or ("shape" if p.shapes else "the reward")),
-                ("interpolate", f"inside ({p.hole[0]:g}, {p.hole[1]:g}), cut out of training" if p.hole else ""),
-                ("extrapolate", p.beyond.describe() if p.beyond else ""),
+                ("enters", "; ".join(e.describe() for e in p.edits) or ("shape" if p.edits_spec else "the reward")),
+                (
+                    "interpolate",
+                    f"inside ({p.held_out[0]:g}, {p.held_out[1]:g}), cut out of training" if p.held_out else "",
+                ),
+                ("extrapolate", p.extrapolation.describe() if p.extrapolation else ""),
             ):
                 if value:
                     lines.append(f"    {label}: {value}")
-        for few in self.few:
-            lines.append(f"  {few.least} to {few.most} depart from their first part, of {', '.join(few.params)}")
-            if few.spared:
-                lines.append(f"    extrapolate: of {', '.join(few.spared)}, which training spares")
+        for faults in self.sparse_faults:
+            lines.append(
+                f"  {faults.least} to {faults.most} depart from their first part, of {', '.join(faults.params)}"
+            )
+            if faults.extrapolation_params:
+                lines.append(f"    extrapolate: of {', '.join(faults.extrapolation_params)}, which training spares")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the space as plain JSON data, with its hash."""
-        params = [
-            {**_plain(p), "train": to_data(p.train), "beyond": None if p.beyond is None else to_data(p.beyond)}
-            for p in self.params
-        ]
-        few = {"few": [asdict(f) for f in self.few]} if self.few else {}
+        params = [_param_to_data(p) for p in self.params]
+        few = {"few": [_faults_to_data(f) for f in self.sparse_faults]} if self.sparse_faults else {}
         plain = json.loads(json.dumps({"name": self.name, "params": params, **few}))
         return {**plain, "hash": _digest(plain)}
 
@@ -322,15 +330,26 @@ class TaskSpace:
             plain = {k: data[k] for k in ("name", "params", "few") if k != "few" or k in data}
             if _digest(plain) != data["hash"]:
                 raise TaskError(f"the task space {data['name']!r} was changed after it was written: its hash differs")
-            few = tuple(_load_few(f) for f in data.get("few", ()))
+            few = tuple(_load_faults(f) for f in data.get("few", ()))
             return cls(data["name"], tuple(_load_param(p) for p in data["params"]), few)
         except (KeyError, TypeError, ValueError) as e:
             raise TaskError(f"not a task space: {e!r}") from e
 
 
-def _plain(p: Param) -> dict[str, Any]:
-    """Return a parameter as plain data, without flags that are not set: they are younger than some trained agents."""
-    return {k: v for k, v in asdict(p).items() if v or k not in ("shapes", "nuisance", "words")}
+FILE_KEYS = {"held_out": "hole", "extrapolation": "beyond", "edits_spec": "shapes", "extrapolation_params": "spared"}
+"""Field -> its key in ``tasks.json``, where the two differ: files written by earlier versions stay readable."""
+
+
+def _param_to_data(p: Param) -> dict[str, Any]:
+    """Return a parameter as plain data; flags that are not set are left out, since older files lack them."""
+    data = {FILE_KEYS.get(k, k): v for k, v in asdict(p).items()}
+    data["train"] = to_data(p.train)
+    data["beyond"] = None if p.extrapolation is None else to_data(p.extrapolation)
+    return {k: v for k, v in data.items() if v or k not in ("shapes", "nuisance", "words")}
+
+
+def _faults_to_data(faults: SparseFaults) -> dict[str, Any]:
+    return {FILE_KEYS.get(k, k): v for k, v in asdict(faults).items()}
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -338,20 +357,23 @@ def _digest(plain: Mapping[str, Any]) -> str:
 
 
 def _load_param(data: Mapping[str, Any]) -> Param:
-    rest = {k: v for k, v in data.items() if k not in ("train", "beyond", "hole", "edits", "words")}
-    return Param(
-        train=from_data(data["train"]),
-        beyond=None if data["beyond"] is None else from_data(data["beyond"]),
-        hole=None if data["hole"] is None else tuple(data["hole"]),
-        edits=tuple(Edit(**e) for e in data["edits"]),
-        words=tuple(data.get("words", ())),
-        **rest,
+    field_of = {key: name for name, key in FILE_KEYS.items()}
+    values = {field_of.get(k, k): v for k, v in data.items()}
+    values["train"] = from_data(data["train"])
+    values["extrapolation"] = None if data["beyond"] is None else from_data(data["beyond"])
+    values["held_out"] = None if data["hole"] is None else tuple(data["hole"])
+    values["edits"] = tuple(Edit(**e) for e in data["edits"])
+    values["words"] = tuple(data.get("words", ()))
+    return Param(**values)
+
+
+def _load_faults(data: Mapping[str, Any]) -> SparseFaults:
+    return SparseFaults(
+        params=tuple(data["params"]),
+        least=data["least"],
+        most=data["most"],
+        extrapolation_params=tuple(data["spared"]),
     )
-
-
-def _load_few(data: Mapping[str, Any]) -> SparseFaults:
-    names = {k: tuple(data[k]) for k in ("params", "spared")}
-    return SparseFaults(least=data["least"], most=data["most"], **names)
 
 
 def parse_assignments(words: Iterable[str]) -> dict[str, float]:

@@ -20,8 +20,10 @@ class TaskModels:
         params = family.space.params
         edits = [e for p in params for e in p.edits]
         self._columns = [i for i, p in enumerate(params) for _ in p.edits]
-        self._shapes = [i for i, p in enumerate(params) if p.shapes]
-        self._factory = ModelFactory(lambda: style(family.spec()), edits, shape=family.shape, visual=visual)
+        self._shapes = [i for i, p in enumerate(params) if p.edits_spec]
+        self._factory = ModelFactory(
+            lambda: style(family.spec()), edits, shape=family.interaction.edit_spec, visual=visual
+        )
 
     def key(self, task: Task) -> tuple[float, ...]:
         """Return the values that the model depends on: tasks that share them share a model."""

@@ -130,7 +130,7 @@ def record_demonstrations(
             f"tasks and shots must be at least 1 and jitter between 0 and 10: {tasks}, {shots}, {jitter:g}"
         )
     wanted = family.space.sample(split, tasks, seed)
-    each, buffers = family.variants * shots, []
+    each, buffers = family.interaction.variants * shots, []
     group = max(1, AT_ONCE // each)
     for first in range(0, tasks, group):
         buffers += _recorded(family, wanted[first : first + group], shots, [seed, first], jitter, threads)
@@ -151,7 +151,7 @@ def _recorded(
 
     Tasks in which it never does are left out; more than a few of them are an error.
     """
-    missing = [(t, v) for t in range(len(tasks)) for v in range(family.variants) for _ in range(shots)]
+    missing = [(t, v) for t in range(len(tasks)) for v in range(family.interaction.variants) for _ in range(shots)]
     done: list[dict[str, Any]] = []
     for attempt in range(ATTEMPTS):
         if not missing:
@@ -263,14 +263,14 @@ def _checked(path: Path, episode: Any, family: Family) -> tuple[tuple[float, ...
         raise DemosError(f"{where}: infos hold a task and a variant a step, these are {task.shape} and {variant.shape}")
     if task.shape[1] != len(family.space.names):
         raise DemosError(f"{where}: {task.shape[1]} task values, but {family.name} has {len(family.space.names)}")
-    if variant[0] not in range(family.variants):
-        raise DemosError(f"{where}: variant {variant[0]}, but {family.name} has 0 to {family.variants - 1}")
+    if variant[0] not in range(family.interaction.variants):
+        raise DemosError(f"{where}: variant {variant[0]}, but {family.name} has 0 to {family.interaction.variants - 1}")
     return tuple(float(x) for x in task[0]), int(variant[0])
 
 
 def _gather(path: Path, family: Family, split: str, groups: dict[Any, list[Any]]) -> Demonstrations:
     """Stack demonstrations by task and variant."""
-    tasks, variants = list(dict.fromkeys(t for t, _ in groups)), family.variants
+    tasks, variants = list(dict.fromkeys(t for t, _ in groups)), family.interaction.variants
     shots = min(len(groups.get((t, v), ())) for t in tasks for v in range(variants))
     if shots < 1:
         raise DemosError(f"{path}: some tasks lack demonstrations of some of the {variants} variants")

@@ -198,7 +198,7 @@ def _lived(run: Run, learner: Learner, where: worlds.TaskSource) -> Callable[[in
 
 def _imitated(family: Family, worlds: int, rollouts: int, config: TrainConfig) -> Callable[[int], Trials]:
     """Return a function that draws the demonstrations of an iteration."""
-    demos, variants = read_demonstrations(Path(config.demos), family), family.variants
+    demos, variants = read_demonstrations(Path(config.demos), family), family.interaction.variants
     if rollouts % variants:
         raise MetarobotError(f"rollouts = {rollouts} is not a multiple of {variants}, the variants of {family.name}")
     return lambda i: demos.trials(worlds // rollouts, rollouts // variants, [config.seed, i])

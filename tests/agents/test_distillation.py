@@ -49,7 +49,9 @@ def test_advice_is_written_down_step_by_step_where_something_is_known() -> None:
     env = Env(PLACEMENT, tasks, threads=1)
     expert = ExpertAgent(env)
     episode = collect(expert, env, tasks, episodes=1, seed=0, record_teacher=True).episodes[0]
-    assert torch.equal(episode.teacher_action, torch.stack(expert.asked))  # without advice of its own, what the expert does
+    assert torch.equal(
+        episode.teacher_action, torch.stack(expert.asked)
+    )  # without advice of its own, what the expert does
     for e in shown().episodes:
         known = ~e.teacher_action.isnan()
         assert known[..., ASKED].all()
@@ -64,7 +66,7 @@ def test_the_force_advised_holds_and_does_not_crush() -> None:
     force = 0.5 * 120 ** ((env.teacher_action()[:, ASKED].double() + 1) / 2)
     assert (force > 1.2 * grasp.need(env.snapshot)).all()
     assert (force < 0.9 * grasp.limit(env.snapshot)).all()
-    assert (env.snapshot.tally[:, FORCE] == 0).all()
+    assert (env.snapshot.statistics[:, FORCE] == 0).all()
 
 
 def test_nobody_is_advised_who_does_not_ask() -> None:
@@ -120,7 +122,9 @@ def test_who_is_taught_asks_for_the_right_force(name: str) -> None:
 
 @each_learner
 def test_nothing_is_left_of_the_teacher_at_the_end(name: str) -> None:
-    blank = replace(shown(), episodes=tuple(replace(e, teacher_action=e.teacher_action[..., :0]) for e in shown().episodes))
+    blank = replace(
+        shown(), episodes=tuple(replace(e, teacher_action=e.teacher_action[..., :0]) for e in shown().episodes)
+    )
     alone, pupil = (learner(name, teach=w) for w in (0.0, 20.0))
     alone.update(blank, 1.0, 0)
     pupil.update(shown(), 1.0, 0)

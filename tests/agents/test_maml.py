@@ -46,7 +46,9 @@ def test_rates_that_are_not_learned_have_no_slope_and_never_change(name: str) ->
     gradient = agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))
     assert not gradient[: agent.size].any()
     assert gradient[agent.size :].any()
-    assert build("maml").agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))[: agent.size].any()
+    assert (
+        build("maml").agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))[: agent.size].any()
+    )
     for i in range(2):
         learner.update(lived(), 0.0, i)
     assert torch.equal(agent.vector()[: agent.size], before[: agent.size])

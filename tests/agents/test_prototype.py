@@ -19,7 +19,7 @@ from metarobot.training.collect import collect
 from metarobot.training.train import train
 from metarobot.types import Percept, Rollout, Trials
 
-FAMILY = replace(families.get("CheetahVel"), horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
+FAMILY = families.get("CheetahVel").replace(horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 TASKS = FAMILY.space.sample("train", 6, 0)
 SHAPES = Dimensions(obs=17, act=6, task=1, episodes=2)
 SMALL: dict[str, Any] = {"worlds": 6, "minibatches": 2, "epochs": 2, "width": 16, "lessons": 4, "window": 5}

@@ -219,10 +219,13 @@ def test_trials_that_are_all_the_same_collapse_it_too() -> None:
 
     def one(episode: Rollout) -> Rollout:
         rows = {
-            k: v[..., :1, :] if k in ("obs", "action", "critic_obs", "teacher_action") else v for k, v in vars(episode).items()
+            k: v[..., :1, :] if k in ("obs", "action", "critic_obs", "teacher_action") else v
+            for k, v in vars(episode).items()
         }
         wide = {
-            k: v.expand(*v.shape[:-2], 6, -1) for k, v in rows.items() if k in ("obs", "action", "critic_obs", "teacher_action")
+            k: v.expand(*v.shape[:-2], 6, -1)
+            for k, v in rows.items()
+            if k in ("obs", "action", "critic_obs", "teacher_action")
         }
         flat = {k: getattr(episode, k)[:, :1].expand(-1, 6) for k in ("reward", "terminated", "truncated", "valid")}
         return replace(episode, **wide, **flat, final_obs=episode.final_obs[:1].expand(6, -1))

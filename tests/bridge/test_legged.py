@@ -1,5 +1,4 @@
 import itertools
-from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +28,8 @@ WEIGHTS = dict(FAMILY.weights)
 
 def meta(family: Family = FAMILY, **changes: Any) -> Any:
     """What a layout reads of a policy's metadata."""
-    assert family.hardware is not None
-    h = family.hardware()
+    assert family.deployment.hardware is not None
+    h = family.deployment.hardware()
     limits = {
         j: Limit(*where, velocity=v, torque=t)
         for j, where, v, t in zip(h.joints, h.position, h.velocity, h.torque, strict=True)
@@ -110,7 +109,7 @@ def reckoned(lived: Lived) -> tuple[list[dict[str, float]], list[float], list[np
 def test_feet_are_where_mujoco_has_them_and_move_as_there() -> None:
     model = compile_spec(go2.go2())
     data, rng = mujoco.MjData(model), np.random.default_rng(0)
-    legs = [Leg(places) for places in FAMILY.hardware().reward["legs"].values()]
+    legs = [Leg(places) for places in FAMILY.deployment.hardware().reward["legs"].values()]
     for _ in range(20):
         data.qpos[:], data.qvel[:] = 0, 0
         data.qpos[3:7] = rng.standard_normal(4)
@@ -136,7 +135,7 @@ def test_vector_products_and_what_is_up() -> None:
 
 def test_observations_are_those_of_the_family() -> None:
     family = families.get("QuadrupedMix")  # its slopes turn gravity
-    quiet, rng = replace(family, noise=()), np.random.default_rng(0)
+    quiet, rng = family.replace(noise=()), np.random.default_rng(0)
     tasks = family.space.sample("test", 3)
     robot, env = SimulatedRobot(family, tasks, noise=False), Env(quiet, tasks, threads=1)
     layout, seq, last = Legged(meta(family)), 1, np.zeros(12, np.float32)
@@ -256,7 +255,7 @@ def test_a_policy_without_rules_for_a_reward_is_refused() -> None:
 
 
 def test_standing_still_is_standing_still() -> None:
-    odometry = Odometry(FAMILY.hardware().reward["legs"], 0.022)
+    odometry = Odometry(FAMILY.deployment.hardware().reward["legs"], 0.022)
     angles, still, nothing = go2.POSE.reshape(4, 3).tolist(), [[0.0] * 3] * 4, (0.0, 0.0, 0.0)
     for _ in range(10):
         motion = odometry.follow(angles, still, (0.0, 0.0, 1.0), nothing, [True] * 4, 0.02)

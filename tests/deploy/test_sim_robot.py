@@ -32,7 +32,7 @@ WATCHDOG = 0.1
 def meta(family: str) -> Any:
     """What a client asks of a policy's metadata."""
     chosen = families.get(family)
-    joints = chosen.hardware().joints if chosen.hardware else ()
+    joints = chosen.deployment.hardware().joints if chosen.deployment.hardware else ()
     return SimpleNamespace(family=family, joint_names=joints, observation_names=chosen.observations)
 
 
@@ -171,7 +171,7 @@ def test_a_legged_robot_tells_what_its_sensors_measure() -> None:
     robot.advance(robot.family.substeps)
     said = dict(zip(robot.signals.reading, robot.reading(), strict=True))
     model, state = robot.env.model(robot.tasks[0]), robot.env.state
-    for i, name in enumerate(families.get("QuadrupedFlat").hardware().joints):
+    for i, name in enumerate(families.get("QuadrupedFlat").deployment.hardware().joints):
         assert said[f"{name}.pos"] == float(state.qpos[0, 7 + i])
         assert said[f"{name}.vel"] == float(state.qvel[0, 6 + i])
         assert said[f"{name}.tau"] == float(state.sensors[0, model.sensor(f"{name}_torque").adr[0]])
@@ -226,7 +226,7 @@ def test_a_limp_robot_only_resists_motion() -> None:
 
 def test_damped_it_sinks_down_obeys_nothing_and_a_restart_ends_it() -> None:
     robot = world("QuadrupedFlat")
-    pose = np.array(families.get("QuadrupedFlat").hardware().pose)
+    pose = np.array(families.get("QuadrupedFlat").deployment.hardware().pose)
     robot.damp()
     for _ in range(100):
         robot.command(pose)
@@ -392,7 +392,7 @@ while True:
 
 
 def test_when_its_controller_is_killed_it_damps_in_its_time(tmp_path: Path) -> None:
-    joints = ",".join(families.get("QuadrupedFlat").hardware().joints)
+    joints = ",".join(families.get("QuadrupedFlat").deployment.hardware().joints)
     with served(world("QuadrupedFlat"), lockstep=False) as server:
         command = [sys.executable, "-c", DRIVE, f"{HOST}:{server.port}", joints]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as controller:

@@ -206,7 +206,7 @@ def test_each_world_is_reset_on_its_own_and_shows_its_last_observation_first() -
 
 def test_an_early_end_in_one_world_is_not_felt_in_another() -> None:
     calm, falling = small("CheetahTerrain", horizon=15), small("CheetahTerrain", horizon=15)
-    falling.family = replace(falling.family, terminate=lambda s: torch.tensor([True, False, False, False]))
+    falling.family = falling.family.replace(terminate=lambda s: torch.tensor([True, False, False, False]))
     for a, b in zip(roll(calm, 40), roll(falling, 40), strict=True):
         assert b.terminated.tolist() == [True, False, False, False]
         assert same(a, b, [1, 2, 3])

@@ -34,7 +34,7 @@ def tipping(state: WorldState) -> Tensor:
     return state.action[:, 0] > 0.9
 
 
-FALLING = replace(FLAT, terminate=tipping)
+FALLING = FLAT.replace(terminate=tipping)
 
 
 def learner(name: str, **settings: Any) -> Any:
@@ -60,7 +60,7 @@ def lived() -> Trials:
 
 def blank(family: Family) -> Family:
     """The same family, whose critic sees nothing."""
-    return replace(family, critic_observe=None)
+    return family.replace(critic_observe=None)
 
 
 def again(episode: int) -> tuple[Env, Rollout]:
@@ -159,7 +159,7 @@ def perturbed(trials: Trials, by: float) -> Trials:
     return replace(trials, episodes=tuple(told))
 
 
-def with_critic_advantages(name: str, trials: Trials) -> tuple[Tensor, Tensor, Tensor]:
+def judged(name: str, trials: Trials) -> tuple[Tensor, Tensor, Tensor]:
     """Values, targets, and log-probabilities of the actions, as a learner sees them, ``(step,)``."""
     seq = join_episodes(trials.episodes)
     _, _, value, target, _, old = learner(name)._targets(seq, trials.task)
@@ -192,7 +192,7 @@ def test_learners_learn_from_early_ends_and_with_a_critic_that_sees_more_or_not(
     config = agents.get(name).config(**TINY)
     of = build_learner(name, config, family, 0)
     shapes = agent_dimensions(family, 2)
-    assert shapes.critic == (14 if family.critic_observe else 0)
+    assert shapes.critic == (14 if family.teaching.critic_observe else 0)
     before = {k: v.clone() for k, v in of.state().items()}
     for iteration in range(3):
         metrics = of.update(live(of.agent, family), iteration / 3, iteration)

@@ -24,8 +24,10 @@ def elsewhere(env: Env) -> WorldState:
         return x.to("meta", torch.float32 if x.is_floating_point() else x.dtype)
 
     task = {k: moved(v) for k, v in now.task.items()}
-    state = WorldState(*(moved(x) for x in now[:4]), task, moved(now.tally), moved(now.variant))
-    return state if env.family.sense is None else state._replace(sense=env.family.sense(state))
+    state = WorldState(*(moved(x) for x in now[:4]), task, moved(now.statistics), moved(now.variant))
+    return (
+        state if env.family.interaction.derive is None else state._replace(derived=env.family.interaction.derive(state))
+    )
 
 
 @pytest.mark.parametrize("name", families.names())
@@ -34,19 +36,25 @@ def test_a_familys_functions_stay_on_the_device_and_in_its_precision(name: str) 
     env = Env(family, family.space.sample("train", 3, 0), threads=1)
     state = elsewhere(env)
     seen = {"observe": family.observe(state)}
-    if family.critic_observe is not None:
-        seen["critic_observe"] = family.critic_observe(state)
-    if family.terminate is not None:
-        seen["terminate"] = family.terminate(state)
-    if family.tally is not None:
-        seen |= {"begin": family.tally.begin(state), "count": family.tally.count(state, state)}
-    if family.control is not None:
+    if family.teaching.critic_observe is not None:
+        seen["critic_observe"] = family.teaching.critic_observe(state)
+    if family.interaction.terminate is not None:
+        seen["terminate"] = family.interaction.terminate(state)
+    if family.interaction.statistics is not None:
+        seen |= {
+            "begin": family.interaction.statistics.begin(state),
+            "count": family.interaction.statistics.update(state, state),
+        }
+    if family.interaction.controller is not None:
         told = env.sim.bind("ctrl").to("meta", torch.float32)
-        seen |= {"targets": family.control.targets(state, state.action, told), "rest": family.control.rest(state.qpos)}
-    for program in filter(None, (family.expert, family.advise)):
+        seen |= {
+            "targets": family.interaction.controller.targets(state, state.action, told),
+            "rest": family.interaction.controller.rest(state.qpos),
+        }
+    for program in filter(None, (family.teaching.expert, family.teaching.teacher_action)):
         seen[program.__name__] = program(state)
     seen |= family.reward(state, state, env.dt)
-    seen |= family.readout(state, state, env.dt)
+    seen |= family.display.readout(state, state, env.dt)
     for key, value in seen.items():
         assert value.is_meta, key
         assert value.dtype in (torch.float32, torch.bool), key

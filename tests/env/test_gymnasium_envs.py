@@ -20,7 +20,7 @@ from metarobot.tasks.distributions import TaskError
 from metarobot.tasks.family import families
 
 TERRAIN = replace(families.get("CheetahTerrain"), horizon=12)
-TUMBLER = replace(families.get("CheetahVel"), horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12)
+TUMBLER = families.get("CheetahVel").replace(horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12)
 """Ends at another step in each world, by failure or by time."""
 
 
@@ -173,7 +173,7 @@ def test_the_test_split_of_a_finite_space_is_drawn_at_random():
 
 
 def test_an_episode_ends_with_its_last_observation_and_needs_a_reset():
-    env = GymEnv(replace(TUMBLER, terminate=None))
+    env = GymEnv(TUMBLER.replace(terminate=None))
     with pytest.raises(ResetNeeded):
         env.step(np.zeros(6))
     obs, _ = env.reset(seed=0)
@@ -281,7 +281,7 @@ def test_tasks_change_at_the_autoreset_or_stay():
 
 
 def test_wrappers_of_gymnasium_see_whole_episodes():
-    env = gymnasium.wrappers.vector.RecordEpisodeStatistics(GymVecEnv(replace(TUMBLER, terminate=None), 3))
+    env = gymnasium.wrappers.vector.RecordEpisodeStatistics(GymVecEnv(TUMBLER.replace(terminate=None), 3))
     env.reset(seed=0)
     total = np.zeros(3)
     for action in actions_for(env, 12):
@@ -301,7 +301,7 @@ def can_draw():
 
 @pytest.mark.usefixtures("can_draw")
 def test_pictures_show_the_task_and_the_end_of_the_episode():
-    env = GymEnv(replace(TERRAIN, terminate=None), render_mode="rgb_array", width=64, height=48)
+    env = GymEnv(TERRAIN.replace(terminate=None), render_mode="rgb_array", width=64, height=48)
     env.reset(seed=0)
     first = env.render()
     assert (first.shape, first.dtype) == ((48, 64, 3), np.uint8)

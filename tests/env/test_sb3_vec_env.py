@@ -1,7 +1,6 @@
 """Stable-Baselines3 trains over the batch, and its bookkeeping is right."""
 
 import warnings
-from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -20,8 +19,8 @@ from stable_baselines3.common.monitor import Monitor
 
 from metarobot.env.sb3_vec_env import SB3VecEnv
 
-TUMBLER = replace(families.get("CheetahVel"), horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12)
-SHORT = replace(TUMBLER, terminate=None)
+TUMBLER = families.get("CheetahVel").replace(horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12)
+SHORT = TUMBLER.replace(terminate=None)
 
 
 @pytest.mark.parametrize("name", families.names())

@@ -30,13 +30,13 @@ def grasped() -> Env:
 
 def test_a_force_once_asked_for_stays_until_the_hand_opens() -> None:
     env = grasped()
-    asked, felt = float(env.state.tally[0, grasp.FORCE]), Scene(env.state).pads.clone()
+    asked, felt = float(env.state.statistics[0, grasp.FORCE]), Scene(env.state).pads.clone()
     assert asked == pytest.approx(2 * float(need(env)), rel=1e-5)
     for k in range(30):
         # closing again, and neither closing nor opening
         still = [0, 0, 0, 0, (1.0, 0.0, -0.45, 0.6)[k % 4], (-1.0, 1.0, 0.3)[k % 3]]
         env.step(torch.tensor([still]))
-        assert float(env.state.tally[0, grasp.FORCE]) == asked
+        assert float(env.state.statistics[0, grasp.FORCE]) == asked
         assert float(env.sim.bind("ctrl")[0, 7]) == asked
     assert Scene(env.state).pads == pytest.approx(felt, rel=0.05)
 
@@ -46,18 +46,18 @@ def test_a_hand_that_opened_closes_with_the_force_asked_for_anew() -> None:
     for force in (5.0, 0.5, 60.0, 12.3):
         for close in (0.0, 0.5, -0.5):
             env.step(torch.tensor([[0, 0, 0, 0, close, float(strength(torch.tensor(force)))]]))
-            assert env.state.tally[0, grasp.FORCE] == 0
+            assert env.state.statistics[0, grasp.FORCE] == 0
         env.step(torch.tensor([[0, 0, 0, 0, 0.6, float(strength(torch.tensor(force)))]]))
-        assert float(env.state.tally[0, grasp.FORCE]) == pytest.approx(force, rel=1e-5)
+        assert float(env.state.statistics[0, grasp.FORCE]) == pytest.approx(force, rel=1e-5)
         env.step(torch.tensor([[0, 0, 0, 0, -0.6, 1.0]]))
-        assert env.state.tally[0, grasp.FORCE] == 0
-        assert env.state.tally[0, grasp.GRIPPED] == 0
+        assert env.state.statistics[0, grasp.FORCE] == 0
+        assert env.state.statistics[0, grasp.GRIPPED] == 0
 
 
 def test_the_hand_closes_gently_until_it_meets_something_and_presses_then() -> None:
     env, forces = Env(SHAPES, [BOX], threads=1), set()
     for _ in range(60):
-        met, force = bool(env.state.tally[0, grasp.GRIPPED]), float(env.state.tally[0, grasp.FORCE])
+        met, force = bool(env.state.statistics[0, grasp.GRIPPED]), float(env.state.statistics[0, grasp.FORCE])
         env.step(clever(env))
         told = float(env.sim.bind("ctrl")[0, 7])
         forces.add(round(told, 9))
@@ -102,7 +102,7 @@ def test_targets_stay_within_the_limits_of_joints_and_grip(seed: int, magnitude:
             assert targets.isfinite().all()
             assert ((targets[:, :7] >= low) & (targets[:, :7] <= high)).all()
             assert (targets[:, 7].abs() <= 70).all()
-        assert (env.state.tally[:, grasp.FORCE] <= FORCES[1] + 1e-9).all()
+        assert (env.state.statistics[:, grasp.FORCE] <= FORCES[1] + 1e-9).all()
 
 
 def cleared(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
@@ -182,7 +182,7 @@ def test_the_hand_reaches_every_corner_of_its_part_of_the_table(speed: float) ->
     for _ in range(80):
         env.step(torch.cat([speed * corners, torch.zeros(8, 3)], 1))
         assert (Scene(env.state).pads == 0).all(), "the table is not touched"
-    tip, aim = Scene(env.state).tip, env.state.tally[:, grasp.AIM]
+    tip, aim = Scene(env.state).tip, env.state.statistics[:, grasp.AIM]
     assert (tip - aim).abs().max() < 2e-3
     for axis, (low, high) in enumerate(((0.35, 0.65), (-0.2, 0.2), (0.02, 0.25))):
         assert (tip[corners[:, axis] < 0, axis] < low + 1e-3).all()

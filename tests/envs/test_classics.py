@@ -51,7 +51,7 @@ def differences(a: mujoco.MjModel, b: mujoco.MjModel) -> set[str]:
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_nominal_robot_moves_sees_and_earns_as_gymnasiums(name: str) -> None:
     family = families.get(name)
-    env = Env(replace(family, terminate=None), [nominal(family)], threads=1)
+    env = Env(family.replace(terminate=None), [nominal(family)], threads=1)
     theirs = gymnasium.make(THEIRS[name]).unwrapped
     theirs.reset(seed=0)
     env.reset(4)
@@ -70,7 +70,7 @@ def test_the_nominal_robot_moves_sees_and_earns_as_gymnasiums(name: str) -> None
             assert step.obs[0, 2:].numpy() == pytest.approx(obs[:27], abs=1e-5)
             continue
         assert step.obs[0].numpy() == pytest.approx(obs[: env.obs_dim], abs=1e-5)
-        assert family.terminate(env.state)[0] == terminated
+        assert family.interaction.terminate(env.state)[0] == terminated
         paid = {k: family.weights[k] * float(v[0]) for k, v in step.terms.items()}
         assert paid["control"] == pytest.approx(info["reward_ctrl"], abs=1e-9)
         assert terminated or paid["alive"] == info["reward_survive"]
@@ -95,7 +95,7 @@ def test_joints_are_observed_under_their_own_names(name: str) -> None:
 
 
 def test_the_humanoids_speed_is_its_centre_of_masss_one_substep_late() -> None:
-    env = Env(replace(families.get("HumanoidDir"), terminate=None), [{"direction": 0.7}], threads=1)
+    env = Env(families.get("HumanoidDir").replace(terminate=None), [{"direction": 0.7}], threads=1)
     model = env.model(env.tasks[0])
     data, scratch = mujoco.MjData(model), mujoco.MjData(model)
     env.reset(4)
@@ -166,7 +166,7 @@ def test_every_body_joint_and_foot_varies_by_itself() -> None:
         for p, kind in zip(space.params, kinds, strict=True):
             base = 1.3 if kind == "damping" else 1.5
             assert (p.train.low, p.train.high) == pytest.approx((base**-3, base**3))
-            assert (p.beyond.low, p.beyond.high) == pytest.approx((base**-4, base**4))
+            assert (p.extrapolation.low, p.extrapolation.high) == pytest.approx((base**-4, base**4))
 
 
 @pytest.mark.parametrize("name", PLANAR)
@@ -185,7 +185,7 @@ def test_what_reaches_the_floor_first_is_a_foot_unless_the_robot_has_fallen(name
         lowest = data.geom_xpos[1:, 2] - half * np.abs(data.geom_xmat[1:, 8]) - radius
         data.qpos[1] -= lowest.min()
         down = 1 + int(lowest.argmin())
-        fallen = bool(family.terminate(state(data.qpos.tolist(), [0.0] * model.nv))[0])
+        fallen = bool(family.interaction.terminate(state(data.qpos.tolist(), [0.0] * model.nv))[0])
         assert down in feet or fallen
         first.append((down in feet, fallen))
     assert {(True, False), (False, True)} <= set(first)
@@ -198,7 +198,7 @@ def test_an_ant_is_paid_for_its_speed_in_the_direction() -> None:
         terms = {k: float(v) for k, v in family.reward(before, after, 0.05).items()}
         assert terms == pytest.approx({"speed": speed, "control": -1.25, "alive": 1.0})
         assert family.weights == {"speed": 1.0, "control": 0.5, "alive": 1.0}
-        assert float(family.readout(before, after, 0.05)["onward m/s"]) == pytest.approx(speed)
+        assert float(family.display.readout(before, after, 0.05)["onward m/s"]) == pytest.approx(speed)
 
 
 def test_an_ant_is_paid_by_how_far_the_goal_is_along_x_and_along_y() -> None:
@@ -208,7 +208,7 @@ def test_an_ant_is_paid_by_how_far_the_goal_is_along_x_and_along_y() -> None:
     terms = {k: float(v) for k, v in family.reward(after, after, 0.05).items()}
     assert terms == pytest.approx({"distance": -3.0, "control": -1.25})
     assert family.weights == {"distance": 1.0, "control": 0.1}
-    assert float(family.readout(after, after, 0.05)["to goal m"]) == pytest.approx(math.hypot(1, 2))
+    assert float(family.display.readout(after, after, 0.05)["to goal m"]) == pytest.approx(math.hypot(1, 2))
 
 
 def test_a_humanoid_is_paid_for_its_centre_of_mass() -> None:
@@ -245,7 +245,7 @@ def test_a_humanoid_is_paid_for_its_centre_of_mass() -> None:
 )
 def test_an_episode_ends_where_gymnasiums_does(name: str, qpos: list[float], qvel: list[float], ends: bool) -> None:
     qpos, qvel = ([float(x) for x in values] for values in (qpos, qvel))
-    assert bool(families.get(name).terminate(state(qpos, qvel))[0]) is ends
+    assert bool(families.get(name).interaction.terminate(state(qpos, qvel))[0]) is ends
 
 
 def test_an_ant_that_seeks_a_goal_never_fails() -> None:

@@ -104,7 +104,7 @@ def test_friction_carries_the_weight(family: Family) -> None:
         assert upwards == pytest.approx(env.tasks[world]["mass"] * 9.81, rel=0.03)
         assert min(into.values()) >= float(need(env)[world]) / 1.02
         assert Scene(env.state).pads[world].tolist() == pytest.approx(list(into.values()), rel=0.02)
-        assert list(into.values()) == pytest.approx([float(env.state.tally[world, grasp.FORCE])] * 2, rel=0.05)
+        assert list(into.values()) == pytest.approx([float(env.state.statistics[world, grasp.FORCE])] * 2, rel=0.05)
 
 
 def lived(family: Family, multiple: float | Tensor, worlds: int = 24) -> tuple[Env, dict[str, Tensor], Tensor, Tensor]:
@@ -178,7 +178,7 @@ def test_a_dropped_object_ends_the_episode_cleanly(family: Family) -> None:
         assert step.terms["drop"][~over].tolist() == (-ended[~over].double()).tolist()
         assert (step.terms["success"] == 0).all()
         assert torch.equal(step.obs[ended], expected[1][ended])
-        assert torch.equal(env.state.tally[ended], family.tally.begin(env.state)[ended])
+        assert torch.equal(env.state.statistics[ended], family.interaction.statistics.begin(env.state)[ended])
         assert (env.elapsed[ended] == 0).all()
         over |= ended
         if over.all():
@@ -200,15 +200,15 @@ def test_an_object_off_the_table_and_a_jammed_hand_end_the_episode_cleanly(famil
     pads = env.snapshot.sensors.clone()
     pads[2, PADS] = torch.tensor([10.0, 4 * panda.FORCE]).double()
     jammed = env.snapshot._replace(sensors=pads)
-    jammed = jammed._replace(sense=Scene(jammed._replace(sense=None)))
-    assert family.terminate(jammed).tolist() == [False, False, True, False]
+    jammed = jammed._replace(derived=Scene(jammed._replace(derived=None)))
+    assert family.interaction.terminate(jammed).tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_observation_tells_nothing_that_is_hidden(name: str) -> None:
     family = families.get(name)
     task = family.space.sample("train", 1, 0)[0].as_dict()
-    assert len(set(family.observations)) == len(family.noise) == 19
+    assert len(set(family.observations)) == len(family.interaction.noise) == 19
     told = ("kind", "shape_seed", "width", "length", "height")
     hidden = {p.name: p.train.low if task[p.name] > p.train.low else p.train.high for p in family.space.params}
     other = task | {k: x for k, x in hidden.items() if k not in told}
@@ -236,8 +236,8 @@ def test_the_observation_is_what_its_names_say() -> None:
         expected |= {f"object_z_axis_{a}": x for a, x in zip("xyz", turned[:, 2], strict=True)}
         expected |= {"opening_m": data.qpos[7:9].sum()}
         expected |= {
-            "closing": env.state.tally[world, grasp.FORCE] > 0,
-            "grasped": env.state.tally[world, grasp.GRIPPED],
+            "closing": env.state.statistics[world, grasp.FORCE] > 0,
+            "grasped": env.state.statistics[world, grasp.GRIPPED],
         }
         assert {k: seen[k] for k in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, abs=2e-3)
         jacobian = np.zeros((3, len(data.qvel)))
@@ -272,19 +272,19 @@ def test_every_term_of_the_reward_is_bounded(name: str) -> None:
 def test_the_tally_starts_anew_with_every_episode(name: str) -> None:
     family = families.get(name)
     env, episodes = small(family, 6, horizon=45), torch.zeros(6)
-    first = family.tally.begin(env.state).clone()
-    assert torch.equal(env.state.tally, first)
+    first = family.interaction.statistics.begin(env.state).clone()
+    assert torch.equal(env.state.statistics, first)
     for _ in range(3 * 45):
         step = env.step(clever(env))
         ended = step.terminated | step.truncated
-        fresh = family.tally.begin(env.state)
-        assert torch.equal(env.state.tally[ended], fresh[ended])
-        assert (env.state.tally[~ended] != fresh[~ended]).any(1).all()
+        fresh = family.interaction.statistics.begin(env.state)
+        assert torch.equal(env.state.statistics[ended], fresh[ended])
+        assert (env.state.statistics[~ended] != fresh[~ended]).any(1).all()
         assert (fresh[ended] != first[ended]).any(1).all(), "the hand starts elsewhere"
         episodes += ended
     assert episodes.min() >= 3
     env.reset(0)
-    assert torch.equal(env.state.tally, first)
+    assert torch.equal(env.state.statistics, first)
 
 
 BROKEN = {
@@ -312,5 +312,5 @@ def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(harm: s
             assert torch.equal(x[[0, 2]], y[[0, 2]])
             assert y.isfinite().all()
         assert all(v.isfinite().all() for v in b.terms.values())
-        assert torch.equal(sound.state.tally[[0, 2]], harmed.state.tally[[0, 2]])
-    assert harmed.state.tally.isfinite().all()
+        assert torch.equal(sound.state.statistics[[0, 2]], harmed.state.statistics[[0, 2]])
+    assert harmed.state.statistics.isfinite().all()

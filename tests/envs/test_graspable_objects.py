@@ -1,6 +1,5 @@
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -188,7 +187,7 @@ def lain() -> tuple[Env, torch.Tensor]:
     tasks = [
         {**t.as_dict(), "kind": float(i % 6), "shape_seed": float(rng.integers(1000))} for i, t in enumerate(drawn)
     ]
-    env = Env(replace(SHAPES, terminate=None), tasks, threads=1)
+    env = Env(SHAPES.replace(terminate=None), tasks, threads=1)
     put = env.state.qpos[:, -7:].clone()
     for _ in range(round(env.control_hz)):
         env.step(torch.zeros(env.worlds, env.act_dim))

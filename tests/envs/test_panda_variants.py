@@ -185,7 +185,7 @@ def test_a_family_runs_on_a_copy_of_our_robot(tmp_path: Path) -> None:
         x, y = (e.step(torch.zeros(8, 6)) for e in (a, b))
         assert torch.allclose(x.obs, y.obs, atol=2e-3)
     assert succeeded(small("GraspShapes", path)) == 1.0
-    again = family_on("GraspShapes", path).on_robot
+    again = family_on("GraspShapes", path).deployment.on_robot
     assert again is not None
     assert again("").start is manipulation.start
 
@@ -264,7 +264,7 @@ def test_the_expert_lifts_with_a_published_arm(path: Path) -> None:
         env.step(env.expert())
     scene = Scene(env.snapshot)
     assert scene.held.float().mean() >= 7 / 8
-    asked = env.state.tally[:, manipulation.FORCE]
+    asked = env.state.statistics[:, manipulation.FORCE]
     # pads of a Robotiq go outwards as they close: what they carry pulls them together
     share = 0.05 if path == FRANKA else 0.4
     assert scene.pads.mean(1)[scene.held].tolist() == pytest.approx(asked[scene.held].tolist(), rel=share)

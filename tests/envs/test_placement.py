@@ -46,7 +46,7 @@ def presented(family: Family, tasks: Sequence[Task | dict[str, float]], seed: in
 
 def seen(tasks: Sequence[Task | dict[str, float]]) -> Tensor:
     """Which classes a task's objects are of, by their looks: the codes' rows, ``(task, variant)``."""
-    _, obs = presented(replace(FAMILY, noise=()), tasks)
+    _, obs = presented(FAMILY.replace(noise=()), tasks)
     gaps = torch.cdist(obs[..., CODES].double(), placement.codes())
     assert gaps.amin(-1).max() < 1e-6
     return gaps.argmin(-1)
@@ -59,7 +59,7 @@ def wild(env: Env, rng: torch.Generator) -> Tensor:
 def told(env: Env, order: int) -> Tensor:
     """What the expert does if it believes this order."""
     task = {**env.state.task, "order": torch.full((env.worlds,), float(order)).double()}
-    return env.family.expert(env.state._replace(task=task)).float()
+    return env.family.teaching.expert(env.state._replace(task=task)).float()
 
 
 @each_family
@@ -139,7 +139,7 @@ def test_a_class_looks_the_same_wherever_it_occurs() -> None:
     alike = [first, *(otherwise(t, **{n: first[n] for n in names}) for t in others)]
     assert len({t["order"] for t in alike}) > 5
     assert len({t["width"] for t in alike}) == 12
-    plain = torch.cat([presented(replace(FAMILY, noise=()), alike, seed)[1] for seed in (0, 1)])[..., CODES]
+    plain = torch.cat([presented(FAMILY.replace(noise=()), alike, seed)[1] for seed in (0, 1)])[..., CODES]
     assert torch.equal(plain, plain[:1].expand_as(plain))
     assert torch.equal(plain[0], placement.codes()[seen([first])[0]].float())
     noisy = torch.cat([presented(FAMILY, alike, seed)[1] for seed in (0, 1)])[..., CODES]
@@ -167,7 +167,7 @@ def test_what_belongs_where_is_seen_by_those_alone_who_are_shown_it(family: Fami
 
 
 def test_who_is_shown_the_place_sees_it_and_not_the_class() -> None:
-    family = replace(SHOWN, noise=())
+    family = SHOWN.replace(noise=())
     tasks = FAMILY.space.sample("train", 6, 0)
     env, obs = presented(family, [otherwise(t) for t in tasks])
     place = placement.belongs(env.state) - manipulation.CENTRE[:2]
@@ -242,9 +242,9 @@ def played(act: str) -> tuple[Env, list[StepResult]]:
     env = Env(FAMILY, FAMILY.space.sample("train", 8, 2), threads=1)
     rng, steps = torch.Generator().manual_seed(0), []
     for _ in range(FAMILY.horizon):
-        action = env.family.expert(env.state).float() if act == "hold" else torch.zeros(8, 6)
+        action = env.family.teaching.expert(env.state).float() if act == "hold" else torch.zeros(8, 6)
         if act == "hold":
-            action[env.state.tally[:, placement.AWAY] > 0, CLOSE] = 1.0
+            action[env.state.statistics[:, placement.AWAY] > 0, CLOSE] = 1.0
         steps.append(env.step(wild(env, rng) if act == "wild" else action))
     return env, steps
 

@@ -111,7 +111,7 @@ def test_only_quadruped_vel_hides_the_command() -> None:
 def test_noise_is_bounded_and_other_at_each_step_and_in_each_world() -> None:
     family = families.get("QuadrupedFlat")
     env = Env(family, family.space.sample("train", 3, 0), threads=1)
-    bound = torch.tensor(family.noise)
+    bound = torch.tensor(family.interaction.noise)
     errors = [env.reset(0) - family.observe(env.state)]
     for _ in range(150):
         errors.append(env.step(torch.zeros(3, 12)).obs - family.observe(env.state))
@@ -134,7 +134,7 @@ def test_noise_depends_on_seed_world_and_episode_alone() -> None:
         return env.restart(episode) - family.observe(env.state)
 
     calm = Env(family, tasks, threads=1)
-    falling = Env(replace(family, terminate=lambda s: torch.tensor([False, True, False])), tasks, threads=1)
+    falling = Env(family.replace(terminate=lambda s: torch.tensor([False, True, False])), tasks, threads=1)
     for a, b in zip(roll(calm, 20), roll(falling, 20), strict=True):
         assert torch.equal(a.obs[[0, 2]], b.obs[[0, 2]])
         assert torch.equal(a.final_obs[[0, 2]], b.final_obs[[0, 2]])
@@ -169,7 +169,7 @@ def test_the_critic_is_shown_velocity_feet_and_command() -> None:
 
 def lived(tasks: Sequence[dict[str, float]], steps: int, **changes: Any) -> tuple[Env, Tensor]:
     """Stand under zero actions; the joints' angles, rad, ``(step, world, joint)``."""
-    env = Env(replace(MIX, terminate=None, **changes), [{**EASY, **t} for t in tasks], threads=1)
+    env = Env(MIX.replace(terminate=None, **changes), [{**EASY, **t} for t in tasks], threads=1)
     angles = [env.state.qpos[:, 7:].clone()]
     for _ in range(steps):
         env.step(torch.zeros(env.worlds, 12))
@@ -260,7 +260,7 @@ def test_every_term_of_the_reward_is_bounded(seed: int, magnitude: float) -> Non
     for name, term in terms.items():
         low, high = (0, 1) if name in ("track", "turn", "swing") else (-1, 0)
         assert ((low - 1e-12 <= term) & (term <= high + 1e-12)).all(), name
-    assert torch.cat([family.observe(after), family.critic_observe(after)], 1).isfinite().all()
+    assert torch.cat([family.observe(after), family.teaching.critic_observe(after)], 1).isfinite().all()
 
 
 def test_standing_as_commanded_earns_the_most_and_costs_nothing() -> None:
@@ -303,7 +303,7 @@ def explosive(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[np.ndarr
     return qpos, qvel * (1e9 if model.body("payload").mass[0] > 100 else 1.0)
 
 
-ANYTHING = replace(MIX.space, params=tuple(replace(p, beyond=Uniform(-1e300, 1e300)) for p in MIX.space.params))
+ANYTHING = replace(MIX.space, params=tuple(replace(p, extrapolation=Uniform(-1e300, 1e300)) for p in MIX.space.params))
 HARM = {"speed": {"payload": 1e3}, "friction": {"friction": 1e12}, "strength": {"payload": 1e-9, "FR_thigh": 1e150}}
 
 
@@ -348,20 +348,20 @@ def odd(task) -> set[str]:
 @pytest.mark.parametrize("name", ["QuadrupedDamage", "QuadrupedMix"])
 def test_few_joints_break_in_training_and_never_those_spared(name: str) -> None:
     space = families.get(name).space
-    (few,) = space.few
-    assert set(few.params) | set(few.spared) == set(go2.JOINTS)
-    assert not set(few.params) & set(few.spared)
+    (few,) = space.sparse_faults
+    assert set(few.params) | set(few.extrapolation_params) == set(go2.JOINTS)
+    assert not set(few.params) & set(few.extrapolation_params)
     for split in ("train", "test"):
         broken = [odd(t) for t in space.sample(split, 400, 1)]
         assert {len(b) for b in broken} == set(range(few.least, few.most + 1))
         assert set.union(*broken) == set(few.params)
-    beyond = {p.name: p.train for p in space.params if p.beyond}
+    beyond = {p.name: p.train for p in space.params if p.extrapolation}
     far = space.sample("extrapolate", 400, 1)
     turns = [odd(t) for t in far if all(d.contains(t[n]) for n, d in beyond.items())]
     assert len(turns) == pytest.approx(400 / (len(beyond) + 1), rel=0.35)
     assert {len(b) for b in turns} == set(range(1, few.most + 1))
-    assert set.union(*turns) == set(few.spared)
-    assert sum(bool(odd(t) & set(few.spared)) for t in far) == len(turns)
+    assert set.union(*turns) == set(few.extrapolation_params)
+    assert sum(bool(odd(t) & set(few.extrapolation_params)) for t in far) == len(turns)
 
 
 PARTS = Mixture((0.5, 0.5), (Uniform(0.9, 1.1), Choice((0.0,))))
@@ -369,7 +369,9 @@ ONE = Mixture((1.0,), (Choice((1.0,)),))
 PARAMS = tuple(Param(name=n, train=t) for n, t in (("a", PARTS), ("b", PARTS), ("one", ONE), ("x", Uniform(0, 1))))
 BAD = {
     "Space: 'z' is not a parameter drawn from a mixture": SparseFaults(params=("a", "z"), least=1, most=1),
-    "Space: 'y' is not a parameter drawn from a mixture": SparseFaults(params=("a",), least=1, most=1, spared=("y",)),
+    "Space: 'y' is not a parameter drawn from a mixture": SparseFaults(
+        params=("a",), least=1, most=1, extrapolation_params=("y",)
+    ),
     "Space: 'x' is not a parameter drawn from a mixture": SparseFaults(params=("a", "x"), least=1, most=1),
     "Space: 1 to 3 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=1, most=3),
     "Space: 2 to 1 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=2, most=1),
@@ -389,14 +391,19 @@ def test_a_space_is_described_written_read_back_and_encoded(name: str) -> None:
     space = families.get(name).space
     text = space.describe()
     assert all(p.name in text for p in space.params)
-    for few in space.few:
-        assert text.index(f"{few.least} to {few.most} depart") < text.index(", ".join(few.spared))
+    for few in space.sparse_faults:
+        assert text.index(f"{few.least} to {few.most} depart") < text.index(", ".join(few.extrapolation_params))
     back = TaskSpace.from_json(json.loads(json.dumps(space.to_json())))
     assert back == space
     assert back.sample("extrapolate", 5, 3) == space.sample("extrapolate", 5, 3)
-    others = [replace(space, few=(*space.few[1:], *(replace(f, least=f.least + 1) for f in space.few)))]
+    others = [
+        replace(
+            space,
+            sparse_faults=(*space.sparse_faults[1:], *(replace(f, least=f.least + 1) for f in space.sparse_faults)),
+        )
+    ]
     others += [replace(space, params=tuple(replace(p, nuisance=not p.nuisance) for p in space.params))]
-    assert sum(s.hash != space.hash for s in others) == len(others) - (not space.few)
+    assert sum(s.hash != space.hash for s in others) == len(others) - (not space.sparse_faults)
     tasks = space.sample("train", 200, 0)
     seeded = [replace(t, values=tuple((n, 7.0 if n == "terrain_seed" else x) for n, x in t.values)) for t in tasks]
     codes = space.encode(tasks)

@@ -213,7 +213,9 @@ def test_the_way_walked_is_the_way_adapted() -> None:
     for e in trials.episodes[:2]:
         context = agent.adapt(context, e)
     for derivative in ({}, {"derivative": first_order_derivatives}):
-        assert torch.allclose(agent.adapt_meta_parameters(agent.vector(), support, **derivative).weights, context[0], atol=1e-6)
+        assert torch.allclose(
+            agent.adapt_meta_parameters(agent.vector(), support, **derivative).weights, context[0], atol=1e-6
+        )
 
 
 def test_adapting_leaves_the_context_and_the_episode_as_they_were() -> None:

@@ -104,7 +104,7 @@ def test_the_same_seed_films_the_same(gl: None, family: Family, agent: Agent, tm
 def test_an_episode_that_ends_early_keeps_its_last_moment(
     gl: None, family: Family, agent: Agent, tmp_path: Path
 ) -> None:
-    mortal = replace(family, terminate=lambda state: torch.ones(len(state.qpos), dtype=torch.bool))
+    mortal = family.replace(terminate=lambda state: torch.ones(len(state.qpos), dtype=torch.bool))
     out = tmp_path / "short.mp4"
     task = family.space.task(target_speed=1.0)
     film(agent, mortal, [task], out=out, episodes=2, seed=0, size=PANEL, progress=False)

@@ -60,9 +60,9 @@ def both(name: str) -> tuple[CpuSim, warp.WarpSim, Tensor]:
         if models(name)[0].nsensordata:
             sim.bind("sensordata")
         sim.reset(env.state.qpos.clone(), env.state.qvel.clone())
-        if family.control is not None:
-            sim.bind("ctrl").copy_(family.control.rest(env.state.qpos))
-            sim.bind("act").copy_(family.control.rest(env.state.qpos))
+        if family.interaction.controller is not None:
+            sim.bind("ctrl").copy_(family.interaction.controller.rest(env.state.qpos))
+            sim.bind("act").copy_(family.interaction.controller.rest(env.state.qpos))
     low, high = torch.from_numpy(models(name)[0].actuator_ctrlrange.T.copy())
     shape = (50, len(tasks(name)), len(low))
     return *sims, low + (high - low) * torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -80,7 +80,7 @@ def test_warp_moves_as_the_cpu_does(name: str) -> None:
         assert apart(cpu, device, "sensordata") < 1e-5
     for i in range(50 // family.substeps):
         for sim in (cpu, device):
-            if family.control is None:
+            if family.interaction.controller is None:
                 sim.bind("ctrl").copy_(actions[i])
             assert not sim.step(family.substeps).any()
         if i == 0:

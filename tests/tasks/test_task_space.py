@@ -37,7 +37,7 @@ def params(draw, name: str) -> Param:
     hole = (train.low + 0.25 * width, train.low + 0.5 * width) if draw(st.booleans()) else None
     beyond = Uniform(train.high + 1, train.high + 2) if draw(st.booleans()) else None
     edits = (Edit(element="geom", name="floor", field="friction", index=0),) if draw(st.booleans()) else ()
-    return Param(name=name, train=train, hole=hole, beyond=beyond, edits=edits, unit="m", doc="α")
+    return Param(name=name, train=train, held_out=hole, extrapolation=beyond, edits=edits, unit="m", doc="α")
 
 
 @st.composite
@@ -55,7 +55,7 @@ def test_a_distribution_contains_what_it_draws(distribution, seed: int) -> None:
 
 @pytest.mark.parametrize("train", [Choice((1 / 3, 2 / 3)), Uniform(1 + 1e-10, 1 + 2e-10), LogUniform(0.1, 0.1 + 1e-12)])
 def test_rounding_to_nine_digits_stays_within_the_bounds(train) -> None:
-    space = TaskSpace("Narrow", (Param(name="x", train=train, beyond=Choice((5 / 3,))),))
+    space = TaskSpace("Narrow", (Param(name="x", train=train, extrapolation=Choice((5 / 3,))),))
     for task in space.sample("train", 20) + space.sample("extrapolate", 1):
         assert space.coerce(task) == task
 
@@ -90,20 +90,20 @@ def test_no_test_task_is_a_training_task(name: str) -> None:
 @given(spaces(), st.integers(0, 2**32))
 @settings(max_examples=50)
 def test_training_and_test_avoid_the_holes_and_interpolate_fills_them(space: TaskSpace, seed: int) -> None:
-    holed = [p for p in space.params if p.hole]
+    holed = [p for p in space.params if p.held_out]
     for split in ("train", "test"):
         for task in space.sample(split, 20, seed):
-            assert not any(p.in_hole(task[p.name]) for p in space.params)
+            assert not any(p.in_held_out(task[p.name]) for p in space.params)
             assert all(p.train.contains(task[p.name]) for p in space.params)
     assert ("interpolate" in space.splits) == bool(holed)
     if holed:
         for task in space.sample("interpolate", 20, seed):
-            assert all(p.in_hole(task[p.name]) for p in holed)
+            assert all(p.in_held_out(task[p.name]) for p in holed)
             assert all(p.train.contains(task[p.name]) for p in space.params)
 
 
 def outside(space: TaskSpace, task) -> list[str]:
-    spared = {name for few in space.few for name in few.spared}
+    spared = {name for few in space.sparse_faults for name in few.extrapolation_params}
     odd = [p.name for p in space.params if p.name in spared and not p.train.parts[0].contains(task[p.name])]
     return odd + [p.name for p in space.params if not p.train.contains(task[p.name])]
 
@@ -111,7 +111,7 @@ def outside(space: TaskSpace, task) -> list[str]:
 @given(spaces(), st.integers(0, 2**32))
 @settings(max_examples=50)
 def test_extrapolate_has_exactly_one_parameter_outside(space: TaskSpace, seed: int) -> None:
-    assert ("extrapolate" in space.splits) == any(p.beyond for p in space.params)
+    assert ("extrapolate" in space.splits) == any(p.extrapolation for p in space.params)
     if "extrapolate" in space.splits:
         for task in space.sample("extrapolate", 20, seed):
             assert len(outside(space, task)) == 1
@@ -121,9 +121,9 @@ def test_extrapolate_has_exactly_one_parameter_outside(space: TaskSpace, seed: i
 def test_extrapolate_takes_every_parameter_out_in_turn(name: str) -> None:
     space = families.get(name).space
     found = [outside(space, t) for t in space.sample("extrapolate", 300, 0)]
-    spared = {name for few in space.few for name in few.spared}
+    spared = {name for few in space.sparse_faults for name in few.extrapolation_params}
     assert all(len(f) == 1 or (f and spared >= set(f)) for f in found)
-    assert {n for f in found for n in f} == {p.name for p in space.params if p.beyond} | spared
+    assert {n for f in found for n in f} == {p.name for p in space.params if p.extrapolation} | spared
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_tasks_and_another_seed_others(name: str, s
 GOLDEN = TaskSpace(
     "Golden",
     (
-        Param(name="a", train=Uniform(-5, 5), hole=(1.0, 2.0), beyond=Uniform(5, 10)),
+        Param(name="a", train=Uniform(-5, 5), held_out=(1.0, 2.0), extrapolation=Uniform(5, 10)),
         Param(name="b", train=LogUniform(0.25, 4)),
         Param(name="c", train=Mixture((3, 1), (Uniform(1, 2), Choice((0.0, -1.0))))),
     ),
@@ -192,7 +192,7 @@ def test_a_familys_space_survives_json(name: str) -> None:
 @given(spaces(), mixtures)
 @settings(max_examples=50)
 def test_any_space_survives_json(space: TaskSpace, mixture: Mixture) -> None:
-    space = replace(space, params=(*space.params, Param(name="mixed", train=mixture, beyond=Choice((9999.0,)))))
+    space = replace(space, params=(*space.params, Param(name="mixed", train=mixture, extrapolation=Choice((9999.0,)))))
     back = TaskSpace.from_json(json.loads(json.dumps(space.to_json())))
     assert back == space
     assert back.hash == space.hash
@@ -228,8 +228,8 @@ def test_anything_that_changes_a_space_changes_its_hash() -> None:
         replace(space, params=(replace(param, name="v"),)),
         replace(space, params=(replace(param, train=Uniform(0, 3.5)),)),
         replace(space, params=(replace(param, train=LogUniform(0.1, 3)),)),
-        replace(space, params=(replace(param, hole=(1, 2)),)),
-        replace(space, params=(replace(param, beyond=None),)),
+        replace(space, params=(replace(param, held_out=(1, 2)),)),
+        replace(space, params=(replace(param, extrapolation=None),)),
         replace(space, params=(replace(param, edits=(Edit(element="option", field="timestep"),)),)),
     ]
     assert len({s.hash for s in [space, *others]}) == 1 + len(others)
@@ -257,7 +257,7 @@ VEL, TERRAIN = families.get("CheetahVel").space, families.get("CheetahTerrain").
         (lambda: Mixture((1.0,), ()), "a mixture needs one positive weight a part"),
         (lambda: TaskSpace("A", (VEL.params[0], VEL.params[0])), "A has two parameters called 'target_speed'"),
         (
-            lambda: TaskSpace("A", (Param(name="x", train=Uniform(0, 1), hole=(2, 3)),)).sample("interpolate", 1),
+            lambda: TaskSpace("A", (Param(name="x", train=Uniform(0, 1), held_out=(2, 3)),)).sample("interpolate", 1),
             "x: nothing can be drawn inside the hole (2, 3)",
         ),
     ],
@@ -291,7 +291,7 @@ def test_the_test_split_of_a_finite_space_is_balanced() -> None:
 
 
 def test_a_finite_space_leaves_its_hole_out() -> None:
-    space = TaskSpace("Grid", (Param(name="x", train=Choice((0.0, 1.0, 2.0)), hole=(0.5, 1.5)),))
+    space = TaskSpace("Grid", (Param(name="x", train=Choice((0.0, 1.0, 2.0)), held_out=(0.5, 1.5)),))
     assert {t["x"] for t in space.sample("test", 4)} == {t["x"] for t in space.sample("train", 50)} == {0.0, 2.0}
     assert {t["x"] for t in space.sample("interpolate", 4)} == {1.0}
 
@@ -302,7 +302,7 @@ def test_the_encoding_maps_the_training_range_to_one(name: str) -> None:
     codes = space.encode(space.sample("train", 500, 0))
     assert codes.dtype == torch.float32
     assert codes.abs().max() <= 1.0 + 1e-6
-    spared = {name for few in space.few for name in few.spared}
+    spared = {name for few in space.sparse_faults for name in few.extrapolation_params}
     varied = [p.name not in spared for p in space.params if not p.nuisance]
     assert (codes.max(0).values > 0.9).all()
     assert (codes.min(0).values[varied] < -0.9).all()

@@ -44,7 +44,7 @@ def short(horizon: int = 12, name: str = "CheetahTerrain") -> Family:
 
 def falling(horizon: int = 20) -> Family:
     """A family whose episodes end early, each world's at another step."""
-    return replace(short(horizon), terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
+    return short(horizon).replace(terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
 
 
 def tasks(family: Family, n: int = 5, seed: int = 0):
@@ -228,7 +228,7 @@ def test_another_worlds_task_changes_nothing_in_this_world(family: Family) -> No
 
 def test_how_long_others_live_changes_nothing_in_this_world() -> None:
     def end_others_after(x: float) -> Family:
-        return replace(short(25), terminate=lambda s: s.qvel[:, 0].abs() > torch.tensor([0.5, x, x, x, x]))
+        return short(25).replace(terminate=lambda s: s.qvel[:, 0].abs() > torch.tensor([0.5, x, x, x, x]))
 
     trials = [
         collect(Recorder(), Env(f, tasks(f), threads=1), tasks(f), episodes=EPISODES, seed=2)

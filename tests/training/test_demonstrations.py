@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ def made(path: Path, **settings: Any) -> Made:
         return one.lived[-1][2]
 
     def program(state: WorldState) -> Tensor:
-        one.asked.append(PLACEMENT.expert(state))
+        one.asked.append(PLACEMENT.teaching.expert(state))
         return one.asked[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "collect", watched)
         usual = {"tasks": TASKS, "shots": SHOTS, "seed": 4, "threads": 1}
-        one.count = record_demonstrations(replace(PLACEMENT, expert=program), path, **usual | settings)
+        one.count = record_demonstrations(PLACEMENT.replace(expert=program), path, **usual | settings)
     return one
 
 
@@ -187,7 +187,7 @@ def test_many_tasks_of_a_split_are_recorded_group_by_group(monkeypatch: pytest.M
 
 def failing(where: Callable[[WorldState], Tensor]) -> Any:
     """Placement with an expert that does nothing in some worlds."""
-    return replace(PLACEMENT, expert=lambda state: PLACEMENT.expert(state) * ~where(state)[:, None])
+    return PLACEMENT.replace(expert=lambda state: PLACEMENT.teaching.expert(state) * ~where(state)[:, None])
 
 
 def test_where_the_expert_fails_it_tries_again_from_another_start(
