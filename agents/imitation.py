@@ -1,11 +1,14 @@
-"""Few-shot imitation: MAML on demonstrations (Finn et al. 2017, "One-shot visual imitation via meta-learning").
+"""Few-shot imitation: MAML on demonstrations (Finn et al. 2017, "One-shot visual imitation via
+meta-learning").
 
-An inner step lowers the squared error against the support's demonstrations; the outer step lowers the error that is
-left on other demonstrations of the same task. With no inner steps this is behaviour cloning.
+An inner step lowers the squared error against the support's demonstrations; the outer step lowers
+the error that is left on other demonstrations of the same task. With no inner steps this is
+behaviour cloning.
 
-The policy acts on what it sees and on a guess of where it will all end: after Finn et al., whose network also tells the
-gripper's pose at a demonstration's end. It learns to act from the true end, and apart from that to tell the end from
-what a demonstration begins with; without that a policy only learns to go on as the hand already goes.
+The policy acts on what it sees and on a guess of where it will all end: after Finn et al., whose
+network also tells the gripper's pose at a demonstration's end. It learns to act from the true end,
+and apart from that to tell the end from what a demonstration begins with; without that a policy
+only learns to go on as the hand already goes.
 """
 
 from __future__ import annotations
@@ -46,9 +49,11 @@ class ImitationConfig:
     width: int = 128
     """Width of the two hidden layers."""
     inner_lr: float = 0.05
-    """Size of every weight's first inner steps; the rates are learned (Meta-SGD, Li et al. 2017)."""
+    """Size of every weight's first inner steps; the rates are learned (Meta-SGD, Li et al.
+    2017)."""
     guess: int = 2
-    """How many of the first observations, as they are at the end, the policy guesses and acts on."""
+    """How many of the first observations, as they are at the end, the policy guesses and acts
+    on."""
     guess_lr: float = 0.04
     """The same as ``inner_lr``, of the weights that guess."""
     early: int = 10
@@ -66,7 +71,9 @@ class ImitationConfig:
 
 
 class Support(NamedTuple):
-    """Demonstrations, ``(task, step, ...)``; steps that weigh nothing are padding, or too late to guess."""
+    """Demonstrations, ``(task, step, ...)``; steps that weigh nothing are padding, or too late to
+    guess.
+    """
 
     x: Tensor
     action: Tensor
@@ -87,13 +94,17 @@ class Actor(nn.Module):
             nn.init.zeros_(self.guess.bias)
 
     def forward(self, x: Tensor, end: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return actions ``(..., act)`` for observations, acting on ``end`` if it is given; and the guess."""
+        """Return actions ``(..., act)`` for observations, acting on ``end`` if it is given; and the
+        guess.
+        """
         guess = x[..., :0] if self.guess is None else self.guess(x)
         return self.act(torch.cat([x, guess if end is None else end], -1)), guess
 
 
 class ImitationAgent(nn.Module):
-    """A policy without noise, and an inner rate for each of its weights; its context is its own weights."""
+    """A policy without noise, and an inner rate for each of its weights; its context is its own
+    weights.
+    """
 
     privileged = explores = False
     imitates = True
@@ -102,27 +113,38 @@ class ImitationAgent(nn.Module):
     def __init__(self, shapes: Dimensions, config: ImitationConfig) -> None:
         super().__init__()
         if config.worlds % config.rollouts:
-            raise MetarobotError(f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}")
+            raise MetarobotError(
+                f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}"
+            )
         if config.guess > shapes.obs:
-            raise MetarobotError(f"guess must be at most {shapes.obs}, what there is to see, not {config.guess}")
+            raise MetarobotError(
+                f"guess must be at most {shapes.obs}, what there is to see, not {config.guess}"
+            )
         self.config = config
         self.norm = RunningNorm(shapes.obs)
         self.actor = Actor(shapes.obs, config.guess, config.width, shapes.act)
         rates = {
-            k: config.guess_lr if k.startswith("guess") else config.inner_lr for k, _ in self.actor.named_parameters()
+            k: config.guess_lr if k.startswith("guess") else config.inner_lr
+            for k, _ in self.actor.named_parameters()
         }
-        first = torch.cat([torch.full((p.numel(),), rates[k]) for k, p in self.actor.named_parameters()])
+        first = torch.cat(
+            [torch.full((p.numel(),), rates[k]) for k, p in self.actor.named_parameters()]
+        )
         self.rates = nn.Parameter(first, requires_grad=config.inner_steps > 0)
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return a copy of the initial weights for each task, ``(task, P)``."""
         return (nn.utils.parameters_to_vector(self.actor.parameters()).detach().expand(worlds, -1),)
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Act with each task's own weights; the worlds of a task stand together."""
         (weights,) = context
         x = self.norm(percept.obs).view(len(weights), -1, percept.obs.shape[-1])
-        action: Tensor = vmap_tasks(lambda w, seen: call_with_weights(self.actor, w, seen)[0])(weights, x)
+        action: Tensor = vmap_tasks(lambda w, seen: call_with_weights(self.actor, w, seen)[0])(
+            weights, x
+        )
         return action.flatten(0, 1), context
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
@@ -130,23 +152,32 @@ class ImitationAgent(nn.Module):
         (weights,) = context
         support = self.support(episode, len(weights))
         for _ in range(self.config.inner_steps):
-            weights = weights + self.rates.detach() * per_task_gradients(self.likeness, weights, support)
+            weights = weights + self.rates.detach() * per_task_gradients(
+                self.likeness, weights, support
+            )
         return (weights,)
 
     def support(self, episode: Rollout, tasks: int) -> Support:
         """Prepare demonstrations for gradient steps."""
         seen, lived = self.norm(episode.obs), episode.valid.to(episode.obs.dtype)
         last = (episode.valid.sum(0) - 1).clamp_min(0)
-        end = seen[last, torch.arange(len(last), device=last.device), : self.config.guess].expand(len(seen), -1, -1)
+        end = seen[last, torch.arange(len(last), device=last.device), : self.config.guess].expand(
+            len(seen), -1, -1
+        )
         early = lived * (torch.arange(len(seen), device=last.device) < self.config.early)[:, None]
-        x, action, end, weight, early = (by_task(v, tasks) for v in (seen, episode.action, end, lived, early))
+        x, action, end, weight, early = (
+            by_task(v, tasks) for v in (seen, episode.action, end, lived, early)
+        )
         weight, early = (v / v.sum(1, keepdim=True).clamp_min(1.0) for v in (weight, early))
         return Support(x, action, end, weight, early)
 
     def likeness(self, weights: Tensor, data: Support) -> Tensor:
         """Return minus the mean squared error of one task's actions, and of the guess."""
         action, guess = call_with_weights(self.actor, weights, data.x, data.end)
-        error, missed = (action - data.action).square().mean(-1), (guess - data.end).square().sum(-1)
+        error, missed = (
+            (action - data.action).square().mean(-1),
+            (guess - data.end).square().sum(-1),
+        )
         likeness: Tensor = -(data.weight * error).sum() - (data.early * missed).sum()
         return likeness
 
@@ -169,7 +200,9 @@ class Imitator:
         (start,), rates = agent.begin(tasks), agent.rates.detach()
         derivative = first_order_derivatives if c.first_order else exact_derivatives
         path = adapt_weights(agent.likeness, start, rates, [support] * c.inner_steps, derivative)
-        by_weights, by_rates = (x.mean(0) for x in path.vjp(per_task_gradients(agent.likeness, path.weights, query)))
+        by_weights, by_rates = (
+            x.mean(0) for x in path.vjp(per_task_gradients(agent.likeness, path.weights, query))
+        )
         for group in self.optimiser.param_groups:
             group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
         set_ascent_gradients(agent.actor, by_weights)
@@ -178,8 +211,14 @@ class Imitator:
         if norm.isfinite():
             self.optimiser.step()
         with torch.no_grad():
-            before, after = (-vmap_tasks(agent.likeness)(w, query).mean() for w in (start, path.weights))
-        return {"train/loss_before": float(before), "train/loss": float(after), "train/grad_norm": float(norm)}
+            before, after = (
+                -vmap_tasks(agent.likeness)(w, query).mean() for w in (start, path.weights)
+            )
+        return {
+            "train/loss_before": float(before),
+            "train/loss": float(after),
+            "train/grad_norm": float(norm),
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, the normaliser and the optimiser."""

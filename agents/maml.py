@@ -1,7 +1,9 @@
-"""MAML-TRPO: initial weights from which a few policy gradient steps on a new task are enough (Finn et al. 2017).
+"""MAML-TRPO: initial weights from which a few policy gradient steps on a new task are enough (Finn
+et al. 2017).
 
-The outer step is TRPO (Schulman et al. 2015): the exact second-order meta-gradient of the return after adaptation, a
-natural direction in the space of adapted policies, and a line search under a bound on their KL divergence.
+The outer step is TRPO (Schulman et al. 2015): the exact second-order meta-gradient of the return
+after adaptation, a natural direction in the space of adapted policies, and a line search under a
+bound on their KL divergence.
 """
 
 from __future__ import annotations
@@ -14,7 +16,12 @@ from torch import Tensor
 
 from metarobot.learning import trust_region as trust
 from metarobot.learning.agent_interface import AgentKind, Dimensions
-from metarobot.learning.gradient_agent import GradientAgent, InnerBatch, InnerConfig, ignored_rollouts
+from metarobot.learning.gradient_agent import (
+    GradientAgent,
+    InnerBatch,
+    InnerConfig,
+    ignored_rollouts,
+)
 from metarobot.learning.meta_gradient import (
     Derivative,
     Objective,
@@ -41,7 +48,8 @@ class MAMLConfig(InnerConfig):
     damping: float = 1e-3
     """Multiple of the identity added to the Fisher matrix."""
     thin: int = 4
-    """One step in this many enters the Fisher-vector products; gradient and line search take all."""
+    """One step in this many enters the Fisher-vector products; gradient and line search take
+    all."""
     shrink: float = 0.7
     """Factor between tries of the line search."""
     tries: int = 10
@@ -89,10 +97,11 @@ class MAML:
         return {f"train/{k}": v for k, v in metrics.items()}
 
     def fisher(self, start: Tensor, support: list[InnerBatch], query: InnerBatch) -> Product:
-        """Return the product of a direction ``(2 P,)`` with the Fisher matrix of the adapted policies.
+        """Return the product of a direction ``(2 P,)`` with the Fisher matrix of the adapted
+        policies.
 
-        Adapted policies move by J v, so the matrix is Jᵀ F J with J the derivative of the path and F the Hessian of
-        the KL divergence at its end, where the divergence is zero.
+        Adapted policies move by J v, so the matrix is Jᵀ F J with J the derivative of the path and
+        F the Hessian of the KL divergence at its end, where the divergence is zero.
         """
         n, agent = self.config.thin, self.agent
         path = agent.adapt_meta_parameters(start, support, partial(_thinned, self.derivative, n))
@@ -102,10 +111,16 @@ class MAML:
     def objective(
         self, start: Tensor, support: list[InnerBatch], query: InnerBatch, step: Tensor
     ) -> tuple[float, float]:
-        """Return what adapted policies earn and how far they are from those that acted, after a step ``(2 P,)``."""
+        """Return what adapted policies earn and how far they are from those that acted, after a
+        step ``(2 P,)``.
+        """
         agent = self.agent
-        weights = agent.adapt_meta_parameters(start + step, support, first_order_derivatives).weights
-        gain, divergence = (float(vmap_tasks(f)(weights, query).mean()) for f in (agent.surrogate, agent.divergence))
+        weights = agent.adapt_meta_parameters(
+            start + step, support, first_order_derivatives
+        ).weights
+        gain, divergence = (
+            float(vmap_tasks(f)(weights, query).mean()) for f in (agent.surrogate, agent.divergence)
+        )
         return gain, divergence
 
     def state(self) -> dict[str, Tensor]:
@@ -130,12 +145,20 @@ def _thinned(
     derivative: Derivative, n: int, objective: Objective, weights: Tensor, data: InnerBatch
 ) -> tuple[Any, Product]:
     """Return the gradient on all steps, and the Hessian product on one in ``n``."""
-    return per_task_gradients(objective, weights, data), derivative(objective, weights, data.thin(n))[1]
+    return per_task_gradients(objective, weights, data), derivative(
+        objective, weights, data.thin(n)
+    )[1]
 
 
 maml = AgentKind(
-    name="maml", doc="MAML-TRPO: weights from which a few gradient steps adapt.", config=MAMLConfig, build=MAML
+    name="maml",
+    doc="MAML-TRPO: weights from which a few gradient steps adapt.",
+    config=MAMLConfig,
+    build=MAML,
 )
 fomaml = AgentKind(
-    name="fomaml", doc="MAML-TRPO with first-order meta-gradients.", config=MAMLConfig, build=FirstOrderMAML
+    name="fomaml",
+    doc="MAML-TRPO with first-order meta-gradients.",
+    config=MAMLConfig,
+    build=FirstOrderMAML,
 )

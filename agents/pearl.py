@@ -1,7 +1,8 @@
 """PEARL: a posterior over tasks from whatever was lived, in whatever order (Rakelly et al. 2019).
 
-The posterior is the prior times one Gaussian factor a transition. A soft actor-critic (Haarnoja et al. 2018) acts on
-the observation and on z, drawn once an episode; it learns off-policy, from the trials of a replay.
+The posterior is the prior times one Gaussian factor a transition. A soft actor-critic (Haarnoja et
+al. 2018) acts on the observation and on z, drawn once an episode; it learns off-policy, from the
+trials of a replay.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class PEARLConfig:
     batch: int = 32
     """Transitions of each task that actor and critics learn from."""
     context: int = 64
-    """Transitions of each task that z is inferred from, at most; their number is drawn anew for each gradient step."""
+    """Transitions of each task that z is inferred from, at most; their number is drawn anew for
+    each gradient step."""
     recent: int = 100
     """Of the tasks of a gradient step, every second is among so many of the last."""
     lr: float = 1e-3
@@ -72,7 +74,8 @@ class PEARLConfig:
     alpha: float = 0.01
     """Temperature at the start."""
     alpha_lr: float = 0.2
-    """Its learning rate, as a fraction of ``lr``: entropy that is lost before the critics know anything stays lost."""
+    """Its learning rate, as a fraction of ``lr``: entropy that is lost before the critics know
+    anything stays lost."""
     entropy: float = 1.0
     """Minus the entropy that the temperature aims at, nats a dimension of the action."""
     least: int = 4
@@ -80,7 +83,9 @@ class PEARLConfig:
 
 
 class PEARLAgent(nn.Module):
-    """An encoder of single transitions, an actor that is told z, and a head that reads the task off the posterior."""
+    """An encoder of single transitions, an actor that is told z, and a head that reads the task off
+    the posterior.
+    """
 
     privileged = explores = False
     context_names = ("mean", "variance", "z")
@@ -92,8 +97,12 @@ class PEARLAgent(nn.Module):
         self.act_dim, self.noise_dim = shapes.act, shapes.act + config.latent
         hidden = (config.width, config.width)
         self.norm, self.reward_norm = RunningNorm(shapes.obs), RunningNorm(1)
-        self.encoder = mlp(2 * shapes.obs + shapes.act + 1, hidden, 2 * config.latent, activation=nn.ReLU)
-        self.actor = mlp(shapes.obs + config.latent, hidden, 2 * shapes.act, gain=0.01, activation=nn.ReLU)
+        self.encoder = mlp(
+            2 * shapes.obs + shapes.act + 1, hidden, 2 * config.latent, activation=nn.ReLU
+        )
+        self.actor = mlp(
+            shapes.obs + config.latent, hidden, 2 * shapes.act, gain=0.01, activation=nn.ReLU
+        )
         self.head = mlp(2 * config.latent, (config.width,), 2 * shapes.task)
         self.register_buffer("low", torch.tensor(shapes.low or (-1.0,) * shapes.act))
         self.register_buffer("high", torch.tensor(shapes.high or (1.0,) * shapes.act))
@@ -103,8 +112,12 @@ class PEARLAgent(nn.Module):
         zeros = self.low.new_zeros(worlds, self.noise_dim - self.act_dim)
         return *standard_normal(zeros), zeros
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
-        """Act on z: an episode's first step draws it from the posterior, or without noise takes the mean."""
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """Act on z: an episode's first step draws it from the posterior, or without noise takes the
+        mean.
+        """
         mean, var, z = context
         drawn = mean if noise is None else sample(Gaussian(mean, var), noise[:, self.act_dim :])
         z = torch.where((percept.first + percept.done > 0)[:, None], drawn, z)
@@ -113,10 +126,14 @@ class PEARLAgent(nn.Module):
         return self.low + (self.high - self.low) * (torch.tanh(u) + 1.0) / 2.0, (mean, var, z)
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
-        """Multiply the posterior by a factor for each transition of the episode; their order does not matter."""
+        """Multiply the posterior by a factor for each transition of the episode; their order does
+        not matter.
+        """
         seq = join_episodes((episode,))
         mean, var = self.factors(
-            Transitions(seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs)
+            Transitions(
+                seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs
+            )
         )
         # a factor of infinite variance says nothing
         lived = seq.valid[..., None]
@@ -138,7 +155,11 @@ class PEARLAgent(nn.Module):
 
     def factors(self, lived: Transitions) -> Gaussian:
         """Return what each transition says of z, ``(..., latent)``."""
-        x = (self.norm(lived.obs), self.centred(lived.action), self.reward_norm(lived.reward[..., None]))
+        x = (
+            self.norm(lived.obs),
+            self.centred(lived.action),
+            self.reward_norm(lived.reward[..., None]),
+        )
         mean, raw = self.encoder(torch.cat([*x, self.norm(lived.next_obs)], -1)).chunk(2, -1)
         return Gaussian(mean, (functional.softplus(raw) + 1e-6).reciprocal())
 
@@ -160,7 +181,10 @@ class PEARLAgent(nn.Module):
 def updated(prior: Gaussian, factors: Gaussian, dim: int) -> Gaussian:
     """Multiply a prior by factors along an axis."""
     return product_of_gaussians(
-        Gaussian(*(torch.cat([a.unsqueeze(dim), b], dim) for a, b in zip(prior, factors, strict=True))), dim
+        Gaussian(
+            *(torch.cat([a.unsqueeze(dim), b], dim) for a, b in zip(prior, factors, strict=True))
+        ),
+        dim,
     )
 
 
@@ -180,11 +204,17 @@ class Twins(nn.Module):
         super().__init__()
         nets = [linears(mlp(inputs, (width, width), 1, gain=0.01)) for _ in range(2)]
         layers = list(zip(*nets, strict=True))
-        self.weights = nn.ParameterList(torch.stack([x.weight.detach().mT for x in pair]) for pair in layers)
-        self.biases = nn.ParameterList(torch.stack([x.bias.detach()[None] for x in pair]) for pair in layers)
+        self.weights = nn.ParameterList(
+            torch.stack([x.weight.detach().mT for x in pair]) for pair in layers
+        )
+        self.biases = nn.ParameterList(
+            torch.stack([x.bias.detach()[None] for x in pair]) for pair in layers
+        )
 
     def forward(self, x: Tensor, learns: bool = True) -> Tensor:
-        """Return both values ``(2, step)`` of inputs ``(step, input)``; ``learns`` passes gradients to the weights."""
+        """Return both values ``(2, step)`` of inputs ``(step, input)``; ``learns`` passes gradients
+        to the weights.
+        """
         h = x.expand(2, -1, -1)
         for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(*((b, h, w) if learns else (b.detach(), h, w.detach())))
@@ -193,7 +223,9 @@ class Twins(nn.Module):
 
 
 class PEARLBatch(NamedTuple):
-    """What a gradient step learns from, ``(task, ...)``: transitions to infer from, and to learn control from."""
+    """What a gradient step learns from, ``(task, ...)``: transitions to infer from, and to learn
+    control from.
+    """
 
     context: Transitions
     steps: Transitions
@@ -214,7 +246,9 @@ class PEARL:
         if config.episodes < 2:
             raise MetarobotError("episodes must be at least 2: one to infer from, one to show it")
         if config.context < config.least:
-            raise MetarobotError(f"context must be at least {config.least}, the least of a task, not {config.context}")
+            raise MetarobotError(
+                f"context must be at least {config.least}, the least of a task, not {config.context}"
+            )
         self.config, self.shapes = config, shapes
         self.agent = PEARLAgent(shapes, config)
         inputs = shapes.obs + shapes.act + config.latent
@@ -222,9 +256,14 @@ class PEARL:
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.return_norm = RunningNorm(1)
         self.temperature = nn.ParameterDict({"log": torch.tensor(math.log(config.alpha))})
-        nets, rest = [*self.agent.parameters(), *self.critics.parameters()], [*self.temperature.parameters()]
+        nets, rest = (
+            [*self.agent.parameters(), *self.critics.parameters()],
+            [*self.temperature.parameters()],
+        )
         self._parameters = [*nets, *rest]
-        self.optimiser = torch.optim.Adam([{"params": nets}, {"params": rest}], lr=config.lr, fused=True)
+        self.optimiser = torch.optim.Adam(
+            [{"params": nets}, {"params": rest}], lr=config.lr, fused=True
+        )
         self._replay: TrialReplay | None = None
 
     def reserve_memory(self) -> None:
@@ -249,9 +288,17 @@ class PEARL:
         sums = torch.zeros(len(STATISTICS), device=trials.task.device)
         for _ in range(c.gradient_steps):
             sums += self._step(generator)
-        metrics = {f"train/{k}": float(v) / c.gradient_steps for k, v in zip(STATISTICS, sums, strict=True)}
-        extra = {"alpha": float(self.temperature["log"].detach().exp()), "replay": float(self.replay.transitions)}
-        extra |= {"posterior_std": self._sound(trials), "learning_rate": float(self.optimiser.param_groups[0]["lr"])}
+        metrics = {
+            f"train/{k}": float(v) / c.gradient_steps for k, v in zip(STATISTICS, sums, strict=True)
+        }
+        extra = {
+            "alpha": float(self.temperature["log"].detach().exp()),
+            "replay": float(self.replay.transitions),
+        }
+        extra |= {
+            "posterior_std": self._sound(trials),
+            "learning_rate": float(self.optimiser.param_groups[0]["lr"]),
+        }
         return metrics | {f"train/{k}": v for k, v in extra.items()}
 
     def _remember(self, trials: Trials) -> None:
@@ -265,7 +312,9 @@ class PEARL:
             )
         told = torch.cat([explored.percept.obs, explored.action, explored.reward[..., None]], -1)
         if worlds > 1 and torch.equal(told, told[:, :1].expand_as(told)):
-            raise PosteriorError(f"pearl: the contexts of all {worlds} tasks are identical; nothing tells tasks apart")
+            raise PosteriorError(
+                f"pearl: the contexts of all {worlds} tasks are identical; nothing tells tasks apart"
+            )
         for module in (self.critics, self.targets, self.temperature, self.return_norm):
             module.to(trials.task.device)
         seq = join_episodes(trials.episodes)
@@ -276,9 +325,13 @@ class PEARL:
 
     @torch.no_grad()
     def _sound(self, trials: Trials) -> float:
-        """Return the posterior's mean deviation after trials; raise if weights or posteriors have broken down."""
+        """Return the posterior's mean deviation after trials; raise if weights or posteriors have
+        broken down.
+        """
         if not all(bool(p.isfinite().all()) for p in self._parameters):
-            raise PosteriorError("pearl: the weights are not finite any more; take a lower learning rate")
+            raise PosteriorError(
+                "pearl: the weights are not finite any more; take a lower learning rate"
+            )
         context = self.agent.begin(len(trials.task))
         for episode in trials.episodes[:-1]:
             context = self.agent.adapt(context, episode)
@@ -291,11 +344,18 @@ class PEARL:
         statistics = set_gradients(*self._loss(self._draw(generator)), self._parameters)
         self.optimiser.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), self.config.tau)
+            torch._foreach_lerp_(
+                list(self.targets.parameters()), list(self.critics.parameters()), self.config.tau
+            )
         return statistics
 
     def _draw(self, generator: torch.Generator) -> PEARLBatch:
-        c, held, exploring, device = self.config, self.replay, self.config.episodes - 1, self.agent.low.device
+        c, held, exploring, device = (
+            self.config,
+            self.replay,
+            self.config.episodes - 1,
+            self.agent.low.device,
+        )
         rows = held.draw(c.tasks, c.recent, generator)
         n = round(c.least * (c.context / c.least) ** float(torch.rand((), generator=generator)))
         context = held.steps(held.pick(rows, n, exploring, generator))
@@ -303,7 +363,9 @@ class PEARL:
         noise = torch.randn(c.tasks, c.latent, generator=generator)
         noises = torch.randn(c.tasks, c.batch, 2 * self.shapes.act, generator=generator)
         context, steps = (Transitions(*(x.to(device) for x in lived)) for lived in (context, steps))
-        return PEARLBatch(context, steps, held.task(rows).to(device), noise.to(device), noises.to(device))
+        return PEARLBatch(
+            context, steps, held.task(rows).to(device), noise.to(device), noises.to(device)
+        )
 
     def _loss(self, batch: PEARLBatch) -> tuple[Tensor, Tensor]:
         """Return the loss and the statistics.
@@ -324,51 +386,81 @@ class PEARL:
         critic_loss = weight * error.square().sum()
         actor_loss = weight * (self.temperature["log"].exp().detach() * density - value).sum()
         # the temperature rises where the policy's entropy is below the target
-        temperature_loss = -self.temperature["log"] * weight * (density.detach() - c.entropy * self.shapes.act).sum()
+        temperature_loss = (
+            -self.temperature["log"]
+            * weight
+            * (density.detach() - c.entropy * self.shapes.act).sum()
+        )
         divergence = kl_divergence(posterior, standard_normal(posterior.mean)).sum() / c.tasks
         belief_nll = -log_density(told, batch.task).sum() / c.tasks
-        shown = (critic_loss, actor_loss, divergence, belief_nll, -weight * density.sum(), weight * target.sum())
+        shown = (
+            critic_loss,
+            actor_loss,
+            divergence,
+            belief_nll,
+            -weight * density.sum(),
+            weight * target.sum(),
+        )
         loss = critic_loss + c.kl * divergence + actor_loss + belief_nll + temperature_loss
         return loss, torch.stack(shown)
 
     @torch.no_grad()
     def _target(self, lived: Transitions, z: Tensor, noise: Tensor) -> Tensor:
-        """Return what the critics learn, ``(step,)``: one step's reward and the soft value of what follows."""
+        """Return what the critics learn, ``(step,)``: one step's reward and the soft value of what
+        follows.
+        """
         # y = r + γ (1 − terminated) (min Q'(s', a') − α ln π(a' | s'))
         action, density = squashed(*self.agent.policy(lived.next_obs, z), noise)
         value = self.targets(torch.cat([lived.next_obs, action, z], -1)).amin(0)
         soft = value - self.temperature["log"].exp() * density
-        target: Tensor = lived.reward * self.return_norm.scale + self.config.gamma * (1.0 - lived.terminated) * soft
+        target: Tensor = (
+            lived.reward * self.return_norm.scale
+            + self.config.gamma * (1.0 - lived.terminated) * soft
+        )
         return target
 
     def _outlook(self, obs: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the critics' lower value of an action drawn now, and its log-density, ``(step,)`` each."""
+        """Return the critics' lower value of an action drawn now, and its log-density, ``(step,)``
+        each.
+        """
         action, density = squashed(*self.agent.policy(obs, z), noise)
         return self.critics(torch.cat([obs, action, z], -1), learns=False).amin(0), density
 
     def products(self) -> list[tuple[int, int, int]]:
-        """List the matrix products of a mean gradient step, (rows, inner, columns): the least that it costs."""
+        """List the matrix products of a mean gradient step, (rows, inner, columns): the least that
+        it costs.
+        """
         c, rows = self.config, self.config.tasks * self.config.batch
-        context = round(c.tasks * (c.context - c.least) / max(math.log(c.context / c.least), 1e-9)) or c.tasks * c.least
+        context = (
+            round(c.tasks * (c.context - c.least) / max(math.log(c.context / c.least), 1e-9))
+            or c.tasks * c.least
+        )
         nets = (linears(self.agent.encoder), linears(self.agent.actor))
         encoder, actor = ([(x.in_features, x.out_features) for x in net] for net in nets)
         critics = [(w.shape[1], w.shape[2]) for w in self.critics.weights] * 2
         forward = (context, encoder), (rows, 2 * actor + 3 * critics)
-        # backward by weights, and by inputs but for the first; each of as many multiplications as the layer's own
+        # backward by weights, and by inputs but for the first; each of as many multiplications as
+        # the layer's own
         backward = (context, encoder + encoder[1:]), (rows, actor + actor[1:] + 3 * critics)
         return [(n, a, b) for n, layers in (*forward, *backward) for a, b in layers]
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers, optimiser and replay."""
         modules = {"agent": self.agent, "critics": self.critics, "targets": self.targets}
-        flat = flatten_state(self.optimiser, **modules, temperature=self.temperature, spread=self.return_norm)
+        flat = flatten_state(
+            self.optimiser, **modules, temperature=self.temperature, spread=self.return_norm
+        )
         return flat | {f"replay.{k}": v for k, v in self.replay.state().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         modules = {"agent": self.agent, "critics": self.critics, "targets": self.targets}
-        restore_state(state, self.optimiser, **modules, temperature=self.temperature, spread=self.return_norm)
-        self.replay.load({k.removeprefix("replay."): v for k, v in state.items() if k.startswith("replay.")})
+        restore_state(
+            state, self.optimiser, **modules, temperature=self.temperature, spread=self.return_norm
+        )
+        self.replay.load(
+            {k.removeprefix("replay."): v for k, v in state.items() if k.startswith("replay.")}
+        )
 
 
 pearl = AgentKind(

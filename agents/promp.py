@@ -1,8 +1,9 @@
-"""ProMP: MAML by several clipped outer steps on the same trials (Rothfuss et al. 2019); without its penalty, MAML-PPO.
+"""ProMP: MAML by several clipped outer steps on the same trials (Rothfuss et al. 2019); without its
+penalty, MAML-PPO.
 
-The meta-gradient is the low variance estimator of the inner step's likelihood-ratio objective; PPO's clip bounds how
-far the adapted policies move from those that acted, and a penalty on the KL divergence of the policies they start
-from keeps the inner steps' data valid.
+The meta-gradient is the low variance estimator of the inner step's likelihood-ratio objective;
+PPO's clip bounds how far the adapted policies move from those that acted, and a penalty on the KL
+divergence of the policies they start from keeps the inner steps' data valid.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from metarobot.learning.agent_interface import AgentKind, Dimensions
-from metarobot.learning.gradient_agent import GradientAgent, InnerBatch, InnerConfig, ignored_rollouts
+from metarobot.learning.gradient_agent import (
+    GradientAgent,
+    InnerBatch,
+    InnerConfig,
+    ignored_rollouts,
+)
 from metarobot.learning.meta_gradient import (
     first_order_derivatives,
     per_task_gradients,
@@ -44,7 +50,8 @@ class ProMPConfig(InnerConfig):
     grad_norm: float = 1.0
     """Bound on the meta-gradient's norm."""
     kl_stop: float = 0.3
-    """KL divergence of the adapted policies at which an iteration's steps stop; the step that broke it is undone."""
+    """KL divergence of the adapted policies at which an iteration's steps stop; the step that broke
+    it is undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +81,9 @@ class ProMP:
         for _ in range(c.epochs):
             before = self.state()
             norm = self._step(support, query)
-            adapted = agent.adapt_meta_parameters(agent.vector(), support, first_order_derivatives).weights
+            adapted = agent.adapt_meta_parameters(
+                agent.vector(), support, first_order_derivatives
+            ).weights
             reached = float(vmap_tasks(agent.divergence)(adapted, query).mean())
             if not reached <= c.kl_stop:
                 self.load(before)
@@ -114,7 +123,9 @@ class ProMP:
         """Return E[min(r A, clip(r, 1 − ε, 1 + ε) A)] of one task."""
         ratio, c = self.agent.ratio(weights, batch), self.config
         bounded = ratio.clamp(1 - c.clip, 1 + c.clip)
-        return (batch.weight * torch.minimum(ratio * batch.advantage, bounded * batch.advantage)).sum()
+        return (
+            batch.weight * torch.minimum(ratio * batch.advantage, bounded * batch.advantage)
+        ).sum()
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, rates, the normaliser, the optimiser and the critic."""
@@ -126,5 +137,9 @@ class ProMP:
         self.critic.load(state)
 
 
-promp = AgentKind(name="promp", doc="ProMP: MAML by clipped outer steps.", config=ProMPConfig, build=ProMP)
-maml_ppo = replace(promp, name="maml-ppo", doc="MAML-PPO: ProMP without its penalty.", config=MAMLPPOConfig)
+promp = AgentKind(
+    name="promp", doc="ProMP: MAML by clipped outer steps.", config=ProMPConfig, build=ProMP
+)
+maml_ppo = replace(
+    promp, name="maml-ppo", doc="MAML-PPO: ProMP without its penalty.", config=MAMLPPOConfig
+)

@@ -1,9 +1,11 @@
-"""An agent that recognises tasks by likeness: prototypes in a learned space (Snell et al. 2017; Koch et al. 2015).
+"""An agent that recognises tasks by likeness: prototypes in a learned space (Snell et al. 2017;
+Koch et al. 2015).
 
-An encoder turns a set of transitions into a point. Sets of one task are pulled together, those of different tasks are
-pushed apart, and distances are made to follow those between the tasks' parameters, which the simulator knows. The
-policy acts on the point of all transitions so far, so it adapts from step to step. Points of training tasks are kept as
-prototypes: a new task is like the nearest ones, or like none.
+An encoder turns a set of transitions into a point. Sets of one task are pulled together, those of
+different tasks are pushed apart, and distances are made to follow those between the tasks'
+parameters, which the simulator knows. The policy acts on the point of all transitions so far, so it
+adapts from step to step. Points of training tasks are kept as prototypes: a new task is like the
+nearest ones, or like none.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from torch.nn import functional
 from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig, PPOSettings
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
-from metarobot.learning.metric_losses import LOSSES, distance_loss, nearest_prototype, novelty_threshold
+from metarobot.learning.metric_losses import (
+    LOSSES,
+    distance_loss,
+    nearest_prototype,
+    novelty_threshold,
+)
 from metarobot.learning.networks import RunningNorm, mlp
 from metarobot.learning.optimiser_state import flatten_state, restore_state
 from metarobot.types import Percept, Rollout, Trials, join_episodes, next_values
@@ -30,10 +37,13 @@ SAFE = "lower --encoder-lr, or resume from the last checkpoint, which is whole"
 
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig(PPOSettings):
-    """Settings of the agent that recognises tasks by likeness, and PPO's for the policy that acts on it."""
+    """Settings of the agent that recognises tasks by likeness, and PPO's for the policy that acts
+    on it.
+    """
 
     loss: str = "prototypical"
-    """What pulls windows of one task together and pushes tasks apart: prototypical, contrastive or siamese."""
+    """What pulls windows of one task together and pushes tasks apart: prototypical, contrastive or
+    siamese."""
     distance: float = 5.0
     """Weight of the squared error of distances between embeddings to those between tasks."""
     embedding: int = 8
@@ -43,7 +53,8 @@ class PrototypeConfig(PPOSettings):
     window: int = 50
     """Transitions in a window."""
     windows: int = 4
-    """Windows of each task that are kept, half of them support, half query; the last is how its trial began."""
+    """Windows of each task that are kept, half of them support, half query; the last is how its
+    trial began."""
     bank: int = 256
     """Training tasks whose windows and prototypes are kept, the latest."""
     lessons: int = 32
@@ -66,8 +77,8 @@ def transitions(obs: Tensor, action: Tensor, reward: Tensor, after: Tensor) -> T
 class Encoder(nn.Module):
     """Embeds a set of transitions, whatever their order and number: what they say is added up.
 
-    Of each transition a network reads features and how much they weigh. The weighted mean over the set, and one learned
-    answer of weight 1 for nothing known, is placed in the space of tasks.
+    Of each transition a network reads features and how much they weigh. The weighted mean over the
+    set, and one learned answer of weight 1 for nothing known, is placed in the space of tasks.
     """
 
     def __init__(self, shapes: Dimensions, config: PrototypeConfig) -> None:
@@ -80,7 +91,9 @@ class Encoder(nn.Module):
         self.log_sharpness = nn.Parameter(torch.tensor(math.log(50.0)))
 
     def evidence(self, x: Tensor) -> Tensor:
-        """Read transitions ``(..., transition)``: features times their weight, then it, ``(..., summary + 1)``."""
+        """Read transitions ``(..., transition)``: features times their weight, then it, ``(...,
+        summary + 1)``.
+        """
         said = self.read(self.norm(x))
         weight = functional.softplus(said[..., -1:])
         return torch.cat([weight * said[..., :-1], weight], -1)
@@ -96,10 +109,12 @@ class Encoder(nn.Module):
 
 
 class Bank(nn.Module):
-    """Windows of the latest training tasks, the prototypes that they make, and how near is known: buffers all.
+    """Windows of the latest training tasks, the prototypes that they make, and how near is known:
+    buffers all.
 
-    Shapes: windows ``(bank, window, step, transition)``; lived ``(bank, window, step)``, 1 for a transition, 0 for
-    padding; task ``(bank, parameter)``, encoded; prototype ``(bank, embedding)``; count, how many tasks ever came.
+    Shapes: windows ``(bank, window, step, transition)``; lived ``(bank, window, step)``, 1 for a
+    transition, 0 for padding; task ``(bank, parameter)``, encoded; prototype ``(bank, embedding)``;
+    count, how many tasks ever came.
     """
 
     windows: Tensor
@@ -131,7 +146,9 @@ class Bank(nn.Module):
 
 
 class PrototypeAgent(nn.Module):
-    """An encoder, a bank of prototypes, and a policy that acts on what is seen and on the embedding of the task."""
+    """An encoder, a bank of prototypes, and a policy that acts on what is seen and on the embedding
+    of the task.
+    """
 
     privileged = False
     explores = False
@@ -149,21 +166,28 @@ class PrototypeAgent(nn.Module):
         return self.policy.norm
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Return the last observation (none yet), the evidence so far (none), and the embedding that it makes."""
+        """Return the last observation (none yet), the evidence so far (none), and the embedding
+        that it makes.
+        """
         nothing = self.encoder.begin(worlds)
         return nothing.new_zeros(worlds, self.obs), nothing, self.encoder(nothing)
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Take in the transition just lived and act on the embedding of all so far.
 
-        An episode's last transition is left to ``adapt``: its observation was reset before anybody was shown it.
+        An episode's last transition is left to ``adapt``: its observation was reset before anybody
+        was shown it.
         """
         obs, evidence, _ = context
         lived = (1.0 - percept.done - percept.first)[:, None]
         x = transitions(obs, percept.action, percept.reward, percept.obs)
         evidence = evidence + lived * self.encoder.evidence(x)
         z = self.encoder(evidence)
-        action, _ = self.policy.act(percept._replace(obs=self.shown(percept.obs, evidence, z)), (), noise)
+        action, _ = self.policy.act(
+            percept._replace(obs=self.shown(percept.obs, evidence, z)), (), noise
+        )
         return action, (percept.obs, evidence, z)
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
@@ -171,38 +195,58 @@ class PrototypeAgent(nn.Module):
         obs, evidence, _ = context
         rows = torch.arange(len(obs), device=obs.device)
         last = episode.valid.sum(0) - 1
-        seen, action, reward = (x[last, rows] for x in (episode.obs, episode.action, episode.reward))
-        evidence = evidence + self.encoder.evidence(transitions(seen, action, reward, episode.final_obs))
+        seen, action, reward = (
+            x[last, rows] for x in (episode.obs, episode.action, episode.reward)
+        )
+        evidence = evidence + self.encoder.evidence(
+            transitions(seen, action, reward, episode.final_obs)
+        )
         return obs, evidence, self.encoder(evidence)
 
     def shown(self, obs: Tensor, evidence: Tensor, z: Tensor) -> Tensor:
-        """Join what the policy is shown: observation, embedding, and how much of it is evidence, not prior."""
+        """Join what the policy is shown: observation, embedding, and how much of it is evidence,
+        not prior.
+        """
         weight = evidence[..., -1:]
         return torch.cat([obs, z, weight / (1.0 + weight)], -1)
 
     def follow(self, evidence: Tensor, episode: Rollout) -> Tensor:
-        """Add up evidence over an episode: before each of its steps and after the last, ``(time + 1, task, ...)``."""
+        """Add up evidence over an episode: before each of its steps and after the last, ``(time +
+        1, task, ...)``.
+        """
         after = next_values(episode, episode.obs, episode.final_obs)
-        said = self.encoder.evidence(transitions(episode.obs, episode.action, episode.reward, after))
+        said = self.encoder.evidence(
+            transitions(episode.obs, episode.action, episode.reward, after)
+        )
         said = torch.where(episode.valid[..., None], said, 0.0)
         return torch.cat([evidence[None], said]).cumsum(0)
 
     @torch.no_grad()
     def embed(self, episode: Rollout, steps: int = -1) -> Tensor:
-        """Embed the first ``steps`` transitions of an episode alone, or all, ``(task, embedding)``."""
-        z: Tensor = self.encoder(self.follow(self.encoder.begin(episode.valid.shape[1]), episode)[steps])
+        """Embed the first ``steps`` transitions of an episode alone, or all, ``(task,
+        embedding)``.
+        """
+        z: Tensor = self.encoder(
+            self.follow(self.encoder.begin(episode.valid.shape[1]), episode)[steps]
+        )
         return z
 
     @torch.no_grad()
     def embedded(self, steps: int | None = None) -> Tensor:
-        """Embed the windows of the bank, cut to ``steps``, with the encoder as it is now: ``(task, window, ...)``."""
+        """Embed the windows of the bank, cut to ``steps``, with the encoder as it is now: ``(task,
+        window, ...)``.
+        """
         held, bank = len(self.bank), self.bank
-        said = self.encoder.evidence(bank.windows[:held, :, :steps]) * bank.lived[:held, :, :steps, None]
+        said = (
+            self.encoder.evidence(bank.windows[:held, :, :steps])
+            * bank.lived[:held, :, :steps, None]
+        )
         z: Tensor = self.encoder(said.sum(2))
         return z
 
     def refresh(self) -> dict[str, float]:
-        """Make prototypes and threshold anew, since the encoder has changed; say how well it tells tasks apart.
+        """Make prototypes and threshold anew, since the encoder has changed; say how well it tells
+        tasks apart.
 
         Raises for embeddings that are not finite, or that are the same for all tasks.
         """
@@ -211,7 +255,9 @@ class PrototypeAgent(nn.Module):
         if not bool(z.isfinite().all()):
             raise CollapseError(f"the embeddings are not finite; {SAFE}")
         spread = float((prototype - prototype.mean(0)).square().sum(1).mean().sqrt())
-        if spread < COLLAPSED * (1.0 + float(prototype.norm(dim=1).mean())) and bool((task != task[0]).any()):
+        if spread < COLLAPSED * (1.0 + float(prototype.norm(dim=1).mean())) and bool(
+            (task != task[0]).any()
+        ):
             raise CollapseError(
                 f"the embeddings collapsed: {len(z)} tasks lie within {spread:.1g} of one point; {SAFE}"
             )
@@ -224,7 +270,8 @@ class PrototypeAgent(nn.Module):
 
 
 class Prototype:
-    """Trains a ``PrototypeAgent``: PPO on what the policy was shown, then lessons for the encoder from the bank.
+    """Trains a ``PrototypeAgent``: PPO on what the policy was shown, then lessons for the encoder
+    from the bank.
 
     No gradient of the policy reaches the encoder: an embedding says which task it is, nothing else.
     """
@@ -236,7 +283,9 @@ class Prototype:
         seen = shapes.obs + config.embedding + 1
         self.ppo = PPO(usual, replace(shapes, obs=seen, critic=shapes.critic + shapes.task))
         self.agent = PrototypeAgent(shapes, config, self.ppo.agent)
-        self.optimiser = torch.optim.Adam(self.agent.encoder.parameters(), lr=config.encoder_lr, eps=1e-5, fused=True)
+        self.optimiser = torch.optim.Adam(
+            self.agent.encoder.parameters(), lr=config.encoder_lr, eps=1e-5, fused=True
+        )
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Learn from one set of trials."""
@@ -251,28 +300,44 @@ class Prototype:
         if not bool(losses.isfinite().all()):
             raise CollapseError(f"the loss of the embeddings is {float(losses.sum())}; {SAFE}")
         told = {"loss": float(losses[0]), "distance_loss": float(losses[1])}
-        told |= {"sharpness": float(self.agent.encoder.log_sharpness.detach().exp()), **self.agent.refresh()}
+        told |= {
+            "sharpness": float(self.agent.encoder.log_sharpness.detach().exp()),
+            **self.agent.refresh(),
+        }
         return metrics | {f"metric/{k}": v for k, v in told.items()}
 
     @torch.no_grad()
     def _shown(self, trials: Trials) -> Trials:
-        """Put the embedding into what the policy saw, as it acted, and the task into what its critic sees."""
+        """Put the embedding into what the policy saw, as it acted, and the task into what its
+        critic sees.
+        """
         evidence, episodes = self.agent.encoder.begin(len(trials.task)), []
         for e in trials.episodes:
             sums = self.agent.follow(evidence, e)
-            seen = self.agent.shown(torch.cat([e.obs, e.final_obs[None]]), sums, self.agent.encoder(sums))
+            seen = self.agent.shown(
+                torch.cat([e.obs, e.final_obs[None]]), sums, self.agent.encoder(sums)
+            )
             told = torch.cat([e.critic_obs, trials.task.expand(len(e.obs), -1, -1)], -1)
             final = torch.cat([e.final_critic_obs, trials.task], -1)
-            episodes.append(replace(e, obs=seen[:-1], final_obs=seen[-1], critic_obs=told, final_critic_obs=final))
+            episodes.append(
+                replace(
+                    e, obs=seen[:-1], final_obs=seen[-1], critic_obs=told, final_critic_obs=final
+                )
+            )
             evidence = sums[-1]
         return replace(trials, episodes=tuple(episodes))
 
     def _keep(self, trials: Trials, generator: torch.Generator) -> None:
         """Draw windows of each trial into the bank, the last one from its beginning."""
         c, seq = self.config, join_episodes(trials.episodes)
-        x, count = transitions(seq.percept.obs, seq.action, seq.reward, seq.next_obs), seq.valid.sum(0)
+        x, count = (
+            transitions(seq.percept.obs, seq.action, seq.reward, seq.next_obs),
+            seq.valid.sum(0),
+        )
         if int(count.min()) < 2:
-            raise MetarobotError(f"a task lived {int(count.min())} transitions; support and query need at least 2")
+            raise MetarobotError(
+                f"a task lived {int(count.min())} transitions; support and query need at least 2"
+            )
         if bool((x == x[:, :1]).all()) and bool((trials.task != trials.task[0]).any()):
             raise CollapseError(
                 f"{len(count)} tasks lived identical transitions: there is nothing to tell them apart by"
@@ -284,10 +349,14 @@ class Prototype:
         step = start[..., None] + torch.arange(c.window, device=x.device)
         lived = (step < count[:, None, None]).to(x)
         rows = torch.arange(len(count), device=x.device)[:, None, None]
-        self.agent.bank.keep(x[step.clamp_max(len(x) - 1), rows] * lived[..., None], lived, trials.task)
+        self.agent.bank.keep(
+            x[step.clamp_max(len(x) - 1), rows] * lived[..., None], lived, trials.task
+        )
 
     def _lesson(self, held: int, generator: torch.Generator) -> Tensor:
-        """Take one gradient step of the encoder on some of the bank's ``held`` tasks; return the losses."""
+        """Take one gradient step of the encoder on some of the bank's ``held`` tasks; return the
+        losses.
+        """
         c, bank, encoder = self.config, self.agent.bank, self.agent.encoder
         rows = torch.randperm(held, generator=generator)[: c.lesson_tasks].to(bank.task.device)
         task, lived = bank.task[rows], bank.lived[rows] * _cut(bank.lived[rows], generator)
@@ -316,9 +385,16 @@ class Prototype:
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         ppo = self.ppo
-        restore_state(state, ppo.optimiser, agent=self.agent, spread=ppo.return_norm, critic_norm=ppo.critic_norm)
         restore_state(
-            {k.removeprefix("lessons."): v for k, v in state.items() if k.startswith("lessons.")}, self.optimiser
+            state,
+            ppo.optimiser,
+            agent=self.agent,
+            spread=ppo.return_norm,
+            critic_norm=ppo.critic_norm,
+        )
+        restore_state(
+            {k.removeprefix("lessons."): v for k, v in state.items() if k.startswith("lessons.")},
+            self.optimiser,
         )
 
 
@@ -329,11 +405,14 @@ def _check(c: PrototypeConfig) -> None:
     if c.windows < 2:
         raise MetarobotError(f"windows must be at least 2, a support and a query, not {c.windows}")
     if c.bank < c.worlds:
-        raise MetarobotError(f"bank = {c.bank} cannot hold the tasks of one iteration, worlds = {c.worlds}")
+        raise MetarobotError(
+            f"bank = {c.bank} cannot hold the tasks of one iteration, worlds = {c.worlds}"
+        )
 
 
 def _cut(lived: Tensor, generator: torch.Generator) -> Tensor:
-    """Cut the later half of windows ``(task, window, step)`` short, to lengths of their own; 1 where something is left.
+    """Cut the later half of windows ``(task, window, step)`` short, to lengths of their own; 1
+    where something is left.
 
     Lengths are log-uniform: what a few transitions tell counts as much as what many do.
     """

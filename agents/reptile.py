@@ -1,7 +1,8 @@
 """Reptile: move the initial weights towards where adaptation leads (Nichol et al. 2018).
 
-No derivative of the inner steps is taken: every episode of a trial is adapted to, and the initial weights follow the
-mean of the tasks' adapted weights. With a single inner step this is joint training, so it takes several.
+No derivative of the inner steps is taken: every episode of a trial is adapted to, and the initial
+weights follow the mean of the tasks' adapted weights. With a single inner step this is joint
+training, so it takes several.
 """
 
 from __future__ import annotations
@@ -63,8 +64,14 @@ class Reptile:
         if norm.isfinite():  # inner steps that diverge lead nowhere
             self.optimiser.step()
         agent.learn_norm(trials)
-        metrics = {"way": float(norm.nan_to_num(0.0, 0.0)), "std": float(agent.policy.log_std.detach().exp().mean())}
-        return {f"train/{k}": v for k, v in {**metrics, "ignored_rollouts": ignored_rollouts(trials)}.items()}
+        metrics = {
+            "way": float(norm.nan_to_num(0.0, 0.0)),
+            "std": float(agent.policy.log_std.detach().exp().mean()),
+        }
+        return {
+            f"train/{k}": v
+            for k, v in {**metrics, "ignored_rollouts": ignored_rollouts(trials)}.items()
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, the normaliser and the optimiser."""
@@ -76,5 +83,8 @@ class Reptile:
 
 
 reptile = AgentKind(
-    name="reptile", doc="Reptile: initial weights that follow the adapted ones.", config=ReptileConfig, build=Reptile
+    name="reptile",
+    doc="Reptile: initial weights that follow the adapted ones.",
+    config=ReptileConfig,
+    build=Reptile,
 )

@@ -1,8 +1,8 @@
 """RL²: a recurrent policy whose memory does the learning (Duan et al. 2016; Wang et al. 2016).
 
-The memory survives the ends of episodes inside a trial and is cleared between tasks. PPO (Schulman et al. 2017) over
-whole trials. In training only, a linear belief head makes the memory predict the task it is in, and the critic is shown
-the task: the simulator knows it, so let it teach.
+The memory survives the ends of episodes inside a trial and is cleared between tasks. PPO (Schulman
+et al. 2017) over whole trials. In training only, a linear belief head makes the memory predict the
+task it is in, and the critic is shown the task: the simulator knows it, so let it teach.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class TrialsConfig:
     clip: float = 0.2
     """PPO's bound on the probability ratio."""
     kl_stop: float = 0.045
-    """Approximate KL divergence from the collecting policy at which an iteration's learning stops."""
+    """Approximate KL divergence from the collecting policy at which an iteration's learning
+    stops."""
     value: float = 0.5
     """Weight of the critic's squared error."""
     grad_norm: float = 1.0
@@ -71,8 +72,8 @@ class TrialsConfig:
     std: float = 0.6
     """Standard deviation of the first policy's actions."""
     teach: float = 0.0
-    """Weight, at the start, of the squared error to what the family advises, or its expert does; it falls to none at
-    the end (kickstarting, Schmitt et al. 2018)."""
+    """Weight, at the start, of the squared error to what the family advises, or its expert does; it
+    falls to none at the end (kickstarting, Schmitt et al. 2018)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,9 @@ class RL2OracleConfig(RL2Config):
 
 
 class RL2Agent(nn.Module):
-    """Memory, then two hidden layers each for actor and critic over the memory's output and the input."""
+    """Memory, then two hidden layers each for actor and critic over the memory's output and the
+    input.
+    """
 
     explores = False
 
@@ -111,7 +114,8 @@ class RL2Agent(nn.Module):
         self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
 
     def features(self, percept: Percept, task: Tensor | None = None) -> Tensor:
-        """Normalise observation and reward, and join the whole percept into one input ``(..., input)``.
+        """Normalise observation and reward, and join the whole percept into one input ``(...,
+        input)``.
 
         An oracle's holds the task ``(world, parameter)`` too.
         """
@@ -124,7 +128,9 @@ class RL2Agent(nn.Module):
         context: Context = self.memory.begin(worlds)
         return (task, *context) if self.privileged and task is not None else context
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Step the memory and act on what it holds."""
         told = context[:1] if self.privileged else ()
         x = self.features(percept, *told)
@@ -132,17 +138,21 @@ class RL2Agent(nn.Module):
         half = self.recall.out_features // 2
         hidden = torch.tanh(self.recall(h)[:, :half] + self.sense(x)[:, :half])
         mean = self.actor(hidden)
-        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), (*told, *remembered)
+        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), (
+            *told,
+            *remembered,
+        )
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
         """Do nothing: the memory adapted while acting."""
         return context
 
     def forward(self, x: Tensor, task: Tensor, critic_obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run whole trials of inputs ``(time, world, input)``: mean action, value and belief at every step.
+        """Run whole trials of inputs ``(time, world, input)``: mean action, value and belief at
+        every step.
 
-        ``task`` ``(world, parameter)`` and ``critic_obs`` ``(time, world, critic)`` reach the critic alone, which
-        acting does without.
+        ``task`` ``(world, parameter)`` and ``critic_obs`` ``(time, world, critic)`` reach the
+        critic alone, which acting does without.
         """
         h = self.memory.sequence(x)
         actor, critic = torch.tanh(self.recall(h) + self.sense(x)).chunk(2, -1)
@@ -151,7 +161,9 @@ class RL2Agent(nn.Module):
 
 
 class TrialBatch(NamedTuple):
-    """What an update learns from, ``(time, world, ...)``, but for the task, ``(world, parameter)``."""
+    """What an update learns from, ``(time, world, ...)``, but for the task, ``(world,
+    parameter)``.
+    """
 
     x: Tensor
     critic_obs: Tensor
@@ -166,23 +178,34 @@ class TrialBatch(NamedTuple):
 
 
 class TrialsPPO:
-    """Trains an agent with a memory by PPO over trials, and what it knows of the task by a loss of its own.
+    """Trains an agent with a memory by PPO over trials, and what it knows of the task by a loss of
+    its own.
 
-    The agent, called with whole trials, gives mean actions, values, and what it knows at every step.
+    The agent, called with whole trials, gives mean actions, values, and what it knows at every
+    step.
     """
 
     parts: ClassVar[tuple[str, ...]]
     """Names of the statistics of the loss about what is known."""
 
-    def __init__(self, config: TrialsConfig, agent: Any, shapes: Dimensions, **others: nn.Module) -> None:
+    def __init__(
+        self, config: TrialsConfig, agent: Any, shapes: Dimensions, **others: nn.Module
+    ) -> None:
         """``others`` are trained beside the agent."""
         if config.worlds % config.minibatches:
-            raise MetarobotError(f"worlds = {config.worlds} is not a multiple of minibatches = {config.minibatches}")
+            raise MetarobotError(
+                f"worlds = {config.worlds} is not a multiple of minibatches = {config.minibatches}"
+            )
         self.config = config
         self.agent = agent
         self.return_norm = RunningNorm(1)
         self.critic_norm = RunningNorm(shapes.critic)
-        self.modules = {"agent": agent, "spread": self.return_norm, "critic_norm": self.critic_norm, **others}
+        self.modules = {
+            "agent": agent,
+            "spread": self.return_norm,
+            "critic_norm": self.critic_norm,
+            **others,
+        }
         self.groups = [list(agent.parameters()), *(list(m.parameters()) for m in others.values())]
         self.optimiser = torch.optim.Adam(chain(*self.groups), lr=config.lr, eps=1e-5, fused=True)
 
@@ -191,7 +214,13 @@ class TrialsPPO:
         c, seq = self.config, join_episodes(trials.episodes)
         self._normalise(seq)
         batch = TrialBatch(
-            *(*self._targets(seq, trials.task), seq.action, trials.task, seq.valid.float(), seq.teacher_action)
+            *(
+                *self._targets(seq, trials.task),
+                seq.action,
+                trials.task,
+                seq.valid.float(),
+                seq.teacher_action,
+            )
         )
         teach = c.teach * (1.0 - progress)
         for group in self.optimiser.param_groups:
@@ -202,7 +231,10 @@ class TrialsPPO:
             for _ in range(c.epochs):
                 drawn = self._draw(seq, generator)
                 order = torch.randperm(c.worlds, generator=generator).to(batch.x.device)
-                yield [partial(self._step, batch, drawn, rows, teach) for rows in order.chunk(c.minibatches)]
+                yield [
+                    partial(self._step, batch, drawn, rows, teach)
+                    for rows in order.chunk(c.minibatches)
+                ]
 
         names = ("policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", *self.parts)
         sums, steps = run_epochs(passes(), names.index("approx_kl"), c.kl_stop)
@@ -217,14 +249,18 @@ class TrialsPPO:
         seen = torch.cat([seq.percept.obs, seq.percept.reward[..., None]], -1)
         self.agent.norm.update(seen[seq.valid])
         self.critic_norm.to(seq.reward.device).update(seq.critic_obs[seq.valid])
-        self.return_norm.to(seq.reward.device).update(discounted(seq.reward, self.config.gamma)[seq.valid][:, None])
+        self.return_norm.to(seq.reward.device).update(
+            discounted(seq.reward, self.config.gamma)[seq.valid][:, None]
+        )
 
     @torch.no_grad()
     def _targets(self, seq: TrialSequence, task: Tensor) -> tuple[Tensor, ...]:
-        """Return inputs, the critic's own, values, targets, advantages, log-probabilities, ``(time, world, ...)``.
+        """Return inputs, the critic's own, values, targets, advantages, log-probabilities, ``(time,
+        world, ...)``.
 
-        A fall ends the trace; a time limit inside the trial leads on into the next episode, which the memory will
-        live through too; the trial's own end bootstraps from the value of the final observation.
+        A fall ends the trace; a time limit inside the trial leads on into the next episode, which
+        the memory will live through too; the trial's own end bootstraps from the value of the final
+        observation.
         """
         x = self.agent.features(_with_final(seq), *([task] if self.agent.privileged else []))
         told = self.critic_norm(_appended(seq, seq.critic_obs, seq.next_critic_obs))
@@ -232,39 +268,63 @@ class TrialsPPO:
         cut = torch.zeros_like(seq.valid)
         cut[last_step(seq), torch.arange(cut.shape[1], device=cut.device)] = True
         reward = seq.reward * self.return_norm.scale
-        advantage = gae(reward, value[:-1], value[1:], seq.terminated, cut, self.config.gamma, self.config.lam)
+        advantage = gae(
+            reward, value[:-1], value[1:], seq.terminated, cut, self.config.gamma, self.config.lam
+        )
         target = advantage + value[:-1]
         lived = advantage[seq.valid]
         advantage = (advantage - lived.mean()) / (lived.std() + 1e-8)
-        return x[:-1], told[:-1], value[:-1], target, advantage, log_prob(mean[:-1], self.agent.log_std, seq.action)
+        return (
+            x[:-1],
+            told[:-1],
+            value[:-1],
+            target,
+            advantage,
+            log_prob(mean[:-1], self.agent.log_std, seq.action),
+        )
 
     def _draw(self, seq: TrialSequence, generator: torch.Generator) -> Any:
         """Draw what the loss about what is known needs anew in every pass."""
 
-    def _known(self, known: Any, batch: TrialBatch, drawn: Any, weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted loss about what is known of some trials' tasks, and its statistics."""
+    def _known(
+        self, known: Any, batch: TrialBatch, drawn: Any, weight: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss about what is known of some trials' tasks, and its
+        statistics.
+        """
         raise NotImplementedError
 
     def _step(self, batch: TrialBatch, drawn: Any, rows: Tensor, teach: float) -> Tensor:
-        """Take one gradient step on whole trials; return the losses, the KL divergence and the clipped fraction."""
+        """Take one gradient step on whole trials; return the losses, the KL divergence and the
+        clipped fraction.
+        """
         statistics = set_gradients(*self._loss(batch, drawn, teach, rows), chain(*self.groups))
         for group in self.groups:
             nn.utils.clip_grad_norm_(group, self.config.grad_norm)
         self.optimiser.step()
         return statistics
 
-    def _loss(self, batch: TrialBatch, drawn: Any, teach: float, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, batch: TrialBatch, drawn: Any, teach: float, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss of some trials, and its parts."""
         c, lived, advantage = self.config, batch.valid[:, rows], batch.advantage[:, rows]
         weight = lived / lived.sum()
-        mean, value, known = self.agent(batch.x[:, rows], batch.task[rows], batch.critic_obs[:, rows])
+        mean, value, known = self.agent(
+            batch.x[:, rows], batch.task[rows], batch.critic_obs[:, rows]
+        )
         log_ratio = log_prob(mean, self.agent.log_std, batch.action[:, rows]) - batch.old[:, rows]
         ratio = log_ratio.exp()
         # L = −E[min(r A, clip(r, 1 − ε, 1 + ε) A)]
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
+        surrogate = torch.minimum(
+            ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage
+        )
         policy_loss = -(weight * surrogate).sum()
         if teach > 0:
-            policy_loss = policy_loss + teach * (weight * distillation_loss(mean, batch.teacher_action[:, rows])).sum()
+            policy_loss = (
+                policy_loss
+                + teach * (weight * distillation_loss(mean, batch.teacher_action[:, rows])).sum()
+            )
         value_loss = (weight * (value - batch.target[:, rows]).square()).sum()
         known_loss, parts = self._known(known, batch, drawn, weight, rows)
         with torch.no_grad():
@@ -299,7 +359,9 @@ class RL2(TrialsPPO):
         return self.belief * loss, loss[None]
 
     def warm_start(self, policy: PPOAgent) -> None:
-        """Begin as a policy without memory acts, with noise of its own; what the memory holds has no influence yet."""
+        """Begin as a policy without memory acts, with noise of its own; what the memory holds has
+        no influence yet.
+        """
         first, *rest = linears(policy.actor)
         agent, width = self.agent, len(first.bias)
         copy_into_larger(agent.sense, first)
@@ -317,14 +379,24 @@ def last_step(seq: TrialSequence) -> Tensor:
 
 
 def _with_final(seq: TrialSequence) -> Percept:
-    """Append to each trial the percept its last step led to, as if the episode went on: what the critic bootstraps."""
+    """Append to each trial the percept its last step led to, as if the episode went on: what the
+    critic bootstraps.
+    """
     p = seq.percept
-    final = (seq.next_obs, seq.action, seq.reward, torch.zeros_like(p.done), torch.zeros_like(p.first))
+    final = (
+        seq.next_obs,
+        seq.action,
+        seq.reward,
+        torch.zeros_like(p.done),
+        torch.zeros_like(p.first),
+    )
     return Percept(*(_appended(seq, told, after) for told, after in zip(p, final, strict=True)))
 
 
 def _appended(seq: TrialSequence, told: Tensor, after: Tensor) -> Tensor:
-    """Append to each trial of ``told`` ``(time, world, ...)`` what ``after`` holds at its last step."""
+    """Append to each trial of ``told`` ``(time, world, ...)`` what ``after`` holds at its last
+    step.
+    """
     ends, longer = last_step(seq), torch.cat([told, torch.zeros_like(told[:1])])
     rows = torch.arange(len(ends), device=ends.device)
     longer[ends + 1, rows] = after[ends, rows]
@@ -332,8 +404,14 @@ def _appended(seq: TrialSequence, told: Tensor, after: Tensor) -> Tensor:
 
 
 rl2 = AgentKind(
-    name="rl2", doc="A recurrent policy that adapts while it acts; PPO over trials.", config=RL2Config, build=RL2
+    name="rl2",
+    doc="A recurrent policy that adapts while it acts; PPO over trials.",
+    config=RL2Config,
+    build=RL2,
 )
 rl2_oracle = replace(
-    rl2, name="rl2-oracle", doc="RL2 that is shown the task: the upper reference with a memory.", config=RL2OracleConfig
+    rl2,
+    name="rl2-oracle",
+    doc="RL2 that is shown the task: the upper reference with a memory.",
+    config=RL2OracleConfig,
 )

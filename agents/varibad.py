@@ -1,10 +1,12 @@
-"""VariBAD (Zintgraf et al. 2020): a recurrent encoder infers a Gaussian over tasks, on which a policy acts.
+"""VariBAD (Zintgraf et al. 2020): a recurrent encoder infers a Gaussian over tasks, on which a
+policy acts.
 
-Encoder and decoder are trained by the evidence lower bound: from the posterior after some steps of a trial the decoder
-must tell rewards and motion of the whole trial, past and future. The policy sees the observation, the posterior's mean
-and its standard deviation, and is trained by PPO over trials. Its gradient stops there, so that the posterior stays one
-over tasks; but the clipped steps are taken on the posteriors as they now are, so that what the encoder learns meanwhile
-counts as a change of the policy too. In training only, the critic is shown the task.
+Encoder and decoder are trained by the evidence lower bound: from the posterior after some steps of
+a trial the decoder must tell rewards and motion of the whole trial, past and future. The policy
+sees the observation, the posterior's mean and its standard deviation, and is trained by PPO over
+trials. Its gradient stops there, so that the posterior stays one over tasks; but the clipped steps
+are taken on the posteriors as they now are, so that what the encoder learns meanwhile counts as a
+change of the policy too. In training only, the critic is shown the task.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class VariBADConfig(TrialsConfig):
 
 
 class VariBADAgent(nn.Module):
-    """A memory, the posterior it infers, and a perceptron each for actor and critic over what is seen and inferred."""
+    """A memory, the posterior it infers, and a perceptron each for actor and critic over what is
+    seen and inferred.
+    """
 
     privileged = explores = False
 
@@ -73,12 +77,18 @@ class VariBADAgent(nn.Module):
         self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
 
     def features(self, percept: Percept) -> Tensor:
-        """Normalise observation and reward, and join the whole percept into one input ``(..., input)``."""
+        """Normalise observation and reward, and join the whole percept into one input ``(...,
+        input)``.
+        """
         seen = self.norm(torch.cat([percept.obs, percept.reward[..., None]], -1))
-        return torch.cat([seen, percept.action, percept.done[..., None], percept.first[..., None]], -1)
+        return torch.cat(
+            [seen, percept.action, percept.done[..., None], percept.first[..., None]], -1
+        )
 
     def remember(self, x: Tensor) -> Tensor:
-        """Run whole trials of inputs ``(time, world, input)`` through the memory, ``(time, world, width)``."""
+        """Run whole trials of inputs ``(time, world, input)`` through the memory, ``(time, world,
+        width)``.
+        """
         h: Tensor = self.memory.sequence(torch.tanh(self.embed(x)))
         return h
 
@@ -88,14 +98,19 @@ class VariBADAgent(nn.Module):
         return Gaussian(mean, log_var.exp())
 
     def situation(self, x: Tensor, q: Gaussian) -> Tensor:
-        """Join the normalised observation in the input ``x`` with the posterior: what the policy acts on."""
+        """Join the normalised observation in the input ``x`` with the posterior: what the policy
+        acts on.
+        """
         return torch.cat([x[..., : self.obs], q.mean, q.var.sqrt()], -1)
 
-    def forward(self, x: Tensor, task: Tensor, critic_obs: Tensor) -> tuple[Tensor, Tensor, Gaussian]:
-        """Run whole trials of inputs ``(time, world, input)``: mean action, value and posterior at every step.
+    def forward(
+        self, x: Tensor, task: Tensor, critic_obs: Tensor
+    ) -> tuple[Tensor, Tensor, Gaussian]:
+        """Run whole trials of inputs ``(time, world, input)``: mean action, value and posterior at
+        every step.
 
-        ``task`` ``(world, parameter)`` and ``critic_obs`` ``(time, world, critic)`` reach the critic alone, which
-        acting does without.
+        ``task`` ``(world, parameter)`` and ``critic_obs`` ``(time, world, critic)`` reach the
+        critic alone, which acting does without.
         """
         q = self.infer(self.remember(x))
         seen = self.situation(x, q if self.through else Gaussian(q.mean.detach(), q.var.detach()))
@@ -104,15 +119,23 @@ class VariBADAgent(nn.Module):
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return an empty memory a world, and the prior's mean and variance."""
-        return (*self.memory.begin(worlds), *standard_normal(self.log_std.new_empty(worlds, self.latent)))
+        return (
+            *self.memory.begin(worlds),
+            *standard_normal(self.log_std.new_empty(worlds, self.latent)),
+        )
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Step the memory, infer, and act on the posterior."""
         x = self.features(percept)
         h, remembered = self.memory.step(torch.tanh(self.embed(x)), context[:-2])
         q = self.infer(h)
         mean = self.actor(self.situation(x, q))
-        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), (*remembered, *q)
+        return (mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())), (
+            *remembered,
+            *q,
+        )
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
         """Do nothing: the posterior, the context's last two tensors, was inferred while acting."""
@@ -123,7 +146,9 @@ class VariBADAgent(nn.Module):
         return Gaussian(*context[-2:])
 
     def belief(self, context: Context) -> Gaussian:
-        """Return what the posterior says of the task's encoding, ``(task, parameter)``, in the encoding's unit."""
+        """Return what the posterior says of the task's encoding, ``(task, parameter)``, in the
+        encoding's unit.
+        """
         return self.told(self.posterior(context))
 
     def told(self, q: Gaussian) -> Gaussian:
@@ -133,7 +158,9 @@ class VariBADAgent(nn.Module):
 
 
 class Head(nn.Module):
-    """A perceptron over a task and a step, whose first layer is shared out: each of the two passes it once."""
+    """A perceptron over a task and a step, whose first layer is shared out: each of the two passes
+    it once.
+    """
 
     def __init__(self, latent: int, inputs: int, outputs: int, width: int) -> None:
         super().__init__()
@@ -142,7 +169,9 @@ class Head(nn.Module):
         self.rest = mlp(width, (width,), outputs)
 
     def forward(self, task: Tensor, seen: Tensor) -> Tensor:
-        """Map every task ``(draw, world, latent)`` with every step ``(step, world, input)`` of its world."""
+        """Map every task ``(draw, world, latent)`` with every step ``(step, world, input)`` of its
+        world.
+        """
         out: Tensor = self.rest(torch.tanh(self.task(task)[:, None] + self.seen(seen)))
         return out
 
@@ -150,8 +179,8 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """Says what a step leads to in a task: where the robot gets to, and from there the reward.
 
-    The variance of its errors is that of recent ones: where its own gradient would take it, only sooner (Rybkin et al.
-    2021).
+    The variance of its errors is that of recent ones: where its own gradient would take it, only
+    sooner (Rybkin et al. 2021).
     """
 
     var: Tensor
@@ -163,10 +192,11 @@ class Decoder(nn.Module):
         self.register_buffer("var", torch.ones(shapes.obs + 1))
 
     def forward(self, task: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """Return the errors about each step under each of several tasks, ``(draw, step, world, obs + 1)``.
+        """Return the errors about each step under each of several tasks, ``(draw, step, world, obs
+        + 1)``.
 
-        Shapes: task ``(draw, world, latent)``; before ``(step, world, obs + act)``, observation and action; after
-        ``(step, world, obs + 1)``, the next observation and the reward.
+        Shapes: task ``(draw, world, latent)``; before ``(step, world, obs + act)``, observation and
+        action; after ``(step, world, obs + 1)``, the next observation and the reward.
         """
         n = after.shape[-1] - 1
         motion = self.motion(task, before) + before[..., :n] - after[..., :n]
@@ -183,10 +213,12 @@ class Decoder(nn.Module):
 
 
 class Draws(NamedTuple):
-    """What is drawn for one pass: times of posteriors, noise of their samples, and steps to reconstruct.
+    """What is drawn for one pass: times of posteriors, noise of their samples, and steps to
+    reconstruct.
 
-    Shapes: times ``(draw, world)``; noise ``(draw, world, latent)``; before ``(step, world, obs + act)`` and after
-    ``(step, world, obs + 1)`` as the decoder takes them; steps ``(world,)``, how many each trial has.
+    Shapes: times ``(draw, world)``; noise ``(draw, world, latent)``; before ``(step, world, obs +
+    act)`` and after ``(step, world, obs + 1)`` as the decoder takes them; steps ``(world,)``, how
+    many each trial has.
     """
 
     times: Tensor
@@ -205,7 +237,11 @@ class VariBAD(TrialsPPO):
         decoder = Decoder(shapes, config.latent)
         super().__init__(config, VariBADAgent(shapes, config), shapes, decoder=decoder)
         self.decoder, self.drawn = decoder, (config.posteriors, config.transitions)
-        acting = [p for k, p in self.agent.named_parameters() if k.startswith(("actor.", "critic.", "log_std"))]
+        acting = [
+            p
+            for k, p in self.agent.named_parameters()
+            if k.startswith(("actor.", "critic.", "log_std"))
+        ]
         apart = [acting, list(self.agent.labels.parameters())]
         others = {id(p) for p in chain(*apart)}
         # their gradients differ by orders of magnitude: none is to shrink another's bound
@@ -218,7 +254,10 @@ class VariBAD(TrialsPPO):
         seq = join_episodes(trials.episodes)
         with torch.no_grad():
             h = self.agent.remember(self.agent.features(seq.percept))
-            check_posterior(self.agent.infer(h[last_step(seq), torch.arange(h.shape[1], device=h.device)]), "varibad")
+            check_posterior(
+                self.agent.infer(h[last_step(seq), torch.arange(h.shape[1], device=h.device)]),
+                "varibad",
+            )
         return metrics
 
     def _draw(self, seq: TrialSequence, generator: torch.Generator) -> Draws:
@@ -228,10 +267,15 @@ class VariBAD(TrialsPPO):
         def times(n: int) -> Tensor:
             return (torch.rand(n, len(steps), generator=generator).to(steps.device) * steps).long()
 
-        noise = torch.randn(posteriors, len(steps), self.agent.latent, generator=generator).to(steps.device)
+        noise = torch.randn(posteriors, len(steps), self.agent.latent, generator=generator).to(
+            steps.device
+        )
         drawn = times(transitions), columns
         reward = seq.reward[drawn][..., None]
-        obs, after = (self.agent.norm(torch.cat([x[drawn], reward], -1)) for x in (seq.percept.obs, seq.next_obs))
+        obs, after = (
+            self.agent.norm(torch.cat([x[drawn], reward], -1))
+            for x in (seq.percept.obs, seq.next_obs)
+        )
         before = torch.cat([obs[..., :-1], seq.action[drawn]], -1)
         return Draws(times(posteriors), noise, before, after, steps)
 
@@ -250,24 +294,41 @@ class VariBAD(TrialsPPO):
         # J = E_t [E_q(m|τ:t) ln p(τ|m) − KL(q(m|τ:t) ‖ q(m|τ:t−1))], here a step of the trial
         bound = density.sum(-1) - divergence / drawn.steps[rows]
         # whoever has seen nothing yet has the prior
-        told = Gaussian(*(torch.cat([x.detach(), y[:1]]) for x, y in zip(q, standard_normal(q.mean), strict=True)))
+        told = Gaussian(
+            *(
+                torch.cat([x.detach(), y[:1]])
+                for x, y in zip(q, standard_normal(q.mean), strict=True)
+            )
+        )
         belief = -log_density(self.agent.told(told), batch.task[rows])
         share = self.config.minibatches / self.config.worlds
-        parts = torch.stack([density[..., -1], density[..., :-1].sum(-1), divergence]).mean(1).sum(-1)
+        parts = (
+            torch.stack([density[..., -1], density[..., :-1].sum(-1), divergence]).mean(1).sum(-1)
+        )
         parts = torch.cat([parts, belief.mean(0).sum()[None], squared.mean(0).sum(0)])
         return share * (belief.mean(0).sum() - bound.mean(0).sum()), share * parts
 
     def _elbo(self, known: Gaussian, drawn: Draws, rows: Tensor) -> tuple[Tensor, Tensor, Gaussian]:
-        """Return the parts of the bound at the times drawn from some trials, and the posteriors there.
+        """Return the parts of the bound at the times drawn from some trials, and the posteriors
+        there.
 
-        Shapes: the decoder's squared errors, meaned over steps, ``(draw, world, obs + 1)``; divergences ``(draw,
-        world)``.
+        Shapes: the decoder's squared errors, meaned over steps, ``(draw, world, obs + 1)``;
+        divergences ``(draw, world)``.
         """
         times, columns = drawn.times[:, rows], torch.arange(len(rows), device=rows.device)
-        q, previous = (Gaussian(*(x[t, columns] for x in known)) for t in (times, (times - 1).clamp_min(0)))
+        q, previous = (
+            Gaussian(*(x[t, columns] for x in known)) for t in (times, (times - 1).clamp_min(0))
+        )
         first = (times == 0)[..., None]
-        previous = Gaussian(*(torch.where(first, a, b) for a, b in zip(standard_normal(q.mean), previous, strict=True)))
-        errors = self.decoder(sample(q, drawn.noise[:, rows]), drawn.before[:, rows], drawn.after[:, rows])
+        previous = Gaussian(
+            *(
+                torch.where(first, a, b)
+                for a, b in zip(standard_normal(q.mean), previous, strict=True)
+            )
+        )
+        errors = self.decoder(
+            sample(q, drawn.noise[:, rows]), drawn.before[:, rows], drawn.after[:, rows]
+        )
         return errors.square().mean(1), kl_divergence(q, previous), q
 
 

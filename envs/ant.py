@@ -1,8 +1,10 @@
-"""An ant with a hidden direction or a hidden goal, as published (Rakelly et al. 2019, after Finn et al. 2017).
+"""An ant with a hidden direction or a hidden goal, as published (Rakelly et al. 2019, after Finn et
+al. 2017).
 
-The robot is Gymnasium's ``ant.xml``, unchanged: 0.05 s a control step. ProMP (Rothfuss et al. 2019), PEARL and VariBAD
-(Zintgraf et al. 2020) share these rewards, but for a cost of contact forces that is left out here, as are those forces
-where they are observed: with MuJoCo 2 all were zero (openai/gym issue 1541), and the cost is at most 0.04 a step.
+The robot is Gymnasium's ``ant.xml``, unchanged: 0.05 s a control step. ProMP (Rothfuss et al.
+2019), PEARL and VariBAD (Zintgraf et al. 2020) share these rewards, but for a cost of contact
+forces that is left out here, as are those forces where they are observed: with MuJoCo 2 all were
+zero (openai/gym issue 1541), and the cost is at most 0.04 a step.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def observe(state: WorldState) -> Tensor:
 
 
 def observe_place(state: WorldState) -> Tensor:
-    """All positions, as published, then velocities, ``(world, 29)``: who seeks a place must know where it stands."""
+    """All positions, as published, then velocities, ``(world, 29)``: who seeks a place must know
+    where it stands.
+    """
     return torch.cat([state.qpos, state.qvel], 1).float()
 
 
@@ -100,7 +104,15 @@ def direction(name: str) -> TaskSpace:
     """All directions of the plane; the circle has nothing beyond."""
     angle = Uniform(-math.pi, math.pi)
     return TaskSpace(
-        name, (Param(name="direction", train=angle, unit="rad", doc="rewarded; 0 is along x, left positive"),)
+        name,
+        (
+            Param(
+                name="direction",
+                train=angle,
+                unit="rad",
+                doc="rewarded; 0 is along x, left positive",
+            ),
+        ),
     )
 
 
@@ -108,9 +120,13 @@ GOALS = TaskSpace(
     "AntGoal",
     (
         Param(
-            name="goal_angle", train=Uniform(-math.pi, math.pi), unit="rad", doc="seen from the start, left positive"
+            name="goal_angle",
+            train=Uniform(-math.pi, math.pi),
+            unit="rad",
+            doc="seen from the start, left positive",
         ),
-        # Not the distance is drawn but how much of the disc is nearer: every square metre is as likely, as published.
+        # Not the distance is drawn but how much of the disc is nearer: every square metre is as
+        # likely, as published.
         Param(
             name="goal_area",
             train=Uniform(0, 1),

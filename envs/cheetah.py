@@ -1,6 +1,8 @@
-"""HalfCheetah with a hidden target speed or direction, as published (Finn et al. 2017; Rakelly et al. 2019).
+"""HalfCheetah with a hidden target speed or direction, as published (Finn et al. 2017; Rakelly et
+al. 2019).
 
-The robot is Gymnasium's ``half_cheetah.xml``, unchanged: 0.05 s a control step, observation of 17 numbers (no x).
+The robot is Gymnasium's ``half_cheetah.xml``, unchanged: 0.05 s a control step, observation of 17
+numbers (no x).
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def effort(action: Tensor) -> Tensor:
 
 
 def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
-    """Disturb the nominal pose as Gymnasium does: uniform ±0.1 in position, normal 0.1 in velocity."""
+    """Disturb the nominal pose as Gymnasium does: uniform ±0.1 in position, normal 0.1 in
+    velocity.
+    """
     return model.qpos0 + rng.uniform(-0.1, 0.1, model.nq), 0.1 * rng.standard_normal(model.nv)
 
 
@@ -64,12 +68,18 @@ def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tenso
 
 def track_speed(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """−|v − target| and −‖a‖²."""
-    return {"speed": -(speed(before, after, dt) - after.task["target_speed"]).abs(), "control": -effort(after.action)}
+    return {
+        "speed": -(speed(before, after, dt) - after.task["target_speed"]).abs(),
+        "control": -effort(after.action),
+    }
 
 
 def follow_direction(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Direction times speed, and −‖a‖²."""
-    return {"speed": speed(before, after, dt) * after.task["direction"], "control": -effort(after.action)}
+    return {
+        "speed": speed(before, after, dt) * after.task["direction"],
+        "control": -effort(after.action),
+    }
 
 
 def target_speed(name: str, high: float) -> TaskSpace:
@@ -77,7 +87,15 @@ def target_speed(name: str, high: float) -> TaskSpace:
     beyond = Uniform(high, high * 4 / 3)
     return TaskSpace(
         name,
-        (Param(name="target_speed", train=Uniform(0, high), extrapolation=beyond, unit="m/s", doc="rewarded speed"),),
+        (
+            Param(
+                name="target_speed",
+                train=Uniform(0, high),
+                extrapolation=beyond,
+                unit="m/s",
+                doc="rewarded speed",
+            ),
+        ),
     )
 
 
@@ -110,7 +128,10 @@ cheetah_dir = replace(
     cheetah_vel,
     name="CheetahDir",
     doc="Run forward or backward; only the reward reveals which: horizon 200 (PEARL).",
-    space=TaskSpace("CheetahDir", (Param(name="direction", train=Choice((1.0, -1.0)), doc="+1 forward, −1 backward"),)),
+    space=TaskSpace(
+        "CheetahDir",
+        (Param(name="direction", train=Choice((1.0, -1.0)), doc="+1 forward, −1 backward"),),
+    ),
     reward=follow_direction,
 )
 

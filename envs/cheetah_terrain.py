@@ -1,7 +1,9 @@
-"""HalfCheetah on unknown ground, under an unknown load, with motors that are weak, dead or wired the wrong way round.
+"""HalfCheetah on unknown ground, under an unknown load, with motors that are weak, dead or wired
+the wrong way round.
 
-Nothing of the task is observed: floor friction, slope, payload and the strength of each motor have to be felt. The
-published robot with its masses made explicit (so that a payload adds to them) and a box on its back.
+Nothing of the task is observed: floor friction, slope, payload and the strength of each motor have
+to be felt. The published robot with its masses made explicit (so that a payload adds to them) and a
+box on its back.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from metarobot.tasks.space import Param, TaskSpace
 
 
 def loaded_cheetah() -> mujoco.MjSpec:
-    """Build the published cheetah with explicit masses and a welded payload box, 1 kg in the nominal model."""
+    """Build the published cheetah with explicit masses and a welded payload box, 1 kg in the
+    nominal model.
+    """
     spec = cheetah()
     nominal = compile_spec(spec)
     spec.compiler.settotalmass = -1.0
@@ -27,7 +31,12 @@ def loaded_cheetah() -> mujoco.MjSpec:
     for body in spec.bodies[1:]:
         row = nominal.body(body.name)
         body.explicitinertial = True
-        body.mass, body.ipos, body.iquat, body.inertia = float(row.mass[0]), row.ipos, row.iquat, row.inertia
+        body.mass, body.ipos, body.iquat, body.inertia = (
+            float(row.mass[0]),
+            row.ipos,
+            row.iquat,
+            row.inertia,
+        )
     box = spec.body("torso").add_body(name="payload", pos=[0, 0, 0.12])
     box.add_geom(
         name="payload",

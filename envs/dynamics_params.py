@@ -1,13 +1,16 @@
-"""A walker and a hopper of unknown masses, inertias, damping and friction (Rakelly et al. 2019; Zintgraf et al. 2020).
+"""A walker and a hopper of unknown masses, inertias, damping and friction (Rakelly et al. 2019;
+Zintgraf et al. 2020).
 
-As in ``rand_param_envs``, which PEARL and VariBAD share: every mass and inertia and the friction of every geom times
-1.5^U[−3, 3], the damping of every joint times 1.3^U[−3, 3]; run forward whatever they are. The robots are Gymnasium's
-``walker2d_v5.xml`` and ``hopper.xml``, at 0.008 s a control step. Those of ``rand_param_envs`` differ in two things:
-their control steps are twice as long, 0.016 s in VariBAD, and only one of the walker's feet has a friction of 1.9.
+As in ``rand_param_envs``, which PEARL and VariBAD share: every mass and inertia and the friction of
+every geom times 1.5^U[−3, 3], the damping of every joint times 1.3^U[−3, 3]; run forward whatever
+they are. The robots are Gymnasium's ``walker2d_v5.xml`` and ``hopper.xml``, at 0.008 s a control
+step. Those of ``rand_param_envs`` differ in two things: their control steps are twice as long,
+0.016 s in VariBAD, and only one of the walker's feet has a friction of 1.9.
 
-Published factors that change nothing are left out. A planar robot turns about y alone, so a body has one factor on
-its inertia, not three. Its contacts neither twist nor roll, which leaves sliding friction. And before an episode ends
-nothing but feet reaches the floor; the larger friction of floor and foot counts.
+Published factors that change nothing are left out. A planar robot turns about y alone, so a body
+has one factor on its inertia, not three. Its contacts neither twist nor roll, which leaves sliding
+friction. And before an episode ends nothing but feet reaches the floor; the larger friction of
+floor and foot counts.
 """
 
 from __future__ import annotations
@@ -34,25 +37,38 @@ LEGS = (*LEG, *(f"{part}_left" for part in LEG))
 
 
 def explicit(file: str) -> mujoco.MjSpec:
-    """Read a published model and write down the masses and inertias that follow from its geoms, to scale each alone."""
+    """Read a published model and write down the masses and inertias that follow from its geoms, to
+    scale each alone.
+    """
     spec = published(file)
     nominal = compile_spec(spec)
     spec.compiler.inertiafromgeom = mujoco.mjtInertiaFromGeom.mjINERTIAFROMGEOM_AUTO
     for body in spec.bodies[1:]:
         row = nominal.body(body.name)
         body.explicitinertial = True
-        body.mass, body.ipos, body.iquat, body.inertia = float(row.mass[0]), row.ipos, row.iquat, row.inertia
+        body.mass, body.ipos, body.iquat, body.inertia = (
+            float(row.mass[0]),
+            row.ipos,
+            row.iquat,
+            row.inertia,
+        )
     return spec
 
 
-def factor(name: str, base: float, element: str, target: str, field: str, *index: int | None) -> Param:
-    """Build a factor of base^U[−3, 3] on components of a field, and of up to base^±4 to extrapolate."""
+def factor(
+    name: str, base: float, element: str, target: str, field: str, *index: int | None
+) -> Param:
+    """Build a factor of base^U[−3, 3] on components of a field, and of up to base^±4 to
+    extrapolate.
+    """
     outer = (LogUniform(base**-4, base**-3), LogUniform(base**3, base**4))
     return Param(
         name=name,
         train=LogUniform(base**-3, base**3),
         extrapolation=Mixture((0.5, 0.5), outer),
-        edits=tuple(Edit(element=element, name=target, field=field, index=i, op="scale") for i in index),
+        edits=tuple(
+            Edit(element=element, name=target, field=field, index=i, op="scale") for i in index
+        ),
         doc="times the nominal value",
     )
 
@@ -65,7 +81,10 @@ def factors(name: str, limbs: Sequence[str]) -> TaskSpace:
         (
             *(factor(f"{b}_mass", 1.5, "body", b, "mass", None) for b in bodies),
             *(factor(f"{b}_inertia", 1.5, "body", b, "inertia", 0, 1, 2) for b in bodies),
-            *(factor(f"{x}_joint_damping", 1.3, "joint", f"{x}_joint", "damping", 0) for x in limbs),
+            *(
+                factor(f"{x}_joint_damping", 1.3, "joint", f"{x}_joint", "damping", 0)
+                for x in limbs
+            ),
             factor("floor_friction", 1.5, "geom", "floor", "friction", 0),
             *(factor(f"{x}_friction", 1.5, "geom", f"{x}_geom", "friction", 0) for x in feet),
         ),
@@ -79,7 +98,9 @@ def names(limbs: Sequence[str]) -> tuple[str, ...]:
 
 
 def observe(state: WorldState) -> Tensor:
-    """Positions without x, then velocities up to ±10, ``(world, 17)`` for the walker and 11 for the hopper."""
+    """Positions without x, then velocities up to ±10, ``(world, 17)`` for the walker and 11 for the
+    hopper.
+    """
     return torch.cat([state.qpos[:, 1:], state.qvel.clamp(-10, 10)], 1).float()
 
 
@@ -94,8 +115,12 @@ def start(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floa
     return model.qpos0 + rng.uniform(-0.005, 0.005, model.nq), rng.uniform(-0.005, 0.005, model.nv)
 
 
-def fallen(state: WorldState, low: float, high: float, lean: float, fast: float = math.inf) -> Tensor:
-    """Say where the torso is not between two heights, m, or leans too far, rad, or any velocity is too large."""
+def fallen(
+    state: WorldState, low: float, high: float, lean: float, fast: float = math.inf
+) -> Tensor:
+    """Say where the torso is not between two heights, m, or leans too far, rad, or any velocity is
+    too large.
+    """
     height, pitch = state.qpos[:, 1], state.qpos[:, 2].abs()
     return (height <= low) | (height >= high) | (pitch >= lean) | (state.qvel.abs().amax(1) >= fast)
 

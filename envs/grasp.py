@@ -1,7 +1,7 @@
 """A Panda that has to lift objects of unknown shape, weight and friction, and not to crush them.
 
-It observes where the object and the hand are and what the fingers do; weight, friction and fragility are hidden and
-size is felt alone.
+It observes where the object and the hand are and what the fingers do; weight, friction and
+fragility are hidden and size is felt alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ from metarobot.envs.robots import panda
 from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, scene_of
 from metarobot.envs.scenery import graspable_objects as objects
 from metarobot.tasks.distributions import Choice, LogUniform, Uniform
-from metarobot.tasks.family import Deployment, Display, EpisodeStatistics, Family, Interaction, Teaching, WorldState
+from metarobot.tasks.family import (
+    Deployment,
+    Display,
+    EpisodeStatistics,
+    Family,
+    Interaction,
+    Teaching,
+    WorldState,
+)
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import constant_like
 
 HORIZON = 100
 """Control steps an episode."""
 HOLD, LIFT, SLIP = 25, 0.10, 0.005
-"""Success: so many control steps (1 s) at least so high (m), moving in the hand by less than so far (m)."""
+"""Success: so many control steps (1 s) at least so high (m), moving in the hand by less than so far
+(m)."""
 GRAVITY = 9.81
 WEIGHTS = {
     "reach": 0.5,
@@ -37,14 +46,24 @@ WEIGHTS = {
     "effort": 0.3,
 }
 
-HELD, ANCHOR, DONE, CRUSHED, DROPPED, TOP = HAND, slice(HAND + 1, HAND + 4), HAND + 4, HAND + 5, HAND + 6, HAND + 7
-"""Of the statistics, after the hand's: control steps held, where in the hand the object was when that began, whether the
-grasp succeeded, whether the object broke or fell, and its highest lift, m."""
+HELD, ANCHOR, DONE, CRUSHED, DROPPED, TOP = (
+    HAND,
+    slice(HAND + 1, HAND + 4),
+    HAND + 4,
+    HAND + 5,
+    HAND + 6,
+    HAND + 7,
+)
+"""Of the statistics, after the hand's: control steps held, where in the hand the object was when
+that began, whether the grasp succeeded, whether the object broke or fell, and its highest lift,
+m."""
 STATISTICS_SIZE = HAND + 8
 
 
 def limit(state: WorldState) -> Tensor:
-    """Return the grip force that crushes the object, N: a multiple of what just holds it, m·g / 2μ."""
+    """Return the grip force that crushes the object, N: a multiple of what just holds it, m·g /
+    2μ.
+    """
     if "room" not in state.task:
         return torch.full_like(state.qpos[:, 0], torch.inf)
     return state.task["room"] * need(state)
@@ -77,7 +96,9 @@ def count(before: WorldState, after: WorldState) -> Tensor:
 
 
 def critic_observe(state: WorldState) -> Tensor:
-    """Return what the robot cannot feel: the forces, how long the object has been held, and how high it is."""
+    """Return what the robot cannot feel: the forces, how long the object has been held, and how
+    high it is.
+    """
     scene, statistics = scene_of(state), state.statistics
     rows = [
         scene.pads / 10,
@@ -85,11 +106,15 @@ def critic_observe(state: WorldState) -> Tensor:
         statistics[:, [DONE, CRUSHED, DROPPED]],
         10 * statistics[:, [TOP]],
     ]
-    return torch.cat([*rows, (statistics[:, [FORCE]] + 1).log(), (need(state)[:, None] + 1).log()], 1).float()
+    return torch.cat(
+        [*rows, (statistics[:, [FORCE]] + 1).log(), (need(state)[:, None] + 1).log()], 1
+    ).float()
 
 
 def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
-    """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
+    """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an
+    episode.
+    """
     scene, statistics = scene_of(after), after.statistics
     both = statistics[:, GRIPPED] * scene.held
     aim = scene.offset.square().sum(1).sqrt()
@@ -109,7 +134,9 @@ def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor
 def over(state: WorldState) -> Tensor:
     """Say where the object broke, fell or left the table, or the hand jams."""
     scene, statistics = scene_of(state), state.statistics
-    away = (scene.object[:, :2] - constant_like(manipulation.CENTRE, scene.object)[:2]).abs().amax(1) > 0.3
+    away = (scene.object[:, :2] - constant_like(manipulation.CENTRE, scene.object)[:2]).abs().amax(
+        1
+    ) > 0.3
     jammed = scene.pads.amax(1) > 3 * panda.FORCE
     return (statistics[:, CRUSHED] > 0) | (statistics[:, DROPPED] > 0) | away | jammed
 
@@ -121,16 +148,20 @@ def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tenso
 
 
 def expert(state: WorldState) -> Tensor:
-    """Grasp and lift with everything known: over the object, down, close with twice the force needed, up, hold.
+    """Grasp and lift with everything known: over the object, down, close with twice the force
+    needed, up, hold.
 
-    With a crush limit, with the geometric mean of what holds and what crushes. Returns actions ``(world, 6)``.
+    With a crush limit, with the geometric mean of what holds and what crushes. Returns actions
+    ``(world, 6)``.
     """
     scene, statistics = scene_of(state), state.statistics
     closed, low = statistics[:, FORCE] > 0, (scene.rest - 0.002).clamp_min(0.014)
     grasped = closed & scene.held
     off = scene.offset[:, :2].norm(dim=1)
     height = torch.where(
-        grasped | (statistics[:, TOP] > 0.01), 0.18, torch.where(closed | (off < 0.01), low, low + 0.06)
+        grasped | (statistics[:, TOP] > 0.01),
+        0.18,
+        torch.where(closed | (off < 0.01), low, low + 0.06),
     )
     place = torch.where(closed[:, None], statistics[:, AIM][:, :2], scene.object[:, :2])
     move = (torch.cat([place, height[:, None]], 1) - statistics[:, AIM]) / REACH
@@ -138,7 +169,9 @@ def expert(state: WorldState) -> Tensor:
     y = scene.y[:, :2]
     turn = torch.atan(-y[:, 0] / y[:, 1]) - statistics[:, YAW]
     turn = torch.where(closed, 0.0, turn) / TURN
-    ready = (off < 0.003) & ((scene.tip[:, 2] - low).abs() < 0.004) & (scene.speed.norm(dim=1) < 0.02)
+    ready = (
+        (off < 0.003) & ((scene.tip[:, 2] - low).abs() < 0.004) & (scene.speed.norm(dim=1) < 0.02)
+    )
     wanted = torch.minimum(2 * need(state), torch.sqrt(need(state) * limit(state)))
     force = manipulation.strength(wanted)
     close = torch.where(closed | ready, 1.0, -1.0)
@@ -147,7 +180,9 @@ def expert(state: WorldState) -> Tensor:
 
 
 def advise(state: WorldState) -> Tensor:
-    """Say which force to ask for, and how to lift once that is done; how to get there is not said. ``(world, 6)``."""
+    """Say which force to ask for, and how to lift once that is done; how to get there is not said.
+    ``(world, 6)``.
+    """
     action, reaching = expert(state), state.statistics[:, FORCE] == 0
     action[:, :5] = torch.where(reaching[:, None], torch.nan, action[:, :5])
     return action

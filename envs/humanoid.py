@@ -1,9 +1,10 @@
-"""A humanoid with a hidden direction, as published (Rakelly et al. 2019; Zintgraf et al. 2020; after Finn et al. 2017).
+"""A humanoid with a hidden direction, as published (Rakelly et al. 2019; Zintgraf et al. 2020;
+after Finn et al. 2017).
 
-The robot is Gymnasium's ``humanoid.xml``, 0.015 s a control step, with actions rescaled to ±1 as PEARL and VariBAD do.
-The published cost of impacts is left out: with MuJoCo 2 it was always zero (openai/gym issue 1541). The published
-observation also holds every body's inertia and velocity and the forces on it, which no robot measures: here it is 45
-numbers instead of 376.
+The robot is Gymnasium's ``humanoid.xml``, 0.015 s a control step, with actions rescaled to ±1 as
+PEARL and VariBAD do. The published cost of impacts is left out: with MuJoCo 2 it was always zero
+(openai/gym issue 1541). The published observation also holds every body's inertia and velocity and
+the forces on it, which no robot measures: here it is 45 numbers instead of 376.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import mujoco
 import numpy as np
 from torch import Tensor
 
-from metarobot.envs.ant import direction, fallen, follow_direction, names, observe, published, readout
+from metarobot.envs.ant import (
+    direction,
+    fallen,
+    follow_direction,
+    names,
+    observe,
+    published,
+    readout,
+)
 from metarobot.tasks.family import Display, Family, Interaction, WorldState
 from metarobot.types import Floats
 
@@ -28,18 +37,25 @@ JOINTS = (
 
 
 def humanoid() -> mujoco.MjSpec:
-    """Read the published model, rescale its commands to the same torques, and sense its centre of mass."""
+    """Read the published model, rescale its commands to the same torques, and sense its centre of
+    mass.
+    """
     spec = published("humanoid.xml")
     for motor in spec.actuators:
         motor.ctrlrange = [-1.0, 1.0]
         motor.gear[0] *= REACH
-    sensor = {"type": mujoco.mjtSensor.mjSENS_SUBTREECOM, "objtype": mujoco.mjtObj.mjOBJ_BODY, "objname": "torso"}
+    sensor = {
+        "type": mujoco.mjtSensor.mjSENS_SUBTREECOM,
+        "objtype": mujoco.mjtObj.mjOBJ_BODY,
+        "objname": "torso",
+    }
     spec.add_sensor(name="centre", **sensor)
     return spec
 
 
 def centre_velocity(before: WorldState, after: WorldState, dt: float) -> Tensor:
-    """Mean velocity of the centre of mass over a control step, m/s, ``(world, 2)``, one substep late.
+    """Mean velocity of the centre of mass over a control step, m/s, ``(world, 2)``, one substep
+    late.
 
     An episode's first step holds a substep less.
     """

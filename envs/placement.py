@@ -1,7 +1,8 @@
-"""A Panda that has to put things where they belong: one of several classes is presented, each has a place of its own.
+"""A Panda that has to put things where they belong: one of several classes is presented, each has a
+place of its own.
 
-The class is seen, as a code of its colours and texture; where it belongs is hidden, and other for every task. It is
-found out by trial, or read off demonstrations: the K-shot object task.
+The class is seen, as a code of its colours and texture; where it belongs is hidden, and other for
+every task. It is found out by trial, or read off demonstrations: the K-shot object task.
 """
 
 from __future__ import annotations
@@ -19,35 +20,47 @@ from metarobot.envs.robots import arm_control as manipulation
 from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, scene_of
 from metarobot.envs.scenery import graspable_objects as objects
 from metarobot.tasks.distributions import Choice, LogUniform
-from metarobot.tasks.family import Deployment, Display, EpisodeStatistics, Family, Interaction, Teaching, WorldState
+from metarobot.tasks.family import (
+    Deployment,
+    Display,
+    EpisodeStatistics,
+    Family,
+    Interaction,
+    Teaching,
+    WorldState,
+)
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats, constant_like
 
 HORIZON = 120
 """Control steps an episode."""
 CLASSES, KNOWN = 4, 1000
-"""Classes of a task, each with a place of its own; and how many there are to train on. As many others are for tests."""
+"""Classes of a task, each with a place of its own; and how many there are to train on. As many
+others are for tests."""
 CODE = 16
 """Length of the code that colours and texture are seen as."""
 PLACES = torch.tensor([[0.42, -0.2], [0.62, -0.12], [0.62, 0.12], [0.42, 0.2]]).double()
 """Middles of the places, x and y, m."""
 NEAR, SETTLED = 0.04, 5
-"""Put down means: within so many metres of a place's middle, let go of, for so many control steps."""
+"""Put down means: within so many metres of a place's middle, let go of, for so many control
+steps."""
 OBSERVATIONS = (*manipulation.OBSERVATIONS, *(f"code_{i}" for i in range(CODE)))
 NOISE = (*manipulation.NOISE, *[0.05] * CODE)
 SHOWN = (*manipulation.OBSERVATIONS, "place_x_m", "place_y_m")
 WEIGHTS = {"reach": 0.3, "grip": 0.3, "carry": 1.0, "success": 20.0, "wrong": 10.0, "calm": 0.05}
 
 SEEN, AWAY, DONE, WRONG = HAND, HAND + 1, HAND + 2, HAND + 3
-"""Of the statistics, after the hand's: control steps put down, whether the object has been carried, whether it was put down
-in its place, and in another's."""
+"""Of the statistics, after the hand's: control steps put down, whether the object has been carried,
+whether it was put down in its place, and in another's."""
 STATISTICS_SIZE = HAND + 4
 _ORDERS = torch.tensor(list(permutations(range(CLASSES))))
 
 
 @cache
 def codes() -> Tensor:
-    """Return the code of every class, ``(2 * KNOWN, CODE)``: unit vectors, drawn once and for all."""
+    """Return the code of every class, ``(2 * KNOWN, CODE)``: unit vectors, drawn once and for
+    all.
+    """
     draws = np.random.Generator(np.random.PCG64(20)).standard_normal((2 * KNOWN, CODE))
     units: Floats = draws / np.linalg.norm(draws, axis=1, keepdims=True)
     return torch.from_numpy(units)
@@ -73,14 +86,18 @@ def observe(state: WorldState) -> Tensor:
 
 
 def observe_shown(state: WorldState) -> Tensor:
-    """Return ``(world, 21)``: what a grasping hand sees, and where the object belongs, from the workspace's middle."""
+    """Return ``(world, 21)``: what a grasping hand sees, and where the object belongs, from the
+    workspace's middle.
+    """
     place = belongs(state) - constant_like(manipulation.CENTRE, state.qpos)[:2]
     return torch.cat([manipulation.observe(state), place.float()], 1)
 
 
 def critic_observe(state: WorldState) -> Tensor:
     """Return the way from the object to its place, and the statistics of the placing."""
-    return torch.cat([10 * (belongs(state) - scene_of(state).object[:, :2]), state.statistics[:, HAND:]], 1).float()
+    return torch.cat(
+        [10 * (belongs(state) - scene_of(state).object[:, :2]), state.statistics[:, HAND:]], 1
+    ).float()
 
 
 def begin(state: WorldState) -> Tensor:
@@ -93,16 +110,28 @@ def count(before: WorldState, after: WorldState) -> Tensor:
     old, scene = before.statistics, scene_of(after)
     hand = manipulation.count(before, after, scene)
     gaps = torch.cdist(scene.object[:, :2], constant_like(PLACES, scene.object))
-    down = (hand[:, FORCE] == 0) & (scene.pads.amax(1) < 0.05) & (scene.lift.abs() < 0.01) & (gaps.amin(1) < NEAR)
+    down = (
+        (hand[:, FORCE] == 0)
+        & (scene.pads.amax(1) < 0.05)
+        & (scene.lift.abs() < 0.01)
+        & (gaps.amin(1) < NEAR)
+    )
     seen = torch.where(down, old[:, SEEN] + 1, 0.0)
     away = (old[:, AWAY] > 0) | (scene.held & (scene.lift > 0.02))
     settled, right = seen >= SETTLED, (scene.object[:, :2] - belongs(after)).norm(dim=1) < NEAR
-    rows = [seen, away, (old[:, DONE] > 0) | (settled & right), (old[:, WRONG] > 0) | (settled & ~right)]
+    rows = [
+        seen,
+        away,
+        (old[:, DONE] > 0) | (settled & right),
+        (old[:, WRONG] > 0) | (settled & ~right),
+    ]
     return torch.cat([hand, torch.stack([r.to(hand) for r in rows], 1)], 1)
 
 
 def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
-    """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an episode."""
+    """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an
+    episode.
+    """
     scene, statistics = scene_of(after), after.statistics
     gap = (scene.object[:, :2] - belongs(after)).norm(dim=1)
     return {
@@ -118,7 +147,9 @@ def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor
 def over(state: WorldState) -> Tensor:
     """Say where the object has been put down, or left the table."""
     scene, statistics = scene_of(state), state.statistics
-    low, high = (constant_like(x, scene.object)[:2] for x in (manipulation.LOWEST, manipulation.HIGHEST))
+    low, high = (
+        constant_like(x, scene.object)[:2] for x in (manipulation.LOWEST, manipulation.HIGHEST)
+    )
     away = ((scene.object[:, :2] < low - 0.1) | (scene.object[:, :2] > high + 0.1)).any(1)
     return (statistics[:, DONE] > 0) | (statistics[:, WRONG] > 0) | away
 
@@ -145,14 +176,20 @@ def expert(state: WorldState) -> Tensor:
     height = torch.where(away & ~closed, 0.16, height)
     # keep clear of the table while it is carried across
     lifted = scene.object[:, 2] > rest + 0.03
-    across = torch.where((lifted | there)[:, None], goal - scene.offset[:, :2], statistics[:, AIM][:, :2])
+    across = torch.where(
+        (lifted | there)[:, None], goal - scene.offset[:, :2], statistics[:, AIM][:, :2]
+    )
     place = torch.where(
-        carried[:, None], across, torch.where(closed[:, None], statistics[:, AIM][:, :2], scene.object[:, :2])
+        carried[:, None],
+        across,
+        torch.where(closed[:, None], statistics[:, AIM][:, :2], scene.object[:, :2]),
     )
     place = torch.where((away & ~closed)[:, None], statistics[:, AIM][:, :2], place)
     move = (torch.cat([place, height[:, None]], 1) - statistics[:, AIM]) / REACH
     y = scene.y[:, :2]
-    turn = torch.where(closed | away, 0.0, (torch.atan(-y[:, 0] / y[:, 1]) - statistics[:, YAW]) / TURN)
+    turn = torch.where(
+        closed | away, 0.0, (torch.atan(-y[:, 0] / y[:, 1]) - statistics[:, YAW]) / TURN
+    )
     still = scene.speed.norm(dim=1) < 0.08
     ready = (off < 0.006) & ((scene.tip[:, 2] - low).abs() < 0.006) & still & ~away
     release = away & closed & there & landed & still
@@ -179,9 +216,13 @@ UNSEEN = Param(
 
 FORM = tuple(replace(p, extrapolation=None) for p in SIZE)
 ORDER = Param(
-    name="order", train=Choice(tuple(map(float, range(len(_ORDERS))))), doc="which class belongs where: a permutation"
+    name="order",
+    train=Choice(tuple(map(float, range(len(_ORDERS))))),
+    doc="which class belongs where: a permutation",
 )
-MASS = Param(name="mass", train=LogUniform(0.05, 0.3), edits_spec=True, unit="kg", doc="of the object")
+MASS = Param(
+    name="mass", train=LogUniform(0.05, 0.3), edits_spec=True, unit="kg", doc="of the object"
+)
 FRICTION = Param(name="friction", train=LogUniform(0.6, 1.2), edits_spec=True, doc="of the object")
 KIND = Param(
     name="kind",
@@ -193,11 +234,15 @@ KIND = Param(
 
 
 def placement(name: str, doc: str, *, shown: bool = False, robot: str = "") -> Family:
-    """Build a family; ``shown``: the agent sees where the object belongs, not what it is; ``robot``: another arm."""
+    """Build a family; ``shown``: the agent sees where the object belongs, not what it is;
+    ``robot``: another arm.
+    """
     return Family(
         name=name,
         doc=doc,
-        space=TaskSpace(name, (*map(named, range(CLASSES)), UNSEEN, ORDER, KIND, *FORM, MASS, FRICTION)),
+        space=TaskSpace(
+            name, (*map(named, range(CLASSES)), UNSEEN, ORDER, KIND, *FORM, MASS, FRICTION)
+        ),
         horizon=HORIZON,
         substeps=manipulation.SUBSTEPS,
         spec=partial(manipulation.build, robot),

@@ -1,8 +1,10 @@
-"""A Go2 that has to keep a commanded speed on unknown ground, under unknown loads, with broken motors.
+"""A Go2 that has to keep a commanded speed on unknown ground, under unknown loads, with broken
+motors.
 
-The robot observes what the real one measures: the direction of gravity and the angular velocity in its own frame (IMU),
-joint angles and velocities, its last action and the command, with noise. Everything else is hidden. Actions move the
-joints' targets around a default pose, 50 times a second, late and lagging as on the robot.
+The robot observes what the real one measures: the direction of gravity and the angular velocity in
+its own frame (IMU), joint angles and velocities, its last action and the command, with noise.
+Everything else is hidden. Actions move the joints' targets around a default pose, 50 times a
+second, late and lagging as on the robot.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from metarobot.envs.robots import go2
 from metarobot.envs.robots.quaternions import rotation
 from metarobot.envs.scenery import terrain
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
-from metarobot.tasks.family import Deployment, Display, Family, Hardware, Interaction, Teaching, WorldState
+from metarobot.tasks.family import (
+    Deployment,
+    Display,
+    Family,
+    Hardware,
+    Interaction,
+    Teaching,
+    WorldState,
+)
 from metarobot.tasks.mujoco_models import Edit, compile_spec
 from metarobot.tasks.space import Param, SparseFaults, TaskSpace
 from metarobot.types import Floats, constant_like
@@ -27,11 +37,13 @@ from metarobot.types import Floats, constant_like
 SUBSTEPS, HORIZON = 4, 200
 """Physics steps of 5 ms a control step; control steps an episode."""
 LOCK = 2000.0
-"""Damping of a seized joint, N·m·s/rad: the whole robot's weight moves it by less than 1 degree in an episode."""
+"""Damping of a seized joint, N·m·s/rad: the whole robot's weight moves it by less than 1 degree in
+an episode."""
 SPARED = ("FL_hip", "RR_thigh", "RL_calf")
 """Joints that break in ``extrapolate`` alone, one of each kind."""
 LOWEST, UPRIGHT = 0.17, 0.7
-"""Height of the trunk over the lowest foot, m, and cosine of its tilt, below which it has fallen: no gait kneels."""
+"""Height of the trunk over the lowest foot, m, and cosine of its tilt, below which it has fallen:
+no gait kneels."""
 TOUCH = 1.0
 """Force on a foot that is down, N."""
 STEP_HEIGHT = 0.07
@@ -72,7 +84,9 @@ OURS = slice(6, 18)
 
 
 def joints(state: WorldState, where: Columns) -> tuple[Tensor, Tensor]:
-    """Return the joints' angles off the default pose, rad, and their velocities, rad/s, ``(world, 12)`` each."""
+    """Return the joints' angles off the default pose, rad, and their velocities, rad/s, ``(world,
+    12)`` each.
+    """
     return state.qpos[:, 1:][:, where] - constant_like(POSE, state.qpos), state.qvel[:, where]
 
 
@@ -88,7 +102,9 @@ def turned(state: WorldState) -> Tensor:
 
 
 def gravity(state: WorldState, turn: Tensor) -> Tensor:
-    """Return the direction of gravity in the trunk's frame, ``(world, 3)``; a slope is gravity turned."""
+    """Return the direction of gravity in the trunk's frame, ``(world, 3)``; a slope is gravity
+    turned.
+    """
     if "slope" not in state.task:
         return -turn[:, 2]
     slope = torch.deg2rad(state.task["slope"])[:, None]
@@ -101,20 +117,28 @@ def velocity(state: WorldState, turn: Tensor) -> Tensor:
 
 
 def command(state: WorldState) -> Tensor:
-    """Return the commanded forward and sideways velocity, m/s, and rate of turn, rad/s, ``(world, 3)``."""
+    """Return the commanded forward and sideways velocity, m/s, and rate of turn, rad/s, ``(world,
+    3)``.
+    """
     zero = torch.zeros_like(state.qpos[:, 0])
-    return torch.stack([state.task.get("command_x", zero), zero, state.task.get("command_turn", zero)], 1)
+    return torch.stack(
+        [state.task.get("command_x", zero), zero, state.task.get("command_turn", zero)], 1
+    )
 
 
 def observe(state: WorldState, *, hidden: bool = False, where: Columns = OURS) -> Tensor:
     """Return ``(world, 45)``; with a hidden command, zeros in its place."""
     down = gravity(state, turned(state))
     told = torch.zeros_like(down) if hidden else command(state)
-    return torch.cat([down, state.qvel[:, 3:6], *joints(state, where), state.action, told], 1).float()
+    return torch.cat(
+        [down, state.qvel[:, 3:6], *joints(state, where), state.action, told], 1
+    ).float()
 
 
 class Feet:
-    """What the sensors say of the feet, ``(world, 4)`` in the order of the legs, and of the drives."""
+    """What the sensors say of the feet, ``(world, 4)`` in the order of the legs, and of the
+    drives.
+    """
 
     def __init__(self, state: WorldState) -> None:
         place, motion, force, self.torque = torch.split(state.sensors, [12, 12, 4, 12], 1)
@@ -124,24 +148,35 @@ class Feet:
 
 
 def critic_observe(state: WorldState) -> Tensor:
-    """Return what the robot cannot measure: its velocity, its height over its feet, and which feet are down."""
+    """Return what the robot cannot measure: its velocity, its height over its feet, and which feet
+    are down.
+    """
     feet, height = Feet(state), state.qpos[:, 2:3]
-    return torch.cat([velocity(state, turned(state)), height - feet.height, feet.down, command(state)], 1).float()
+    return torch.cat(
+        [velocity(state, turned(state)), height - feet.height, feet.down, command(state)], 1
+    ).float()
 
 
-_SQUARES = torch.from_numpy(np.repeat(np.diag([4, 0.25, 10 / 12, 1 / 12, 2 / 12]), [1, 2, 12, 12, 12], axis=0))
-"""Adds the squares of velocity up, spin, torques, change of action and pose up to five costs, ``(39, 5)``."""
+_SQUARES = torch.from_numpy(
+    np.repeat(np.diag([4, 0.25, 10 / 12, 1 / 12, 2 / 12]), [1, 2, 12, 12, 12], axis=0)
+)
+"""Adds the squares of velocity up, spin, torques, change of action and pose up to five costs,
+``(39, 5)``."""
 _ONES = torch.ones(24, dtype=torch.float64)
 
 
-def reward(before: WorldState, after: WorldState, dt: float, *, where: Columns = OURS) -> dict[str, Tensor]:
+def reward(
+    before: WorldState, after: WorldState, dt: float, *, where: Columns = OURS
+) -> dict[str, Tensor]:
     """Return named terms: tracking and swing in [0, 1], everything else in [−1, 0]."""
     pose, fast = joints(after, where)
     turn, feet, wanted = turned(after), Feet(after), command(after)
     moving, spin = velocity(after, turn), after.qvel[:, 3:6]
     ones = constant_like(_ONES, feet.torque)
     torque = feet.torque / constant_like(TORQUE, feet.torque)
-    squared = torch.cat([moving[:, 2:], spin[:, :2], torque, after.action - before.action, pose], 1).square()
+    squared = torch.cat(
+        [moving[:, 2:], spin[:, :2], torque, after.action - before.action, pose], 1
+    ).square()
     bounce, wobble, effort, jerk, crouch = (squared @ constant_like(_SQUARES, squared)).unbind(1)
     costs = {
         "bounce": bounce,
@@ -151,7 +186,10 @@ def reward(before: WorldState, after: WorldState, dt: float, *, where: Columns =
         "jerk": jerk,
         "slip": (feet.down * feet.speed.square()) @ (4 * ones[:4]),
         "pose": crouch,
-        "limits": (torch.cat([torque, fast / constant_like(SPEED, fast)], 1).abs() - 0.9).clamp_min(0) @ (10 * ones),
+        "limits": (torch.cat([torque, fast / constant_like(SPEED, fast)], 1).abs() - 0.9).clamp_min(
+            0
+        )
+        @ (10 * ones),
     }
     # steep where the error is small, and not flat where it is large
     off = torch.hypot(moving[:, 0] - wanted[:, 0], moving[:, 1] - wanted[:, 1])
@@ -161,11 +199,20 @@ def reward(before: WorldState, after: WorldState, dt: float, *, where: Columns =
     swing = torch.tanh(2 * ~feet.down * high.square() * feet.speed) @ (0.25 * ones[:4])
     swing = swing * (torch.hypot(wanted[:, 0], wanted[:, 1]) / 0.3).clamp_max(1)
     bounded = -torch.tanh(torch.stack(list(costs.values())))
-    return {"track": track, "turn": turning, "swing": swing, **dict(zip(costs, bounded, strict=True))}
+    return {
+        "track": track,
+        "turn": turning,
+        "swing": swing,
+        **dict(zip(costs, bounded, strict=True)),
+    }
 
 
-def start(rng: np.random.Generator, model: mujoco.MjModel, *, where: Columns = OURS) -> tuple[Floats, Floats]:
-    """Stand in the default pose, disturbed: joints by ±0.1 rad, heading by ±0.1 rad, velocities by 0.1."""
+def start(
+    rng: np.random.Generator, model: mujoco.MjModel, *, where: Columns = OURS
+) -> tuple[Floats, Floats]:
+    """Stand in the default pose, disturbed: joints by ±0.1 rad, heading by ±0.1 rad, velocities by
+    0.1.
+    """
     qpos = np.zeros(model.nq)
     yaw = rng.uniform(-0.1, 0.1)
     qpos[2], qpos[3], qpos[6] = go2.START, np.cos(yaw / 2), np.sin(yaw / 2)
@@ -284,7 +331,11 @@ LATENCY = Param(
 def commanded(low: float, high: float, beyond: float) -> Param:
     """Build the commanded forward speed."""
     return Param(
-        name="command_x", train=Uniform(low, high), extrapolation=Uniform(high, beyond), unit="m/s", doc="forward speed"
+        name="command_x",
+        train=Uniform(low, high),
+        extrapolation=Uniform(high, beyond),
+        unit="m/s",
+        doc="forward speed",
     )
 
 
@@ -293,7 +344,8 @@ def joint(name: str) -> Param:
     return Param(
         name=name,
         train=Mixture(
-            (0.83, 0.06, 0.07, 0.04), (Uniform(0.9, 1.1), Uniform(0.2, 0.5), Choice((0.0,)), Choice((-1.0,)))
+            (0.83, 0.06, 0.07, 0.04),
+            (Uniform(0.9, 1.1), Uniform(0.2, 0.5), Choice((0.0,)), Choice((-1.0,))),
         ),
         edits_spec=True,
         doc="torque factor of its drive; 0 is dead, -1 locked",
@@ -304,7 +356,10 @@ def joint(name: str) -> Param:
 def broken(least: int, most: int) -> SparseFaults:
     """Break so many joints at a time."""
     return SparseFaults(
-        params=tuple(j for j in go2.JOINTS if j not in SPARED), least=least, most=most, extrapolation_params=SPARED
+        params=tuple(j for j in go2.JOINTS if j not in SPARED),
+        least=least,
+        most=most,
+        extrapolation_params=SPARED,
     )
 
 
@@ -320,15 +375,23 @@ def quadruped(
     hidden: bool = False,
     robot: str = "",
 ) -> Family:
-    """Build a family; ``hidden`` keeps the command from the robot, ``robot`` is another model of it."""
+    """Build a family; ``hidden`` keeps the command from the robot, ``robot`` is another model of
+    it.
+    """
     space = TaskSpace(name, params, few)
     rough = "terrain" in space.names
     fast = next(
-        (max(p.train.high, p.extrapolation.high if p.extrapolation else 0) for p in params if p.name == "command_x"),
+        (
+            max(p.train.high, p.extrapolation.high if p.extrapolation else 0)
+            for p in params
+            if p.name == "command_x"
+        ),
         0.0,
     )
     if rough and HORIZON * SUBSTEPS * go2.TIMESTEP * 1.3 * fast > terrain.RADIUS:
-        raise TaskError(f"{name}: a terrain of {2 * terrain.RADIUS:g} m does not fit a speed of {fast:g} m/s")
+        raise TaskError(
+            f"{name}: a terrain of {2 * terrain.RADIUS:g} m does not fit a speed of {fast:g} m/s"
+        )
     where = go2.columns(go2.model(robot)) if robot else OURS
     return Family(
         name=name,
@@ -365,7 +428,12 @@ def quadruped(
 def hardware(robot: str, hidden: bool) -> Hardware:
     """Say what the robot's drives must be told, and what it needs to reward itself."""
     compiled = compile_spec(go2.model(robot))
-    measures = {"foot_radius": go2.FOOT, "step_height": STEP_HEIGHT, "touch": TOUCH, "lowest": LOWEST}
+    measures = {
+        "foot_radius": go2.FOOT,
+        "step_height": STEP_HEIGHT,
+        "touch": TOUCH,
+        "lowest": LOWEST,
+    }
     return Hardware(
         **go2.drives(compiled),
         commands=() if hidden else OBSERVATIONS[-3:],
@@ -380,7 +448,9 @@ def _build(robot: str, rough: bool, loaded: bool) -> mujoco.MjSpec:
     return terrain.lay(spec) if rough else spec
 
 
-COMMAND_TURN = Param(name="command_turn", train=Uniform(-0.6, 0.6), unit="rad/s", doc="rate of turn, left positive")
+COMMAND_TURN = Param(
+    name="command_turn", train=Uniform(-0.6, 0.6), unit="rad/s", doc="rate of turn, left positive"
+)
 
 quadruped_flat = quadruped(
     "QuadrupedFlat",

@@ -1,4 +1,6 @@
-"""Meta-train an agent once over a distribution of situations; it adapts to a new one within a few episodes."""
+"""Meta-train an agent once over a distribution of situations; it adapts to a new one within a few
+episodes.
+"""
 
 import contextlib
 import ctypes
@@ -32,7 +34,9 @@ def _draw_headless() -> None:
     if sys.platform != "linux" or chosen:
         return
     with contextlib.suppress(OSError):
-        ctypes.CDLL("libEGL.so.1")  # without it MUJOCO_GL=egl would break the import of mujoco itself
+        ctypes.CDLL(
+            "libEGL.so.1"
+        )  # without it MUJOCO_GL=egl would break the import of mujoco itself
         os.environ["MUJOCO_GL"] = "egl"
 
 

@@ -1,4 +1,6 @@
-"""The root of all errors that a user can mend; it needs no package, so that the robot side has it too."""
+"""The root of all errors that a user can mend; it needs no package, so that the robot side has it
+too.
+"""
 
 from __future__ import annotations
 

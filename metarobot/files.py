@@ -19,11 +19,15 @@ class FileError(MetarobotError):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; it takes its place if the block succeeds and vanishes if it does not."""
+    """Give a temporary path beside ``path``; it takes its place if the block succeeds and vanishes
+    if it does not.
+    """
     temporary = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+        )
         os.close(handle)
         temporary = Path(name)
         temporary.chmod(0o644)
@@ -56,7 +60,9 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``out``; it takes its place if the block succeeds and vanishes if it does not."""
+    """Give a temporary folder beside ``out``; it takes its place if the block succeeds and vanishes
+    if it does not.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:

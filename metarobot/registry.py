@@ -1,4 +1,6 @@
-"""Names -> families and agents. Other packages join by entry points, as our own ``envs`` and ``agents`` do."""
+"""Names -> families and agents. Other packages join by entry points, as our own ``envs`` and
+``agents`` do.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,11 @@ class RegistryError(MetarobotError):
 
 @dataclass
 class Registry(Generic[T]):
-    """Named things of one kind: each entry point of the group names one, which is imported when it is first asked for.
+    """Named things of one kind: each entry point of the group names one, which is imported when it
+    is first asked for.
 
-    So the names are known before anything is imported, and a package that does not load harms no other.
+    So the names are known before anything is imported, and a package that does not load harms no
+    other.
     """
 
     kind: str
@@ -43,7 +47,9 @@ class Registry(Generic[T]):
         """Return the thing of that name, or raise with the names that exist."""
         if name not in self._things:
             if name not in self._entries:
-                raise RegistryError(f"no {self.kind} called {name!r}; there are: {', '.join(self.names())}")
+                raise RegistryError(
+                    f"no {self.kind} called {name!r}; there are: {', '.join(self.names())}"
+                )
             self._things[name] = self._load(self._entries[name])
         return self._things[name]
 
@@ -62,7 +68,11 @@ class Registry(Generic[T]):
         try:
             thing: T = entry.load()
         except (ImportError, AttributeError) as e:
-            raise RegistryError(f"the {self.kind} {entry.name!r} does not load from {entry.value}: {e}") from e
+            raise RegistryError(
+                f"the {self.kind} {entry.name!r} does not load from {entry.value}: {e}"
+            ) from e
         if getattr(thing, "name", entry.name) != entry.name:
-            raise RegistryError(f"{entry.value} is a {self.kind} called otherwise than its entry point {entry.name!r}")
+            raise RegistryError(
+                f"{entry.value} is a {self.kind} called otherwise than its entry point {entry.name!r}"
+            )
         return thing

@@ -1,4 +1,6 @@
-"""Gradient steps, on as many cores as torch is told to use; and what keeps cores and memory from being wasted."""
+"""Gradient steps, on as many cores as torch is told to use; and what keeps cores and memory from
+being wasted.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,16 @@ def single_torch_thread() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed tensors' pages: without it a fifth of the learning time goes into page faults."""
+    """Tell glibc to keep freed tensors' pages: without it a fifth of the learning time goes into
+    page faults.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for option, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 27)):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
+        for option, value in (
+            (-3, 1 << 30),
+            (-1, 2**31 - 1),
+            (-2, 1 << 27),
+        ):  # MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD
             libc.mallopt(option, value)
 
 
@@ -44,10 +52,14 @@ def check_replay_memory(transitions: int, needed: int) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of memory that may still be taken; Linux's page cache, which gives way, is among them."""
+    """Bytes of memory that may still be taken; Linux's page cache, which gives way, is among
+    them.
+    """
     known = Path("/proc/meminfo")
     lines = known.read_text().splitlines() if known.exists() else []
-    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    found = next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0
+    )
     return found or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

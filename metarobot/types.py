@@ -1,6 +1,7 @@
 """The shapes that travel between rooms: percepts, rollouts and trials.
 
-Axes: the world axis comes first, ``(world, ...)``; only a rollout puts time before it, ``(time, world, ...)``.
+Axes: the world axis comes first, ``(world, ...)``; only a rollout puts time before it, ``(time,
+world, ...)``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _COPIES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
 def constant_like(constant: Tensor, x: Tensor) -> Tensor:
-    """Return a constant of a module with the dtype and on the device of ``x``; it is copied there once."""
+    """Return a constant of a module with the dtype and on the device of ``x``; it is copied there
+    once.
+    """
     if constant.dtype == x.dtype and constant.device == x.device:
         return constant
     key = (id(constant), x.dtype, x.device)
@@ -34,9 +37,9 @@ def constant_like(constant: Tensor, x: Tensor) -> Tensor:
 class Percept(NamedTuple):
     """What an agent is given at one step, all of it known to a real robot too.
 
-    Shapes: obs ``(world, obs)``; action ``(world, act)``, the one sent last; reward ``(world,)``, the one it earned;
-    done ``(world,)``, 1.0 on the first step of every episode but the trial's first; first ``(world,)``, 1.0 on the
-    first step of a trial.
+    Shapes: obs ``(world, obs)``; action ``(world, act)``, the one sent last; reward ``(world,)``,
+    the one it earned; done ``(world,)``, 1.0 on the first step of every episode but the trial's
+    first; first ``(world,)``, 1.0 on the first step of a trial.
     """
 
     obs: Tensor
@@ -45,16 +48,34 @@ class Percept(NamedTuple):
     done: Tensor
     first: Tensor
 
+    @classmethod
+    def at_trial_start(cls, obs: Tensor, act_dim: int) -> Percept:
+        """Return the percept of a trial's first step: nothing was done or earned yet."""
+        zeros = obs.new_zeros(obs.shape[:-1])
+        return cls(obs, obs.new_zeros(*obs.shape[:-1], act_dim), zeros, zeros, zeros + 1)
+
+    @staticmethod
+    def size(obs_dim: int, act_dim: int) -> int:
+        """Return the length of ``flat``."""
+        return obs_dim + 1 + act_dim + 2
+
+    def flat(self) -> Tensor:
+        """Join everything into one vector ``(..., size)``: obs, reward, action, done, first."""
+        reward, done, first = (x[..., None] for x in (self.reward, self.done, self.first))
+        return torch.cat([self.obs, reward, self.action, done, first], -1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One episode in every world, padded to the longest; ``valid`` marks the steps that were really lived.
+    """One episode in every world, padded to the longest; ``valid`` marks the steps that were really
+    lived.
 
-    Shapes: obs ``(time, world, obs)``; action ``(time, world, act)``, as chosen, before the clip to its bounds;
-    reward, terminated, truncated, valid ``(time, world)``; final_obs ``(world, obs)``, the observation after each
-    world's last valid step, before any reset; critic_obs ``(time, world, critic)`` and final_critic_obs ``(world,
-    critic)``, what only a critic in training is shown beside these; terms, name -> ``(world,)``, each reward term's sum
-    over the episode; faulted ``(world,)``, true where the physics broke down; teacher_action ``(time, world, act)``, what the
+    Shapes: obs ``(time, world, obs)``; action ``(time, world, act)``, as chosen, before the clip to
+    its bounds; reward, terminated, truncated, valid ``(time, world)``; final_obs ``(world, obs)``,
+    the observation after each world's last valid step, before any reset; critic_obs ``(time, world,
+    critic)`` and final_critic_obs ``(world, critic)``, what only a critic in training is shown
+    beside these; terms, name -> ``(world,)``, each reward term's sum over the episode; faulted
+    ``(world,)``, true where the physics broke down; teacher_action ``(time, world, act)``, what the
     family record_teacher, NaN where it knew nothing, or ``(time, world, 0)`` if it was not asked.
     """
 
@@ -73,7 +94,9 @@ class Rollout:
 
     def to(self, device: str) -> Rollout:
         """Move to a device."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
         return Rollout(**moved, terms={k: v.to(device) for k, v in self.terms.items()})
 
     def returns(self) -> Tensor:
@@ -85,7 +108,8 @@ class Rollout:
 class Trials:
     """One trial in every world: its K episodes in order, and the task it was lived in.
 
-    ``task`` ``(world, parameter)`` is the task space's encoding: labels for training, shown only to privileged agents.
+    ``task`` ``(world, parameter)`` is the task space's encoding: labels for training, shown only to
+    privileged agents.
     """
 
     episodes: tuple[Rollout, ...]
@@ -95,14 +119,18 @@ class Trials:
         """Move to a device."""
         if self.task.device.type == device:
             return self
-        return Trials(episodes=tuple(e.to(device) for e in self.episodes), task=self.task.to(device))
+        return Trials(
+            episodes=tuple(e.to(device) for e in self.episodes), task=self.task.to(device)
+        )
 
     def returns(self) -> Tensor:
         """Return of each episode of the trial, ``(episode, world)``."""
         return torch.stack([e.returns() for e in self.episodes])
 
     def totals(self, term: str) -> Tensor:
-        """Sum of a reward term, not weighted, over each episode of the trial, ``(episode, world)``."""
+        """Sum of a reward term, not weighted, over each episode of the trial, ``(episode,
+        world)``.
+        """
         return torch.stack([e.terms[term] for e in self.episodes])
 
     def steps(self) -> int:
@@ -115,11 +143,13 @@ class Trials:
 
 
 class TrialSequence(NamedTuple):
-    """A trial as one sequence a world, padding moved to the end: what a recurrent learner trains on.
+    """A trial as one sequence a world, padding moved to the end: what a recurrent learner trains
+    on.
 
-    Shapes: percepts ``(time, world, ...)`` each; action ``(time, world, act)``; reward, terminated, truncated, valid
-    ``(time, world)``; next_obs ``(time, world, obs)``, the observation the step led to, before any reset; critic_obs
-    and next_critic_obs ``(time, world, critic)``; teacher_action ``(time, world, act)`` or ``(time, world, 0)``.
+    Shapes: percepts ``(time, world, ...)`` each; action ``(time, world, act)``; reward, terminated,
+    truncated, valid ``(time, world)``; next_obs ``(time, world, obs)``, the observation the step
+    led to, before any reset; critic_obs and next_critic_obs ``(time, world, critic)``;
+    teacher_action ``(time, world, act)`` or ``(time, world, 0)``.
     """
 
     percept: Percept
@@ -136,10 +166,21 @@ class TrialSequence(NamedTuple):
 
 def join_episodes(episodes: tuple[Rollout, ...]) -> TrialSequence:
     """Join the episodes of a trial into one sequence a world, in the order they were lived."""
-    names = ("obs", "action", "reward", "terminated", "truncated", "valid", "critic_obs", "teacher_action")
+    names = (
+        "obs",
+        "action",
+        "reward",
+        "terminated",
+        "truncated",
+        "valid",
+        "critic_obs",
+        "teacher_action",
+    )
     parts = {k: torch.cat([getattr(e, k) for e in episodes]) for k in names}
     parts["next_obs"] = torch.cat([next_values(e, e.obs, e.final_obs) for e in episodes])
-    parts["next_critic_obs"] = torch.cat([next_values(e, e.critic_obs, e.final_critic_obs) for e in episodes])
+    parts["next_critic_obs"] = torch.cat(
+        [next_values(e, e.critic_obs, e.final_critic_obs) for e in episodes]
+    )
     if not bool(parts["valid"].all()):
         order = torch.argsort((~parts["valid"]).int(), dim=0, stable=True)
         rows = torch.arange(order.shape[1], device=order.device)
@@ -159,6 +200,8 @@ def delay(x: Tensor) -> Tensor:
 
 
 def next_values(episode: Rollout, seen: Tensor, final: Tensor) -> Tensor:
-    """Return what each step led to, ``(time, world, ...)``, of what was ``seen`` at the steps, before any reset."""
+    """Return what each step led to, ``(time, world, ...)``, of what was ``seen`` at the steps,
+    before any reset.
+    """
     ended = (episode.terminated | episode.truncated)[..., None]
     return torch.where(ended, final, torch.cat([seen[1:], final[None]]))

@@ -1,8 +1,9 @@
-"""Control steps a second of metarobot, Gymnasium and EnvPool on the same robot, measured in turns in one run.
+"""Control steps a second of metarobot, Gymnasium and EnvPool on the same robot, measured in turns
+in one run.
 
-All step Gymnasium's half_cheetah.xml with 5 physics steps a control step and random actions drawn beforehand; each
-takes a turn of a quarter of a second, then the next, so that a busy machine slows them alike. metarobot's worlds each
-have a model object of their own. Medians over the turns.
+All step Gymnasium's half_cheetah.xml with 5 physics steps a control step and random actions drawn
+beforehand; each takes a turn of a quarter of a second, then the next, so that a busy machine slows
+them alike. metarobot's worlds each have a model object of their own. Medians over the turns.
 
     python scripts/compare_speed.py --worlds 128 --seconds 120 --json speed.json
 """
@@ -82,7 +83,9 @@ def envpool(worlds: int) -> Rival:
     name = next(n for n in ("HalfCheetah-v5", "HalfCheetah-v4") if n in pool.list_all_envs())
     envs = pool.make(name, env_type="gymnasium", num_envs=worlds, num_threads=CORES, seed=0)
     envs.reset()
-    return Rival(f"EnvPool {name}", worlds, envs.step, actions(worlds).astype(np.float64), envs.close)
+    return Rival(
+        f"EnvPool {name}", worlds, envs.step, actions(worlds).astype(np.float64), envs.close
+    )
 
 
 def rivals(worlds: int, console: Console) -> list[Rival]:
@@ -118,29 +121,45 @@ def report(found: list[Rival]) -> dict[str, Any]:
             "steps_per_s": round(statistics.median(r.rates)),
             "slowest": round(min(r.rates)),
             "fastest": round(max(r.rates)),
-            "metarobot_is_faster_by": statistics.median(a / b for a, b in zip(ours.rates, r.rates, strict=True)),
+            "metarobot_is_faster_by": statistics.median(
+                a / b for a, b in zip(ours.rates, r.rates, strict=True)
+            ),
         }
         for r in reversed(best.values())
     ]
     packages = ("metarobot", "mujoco", "gymnasium", "envpool", "torch", "numpy")
     versions = {p: importlib.metadata.version(p) for p in packages if importlib.util.find_spec(p)}
-    return {"rows": rows, "rounds": len(ours.rates), "turn_s": TURN_S, "cores": CORES, "versions": versions}
+    return {
+        "rows": rows,
+        "rounds": len(ours.rates),
+        "turn_s": TURN_S,
+        "cores": CORES,
+        "versions": versions,
+    }
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"HalfCheetah, control steps/s, {result['cores']} cores, {result['rounds']} rounds")
+    table = Table(
+        title=f"HalfCheetah, control steps/s, {result['cores']} cores, {result['rounds']} rounds"
+    )
     for column in ("", "worlds", "steps/s", "slowest … fastest", "metarobot / it"):
         table.add_column(column, justify="right" if column else "left")
     for r in result["rows"]:
         spread = f"{r['slowest']:,} … {r['fastest']:,}"
         table.add_row(
-            r["name"], str(r["worlds"]), f"{r['steps_per_s']:,}", spread, f"{r['metarobot_is_faster_by']:.2f}"
+            r["name"],
+            str(r["worlds"]),
+            f"{r['steps_per_s']:,}",
+            spread,
+            f"{r['metarobot_is_faster_by']:.2f}",
         )
     console.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worlds", type=int, default=128, help="of metarobot and EnvPool")
     parser.add_argument("--seconds", type=float, default=60.0, help="of measuring, all together")
     parser.add_argument("--json", type=Path, help="write the figures here too")

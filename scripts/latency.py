@@ -2,8 +2,8 @@
 
 python scripts/latency.py policy/ --json latency.json
 
-Steps are timed one by one, back to back, and then paced as on a robot (--hz), which finds caches cold; the host's share
-is told by an empty loop timed in the same way.
+Steps are timed one by one, back to back, and then paced as on a robot (--hz), which finds caches
+cold; the host's share is told by an empty loop timed in the same way.
 """
 
 import argparse
@@ -29,7 +29,8 @@ def resident_mb() -> float:
 
 
 def timed(step: Callable[[int], Any], count: int, period_s: float = 0.0) -> dict[str, float]:
-    """Call ``step`` so many times, at a fixed rate if there is a period; return quantiles of its time, µs."""
+    """Call ``step`` so many times, at a fixed rate if there is a period; return quantiles of its
+    time, µs."""
     took = np.empty(count)
     due = time.perf_counter()
     for i in track(range(count), description="steps"):
@@ -44,16 +45,24 @@ def timed(step: Callable[[int], Any], count: int, period_s: float = 0.0) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("policy", type=Path)
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--ticks", type=int, default=1_000_000, help="steps over which memory is watched")
+    parser.add_argument(
+        "--ticks", type=int, default=1_000_000, help="steps over which memory is watched"
+    )
     parser.add_argument("--hz", type=float, default=500.0)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long steps are paced")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     policy = Policy.load(options.policy)
-    obs = np.random.default_rng(0).normal(size=(1024, len(policy.meta.observation_names))).astype(np.float32)
+    obs = (
+        np.random.default_rng(0)
+        .normal(size=(1024, len(policy.meta.observation_names)))
+        .astype(np.float32)
+    )
     act = lambda i: policy.act(obs[i & 1023], 0.1, False)  # noqa: E731
     for i in range(1000):
         act(i)
@@ -69,7 +78,11 @@ def main() -> None:
     before = resident_mb()
     for i in range(options.ticks):
         act(i)
-    report["resident_mb"] = {"before": round(before, 2), "after": round(resident_mb(), 2), "ticks": options.ticks}
+    report["resident_mb"] = {
+        "before": round(before, 2),
+        "after": round(resident_mb(), 2),
+        "ticks": options.ticks,
+    }
     print(json.dumps(report, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,7 +1,9 @@
-"""Measure the controller's loop with a real policy: deadlines at a high rate, and memory over an hour's steps.
+"""Measure the controller's loop with a real policy: deadlines at a high rate, and memory over an
+hour's steps.
 
-``loop_rate.py POLICY [--hz 500] [--seconds 60] [--steps 180000] [--log PATH]``. The robot is in this process and costs
-nothing; reading, reward, observation, policy, limits, sending and log are what they are on a real one.
+``loop_rate.py POLICY [--hz 500] [--seconds 60] [--steps 180000] [--log PATH]``. The robot is in
+this process and costs nothing; reading, reward, observation, policy, limits, sending and log are
+what they are on a real one.
 """
 
 import argparse
@@ -62,7 +64,9 @@ class Easy:
         """Be gone."""
 
 
-def live(folder: str, hz: float, seconds: float, clock: Clock, log: Path | None, show: Any = None) -> Report:
+def live(
+    folder: str, hz: float, seconds: float, clock: Clock, log: Path | None, show: Any = None
+) -> Report:
     """Run the controller for so long."""
     policy = Policy.load(folder)
     layout = robots.layout(policy.meta)
@@ -91,15 +95,26 @@ def main() -> None:
     if told.seconds:
         report = live(told.policy, told.hz, told.seconds, Monotonic(), told.log)
         p = report.pace
-        print(f"{told.hz:g} Hz for {told.seconds:g} s: {report.reason}; log {'off' if told.log is None else 'on'}")
+        print(
+            f"{told.hz:g} Hz for {told.seconds:g} s: {report.reason}; log {'off' if told.log is None else 'on'}"
+        )
         print("  " + "  ".join(f"{name} {value:.3g}" for name, value in p.items()))
         print(f"  deadlines missed: {p['missed_own']} by the loop, {p['missed_host']} by the host")
     if told.steps:
         held: list[float] = []
-        live(told.policy, 50.0, told.steps / 50.0, Stepped(), told.log, lambda status: held.append(resident()))
+        live(
+            told.policy,
+            50.0,
+            told.steps / 50.0,
+            Stepped(),
+            told.log,
+            lambda status: held.append(resident()),
+        )
         a, b = held[len(held) // 20], held[-1]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-        print(f"{told.steps:,} steps: {a:.1f} MB after a twentieth, {b:.1f} MB at the end, {peak:.1f} MB at most")
+        print(
+            f"{told.steps:,} steps: {a:.1f} MB after a twentieth, {b:.1f} MB at the end, {peak:.1f} MB at most"
+        )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def resident_mb() -> float:
 
 
 def many_worlds(family_name: str, worlds: int) -> float:
-    """Resident memory with that many worlds, each task with a model of its own, after an episode's start."""
+    """Resident memory with that many worlds, each task with a model of its own, after an episode's
+    start."""
     family = families.get(family_name)
     env = Env(family, family.space.sample("train", worlds))
     for _ in range(10):
@@ -34,7 +35,8 @@ def many_worlds(family_name: str, worlds: int) -> float:
 
 
 def growth(iterations: int) -> tuple[float, float]:
-    """Resident memory after a tenth of the iterations and after all of them: collecting, learning, new tasks."""
+    """Resident memory after a tenth of the iterations and after all of them: collecting, learning,
+    new tasks."""
     from dataclasses import replace
 
     family = replace(families.get("CheetahTerrain"), horizon=10)
@@ -51,7 +53,9 @@ def growth(iterations: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worlds", type=int, default=4096)
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--json", type=Path)

@@ -1,8 +1,9 @@
-"""Profile one iteration of RL² on Warp: which kernels take the time, and how near the device's limit the largest are.
+"""Profile one iteration of RL² on Warp: which kernels take the time, and how near the device's
+limit the largest are.
 
-``profile_training.py FAMILY [--device cuda] [--out PATH] -- [settings of metarobot train ...]``. The limit is the
-bandwidth of a large copy, measured here. What an operation moves is taken to be its inputs, and its largest one again
-for what it writes: a lower bound.
+``profile_training.py FAMILY [--device cuda] [--out PATH] -- [settings of metarobot train ...]``.
+The limit is the bandwidth of a large copy, measured here. What an operation moves is taken to be
+its inputs, and its largest one again for what it writes: a lower bound.
 """
 
 import argparse
@@ -43,30 +44,48 @@ def bandwidth(device: str) -> float:
 
 
 def moved(shapes: Any) -> int:
-    """Return the bytes that an operation on inputs of these shapes moves at least; 0 if it is not known."""
-    sizes = [math.prod(s) for s in shapes if isinstance(s, list | tuple) and s and all(isinstance(n, int) for n in s)]
+    """Return the bytes that an operation on inputs of these shapes moves at least; 0 if it is not
+    known."""
+    sizes = [
+        math.prod(s)
+        for s in shapes
+        if isinstance(s, list | tuple) and s and all(isinstance(n, int) for n in s)
+    ]
     return NUMBERS * (sum(sizes) + max(sizes)) if sizes else 0
 
 
 def summary(profiled: Any, limit: float, device: str) -> dict[str, Any]:
-    """Return the largest kernels, and the bandwidth of the two largest operations whose shapes are known.
+    """Return the largest kernels, and the bandwidth of the two largest operations whose shapes are
+    known.
 
     On a GPU a kernel is an event of its own, Warp's too; on the CPU an operation is its own kernel.
     """
 
     def spent(event: Any) -> float:
-        return float(event.self_device_time_total if device == "cuda" else event.self_cpu_time_total)
+        return float(
+            event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        )
 
     place = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
-    events = sorted((e for e in profiled.key_averages() if e.device_type == place), key=spent, reverse=True)
+    events = sorted(
+        (e for e in profiled.key_averages() if e.device_type == place), key=spent, reverse=True
+    )
     total = sum(map(spent, events))
-    top = [{"kernel": e.key, "calls": e.count, "ms": spent(e) / 1e3, "share": spent(e) / total} for e in events[:20]]
+    top = [
+        {"kernel": e.key, "calls": e.count, "ms": spent(e) / 1e3, "share": spent(e) / total}
+        for e in events[:20]
+    ]
     shaped = sorted(profiled.key_averages(group_by_input_shape=True), key=spent, reverse=True)
     near = []
     for e in [e for e in shaped if moved(e.input_shapes) and spent(e) > 0][:2]:
         rate = moved(e.input_shapes) * e.count / (spent(e) * 1e-6)
         near.append(
-            {"operation": e.key, "shapes": str(e.input_shapes), "gb_per_s": rate / 1e9, "of_limit": rate / limit}
+            {
+                "operation": e.key,
+                "shapes": str(e.input_shapes),
+                "gb_per_s": rate / 1e9,
+                "of_limit": rate / limit,
+            }
         )
     return {"limit_gb_per_s": limit / 1e9, "total_ms": total / 1e3, "kernels": top, "nearest": near}
 

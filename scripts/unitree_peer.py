@@ -1,6 +1,8 @@
-"""A Go2 made of Unitree's own SDK, its message types and its checksum: motors go where LowCmd says. Needs that SDK.
+"""A Go2 made of Unitree's own SDK, its message types and its checksum: motors go where LowCmd says.
+Needs that SDK.
 
-Publishes rt/lowstate at a fixed rate. Ends on SIGTERM or SIGINT, and then prints what came in as JSON.
+Publishes rt/lowstate at a fixed rate. Ends on SIGTERM or SIGINT, and then prints what came in as
+JSON.
 """
 
 import argparse
@@ -14,7 +16,8 @@ from unitree_sdk2py.idl.default import unitree_go_msg_dds__LowState_
 from unitree_sdk2py.idl.unitree_go.msg.dds_ import LowCmd_, LowState_
 from unitree_sdk2py.utils.crc import CRC
 
-# the SDK's own configuration, and where to look for others: the loopback interface carries no multicast
+# the SDK's own configuration, and where to look for others: the loopback interface carries no
+# multicast
 ON_LOOPBACK = """<CycloneDDS><Domain Id="any">
 <General><Interfaces><NetworkInterface name="$__IF_NAME__$"/></Interfaces></General>
 <Discovery><ParticipantIndex>auto</ParticipantIndex><Peers><Peer Address="127.0.0.1"/></Peers></Discovery>
@@ -33,7 +36,10 @@ class Go2:
     def command(self, message: LowCmd_) -> None:
         self.count["commands"] += 1
         self.count["bad_checksum"] += self.crc.Crc(message) != message.crc
-        self.count["not_low_level"] += (list(message.head), message.level_flag) != ([0xFE, 0xEF], 0xFF)
+        self.count["not_low_level"] += (list(message.head), message.level_flag) != (
+            [0xFE, 0xEF],
+            0xFF,
+        )
         self.last = [[m.mode, m.q, m.dq, m.tau, m.kp, m.kd] for m in message.motor_cmd[:12]]
         for motor, (_, q, _, _, kp, kd) in zip(self.state.motor_state, self.last, strict=False):
             if kp > 0:
@@ -51,7 +57,9 @@ def main() -> None:
     parser.add_argument("--domain", type=int, default=0)
     parser.add_argument("--hz", type=float, default=100.0)
     args = parser.parse_args()
-    channel.ChannelConfigHasInterface = ON_LOOPBACK if args.interface == "lo" else channel.ChannelConfigHasInterface
+    channel.ChannelConfigHasInterface = (
+        ON_LOOPBACK if args.interface == "lo" else channel.ChannelConfigHasInterface
+    )
     channel.ChannelFactoryInitialize(args.domain, args.interface)
     robot = Go2()
     publisher = channel.ChannelPublisher("rt/lowstate", LowState_)

@@ -1,4 +1,5 @@
-"""A small robot of two joints, and real numpy code at the places of a policy, a layout and a robot."""
+"""A small robot of two joints, and real numpy code at the places of a policy, a layout and a
+robot."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -49,7 +50,9 @@ def meta(**changes: Any) -> Meta:
 class Wave:
     """A policy that swings both joints, and writes down what it was told."""
 
-    def __init__(self, about: Meta | None = None, act: Callable[["Wave", Any], Any] | None = None) -> None:
+    def __init__(
+        self, about: Meta | None = None, act: Callable[["Wave", Any], Any] | None = None
+    ) -> None:
         self.meta = meta() if about is None else about
         self.chosen = np.zeros(len(self.meta.action.names), np.float32)
         self.told: list[tuple[Any, float, bool]] = []
@@ -100,14 +103,20 @@ class Plain:
 
 
 class Recorder:
-    """A robot of two joints that follow their targets, on a clock of the test's; writes down all that reaches it.
+    """A robot of two joints that follow their targets, on a clock of the test's; writes down all
+    that reaches it.
 
     ``spoil`` may change a reading before it goes out, or raise.
     """
 
     name, identity, guarded = "recorder", "recorder", False
 
-    def __init__(self, about: Meta, clock: Any = None, spoil: Callable[[int, dict[str, float]], Any] | None = None):
+    def __init__(
+        self,
+        about: Meta,
+        clock: Any = None,
+        spoil: Callable[[int, dict[str, float]], Any] | None = None,
+    ):
         self.meta, self.clock = about, Stepped() if clock is None else clock
         self.spoil = spoil
         self.pos, self.vel = np.array([0.6, 0.5]), np.zeros(2)
@@ -130,7 +139,11 @@ class Recorder:
         now = self.clock.now()
         reading = {"stamp": now + 1000.0, "seq": float(self.reads)}
         for i, j in enumerate(JOINTS):
-            reading |= {f"{j}.pos": float(self.pos[i]), f"{j}.vel": float(self.vel[i]), f"{j}.tau": 0.0}
+            reading |= {
+                f"{j}.pos": float(self.pos[i]),
+                f"{j}.vel": float(self.vel[i]),
+                f"{j}.tau": 0.0,
+            }
         spoiled = reading if self.spoil is None else self.spoil(self.reads, dict(reading))
         if spoiled == reading:
             self.heard = now

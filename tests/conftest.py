@@ -28,8 +28,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 @pytest.fixture(scope="session")
-def exported(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run, Path]]:
-    """Export the tiny run of that name, or an agent in the box, when it is first asked for: the run, the policy."""
+def exported(
+    runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Run, Path]]:
+    """Export the tiny run of that name, or an agent in the box, when it is first asked for: the
+    run, the policy."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     from metarobot.deploy.onnx_export import export
@@ -43,7 +46,11 @@ def exported(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> 
             return runs[name]
         if name in MEMORIES:
             return tiny_run(root / "runs" / name, steps=800, memory=name, width=16)
-        return tiny_run(root / "runs" / name, agent=name, steps=800) if name in agents.names() else open_run(name)
+        return (
+            tiny_run(root / "runs" / name, agent=name, steps=800)
+            if name in agents.names()
+            else open_run(name)
+        )
 
     @cache
     def get(name: str) -> tuple[Run, Path]:

@@ -1,4 +1,5 @@
-"""Faults of every kind thrown at the controller, and the checks of what reached the robot; time is stepped."""
+"""Faults of every kind thrown at the controller, and the checks of what reached the robot; time is
+stepped."""
 
 import math
 from collections import Counter
@@ -20,9 +21,32 @@ NUMBERS = (math.nan, math.inf, -math.inf, 1e300, -1e300, 1e12, -5.0, 5.0)
 HARMLESS = ("none", "swapped", "huge action", "bumped", "fast joint", "one late step")
 FAULTS = (
     *HARMLESS,
-    *("not a number", "missing", "no float", "frozen stamp", "frozen seq", "frozen all", "older for ever"),
-    *("clock ahead", "clock back", "clock creeps", "link lost", "link breaks at command", "driver hangs"),
-    *("policy nan", "policy shape", "policy nothing", "policy raises", "policy hangs", "policy late", "damping fails"),
+    *(
+        "not a number",
+        "missing",
+        "no float",
+        "frozen stamp",
+        "frozen seq",
+        "frozen all",
+        "older for ever",
+    ),
+    *(
+        "clock ahead",
+        "clock back",
+        "clock creeps",
+        "link lost",
+        "link breaks at command",
+        "driver hangs",
+    ),
+    *(
+        "policy nan",
+        "policy shape",
+        "policy nothing",
+        "policy raises",
+        "policy hangs",
+        "policy late",
+        "damping fails",
+    ),
 )
 
 
@@ -47,8 +71,12 @@ class Fuzz:
     def __init__(self, rng: np.random.Generator, fault: str) -> None:
         self.rng, self.fault, self.clock = rng, fault, Watched()
         self.at = int(rng.integers(2, 45))
-        self.about = meta(trial=meta().trial.__class__(int(rng.integers(2, 25)), int(rng.integers(1, 4))))
-        jumps = fault.startswith("clock") or fault == "frozen stamp"  # a restart may do as much to a clock
+        self.about = meta(
+            trial=meta().trial.__class__(int(rng.integers(2, 25)), int(rng.integers(1, 4)))
+        )
+        jumps = (
+            fault.startswith("clock") or fault == "frozen stamp"
+        )  # a restart may do as much to a clock
         kind = Recorder if jumps else (Recorder, Restarting)[int(rng.integers(2))]
         self.robot: Any = kind(self.about, self.clock, self.spoil)
         self.robot.pos = rng.uniform(-1, 1, 2)
@@ -78,7 +106,9 @@ class Fuzz:
         before = dict(reading)
         if self.on:
             reading = self.spoiled(reading)
-        if reading != before and (self.fault != "clock creeps" or before["stamp"] - reading["stamp"] > JUMP):
+        if reading != before and (
+            self.fault != "clock creeps" or before["stamp"] - reading["stamp"] > JUMP
+        ):
             self.strike()
         if reading == before or self.fault.startswith("clock"):  # a wrong stamp on a true reading
             self.good.append(self.clock.now())
@@ -86,7 +116,10 @@ class Fuzz:
         return reading
 
     def spoiled(self, r: dict[str, float]) -> dict[str, float]:
-        kept, key = self.kept or r, ("stamp", "hip.pos", "knee.vel", "seq")[int(self.rng.integers(4))]
+        kept, key = (
+            self.kept or r,
+            ("stamp", "hip.pos", "knee.vel", "seq")[int(self.rng.integers(4))],
+        )
         match self.fault:
             case "not a number":
                 return r | {key: NUMBERS[int(self.rng.integers(3))]}
@@ -101,7 +134,10 @@ class Fuzz:
             case "frozen all":
                 return dict(kept)
             case "older for ever":
-                return r | {"stamp": kept["stamp"] - 0.001 * self.robot.reads, "seq": kept["seq"] - 1}
+                return r | {
+                    "stamp": kept["stamp"] - 0.001 * self.robot.reads,
+                    "seq": kept["seq"] - 1,
+                }
             case "swapped" if self.robot.reads == self.at:
                 return r | {"stamp": kept["stamp"] - 0.001, "seq": kept["seq"] - 0.5}
             case "clock ahead":
@@ -112,7 +148,9 @@ class Fuzz:
                 return r | {"stamp": r["stamp"] - 0.01 * (self.robot.reads - self.at)}
             case "link lost":
                 self.strike()
-                raise (BridgeError("the link is lost"), OSError("network is down"))[int(self.rng.integers(2))]
+                raise (BridgeError("the link is lost"), OSError("network is down"))[
+                    int(self.rng.integers(2))
+                ]
         return r
 
     def command(self, action: Any) -> Any:
@@ -168,7 +206,9 @@ class Fuzz:
     def run(self) -> Controller:
         """Live the run."""
         policy = Wave(self.about, act=self.act)
-        settings = Settings(hz=50, seconds=1.5, ready_s=float(self.rng.uniform(0, 0.3)), soft_s=0.1, damp_s=0.06)
+        settings = Settings(
+            hz=50, seconds=1.5, ready_s=float(self.rng.uniform(0, 0.3)), soft_s=0.1, damp_s=0.06
+        )
         one = Controller(policy, self.robot, Plain(self.about), settings, clock=self.clock)
         self.clock.gate = one.gate
         with suppress(RuntimeError, OSError):
@@ -196,10 +236,19 @@ class Fuzz:
 
     def _safe(self, command: Any, seen: Any, told: str) -> None:
         for joint in JOINTS:
-            target, pos, vel = command[f"{joint}.pos"], seen.get(f"{joint}.pos"), seen.get(f"{joint}.vel")
+            target, pos, vel = (
+                command[f"{joint}.pos"],
+                seen.get(f"{joint}.pos"),
+                seen.get(f"{joint}.vel"),
+            )
             assert math.isfinite(target), told
             assert LIMIT["low"] <= target <= LIMIT["high"], told
-            if pos is None or vel is None or not (math.isfinite(pos) and math.isfinite(vel)) or self.on:
+            if (
+                pos is None
+                or vel is None
+                or not (math.isfinite(pos) and math.isfinite(vel))
+                or self.on
+            ):
                 continue
             drive = 40 * (target - pos) - vel
             assert abs(drive) <= LIMIT["torque"] + 1e-9, (told, drive)
@@ -207,7 +256,8 @@ class Fuzz:
 
 
 def fuzz(ticks: int, seed: int) -> Counter[str]:
-    """Throw faults until so many steps have been lived; return how often each kind was met, and ``ticks``."""
+    """Throw faults until so many steps have been lived; return how often each kind was met, and
+    ``ticks``."""
     rng, met = np.random.default_rng(seed), Counter[str]()
     while met["ticks"] < ticks:
         fault = FAULTS[met["runs"] % len(FAULTS)]

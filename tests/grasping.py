@@ -1,4 +1,5 @@
-"""What the tests of the arm share: easy objects, programs for the hand, and what is seen of both."""
+"""What the tests of the arm share: easy objects, programs for the hand, and what is seen of
+both."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,15 @@ from metarobot.tasks.family import Family, families
 NAMES = ["GraspFragile", "GraspMix", "GraspShapes"]
 SHAPES, FRAGILE = families.get("GraspShapes"), families.get("GraspFragile")
 LOOSE = SHAPES.replace(terminate=None)
-BOX = {"kind": 0.0, "shape_seed": 0.0, "width": 0.05, "length": 1.2, "height": 0.06, "mass": 0.3, "friction": 0.8}
+BOX = {
+    "kind": 0.0,
+    "shape_seed": 0.0,
+    "width": 0.05,
+    "length": 1.2,
+    "height": 0.06,
+    "mass": 0.3,
+    "friction": 0.8,
+}
 FORCES = 0.5, 60.0
 """The weakest and the strongest grip that can be asked for, N."""
 CLOSE, STRENGTH = 4, 5

@@ -22,12 +22,22 @@ from metarobot.types import Rollout, Trials
 
 
 def tiny_run(
-    out: Path, agent: str = "rl2", family: str = "CheetahDir100", seed: int = 0, steps: int = 1600, **settings: Any
+    out: Path,
+    agent: str = "rl2",
+    family: str = "CheetahDir100",
+    seed: int = 0,
+    steps: int = 1600,
+    **settings: Any,
 ) -> Run:
     """Train for a few small iterations: real weights and a real run folder, no skill."""
-    kind, small = agents.get(agent).config, {"worlds": 4, "rollouts": 2, "minibatches": 2, "epochs": 2, **settings}
+    kind, small = (
+        agents.get(agent).config,
+        {"worlds": 4, "rollouts": 2, "minibatches": 2, "epochs": 2, **settings},
+    )
     config = kind(**{k: v for k, v in small.items() if k in kind.__dataclass_fields__})
-    settings = TrainConfig(family=family, agent=agent, steps=steps, seed=seed, threads=1, save_every=1)
+    settings = TrainConfig(
+        family=family, agent=agent, steps=steps, seed=seed, threads=1, save_every=1
+    )
     run = start_run(settings, config, out)
     assert train(run, show=False)
     return run
@@ -69,7 +79,13 @@ def build(name: str, seed: int = 0, **settings: Any) -> Any:
     """A learner of a policy that does something; the same policy for all learners."""
     torch.manual_seed(seed)
     kind = agents.get(name)
-    usual = {"worlds": len(TASKS) * ROLLOUTS, "rollouts": ROLLOUTS, "width": 8, "std": 0.6, "inner_lr": 0.05}
+    usual = {
+        "worlds": len(TASKS) * ROLLOUTS,
+        "rollouts": ROLLOUTS,
+        "width": 8,
+        "std": 0.6,
+        "inner_lr": 0.05,
+    }
     learner = kind.build(kind.config(**usual | settings), SHAPES)
     torch.manual_seed(seed + 1)  # a critic has drawn its weights, or there is none
     with torch.no_grad():
@@ -78,7 +94,9 @@ def build(name: str, seed: int = 0, **settings: Any) -> Any:
     return learner
 
 
-def live(agent: GradientAgent, family: Any = FALLING, seed: int = 0, episodes: int = 2, **settings: Any) -> Trials:
+def live(
+    agent: GradientAgent, family: Any = FALLING, seed: int = 0, episodes: int = 2, **settings: Any
+) -> Trials:
     rollouts = agent.config.rollouts
     env = Env(family, [t for t in TASKS for _ in range(rollouts)], threads=1)
     return collect(agent, env, TASKS, episodes=episodes, seed=seed, rollouts=rollouts, **settings)
@@ -140,7 +158,9 @@ def finite(learner: Learner) -> bool:
     return all(bool(v.isfinite().all()) for v in learner.state().values())
 
 
-def doubled(name: str, episodes: int = 2, **settings: Any) -> tuple[Any, Tensor, list[InnerBatch], InnerBatch]:
+def doubled(
+    name: str, episodes: int = 2, **settings: Any
+) -> tuple[Any, Tensor, list[InnerBatch], InnerBatch]:
     """A learner in float64, its meta-parameters, and batches of real trials."""
     learner = build(name, episodes=episodes, **settings)
     learner.agent.double()

@@ -26,7 +26,9 @@ def test_links_lead_to_the_real_folders() -> None:
 
 @pytest.mark.parametrize("name", ["envs", "agents"])
 def test_the_bare_name_is_refused(name: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert f"import metarobot.{name}, not {name}" in done.stderr
 
 
@@ -74,6 +76,9 @@ def test_scripts_are_bash_that_parses_and_may_be_run(script: pathlib.Path) -> No
 def test_gl_is_found_by_the_installer_where_it_is(gl: None) -> None:
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        [ROOT / "scripts" / "install_gl.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True
+        [ROOT / "scripts" / "install_gl.sh"],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

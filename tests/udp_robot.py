@@ -1,6 +1,8 @@
-"""A robot of two joints at the other end of a wire: its client, its controller process, and the peer that records.
+"""A robot of two joints at the other end of a wire: its client, its controller process, and the
+peer that records.
 
-``python udp_robot.py FOLDER PORT HOW`` is a controller with a guard; ``HOW`` says what its policy does wrong.
+``python udp_robot.py FOLDER PORT HOW`` is a controller with a guard; ``HOW`` says what its policy
+does wrong.
 """
 
 import socket
@@ -61,7 +63,9 @@ class Udp:
             except BlockingIOError:
                 return
             _, seq, stamp, *values = READING.unpack(data)
-            self._latest = {"stamp": stamp, "seq": float(seq)} | dict(zip(KEYS, values, strict=True))
+            self._latest = {"stamp": stamp, "seq": float(seq)} | dict(
+                zip(KEYS, values, strict=True)
+            )
 
     def get_observation(self) -> dict[str, float]:
         self._drain()
@@ -70,7 +74,9 @@ class Udp:
     def send_action(self, action: Mapping[str, float]) -> dict[str, float]:
         self._number += 1
         self._link.send(
-            COMMAND.pack(b"C", self._number, int(self._latest["seq"]), *(action[f"{j}.pos"] for j in JOINTS))
+            COMMAND.pack(
+                b"C", self._number, int(self._latest["seq"]), *(action[f"{j}.pos"] for j in JOINTS)
+            )
         )
         return dict(action)
 
@@ -154,7 +160,9 @@ class Peer:
 
     def damped(self, since: float) -> float:
         """Return when the first damping after a moment came; NaN if none has."""
-        return next((t for t, kind, _, _ in list(self.heard) if kind == b"D" and t >= since), float("nan"))
+        return next(
+            (t for t, kind, _, _ in list(self.heard) if kind == b"D" and t >= since), float("nan")
+        )
 
 
 def control(folder: str, port: int, how: str) -> int:
@@ -168,13 +176,18 @@ def control(folder: str, port: int, how: str) -> int:
         return np.sin(0.2 * len(policy.told) + np.arange(2))
 
     about = Meta.load(folder)
-    robot, settings = Udp(about, port=port), Settings(hz=50, seconds=30, ready_s=0.1, soft_s=0.1, damp_s=0.3)
+    robot, settings = (
+        Udp(about, port=port),
+        Settings(hz=50, seconds=30, ready_s=0.1, soft_s=0.1, damp_s=0.3),
+    )
     with ExitStack() as stack:
         stack.enter_context(alone(robot.identity))
         robot.connect()
         beat = stack.enter_context(guarding(folder, "udp_robot:Udp", {"port": port}, 0.02))
         stop = stack.enter_context(signs())
-        one = Controller(Wave(about, act=act), robot, Plain(about), settings, clock=Monotonic(), beat=beat)
+        one = Controller(
+            Wave(about, act=act), robot, Plain(about), settings, clock=Monotonic(), beat=beat
+        )
         watch = stack.enter_context(Watch(one.gate, stop.files))
         watch.hung = lambda: __import__("os")._exit(1)
         watch.hang = 0.5

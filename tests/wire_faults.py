@@ -1,4 +1,5 @@
-"""One fault on the wire: drive, break something, and see when damping arrives and what came before."""
+"""One fault on the wire: drive, break something, and see when damping arrives and what came
+before."""
 
 import json
 import os
@@ -16,7 +17,12 @@ from udp_robot import FAULTS, Peer
 from metarobot.bridge.safety.command_gate import bounds
 
 HERE = Path(__file__).parent
-SIGNALS = {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+SIGNALS = {
+    "kill -9": signal.SIGKILL,
+    "SIGSTOP": signal.SIGSTOP,
+    "SIGTERM": signal.SIGTERM,
+    "SIGINT": signal.SIGINT,
+}
 ALL = (*FAULTS, *SIGNALS, "policy hangs", "policy nan")
 PERIOD = 0.02
 
@@ -68,7 +74,11 @@ def strike(about: Path, fault: str, at: float = 0.5) -> Outcome:
         said = process.communicate(timeout=30)[0]
         check(peer, damped)
         commands = [t for t, *_ in peer.commands()]
-        good = peer.good if fault in FAULTS else max(t for t, _, _ in peer.readings.values() if t <= commands[-1])
+        good = (
+            peer.good
+            if fault in FAULTS
+            else max(t for t, _, _ in peer.readings.values() if t <= commands[-1])
+        )
         return Outcome(damped - good, damped - commands[-1], process.returncode, said.strip())
 
 
@@ -87,4 +97,5 @@ def check(peer: Peer, damped: float) -> None:
 
 
 SLACK = 1.0
-"""How late a busy machine may make what is timed, s; ``scripts/fuzz_wire.py`` says how late it was."""
+"""How late a busy machine may make what is timed, s; ``scripts/fuzz_wire.py`` says how late it
+was."""

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("cyclonedds", reason="robots on DDS need cyclonedds: pip install 'metarobot[deploy]'")
+pytest.importorskip(
+    "cyclonedds", reason="robots on DDS need cyclonedds: pip install 'metarobot[deploy]'"
+)
 
 from metarobot.bridge.robots import ros2_messages as ros
 from metarobot.bridge.robots.dds import Link
@@ -73,18 +75,27 @@ class Controller:
         self._feet = self.link.writer("rt/foot_forces", ros.Float64MultiArray)
         self._commands = self.link.reader(f"rt/{name}/commands", ros.Float64MultiArray)
 
-    def publish(self, stamp: float, position: Sequence[float] = (0.0, 2.0, 1.0), **other: Any) -> None:
+    def publish(
+        self, stamp: float, position: Sequence[float] = (0.0, 2.0, 1.0), **other: Any
+    ) -> None:
         """Publish joint states; ``other`` overrides velocity, effort and name."""
         n = len(position)
-        filled = {"velocity": [0.1 * k for k in range(n)], "effort": [-1.0 * k for k in range(n)]} | other
+        filled = {
+            "velocity": [0.1 * k for k in range(n)],
+            "effort": [-1.0 * k for k in range(n)],
+        } | other
         names = list(filled.pop("name", self.names))
-        self._states.send(ros.JointState(head(stamp), names, list(position), filled["velocity"], filled["effort"]))
+        self._states.send(
+            ros.JointState(head(stamp), names, list(position), filled["velocity"], filled["effort"])
+        )
 
     def tilt(self, stamp: float) -> None:
         """Publish an IMU reading whose seven numbers count up, and the forces of two feet."""
         self._feet.send(ros.Float64MultiArray(ros.MultiArrayLayout([], 0), [10.0, 20.0]))
         turn, none = ros.Vector3(5.0, 6.0, 7.0), [0.0] * 9
-        self._imu.send(ros.Imu(head(stamp), ros.Quaternion(2.0, 3.0, 4.0, 1.0), none, turn, none, turn, none))
+        self._imu.send(
+            ros.Imu(head(stamp), ros.Quaternion(2.0, 3.0, 4.0, 1.0), none, turn, none, turn, none)
+        )
 
     def alive(self, **joints: Any) -> AbstractContextManager[None]:
         """Publish every 5 ms."""

@@ -1,11 +1,13 @@
-"""Stable-Baselines3's algorithms as agents: trained by SB3's own loops, kept, tested and filmed as any other.
+"""Stable-Baselines3's algorithms as agents: trained by SB3's own loops, kept, tested and filmed as
+any other.
 
-PPO and SAC have no memory: one behaviour for all tasks. RecurrentPPO is given a whole trial for its episode, and in
-every observation the reward, the action and the end that came before it: what RL² is (Duan et al. 2016), by SB3. So its
-LSTM lives through the episodes of a trial; SB3 clears it at the ends of episodes, and then it could carry nothing on.
+PPO and SAC have no memory: one behaviour for all tasks. RecurrentPPO is given a whole trial for its
+episode, and in every observation the reward, the action and the end that came before it: what RL²
+is (Duan et al. 2016), by SB3. So its LSTM lives through the episodes of a trial; SB3 clears it at
+the ends of episodes, and then it could carry nothing on.
 
-The worlds begin anew with every iteration, from tasks, starts and noise keyed by (seed, iteration): what is saved is
-all there is, and a killed run goes on bit for bit.
+The worlds begin anew with every iteration, from tasks, starts and noise keyed by (seed, iteration):
+what is saved is all there is, and a killed run goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ from metarobot.types import Trials
 
 @dataclass(frozen=True, kw_only=True)
 class SB3PPOConfig:
-    """Settings of SB3's PPO: those of our own PPO wherever they mean the same, so that they are compared fairly."""
+    """Settings of SB3's PPO: those of our own PPO wherever they mean the same, so that they are
+    compared fairly.
+    """
 
     worlds: int = 64
     """Worlds that live side by side."""
@@ -68,7 +72,8 @@ class SB3PPOConfig:
     clip: float = 0.2
     """PPO's bound on the probability ratio."""
     kl_stop: float = 0.045
-    """Approximate KL divergence from the collecting policy at which an iteration's learning stops."""
+    """Approximate KL divergence from the collecting policy at which an iteration's learning
+    stops."""
     value: float = 0.5
     """Weight of the critic's squared error."""
     grad_norm: float = 1.0
@@ -153,9 +158,16 @@ class SB3Learner:
 
     def settings(self, **policy: Any) -> dict[str, Any]:
         """Return what all algorithms are made with."""
-        normalised = {"features_extractor_class": Normalised, "features_extractor_kwargs": {"norm": self.norm}}
+        normalised = {
+            "features_extractor_class": Normalised,
+            "features_extractor_kwargs": {"norm": self.norm},
+        }
         plain = {"policy": "MlpPolicy", "env": None, "device": "cpu", "_init_setup_model": False}
-        return {**plain, "learning_rate": lambda _: self.lr, "policy_kwargs": {**normalised, **policy}}
+        return {
+            **plain,
+            "learning_rate": lambda _: self.lr,
+            "policy_kwargs": {**normalised, **policy},
+        }
 
     def inhabit(self, family: Family, threads: int) -> TrainingStep:
         """Move into worlds; return what lives an iteration in them and learns from it."""
@@ -163,7 +175,9 @@ class SB3Learner:
         self.model.set_env(worlds)
         return lambda _, progress, seed: self.iterate(worlds, threads, progress, seed)
 
-    def iterate(self, worlds: EpisodeVecEnv, threads: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
+    def iterate(
+        self, worlds: EpisodeVecEnv, threads: int, progress: float, seed: int
+    ) -> tuple[int, dict[str, float]]:
         """Live and learn by SB3's loop; return the steps lived, and metrics."""
         self.lr = self.config.lr * (1.0 - progress * (1.0 - self.config.lr_end))
         self.prepare(worlds)
@@ -174,7 +188,10 @@ class SB3Learner:
         seconds, lived = time.monotonic() - began, self.model.num_timesteps
         self.absorb(worlds)
         said = {k: float(v) for k, v in self.model.logger.name_to_value.items()}
-        speed = {"collect_fps": lived / clock.collecting, "learn_fps": lived / (seconds - clock.collecting)}
+        speed = {
+            "collect_fps": lived / clock.collecting,
+            "learn_fps": lived / (seconds - clock.collecting),
+        }
         return lived, {**worlds.metrics(), **said, **{f"time/{k}": v for k, v in speed.items()}}
 
     def prepare(self, worlds: EpisodeVecEnv) -> None:
@@ -182,15 +199,21 @@ class SB3Learner:
 
     def absorb(self, worlds: EpisodeVecEnv) -> None:
         """Let the normaliser see what has been lived; while living and learning it stands."""
-        self.norm.update(torch.from_numpy(np.concatenate(worlds.percepts)[:, : len(self.norm.mean)]))
+        self.norm.update(
+            torch.from_numpy(np.concatenate(worlds.percepts)[:, : len(self.norm.mean)])
+        )
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Refuse: SB3 lives what it learns from."""
-        raise MetarobotError("Stable-Baselines3's agents learn from what its own loop lives, not from trials")
+        raise MetarobotError(
+            "Stable-Baselines3's agents learn from what its own loop lives, not from trials"
+        )
 
 
 class PPOLearner(SB3Learner):
-    """SB3's PPO, its rewards scaled by the spread of their discounted sums, as VecNormalize does."""
+    """SB3's PPO, its rewards scaled by the spread of their discounted sums, as VecNormalize
+    does.
+    """
 
     def __init__(self, config: SB3PPOConfig, shapes: Dimensions) -> None:
         super().__init__(config, shapes)
@@ -205,8 +228,14 @@ class PPOLearner(SB3Learner):
         """Return the settings of PPO."""
         c, steps = self.config, self.config.worlds * self.span
         if steps % c.minibatches or steps < 2 * c.minibatches:
-            raise MetarobotError(f"minibatches = {c.minibatches} do not share the {steps:,} steps of an iteration")
-        learning = {"n_epochs": c.epochs, "batch_size": steps // c.minibatches, "max_grad_norm": c.grad_norm}
+            raise MetarobotError(
+                f"minibatches = {c.minibatches} do not share the {steps:,} steps of an iteration"
+            )
+        learning = {
+            "n_epochs": c.epochs,
+            "batch_size": steps // c.minibatches,
+            "max_grad_norm": c.grad_norm,
+        }
         returns = {"gamma": c.gamma, "gae_lambda": c.lam, "vf_coef": c.value}
         # SB3 stops at 1.5 times its target
         bounds = {"clip_range": c.clip, "target_kl": c.kl_stop / 1.5}
@@ -278,34 +307,59 @@ class SACLearner(SB3Learner):
     def algorithm(self, shapes: Dimensions) -> Any:
         """Make SAC, one round of gradient steps for each step of all worlds."""
         c = self.config
-        learning = {"batch_size": c.batch, "gradient_steps": c.updates, "tau": c.tau, "gamma": c.gamma}
+        learning = {
+            "batch_size": c.batch,
+            "gradient_steps": c.updates,
+            "tau": c.tau,
+            "gamma": c.gamma,
+        }
         experience = {"buffer_size": c.replay, "learning_starts": c.start}
         # SB3 would ask the environment for it
         entropy = {"target_entropy": -float(shapes.act)}
         return SAC(**{**self.settings(net_arch=[c.width] * 2), **learning, **experience, **entropy})
 
     def prepare(self, worlds: EpisodeVecEnv) -> None:
-        """Act at random only until enough has been lived; SB3 counts from each iteration's start."""
+        """Act at random only until enough has been lived; SB3 counts from each iteration's
+        start.
+        """
         lived = self.model.replay_buffer.size() * self.config.worlds
         self.model.learning_starts = max(0, self.config.start - lived)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normaliser, optimisers, the entropy's weight and the replay."""
-        flat = {f"{name}.{k}": v for name, o in self.optimisers.items() for k, v in flatten_state(o).items()}
+        flat = {
+            f"{name}.{k}": v
+            for name, o in self.optimisers.items()
+            for k, v in flatten_state(o).items()
+        }
         flat |= {f"agent.{k}": v.detach().clone() for k, v in self.agent.state_dict().items()}
         replay = self.model.replay_buffer
-        rows = {name: torch.from_numpy(getattr(replay, name)[: replay.size()].copy()) for name in KEPT}
+        rows = {
+            name: torch.from_numpy(getattr(replay, name)[: replay.size()].copy()) for name in KEPT
+        }
         place = torch.tensor([replay.pos, replay.full])
         entropy = self.model.log_ent_coef.detach().clone()
-        return {**flat, "log_ent_coef": entropy, "replay.place": place, **{f"replay.{k}": v for k, v in rows.items()}}
+        return {
+            **flat,
+            "log_ent_coef": entropy,
+            "replay.place": place,
+            **{f"replay.{k}": v for k, v in rows.items()},
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         for name, optimiser in self.optimisers.items():
             restore_state(
-                {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}, optimiser
+                {
+                    k.removeprefix(f"{name}."): v
+                    for k, v in state.items()
+                    if k.startswith(f"{name}.")
+                },
+                optimiser,
             )
-        self.agent.load_state_dict({k.removeprefix("agent."): v for k, v in state.items() if k.startswith("agent.")})
+        self.agent.load_state_dict(
+            {k.removeprefix("agent."): v for k, v in state.items() if k.startswith("agent.")}
+        )
         self.model.log_ent_coef.data.copy_(state["log_ent_coef"])
         replay = self.model.replay_buffer
         replay.pos, replay.full = int(state["replay.place"][0]), bool(state["replay.place"][1])
@@ -314,7 +368,9 @@ class SACLearner(SB3Learner):
 
 
 class _Clock(BaseCallback):  # type: ignore[misc,unused-ignore]
-    """Counts the seconds spent collecting, during which torch has one thread, so that physics has the cores."""
+    """Counts the seconds spent collecting, during which torch has one thread, so that physics has
+    the cores.
+    """
 
     def __init__(self, threads: int) -> None:
         super().__init__()

@@ -36,19 +36,27 @@ class Normalised(BaseFeaturesExtractor):  # type: ignore[misc,unused-ignore]
 
 
 class TrialPolicy(RecurrentActorCriticPolicy):  # type: ignore[misc,unused-ignore]
-    """SB3's LSTM policy, faster: it walks through a sequence in Python only where memories are cleared within it."""
+    """SB3's LSTM policy, faster: it walks through a sequence in Python only where memories are
+    cleared within it.
+    """
 
     @staticmethod
-    def _process_sequence(features: Tensor, lstm_states: Any, episode_starts: Tensor, lstm: nn.LSTM) -> Any:
+    def _process_sequence(
+        features: Tensor, lstm_states: Any, episode_starts: Tensor, lstm: nn.LSTM
+    ) -> Any:
         starts = episode_starts.reshape(lstm_states[0].shape[1], -1).clone()
         kept = 1.0 - starts[:, :1]
         starts[:, 0] = 0.0
         states = tuple(kept * x for x in lstm_states)
-        return RecurrentActorCriticPolicy._process_sequence(features, states, starts.flatten(), lstm)
+        return RecurrentActorCriticPolicy._process_sequence(
+            features, states, starts.flatten(), lstm
+        )
 
 
 class SB3PPOAgent(nn.Module):
-    """SB3's policy at work; its actions within ±1 are ``reach`` times smaller than the robot's around ``middle``."""
+    """SB3's policy at work; its actions within ±1 are ``reach`` times smaller than the robot's
+    around ``middle``.
+    """
 
     privileged = explores = False
     middle: Tensor
@@ -57,7 +65,9 @@ class SB3PPOAgent(nn.Module):
     def __init__(self, policy: Any, shapes: Dimensions) -> None:
         super().__init__()
         self.policy = policy
-        low, high = (torch.tensor(x or [y] * shapes.act) for x, y in ((shapes.low, -1.0), (shapes.high, 1.0)))
+        low, high = (
+            torch.tensor(x or [y] * shapes.act) for x, y in ((shapes.low, -1.0), (shapes.high, 1.0))
+        )
         self.register_buffer("middle", (low + high) / 2)
         self.register_buffer("reach", (high - low) / 2)
 
@@ -65,7 +75,9 @@ class SB3PPOAgent(nn.Module):
         """Return nothing: there is no memory."""
         return ()
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Act as SB3's ``predict`` does, ``deterministic`` without noise."""
         mean, std, context = self.chosen(percept, context)
         action = self.bounded(mean if noise is None else torch.addcmul(mean, noise, std))
@@ -76,7 +88,9 @@ class SB3PPOAgent(nn.Module):
         return context
 
     def chosen(self, percept: Percept, context: Context) -> tuple[Tensor, Tensor, Context]:
-        """Return mean and deviation of the action before it is bounded, ``(world, act)``, and the context after."""
+        """Return mean and deviation of the action before it is bounded, ``(world, act)``, and the
+        context after.
+        """
         gaussian = self.policy.get_distribution(percept.obs).distribution
         return gaussian.mean, gaussian.stddev, context
 
@@ -96,7 +110,9 @@ class SB3RecurrentAgent(SB3PPOAgent):
     def chosen(self, percept: Percept, context: Context) -> tuple[Tensor, Tensor, Context]:
         """Step the memory."""
         states = tuple(x[None] for x in context)
-        distribution, (h, c) = self.policy.get_distribution(flat_percept(percept), states, percept.first)
+        distribution, (h, c) = self.policy.get_distribution(
+            flat_percept(percept), states, percept.first
+        )
         return distribution.distribution.mean, distribution.distribution.stddev, (h[0], c[0])
 
 

@@ -1,4 +1,6 @@
-"""What Stable-Baselines3's algorithms live in when they are trained as agents: single episodes, or whole trials."""
+"""What Stable-Baselines3's algorithms live in when they are trained as agents: single episodes, or
+whole trials.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from metarobot.types import Percept
 
 
 class EpisodeVecEnv(SB3VecEnv):
-    """What an algorithm lives in: actions within ±1, and notes of all that normalisers and metrics are made from."""
+    """What an algorithm lives in: actions within ±1, and notes of all that normalisers and metrics
+    are made from.
+    """
 
     def __init__(self, family: Family, worlds: int, episodes: int, threads: int) -> None:
         self.episodes = episodes
@@ -73,7 +77,9 @@ class EpisodeVecEnv(SB3VecEnv):
 
 
 class TrialVecEnv(EpisodeVecEnv):
-    """Worlds whose episode, for SB3, is a whole trial, and whose observation is the percept: see ``told``."""
+    """Worlds whose episode, for SB3, is a whole trial, and whose observation is the percept: see
+    ``told``.
+    """
 
     def __init__(self, family: Family, worlds: int, episodes: int, threads: int) -> None:
         super().__init__(family, worlds, episodes, threads)
@@ -90,12 +96,20 @@ class TrialVecEnv(EpisodeVecEnv):
         """Step every world; only the end of its last episode ends a trial."""
         obs, reward, done, infos = super().step_wait()
         over = done & (self.count % self.episodes == 0)
-        parts = (obs, self.rewards[-1][:, None], self._actions.numpy(), done[:, None], np.zeros((len(obs), 1)))
+        parts = (
+            obs,
+            self.rewards[-1][:, None],
+            self._actions.numpy(),
+            done[:, None],
+            np.zeros((len(obs), 1)),
+        )
         percept = np.concatenate(parts, 1, dtype=np.float32)
         for i in np.flatnonzero(done).tolist():
             final = infos[i].pop("terminal_observation")
             if over[i]:  # as if the episode went on: what the critic bootstraps from
-                infos[i]["terminal_observation"] = np.concatenate([final, percept[i, len(final) : -2], [0.0, 0.0]])
+                infos[i]["terminal_observation"] = np.concatenate(
+                    [final, percept[i, len(final) : -2], [0.0, 0.0]]
+                )
         percept[over] = _began(obs[over], self.width)
         self.percepts[-1] = percept
         return percept, reward, over, infos
@@ -110,6 +124,14 @@ def _began(obs: Array, width: int) -> Array:
 
 
 def flat_percept(percept: Percept) -> Tensor:
-    """Join a percept as ``TrialWorlds`` shows it: observation, reward, action, done, first; ``(world, width)``."""
-    parts = (percept.obs, percept.reward[:, None], percept.action, percept.done[:, None], percept.first[:, None])
+    """Join a percept as ``TrialWorlds`` shows it: observation, reward, action, done, first;
+    ``(world, width)``.
+    """
+    parts = (
+        percept.obs,
+        percept.reward[:, None],
+        percept.action,
+        percept.done[:, None],
+        percept.first[:, None],
+    )
     return torch.cat(parts, -1)

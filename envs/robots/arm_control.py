@@ -1,7 +1,8 @@
 """A Panda over a table: how it is commanded, and what is seen of it and of the object before it.
 
-The arm is commanded as Franka's is: displacements of the hand 25 times a second, and ``grasp(force)`` of the hand,
-which closes at one speed and then presses with the force asked for until it is opened.
+The arm is commanded as Franka's is: displacements of the hand 25 times a second, and
+``grasp(force)`` of the hand, which closes at one speed and then presses with the force asked for
+until it is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ REACH, TURN = 0.02, 0.12
 """What an action of 1 moves the hand's aim by in a control step: m, and rad about the vertical."""
 AHEAD = 0.05
 """How far the aim may be ahead of the hand, m."""
-LOWEST, HIGHEST = torch.tensor([0.35, -0.25, 0.013]).double(), torch.tensor([0.7, 0.25, 0.3]).double()
+LOWEST, HIGHEST = (
+    torch.tensor([0.35, -0.25, 0.013]).double(),
+    torch.tensor([0.7, 0.25, 0.3]).double(),
+)
 """The box that the aim stays in, m."""
 WEAKEST, STRONGEST = 0.5, 60.0
 """Grip forces that can be asked for, N; the action between is their logarithm."""
@@ -52,8 +56,8 @@ NOISE = (*[0.001] * 3, *[0.01] * 3, *[0.003] * 3, *[0.03] * 6, 0.0005, 0.005, 0.
 """Uniform, ± so much: the object's pose comes from a camera."""
 
 FORCE, GRIPPED, AIM, YAW, HAND = 0, 1, slice(2, 5), 5, 6
-"""Of the statistics: force asked for, N (0 open), whether a pad has met something since, and where the hand is to be, m and
-rad; and how many columns that takes."""
+"""Of the statistics: force asked for, N (0 open), whether a pad has met something since, and where
+the hand is to be, m and rad; and how many columns that takes."""
 
 _STEP = torch.from_numpy(panda.SPEED * SUBSTEPS * TIMESTEP)
 _LOW, _HIGH = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
@@ -70,10 +74,14 @@ class Scene:
     """What the sensors and joints say, one row a world; m, rad, N, s."""
 
     def __init__(self, state: WorldState) -> None:
-        joints, pointing, self.tip, x, y, z, self.speed, self.pads, self.angles, pads, moving = torch.split(
-            state.sensors, [21, 21, 3, 3, 3, 3, 3, 2, 7, 6, 6], 1
+        joints, pointing, self.tip, x, y, z, self.speed, self.pads, self.angles, pads, moving = (
+            torch.split(state.sensors, [21, 21, 3, 3, 3, 3, 3, 2, 7, 6, 6], 1)
         )
-        self.joints, self.axes, self.hand = joints.view(-1, 7, 3), pointing.view(-1, 7, 3), torch.stack([x, y, z], 1)
+        self.joints, self.axes, self.hand = (
+            joints.view(-1, 7, 3),
+            pointing.view(-1, 7, 3),
+            torch.stack([x, y, z], 1),
+        )
         self.opening = ((pads[:, :3] - pads[:, 3:]) * y).sum(1)
         self.closing = ((moving[:, :3] - moving[:, 3:]) * y).sum(1)
         self.object, turned = state.qpos[:, -7:-4], rotation(state.qpos[:, -4:])
@@ -92,10 +100,24 @@ def observe(state: WorldState) -> Tensor:
     """Return ``(world, 19)``: see ``OBSERVATIONS``."""
     scene, statistics = scene_of(state), state.statistics
     fingers = torch.stack(
-        [scene.opening, scene.closing, (statistics[:, FORCE] > 0).to(statistics), statistics[:, GRIPPED]], 1
+        [
+            scene.opening,
+            scene.closing,
+            (statistics[:, FORCE] > 0).to(statistics),
+            statistics[:, GRIPPED],
+        ],
+        1,
     )
     return torch.cat(
-        [scene.tip - constant_like(CENTRE, scene.tip), scene.speed, scene.offset, scene.x, scene.z, fingers], 1
+        [
+            scene.tip - constant_like(CENTRE, scene.tip),
+            scene.speed,
+            scene.offset,
+            scene.x,
+            scene.z,
+            fingers,
+        ],
+        1,
     ).float()
 
 
@@ -107,7 +129,9 @@ def begin(state: WorldState) -> Tensor:
 
 
 def count(before: WorldState, after: WorldState, scene: Scene) -> Tensor:
-    """Return the hand's statistics after an action, ``(world, HAND)``; ``scene`` is what is after."""
+    """Return the hand's statistics after an action, ``(world, HAND)``; ``scene`` is what is
+    after.
+    """
     old, close = before.statistics, after.action[:, 4]
     asked = WEAKEST * (STRONGEST / WEAKEST) ** ((after.action[:, 5] + 1) / 2)
     force = torch.where((close > 0.5) & (old[:, FORCE] == 0), asked, old[:, FORCE])
@@ -118,18 +142,24 @@ def count(before: WorldState, after: WorldState, scene: Scene) -> Tensor:
 
 
 def _aim(state: WorldState, action: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where the hand is to be after the action: its place ``(world, 3)``, m, and its turn ``(world,)``, rad."""
+    """Return where the hand is to be after the action: its place ``(world, 3)``, m, and its turn
+    ``(world,)``, rad.
+    """
     tip, statistics = state.sensors[:, 42:45], state.statistics
     place = statistics[:, AIM] + REACH * action[:, :3]
     place = torch.minimum(torch.maximum(place, tip - AHEAD), tip + AHEAD)
     turn = (statistics[:, YAW] + TURN * action[:, 3]).clamp(-1.0, 1.0)
-    return torch.minimum(torch.maximum(place, constant_like(LOWEST, place)), constant_like(HIGHEST, place)), turn
+    return torch.minimum(
+        torch.maximum(place, constant_like(LOWEST, place)), constant_like(HIGHEST, place)
+    ), turn
 
 
 def targets(state: WorldState, action: Tensor, told: Tensor) -> Tensor:
-    """Turn the aim of the hand into joint targets, by damped least squares, and the grip into a force, N.
+    """Turn the aim of the hand into joint targets, by damped least squares, and the grip into a
+    force, N.
 
-    Damped least squares: Buss (2004), "Introduction to inverse kinematics", eq. 11. The hand is kept pointing down.
+    Damped least squares: Buss (2004), "Introduction to inverse kinematics", eq. 11. The hand is
+    kept pointing down.
     """
     scene = scene_of(state)
     place, turn = _aim(state, action)
@@ -166,12 +196,22 @@ OURS = np.array([*panda.READY, *2 * [panda.STROKE / 2]])
 """Joint angles of our own arm and hand at the start, before they are disturbed."""
 
 
-def start(rng: np.random.Generator, model: mujoco.MjModel, *, ready: Floats = OURS) -> tuple[Floats, Floats]:
-    """Hold the hand over the table, joints within ±0.03 rad; put the object within 5 cm and 0.5 rad of its middle."""
+def start(
+    rng: np.random.Generator, model: mujoco.MjModel, *, ready: Floats = OURS
+) -> tuple[Floats, Floats]:
+    """Hold the hand over the table, joints within ±0.03 rad; put the object within 5 cm and 0.5 rad
+    of its middle.
+    """
     yaw = rng.uniform(-0.5, 0.5)
-    place = [CENTRE[0] + rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05), -model.site("bottom").pos[2]]
+    place = [
+        CENTRE[0] + rng.uniform(-0.05, 0.05),
+        rng.uniform(-0.05, 0.05),
+        -model.site("bottom").pos[2],
+    ]
     arm, fingers = ready[:7] + rng.uniform(-0.03, 0.03, 7), ready[7:]
-    return np.array([*arm, *fingers, *place, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]), np.zeros(model.nv)
+    return np.array([*arm, *fingers, *place, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]), np.zeros(
+        model.nv
+    )
 
 
 def starter(robot: str) -> Callable[[np.random.Generator, mujoco.MjModel], tuple[Floats, Floats]]:
@@ -184,7 +224,9 @@ def build(robot: str = "") -> mujoco.MjSpec:
     spec = arms.load(robot) if robot else panda.panda()
     spec.option.timestep, spec.option.integrator = TIMESTEP, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 100.0
-    table = spec.worldbody.add_geom(name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1, 1, 0.1])
+    table = spec.worldbody.add_geom(
+        name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1, 1, 0.1]
+    )
     table.contype, table.conaffinity, table.rgba = 3, 2, [0.75, 0.72, 0.68, 1]
     objects.add(spec)
     return spec if robot else panda.equip(spec)

@@ -1,8 +1,9 @@
 """Franka Emika's Panda with its hand, built from primitive shapes with the published numbers.
 
-Kinematics, limits and forces: Franka's data sheet and FCI manual ("Denavit-Hartenberg parameters", "Limits"; Franka
-Hand: stroke, force). Masses, centres of mass and inertias: identified by Gaz et al. (2019), as MuJoCo Menagerie has
-them. Frames as Franka's: x forward, y left, z up; lengths in m, masses in kg, angles in rad.
+Kinematics, limits and forces: Franka's data sheet and FCI manual ("Denavit-Hartenberg parameters",
+"Limits"; Franka Hand: stroke, force). Masses, centres of mass and inertias: identified by Gaz et
+al. (2019), as MuJoCo Menagerie has them. Frames as Franka's: x forward, y left, z up; lengths in m,
+masses in kg, angles in rad.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ STIFFNESS = np.array([4500.0, 4500.0, 3500.0, 3500.0, 2000.0, 2000.0, 2000.0])
 DAMPING = 0.05 * STIFFNESS
 """Gains of the arm's joint position control, N·m/rad and N·m·s/rad."""
 LAG = 0.04
-"""Time constant of every drive's response, s: targets that come in steps are moved to smoothly, as by Franka's own."""
+"""Time constant of every drive's response, s: targets that come in steps are moved to smoothly, as
+by Franka's own."""
 FINGER_INERTIA = 0.05
 """Of the drive, felt at each finger, kg."""
 FINGER_DAMPING = 10.0
@@ -41,7 +43,8 @@ PAD = (0.0105, 0.004, 0.0105)
 """Half-sizes of a finger's pad, m: across, along the closing direction, and down."""
 
 _TURN = {"+": (1, 1, 0, 0), "-": (1, -1, 0, 0), "0": (1, 0, 0, 0)}
-# where each link's frame is in the one before (m), its quarter turn about x; mass kg, centre of mass m,
+# where each link's frame is in the one before (m), its quarter turn about x; mass kg, centre of
+# mass m,
 # inertia kg·m² (xx, yy, zz, xy, xz, yz)
 _LINKS = (
     (
@@ -95,7 +98,9 @@ _LINKS = (
     ),
 )
 # pictures alone: capsules from one point to another in a link's frame, m, and their radius
-_SHAPES: dict[int, tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]] = {
+_SHAPES: dict[
+    int, tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
+] = {
     0: (((0, 0, -0.28), (0, 0, -0.06), 0.06), ((0, -0.05, 0), (0, 0.05, 0), 0.06)),
     1: (((0, -0.07, 0), (0, -0.20, 0), 0.06),),
     2: (((0, 0, -0.12), (0, 0, -0.05), 0.06), ((0.0825, -0.04, 0), (0.0825, 0.04, 0), 0.055)),
@@ -114,8 +119,9 @@ _WHITE, _GREY = (0.93, 0.93, 0.95, 1.0), (0.25, 0.26, 0.28, 1.0)
 def panda() -> mujoco.MjSpec:
     """Build the arm on a table at the height of its base, its drives, and what its sensors feel.
 
-    Pads, palm and table touch objects, pads and palm touch the table, and nothing else touches anything. The arm is
-    held against gravity by its own controller, as Franka's is. It takes an implicit integrator.
+    Pads, palm and table touch objects, pads and palm touch the table, and nothing else touches
+    anything. The arm is held against gravity by its own controller, as Franka's is. It takes an
+    implicit integrator.
     """
     spec = mujoco.MjSpec()
     spec.modelname = "panda"
@@ -124,43 +130,75 @@ def panda() -> mujoco.MjSpec:
     body = spec.worldbody
     for i, (pos, turn, mass, com, (xx, yy, zz, xy, xz, yz)) in enumerate(_LINKS):
         body = body.add_body(name=f"link{i + 1}", pos=pos, quat=_TURN[turn], gravcomp=1)
-        body.explicitinertial, body.mass, body.ipos, body.fullinertia = True, mass, com, (xx, yy, zz, xy, xz, yz)
+        body.explicitinertial, body.mass, body.ipos, body.fullinertia = (
+            True,
+            mass,
+            com,
+            (xx, yy, zz, xy, xz, yz),
+        )
         joint = body.add_joint(name=ARM[i], axis=[0, 0, 1], range=[LOW[i], HIGH[i]], armature=0.1)
         joint.damping[0] = 1.0
         for start, end, radius in _SHAPES[i]:
-            _shown(body, mujoco.mjtGeom.mjGEOM_CAPSULE, size=[radius, 0, 0], fromto=[*start, *end], rgba=_WHITE)
+            _shown(
+                body,
+                mujoco.mjtGeom.mjGEOM_CAPSULE,
+                size=[radius, 0, 0],
+                fromto=[*start, *end],
+                rgba=_WHITE,
+            )
     _add_hand(body)
     return spec
 
 
 def _add_hand(flange: Any) -> None:
     """Mount the hand: two fingers that move as one."""
-    hand = flange.add_body(name="hand", pos=[0, 0, 0.107], quat=[0.9238795, 0, 0, -0.3826834], gravcomp=1)
-    hand.explicitinertial, hand.mass, hand.ipos, hand.inertia = True, 0.73, (-0.01, 0, 0.03), (0.001, 0.0025, 0.0017)
+    hand = flange.add_body(
+        name="hand", pos=[0, 0, 0.107], quat=[0.9238795, 0, 0, -0.3826834], gravcomp=1
+    )
+    hand.explicitinertial, hand.mass, hand.ipos, hand.inertia = (
+        True,
+        0.73,
+        (-0.01, 0, 0.03),
+        (0.001, 0.0025, 0.0017),
+    )
     box = mujoco.mjtGeom.mjGEOM_BOX
     _touching(hand, "palm", [0.02, 0.1, 0.03], [0, 0, 0.028], _WHITE)
     hand.add_site(name="tip", pos=[0, 0, TIP], size=[0.005, 0, 0])
     for name, side in zip(("left", "right"), (1, -1), strict=True):
         finger = hand.add_body(name=f"{name}_finger", pos=[0, 0, 0.0584], gravcomp=1)
-        finger.explicitinertial, finger.mass, finger.inertia = True, 0.015, (2.375e-6, 2.375e-6, 7.5e-7)
-        joint = finger.add_joint(name=FINGERS[side < 0], type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, side, 0])
+        finger.explicitinertial, finger.mass, finger.inertia = (
+            True,
+            0.015,
+            (2.375e-6, 2.375e-6, 7.5e-7),
+        )
+        joint = finger.add_joint(
+            name=FINGERS[side < 0], type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, side, 0]
+        )
         joint.range = [0, STROKE / 2]
         resist(joint)
-        _shown(finger, box, size=[0.0105, 0.007, 0.0225], pos=[0, side * 0.0145, 0.0225], rgba=_GREY)
+        _shown(
+            finger, box, size=[0.0105, 0.007, 0.0225], pos=[0, side * 0.0145, 0.0225], rgba=_GREY
+        )
         _touching(finger, f"{name}_pad", list(PAD), [0, side * PAD[1], 0.0445], _GREY)
         size = [PAD[0] + 0.003, PAD[1], PAD[2] + 0.003]
-        finger.add_site(name=f"{name}_pad", type=box, size=size, pos=[0, 0, 0.0445], rgba=[0, 0, 0, 0])
+        finger.add_site(
+            name=f"{name}_pad", type=box, size=size, pos=[0, 0, 0.0445], rgba=[0, 0, 0, 0]
+        )
 
 
 def resist(joint: Any, lever: float = -1.0) -> None:
-    """Give a finger's joint its inertia, its resistance and hard stops; ``lever`` as for ``equip``."""
+    """Give a finger's joint its inertia, its resistance and hard stops; ``lever`` as for
+    ``equip``.
+    """
     joint.armature, joint.damping[0] = FINGER_INERTIA * lever**2, FINGER_DAMPING * lever**2
     joint.solref_limit, joint.solimp_limit[:3] = [0.01, 1], [0.99, 0.999, 0.001]
 
 
 def _touching(body: Any, name: str, size: list[float], pos: list[float], rgba: Any) -> None:
     kind = mujoco.mjtGeom.mjGEOM_BOX
-    body.add_geom(name=name, type=kind, size=size, pos=pos, rgba=rgba, mass=0, contype=2, conaffinity=1)
+    body.add_geom(
+        name=name, type=kind, size=size, pos=pos, rgba=rgba, mass=0, contype=2, conaffinity=1
+    )
 
 
 def _shown(body: Any, kind: Any, **shape: Any) -> None:
@@ -175,13 +213,15 @@ def equip(
     *,
     tied: bool = False,
 ) -> mujoco.MjSpec:
-    """Add drives and sensors; for another model, to its joints of the arm and to those that close its hand.
+    """Add drives and sensors; for another model, to its joints of the arm and to those that close
+    its hand.
 
-    ``lever``: how far a pad closes for a finger's joint, m per its unit; ``tied``: whether the fingers move as one.
-    Drives: the arm's joints take target angles, rad, the hand a grip force, N, positive to close. Sensors, in this
-    order: where each joint stands (21) and how its axis points (21); the tip's position (3), the hand's x (3), y (3)
-    and z axes (3), the tip's velocity (3); the force on each pad (2); the joints' angles (7); where the pads' faces are
-    (6), and their velocities (6).
+    ``lever``: how far a pad closes for a finger's joint, m per its unit; ``tied``: whether the
+    fingers move as one. Drives: the arm's joints take target angles, rad, the hand a grip force, N,
+    positive to close. Sensors, in this order: where each joint stands (21) and how its axis points
+    (21); the tip's position (3), the hand's x (3), y (3) and z axes (3), the tip's velocity (3);
+    the force on each pad (2); the joints' angles (7); where the pads' faces are (6), and their
+    velocities (6).
     """
     for i, (name, target) in enumerate(zip(ARM, arm, strict=True)):
         drive = spec.add_actuator(name=name, target=target, trntype=mujoco.mjtTrn.mjTRN_JOINT)
@@ -189,7 +229,9 @@ def equip(
         drive.gainprm[0], drive.biasprm[:3] = STIFFNESS[i], [0, -STIFFNESS[i], -DAMPING[i]]
         drive.ctrlrange, drive.forcerange = [LOW[i], HIGH[i]], [-TORQUE[i], TORQUE[i]]
         joint = spec.joint(target)
-        place = joint.parent.add_site(name=name, pos=joint.pos, size=[0.001, 0, 0], rgba=[0, 0, 0, 0])
+        place = joint.parent.add_site(
+            name=name, pos=joint.pos, size=[0.001, 0, 0], rgba=[0, 0, 0, 0]
+        )
         place.alt.type, place.alt.zaxis = mujoco.mjtOrientation.mjORIENTATION_ZAXIS, joint.axis
     grip = spec.add_tendon(name="grip")
     for name in fingers:

@@ -10,12 +10,18 @@ from metarobot.types import Floats, constant_like
 
 
 def rotation(quat: Tensor) -> Tensor:
-    """Return the rotation matrices of unit quaternions ``(world, 4)``, w first: ``(world, 3, 3)``."""
-    return ((quat[:, :, None] * quat[:, None, :]).flatten(1) @ constant_like(_ROTATION, quat)).view(-1, 3, 3)
+    """Return the rotation matrices of unit quaternions ``(world, 4)``, w first: ``(world, 3,
+    3)``.
+    """
+    return ((quat[:, :, None] * quat[:, None, :]).flatten(1) @ constant_like(_ROTATION, quat)).view(
+        -1, 3, 3
+    )
 
 
 def _quadratic() -> Tensor:
-    """Return the matrix ``(16, 9)`` that turns the products of a unit quaternion's elements into a rotation's."""
+    """Return the matrix ``(16, 9)`` that turns the products of a unit quaternion's elements into a
+    rotation's.
+    """
     units = [np.outer(a, b) for a in np.eye(4) for b in np.eye(4)]
     w, x, y, z = range(4)
 

@@ -15,7 +15,8 @@ from metarobot.types import Floats
 KINDS = ("box", "cylinder", "sphere", "ellipsoid", "capsule", "superquadric")
 """What a shape's number stands for."""
 POINTS = 60
-"""Corners of a superquadric: every mesh has as many, so that models of all objects are of one size."""
+"""Corners of a superquadric: every mesh has as many, so that models of all objects are of one
+size."""
 COLOURS = (
     (0.85, 0.35, 0.25),
     (0.25, 0.55, 0.8),
@@ -31,8 +32,8 @@ _MESH = "superquadric"
 def superquadric(seed: int) -> Floats:
     """Return the corners ``(POINTS, 3)`` of a convex body in the cube ±1, drawn from a seed.
 
-    The surface |x|^p + |y|^p ... of Barr (1981): round to boxy by two exponents, its points spread evenly and jittered.
-    Strictly convex, so that every point is a corner and every face a triangle.
+    The surface |x|^p + |y|^p ... of Barr (1981): round to boxy by two exponents, its points spread
+    evenly and jittered. Strictly convex, so that every point is a corner and every face a triangle.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     flat, round_ = rng.uniform(0.45, 1.0, 2)
@@ -68,7 +69,9 @@ def rest(task: Mapping[str, Tensor]) -> Tensor:
 
 
 def _aside(share: float) -> float:
-    """Keep off the very middle: MuJoCo lays out its data otherwise for bodies that are symmetric all round."""
+    """Keep off the very middle: MuJoCo lays out its data otherwise for bodies that are symmetric
+    all round.
+    """
     return share if abs(share) > 0.01 else 0.01
 
 
@@ -79,16 +82,20 @@ def add(spec: mujoco.MjSpec) -> None:
     mesh = spec.add_mesh(name=_MESH, uservert=superquadric(0).ravel())
     mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_CONVEX
     # it rolls and turns against some resistance, as things do; and its friction is what counts
-    body.add_geom(name="object", size=[0.02, 0.02, 0.02], condim=6, contype=1, conaffinity=2, priority=1)
-    body.add_geom(name="ballast", size=[0.002, 0, 0], contype=0, conaffinity=0, mass=0.01, rgba=[0, 0, 0, 0])
+    body.add_geom(
+        name="object", size=[0.02, 0.02, 0.02], condim=6, contype=1, conaffinity=2, priority=1
+    )
+    body.add_geom(
+        name="ballast", size=[0.002, 0, 0], contype=0, conaffinity=0, mass=0.01, rgba=[0, 0, 0, 0]
+    )
     body.add_site(name="bottom", pos=[0, 0, -0.02], size=[0.001, 0, 0], rgba=[0, 0, 0, 0])
 
 
 def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
     """Write the task's object into the model.
 
-    ``width`` is across the hand's closing direction (y), ``length`` along x in widths, ``height`` up, m; a sphere and a
-    capsule are as high as wide, an ellipsoid lies flat.
+    ``width`` is across the hand's closing direction (y), ``length`` along x in widths, ``height``
+    up, m; a sphere and a capsule are as high as wide, an ellipsoid lies flat.
     """
     kind, seed = KINDS[int(task.get("kind", 0))], int(task.get("shape_seed", 0))
     for name in ("width", "length", "height", "mass", "friction"):
@@ -116,7 +123,11 @@ def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
     spec.mesh(_MESH).uservert = (superquadric(seed) * [long, half, height]).ravel()
     ballast = 0.2 if "centre_x" in task else 0.02
     geom.mass, spec.geom("ballast").mass = (1 - ballast) * task["mass"], ballast * task["mass"]
-    spec.geom("ballast").pos = [_aside(task.get("centre_x", 0)) * long, _aside(task.get("centre_y", 0)) * half, 0]
+    spec.geom("ballast").pos = [
+        _aside(task.get("centre_x", 0)) * long,
+        _aside(task.get("centre_y", 0)) * half,
+        0,
+    ]
     geom.friction = [task["friction"], 0.005, 0.0005]
     geom.rgba = [*COLOURS[KINDS.index(kind)], 1]
     spec.site("bottom").pos = [0, 0, -height]

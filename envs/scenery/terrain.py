@@ -1,4 +1,6 @@
-"""Rough ground as a height field, drawn from a seed: the same numbers give the same ground on every machine."""
+"""Rough ground as a height field, drawn from a seed: the same numbers give the same ground on every
+machine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ KINDS = ("noise", "steps", "waves", "ridges")
 RADIUS, CELLS = 6.0, 120
 """Half the length of the square field, m, and its cells a side: 0.1 m each."""
 _DEPTH, _CLEARING = 0.1, (0.35, 0.8)
-"""Ground below the lowest point, m; level within the first radius round the start, all rough beyond the second."""
+"""Ground below the lowest point, m; level within the first radius round the start, all rough beyond
+the second."""
 
 
 def heights(kind: int, roughness: float, seed: int) -> Floats:
@@ -51,7 +54,11 @@ def _waves(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
     """Draw two trains of waves across each other."""
     ground = np.zeros_like(x)
     for _ in range(2):
-        angle, phase, length = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1.5)
+        angle, phase, length = (
+            rng.uniform(0, np.pi),
+            rng.uniform(0, 2 * np.pi),
+            rng.uniform(0.7, 1.5),
+        )
         ground += np.sin(2 * np.pi / length * (x * np.cos(angle) + y * np.sin(angle)) + phase)
     return ground
 
@@ -59,7 +66,9 @@ def _waves(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
 def _ridges(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
     """Draw kerbs 0.2 m wide, 0.7 m apart, across a random direction."""
     angle = rng.uniform(-0.5, 0.5)
-    return np.asarray(((x * np.cos(angle) + y * np.sin(angle) + rng.uniform(0, 0.7)) % 0.7 < 0.2).astype(float))
+    return np.asarray(
+        ((x * np.cos(angle) + y * np.sin(angle) + rng.uniform(0, 0.7)) % 0.7 < 0.2).astype(float)
+    )
 
 
 def lay(spec: mujoco.MjSpec) -> mujoco.MjSpec:
@@ -72,7 +81,9 @@ def lay(spec: mujoco.MjSpec) -> mujoco.MjSpec:
 
 
 def shape(spec: mujoco.MjSpec, ground: Floats) -> None:
-    """Write heights into the model. MuJoCo scales a field's data to [0, 1], so their range goes into its size."""
+    """Write heights into the model. MuJoCo scales a field's data to [0, 1], so their range goes
+    into its size.
+    """
     low, high = float(ground.min()), float(ground.max())
     field = spec.hfield("terrain")
     field.size[2] = max(high - low, 1e-3)

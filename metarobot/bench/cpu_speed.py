@@ -1,4 +1,6 @@
-"""Speed of the environment against the bare engine, of MAML's parts, PEARL and agents that sample; in turns."""
+"""Speed of the environment against the bare engine, of MAML's parts, PEARL and agents that sample;
+in turns.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,14 @@ from metarobot.training.collect import collect
 from metarobot.training.run_folder import build_learner
 
 
-def bench_sim(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
+def bench_sim(
+    family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True
+) -> dict[str, Any]:
     """Measure control steps a second of ``Env.step`` and of a bare ``mujoco.batch.Batch``.
 
-    Both live the same physics bit for bit: the same models, one object of its own in each world, the same substeps,
-    threads, random controls, and the same worlds put back to the same starts when the environment resets them. A round
-    of one is an episode; rounds alternate.
+    Both live the same physics bit for bit: the same models, one object of its own in each world,
+    the same substeps, threads, random controls, and the same worlds put back to the same starts
+    when the environment resets them. A round of one is an episode; rounds alternate.
     """
     if worlds < 1 or seconds <= 0:
         raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
@@ -138,7 +142,9 @@ def _rate(drive: Callable[[], None], actions: Tensor) -> float:
     return actions.shape[0] * actions.shape[1] / (time.perf_counter() - began)
 
 
-def _report(family: Family, worlds: int, threads: int, rounds: dict[str, list[float]]) -> dict[str, Any]:
+def _report(
+    family: Family, worlds: int, threads: int, rounds: dict[str, list[float]]
+) -> dict[str, Any]:
     ratios = sorted(e / b for e, b in zip(rounds["env"], rounds["engine"], strict=True))
     env, engine = (sorted(rounds[k])[len(rounds[k]) // 2] for k in ("env", "engine"))
     return {
@@ -156,25 +162,39 @@ def _report(family: Family, worlds: int, threads: int, rounds: dict[str, list[fl
 MAML_TASKS, MAML_ROLLOUTS = 40, 20
 
 
-def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
-    """Measure the seconds of MAML-TRPO's parts at 40 tasks x 20 rollouts and a policy of 2 x 64, for a trial of 2.
+def bench_maml(
+    family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True
+) -> dict[str, Any]:
+    """Measure the seconds of MAML-TRPO's parts at 40 tasks x 20 rollouts and a policy of 2 x 64,
+    for a trial of 2.
 
-    Rounds of the bare engine, of MAML, and of MAML with a Python loop over tasks in place of ``vmap`` take turns.
+    Rounds of the bare engine, of MAML, and of MAML with a Python loop over tasks in place of
+    ``vmap`` take turns.
     """
     if worlds < 1 or worlds % MAML_ROLLOUTS:
-        raise MetarobotError(f"worlds must be a multiple of {MAML_ROLLOUTS}, the rollouts a task, not {worlds}")
+        raise MetarobotError(
+            f"worlds must be a multiple of {MAML_ROLLOUTS}, the rollouts a task, not {worlds}"
+        )
     if seconds <= 0:
         raise MetarobotError(f"seconds must be positive, not {seconds:g}")
     keep_freed_memory()  # as training does
     threads = threads or len(os.sched_getaffinity(0))
     before = torch.get_num_threads()
-    config = agents.get("maml").config(worlds=worlds, rollouts=MAML_ROLLOUTS, width=64, episodes=2, cg_steps=10)
+    config = agents.get("maml").config(
+        worlds=worlds, rollouts=MAML_ROLLOUTS, width=64, episodes=2, cg_steps=10
+    )
     learner = build_learner("maml", config, family, 0)
     tasks = family.space.sample("train", worlds // MAML_ROLLOUTS, 0)
     env = Env(family, [t for t in tasks for _ in range(MAML_ROLLOUTS)], threads=threads)
     engine = batch.Batch(env.model(tasks[0]), worlds, threads)
     engine.set_models([env.model(t) for t in env.tasks])
-    actions = torch.rand((family.horizon, worlds, env.act_dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    actions = (
+        torch.rand(
+            (family.horizon, worlds, env.act_dim), generator=torch.Generator().manual_seed(0)
+        )
+        * 2
+        - 1
+    )
     rounds: list[dict[str, dict[str, float]]] = []
     began = time.perf_counter()
     with Progress(disable=not show, transient=True) as bar:
@@ -189,14 +209,26 @@ def bench_maml(family: Family, *, worlds: int, seconds: float, threads: int = 0,
             bar.update(task, completed=time.perf_counter() - began)
     torch.set_num_threads(before)
     rounds = rounds[1:]  # the first warms up
-    parts = {how: {k: statistics.median(r[how][k] for r in rounds) for k in rounds[0][how]} for how in ("vmap", "loop")}
+    parts = {
+        how: {k: statistics.median(r[how][k] for r in rounds) for k in rounds[0][how]}
+        for how in ("vmap", "loop")
+    }
     # Linux counts in KiB, macOS in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
-    sizes = {"tasks": len(tasks), "rollouts": MAML_ROLLOUTS, "horizon": family.horizon, "rounds": len(rounds)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**10 if sys.platform == "linux" else 2**20
+    )
+    sizes = {
+        "tasks": len(tasks),
+        "rollouts": MAML_ROLLOUTS,
+        "horizon": family.horizon,
+        "rounds": len(rounds),
+    }
     return {"family": family.name, **sizes, "threads": threads, "peak_memory_mb": peak, **parts}
 
 
-def _maml_round(learner: Any, env: Env, tasks: Any, threads: int, engine_rate: float) -> dict[str, float]:
+def _maml_round(
+    learner: Any, env: Env, tasks: Any, threads: int, engine_rate: float
+) -> dict[str, float]:
     """Return the seconds of an iteration's parts, measured as training runs them."""
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -214,14 +246,28 @@ def _maml_round(learner: Any, env: Env, tasks: Any, threads: int, engine_rate: f
     learner.load(state)
     sampling = collected - inner
     rate = trials.steps() / sampling
-    times = {"sampling_s": sampling, "inner_step_s": inner, "outer_update_s": outer, "total_s": collected + outer}
-    return {**times, "sampling_steps_per_s": rate, "engine_steps_per_s": engine_rate, "ratio": rate / engine_rate}
+    times = {
+        "sampling_s": sampling,
+        "inner_step_s": inner,
+        "outer_update_s": outer,
+        "total_s": collected + outer,
+    }
+    return {
+        **times,
+        "sampling_steps_per_s": rate,
+        "engine_steps_per_s": engine_rate,
+        "ratio": rate / engine_rate,
+    }
 
 
-def bench_pearl(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
-    """Measure PEARL's gradient steps a second against their bare matrix products, and its sampling against RL²'s.
+def bench_pearl(
+    family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True
+) -> dict[str, Any]:
+    """Measure PEARL's gradient steps a second against their bare matrix products, and its sampling
+    against RL²'s.
 
-    The products are of the same shapes, forward and backward, on as many threads. All four take turns.
+    The products are of the same shapes, forward and backward, on as many threads. All four take
+    turns.
     """
     if worlds < 1 or seconds <= 0:
         raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
@@ -277,7 +323,9 @@ def _median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def _multiply(products: list[tuple[int, int, int]], times: int, threads: int) -> None:
-    """Multiply matrices of these shapes (rows, inner, columns), each thread its share of the rows."""
+    """Multiply matrices of these shapes (rows, inner, columns), each thread its share of the
+    rows.
+    """
 
     def share(_: int) -> None:
         pairs = [(torch.ones(-(-n // threads), a), torch.ones(a, b)) for n, a, b in products]
@@ -289,8 +337,11 @@ def _multiply(products: list[tuple[int, int, int]], times: int, threads: int) ->
         list(pool.map(share, range(threads)))
 
 
-def bench_agents(family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True) -> dict[str, Any]:
-    """Measure environment steps a second while each kind of agent lives its trials, untrained; rounds take turns.
+def bench_agents(
+    family: Family, *, worlds: int, seconds: float, threads: int = 0, show: bool = True
+) -> dict[str, Any]:
+    """Measure environment steps a second while each kind of agent lives its trials, untrained;
+    rounds take turns.
 
     The ratio is to RL2's rate in the same round, with as many threads as training collects with.
     """
@@ -328,7 +379,9 @@ class _Liver:
         self.episodes, self.rollouts = config.episodes, getattr(config, "rollouts", 1)
         self.agent = build_learner(name, config, family, 0).agent
         self.tasks = family.space.sample("train", -(-worlds // self.rollouts), 0)
-        self.env = Env(family, [t for t in self.tasks for _ in range(self.rollouts)], threads=threads)
+        self.env = Env(
+            family, [t for t in self.tasks for _ in range(self.rollouts)], threads=threads
+        )
 
     def rate(self) -> float:
         """Live a trial in every task; return environment steps a second."""

@@ -1,4 +1,6 @@
-"""Speed of environments that stay on a device against their physics alone, and memory against the number of worlds."""
+"""Speed of environments that stay on a device against their physics alone, and memory against the
+number of worlds.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class _Told(NamedTuple):
 
 
 class _Tape:
-    """A simulator that writes down what it is told: the drives' targets of each step, and who is put back after it."""
+    """A simulator that writes down what it is told: the drives' targets of each step, and who is
+    put back after it.
+    """
 
     def __init__(self, sim: WarpSim) -> None:
         self._sim, self.told = sim, list[_Told]()
@@ -48,9 +52,11 @@ class _Tape:
 
 
 def bench_device(family: Family, *, worlds: int, seconds: float, device: str) -> dict[str, Any]:
-    """Measure control steps a second of ``DeviceEnv.step``, and of its physics alone: the same steps and resets again.
+    """Measure control steps a second of ``DeviceEnv.step``, and of its physics alone: the same
+    steps and resets again.
 
-    Every world has a task of its own. Rounds of one are an episode under random actions; rounds alternate.
+    Every world has a task of its own. Rounds of one are an episode under random actions; rounds
+    alternate.
     """
     if worlds < 1 or seconds <= 0:
         raise MetarobotError(f"worlds and seconds must be positive, not {worlds} and {seconds:g}")
@@ -68,7 +74,9 @@ def bench_device(family: Family, *, worlds: int, seconds: float, device: str) ->
         rounds["env"].append(_timed(lambda: _live(env, actions), device))
         rounds["engine"].append(_timed(lambda: _replay(env, tape), device))
     lived = family.horizon * worlds
-    env_s, engine_s = (statistics.median(rounds[k][1:]) for k in ("env", "engine"))  # the first builds kernels
+    env_s, engine_s = (
+        statistics.median(rounds[k][1:]) for k in ("env", "engine")
+    )  # the first builds kernels
     return {
         "family": family.name,
         "device": name(device),
@@ -119,9 +127,11 @@ def name(device: str) -> str:
 
 
 def bench_memory(family: Family, *, worlds: int, device: str) -> dict[str, Any]:
-    """Measure the memory of twice as many worlds again and again, with an iteration of RL² in them, to the end of it.
+    """Measure the memory of twice as many worlds again and again, with an iteration of RL² in them,
+    to the end of it.
 
-    At most ``worlds``; what ends it before is said. On the CPU only the arrays of the physics are counted.
+    At most ``worlds``; what ends it before is said. On the CPU only the arrays of the physics are
+    counted.
     """
     if worlds < 8:
         raise MetarobotError(f"worlds must be at least 8, not {worlds}")

@@ -1,4 +1,6 @@
-"""``python -m metarobot.bridge``: ``metarobot run`` for machines with numpy and onnxruntime alone."""
+"""``python -m metarobot.bridge``: ``metarobot run`` for machines with numpy and onnxruntime
+alone.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,19 @@ from metarobot.bridge.run_options import Options
 def _helps() -> dict[str, str]:
     """Return what ``Options`` says of each of its fields."""
     body = cast(ast.ClassDef, ast.parse(inspect.getsource(Options)).body[0]).body
-    pairs = [(a.target, b.value) for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    pairs = [
+        (a.target, b.value)
+        for a, b in pairwise(body)
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+    ]
     return {cast(ast.Name, name).id: cast(ast.Constant, text).value for name, text in pairs}  # type: ignore[misc]
 
 
 def parser() -> argparse.ArgumentParser:
     """Make the command line out of ``Options``."""
-    made = argparse.ArgumentParser("python -m metarobot.bridge", description="Run an exported policy on a robot.")
+    made = argparse.ArgumentParser(
+        "python -m metarobot.bridge", description="Run an exported policy on a robot."
+    )
     helps = _helps()
     made.add_argument("policy", help="policy folder that metarobot export wrote")
     for name, usual in vars(Options()).items():

@@ -1,9 +1,11 @@
-"""Adaptation between episodes, the controller's end: logs rollouts, has a process adapt to them, takes the outcome.
+"""Adaptation between episodes, the controller's end: logs rollouts, has a process adapt to them,
+takes the outcome.
 
-The process is ``metarobot.deploy.adaptation_worker``; it needs torch, and may run anywhere the two files can be. The log holds ``obs``
-``(time, rollout, obs)``, ``action`` as chosen, before any clip or limit, ``reward``, ``terminated``, ``truncated`` and
-``valid`` ``(time, rollout)``, ``final_obs`` ``(rollout, obs)``, and the tensors of the context as ``context_0``, ...
-The answer holds these tensors adapted, and ``kl``; or ``reason``, why there is nothing to adopt.
+The process is ``metarobot.deploy.adaptation_worker``; it needs torch, and may run anywhere the two
+files can be. The log holds ``obs`` ``(time, rollout, obs)``, ``action`` as chosen, before any clip
+or limit, ``reward``, ``terminated``, ``truncated`` and ``valid`` ``(time, rollout)``, ``final_obs``
+``(rollout, obs)``, and the tensors of the context as ``context_0``, ... The answer holds these
+tensors adapted, and ``kl``; or ``reason``, why there is nothing to adopt.
 """
 
 from __future__ import annotations
@@ -25,15 +27,18 @@ from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.policy.metadata import Meta
 
 FAR = 100.0
-"""Largest KL divergence of an adapted policy from the one it came from. After 20 rollouts, one step of ProMP's agents
-in the box goes 5 to 50 far, and helps; after a single rollout, from which it learns mostly noise, up to 340."""
+"""Largest KL divergence of an adapted policy from the one it came from. After 20 rollouts, one step
+of ProMP's agents in the box goes 5 to 50 far, and helps; after a single rollout, from which it
+learns mostly noise, up to 340."""
 CONTEXT, KL, REASON = "context_", "kl", "reason"
 Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an adaptation: a context to adopt at an episode boundary, or why the old one stays."""
+    """What came of an adaptation: a context to adopt at an episode boundary, or why the old one
+    stays.
+    """
 
     context: dict[str, NDArray[np.float32]] | None
     reason: str
@@ -44,10 +49,12 @@ class Outcome:
 
 
 class Adaptation:
-    """Collects so many episodes with one context, then has the agent adapt to them all at once, as in training.
+    """Collects so many episodes with one context, then has the agent adapt to them all at once, as
+    in training.
 
-    ``begin`` each episode, ``step`` at each control step, ``end`` it; when ``ready``, ``start``, and ``poll`` until
-    there is an outcome. Nothing here waits, but for writing the log (a few milliseconds, between episodes).
+    ``begin`` each episode, ``step`` at each control step, ``end`` it; when ``ready``, ``start``,
+    and ``poll`` until there is an outcome. Nothing here waits, but for writing the log (a few
+    milliseconds, between episodes).
     """
 
     def __init__(
@@ -62,10 +69,13 @@ class Adaptation:
     ) -> None:
         """Set up; ``rollouts`` as in training if 0.
 
-        ``run`` is for a run that is not at the policy's ``run_path``, ``command`` for a torch that lives elsewhere.
+        ``run`` is for a run that is not at the policy's ``run_path``, ``command`` for a torch that
+        lives elsewhere.
         """
         if meta.adapts != "between":
-            raise BridgeError(f"agent {meta.agent!r} does not adapt between episodes: it adapts {meta.adapts!r}")
+            raise BridgeError(
+                f"agent {meta.agent!r} does not adapt between episodes: it adapts {meta.adapts!r}"
+            )
         rollouts = rollouts or meta.trial.rollouts
         for name, value in (("rollouts", rollouts), ("kl", kl), ("deadline_s", deadline_s)):
             if not value > 0:
@@ -77,7 +87,10 @@ class Adaptation:
             "obs": np.zeros((horizon, self.rollouts, obs), np.float32),
             "action": np.zeros((horizon, self.rollouts, act), np.float32),
             "reward": np.zeros((horizon, self.rollouts), np.float32),
-            **{k: np.zeros((horizon, self.rollouts), bool) for k in ("terminated", "truncated", "valid")},
+            **{
+                k: np.zeros((horizon, self.rollouts), bool)
+                for k in ("terminated", "truncated", "valid")
+            },
         }
         self._final_obs = np.zeros((self.rollouts, obs), np.float32)
         self._process: subprocess.Popen[bytes] | None = None
@@ -106,15 +119,24 @@ class Adaptation:
         return self._process is not None
 
     def step(self, obs: Any, action: Any, reward: float) -> None:
-        """Write down a step: what was seen, chosen, and earned by it; what is beyond the horizon is left out."""
+        """Write down a step: what was seen, chosen, and earned by it; what is beyond the horizon is
+        left out.
+        """
         t, i, log = self._step, self._lived, self._in_time
         if self.ready or t >= self.meta.trial.horizon:
             return
-        log["obs"][t, i], log["action"][t, i], log["reward"][t, i], log["valid"][t, i] = obs, action, reward, True
+        log["obs"][t, i], log["action"][t, i], log["reward"][t, i], log["valid"][t, i] = (
+            obs,
+            action,
+            reward,
+            True,
+        )
         self._step = t + 1
 
     def end(self, final_obs: Any, *, failed: bool) -> None:
-        """End an episode, which led to ``final_obs``; one that was stopped before it began counts for nothing."""
+        """End an episode, which led to ``final_obs``; one that was stopped before it began counts
+        for nothing.
+        """
         if self.ready or not self._step:
             return
         self._in_time["terminated" if failed else "truncated"][self._step - 1, self._lived] = True
@@ -122,19 +144,27 @@ class Adaptation:
         self._lived, self._step = self._lived + 1, 0
 
     def drop(self) -> None:
-        """Leave out the episode under way: it was broken off from outside, and its return says nothing."""
+        """Leave out the episode under way: it was broken off from outside, and its return says
+        nothing.
+        """
         if not self.ready:
             for array in self._in_time.values():
                 array[:, self._lived] = 0
         self._step = 0
 
     def start(self, context: Mapping[str, Any]) -> None:
-        """Write the log and start the process; the episodes are forgotten, the next ones belong to the next time."""
+        """Write the log and start the process; the episodes are forgotten, the next ones belong to
+        the next time.
+        """
         if self.busy or not self.ready:
-            raise BridgeError(f"adapting needs {self.rollouts} episodes and one process: {self._lived} are there")
+            raise BridgeError(
+                f"adapting needs {self.rollouts} episodes and one process: {self._lived} are there"
+            )
         self._scratch = tempfile.TemporaryDirectory(prefix="metarobot-adapting-")
         log, self._out = (Path(self._scratch.name) / name for name in ("log.npz", "out.npz"))
-        parts = {f"{CONTEXT}{i}": np.asarray(context[p.name]) for i, p in enumerate(self.meta.context)}
+        parts = {
+            f"{CONTEXT}{i}": np.asarray(context[p.name]) for i, p in enumerate(self.meta.context)
+        }
         self._shapes = {f"{CONTEXT}{i}": (p.name, p.shape) for i, p in enumerate(self.meta.context)}
         write(log, {**self._in_time, "final_obs": self._final_obs, **parts})
         command = [*self._command, self.run, str(log), str(self._out), "--kl", str(self.kl)]
@@ -143,7 +173,9 @@ class Adaptation:
         self._errors = log.with_name("errors.txt")
         try:
             with self._errors.open("wb") as errors:
-                self._process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=errors)  # noqa: S603
+                self._process = subprocess.Popen(
+                    command, stdin=nothing, stdout=nothing, stderr=errors
+                )
         except OSError as e:
             raise BridgeError(f"adapting cannot start {command[0]}: {e.strerror}") from e
         self.clear()
@@ -157,7 +189,9 @@ class Adaptation:
             if seconds < self.deadline_s:
                 return None
             self._process.kill()
-            return self._close(Outcome(None, f"adapting took longer than {self.deadline_s:g} s", np.nan, seconds))
+            return self._close(
+                Outcome(None, f"adapting took longer than {self.deadline_s:g} s", np.nan, seconds)
+            )
         return self._close(self._read(seconds))
 
     def stop(self) -> None:
@@ -174,12 +208,16 @@ class Adaptation:
         return outcome
 
     def _read(self, seconds: float) -> Outcome:
-        """Believe an answer that is whole: all tensors, of their shapes, finite, and within the bound."""
+        """Believe an answer that is whole: all tensors, of their shapes, finite, and within the
+        bound.
+        """
         assert self._process is not None
         if (code := self._process.returncode) != 0:
             errors = self._errors.read_text(errors="replace").strip().splitlines()
             said = (errors or [f"exit code {code}"])[-1]
-            return Outcome(None, f"adapting failed: {said.removeprefix('error: ')[:200]}", np.nan, seconds)
+            return Outcome(
+                None, f"adapting failed: {said.removeprefix('error: ')[:200]}", np.nan, seconds
+            )
         try:
             with np.load(self._out, allow_pickle=False) as archive:
                 answer: Arrays = dict(archive)
@@ -187,13 +225,19 @@ class Adaptation:
                 return Outcome(None, str(answer[REASON]), np.nan, seconds)
             return self._checked(answer, seconds)
         except Exception as e:  # whatever is in that file, the robot goes on
-            return Outcome(None, f"adapting wrote garbage: {' '.join(str(e).split())[:200]}", np.nan, seconds)
+            return Outcome(
+                None, f"adapting wrote garbage: {' '.join(str(e).split())[:200]}", np.nan, seconds
+            )
 
     def _checked(self, answer: Arrays, seconds: float) -> Outcome:
         context, kl = {}, float(answer[KL])
         for key, (name, shape) in self._shapes.items():
             value = answer[key]
-            if value.shape != tuple(shape) or value.dtype != np.float32 or not np.isfinite(value).all():
+            if (
+                value.shape != tuple(shape)
+                or value.dtype != np.float32
+                or not np.isfinite(value).all()
+            ):
                 raise ValueError(f"{name} is {value.dtype} of shape {value.shape}, or not finite")
             context[name] = value
         if not kl <= self.kl:

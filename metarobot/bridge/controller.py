@@ -1,8 +1,8 @@
 """The controller: a policy on a robot at a fixed rate, from the first reading to damping.
 
-A trial is lived as in training: its episodes follow each other, each at most ``horizon`` steps long; at each step the
-policy is told what its last action earned, and whether an episode has just ended. A step is: read, reckon the reward,
-observe, act, pass the limits, send.
+A trial is lived as in training: its episodes follow each other, each at most ``horizon`` steps
+long; at each step the policy is told what its last action earned, and whether an episode has just
+ended. A step is: read, reckon the reward, observe, act, pass the limits, send.
 """
 
 from __future__ import annotations
@@ -26,12 +26,25 @@ from metarobot.bridge.state_machine import Machine, State
 from metarobot.bridge.tools.run_log import Log, Row
 
 SLOW = 3
-"""So many steps in succession in which the policy takes longer than a control period end the run."""
+"""So many steps in succession in which the policy takes longer than a control period end the
+run."""
 RESTART_S = 1.0
 """How long a robot may be silent after its restart."""
 SHOW_S = 0.2
 NUMBER = {state: i for i, state in enumerate(State)}
-TICK = ("time", "state", "trial", "episode", "step", "reward", "done", "new", "late_ms", "work_ms", "policy_ms")
+TICK = (
+    "time",
+    "state",
+    "trial",
+    "episode",
+    "step",
+    "reward",
+    "done",
+    "new",
+    "late_ms",
+    "work_ms",
+    "policy_ms",
+)
 
 
 class OverError(BridgeError):
@@ -62,14 +75,21 @@ class Controller:
         self.report = Report()
         self._pace = Pace(self.clock, self._period)
         self._machine = Machine(self._turned)
-        self._readings, self._filter = Readings(layout.needed()), Filter(self._meta, self._period, settings.rate)
+        self._readings, self._filter = (
+            Readings(layout.needed()),
+            Filter(self._meta, self._period, settings.rate),
+        )
         self._adaptation, self._show, self._tell = adaptation, show, tell
         self._restarts = isinstance(robot, Restarts)
-        self._heard: Callable[[], None] = robot.await_reading if isinstance(robot, Waits) else lambda: None
+        self._heard: Callable[[], None] = (
+            robot.await_reading if isinstance(robot, Waits) else lambda: None
+        )
         self._legged = self._meta.layout == "legged"
         self._keys = [name.removesuffix(".pos") for name in self._filter.names]
         names = self._filter.names
-        self._pos, self._vel, self._target, self._start, self._asked = (np.zeros(len(names)) for _ in range(5))
+        self._pos, self._vel, self._target, self._start, self._asked = (
+            np.zeros(len(names)) for _ in range(5)
+        )
         pose = self._meta.default_joint_pos if self._legged else np.zeros(len(names))
         self._pose = np.clip(np.array(pose, np.float64), self._filter.low, self._filter.high)
         self._noise = np.random.default_rng(settings.seed)
@@ -89,11 +109,15 @@ class Controller:
         )
         about = {"policy": self._meta.sha256, "family": self._meta.family, "robot": robot.name}
         self._log = (
-            None if log is None else Log(log, self.row, about | {k: str(v) for k, v in asdict(settings).items()})
+            None
+            if log is None
+            else Log(log, self.row, about | {k: str(v) for k, v in asdict(settings).items()})
         )
 
     def run(self) -> Report:
-        """Live trials until the time is over or something is wrong, then damp the robot; return what came of it."""
+        """Live trials until the time is over or something is wrong, then damp the robot; return
+        what came of it.
+        """
         self._end = self.clock.now() + self.settings.seconds
         reason = "an error in the controller"
         try:
@@ -129,7 +153,9 @@ class Controller:
         return f"{s.trials} trials are over"
 
     def _ready(self) -> None:
-        """Put or walk the robot to where an episode begins, and hold it there until adapting is through."""
+        """Put or walk the robot to where an episode begins, and hold it there until adapting is
+        through.
+        """
         if self._machine.state is not State.READY:
             self._machine.to(State.READY)
         if self._restarts:
@@ -197,14 +223,18 @@ class Controller:
         return True
 
     def _adapt(self, last: bool) -> None:
-        """Begin to adapt if there are enough episodes; what a trial's last ones teach is nothing to the next trial."""
+        """Begin to adapt if there are enough episodes; what a trial's last ones teach is nothing to
+        the next trial.
+        """
         if self._adaptation is not None and last:
             self._adaptation.clear()
         elif self._adaptation is not None and self._adaptation.ready:
             self._adaptation.start(self.policy.context())
 
     def _live(self, told: float) -> float:
-        """Live an episode; ``told`` is what the last action before it earned. Return what its own last one did."""
+        """Live an episode; ``told`` is what the last action before it earned. Return what its own
+        last one did.
+        """
         self._machine.to(State.RUNNING)
         self.layout.begin()
         self._filter.begin(self._filter.out if self._legged and not self._restarts else None)
@@ -231,7 +261,11 @@ class Controller:
         """Observe, act and send; return the action."""
         done = self._step == 0 and self._episode > 0
         obs = self.layout.observe(reading, last)
-        noise = self._noise.standard_normal(self._meta.noise).astype(np.float32) if self._meta.noise else None
+        noise = (
+            self._noise.standard_normal(self._meta.noise).astype(np.float32)
+            if self._meta.noise
+            else None
+        )
         began = self.clock.now()
         action = self.policy.act(obs, reward, done, noise)
         took = self.clock.now() - began
@@ -242,7 +276,9 @@ class Controller:
             )
         self._note(obs, noise, reward, done, took)
         if np.shape(action) != np.shape(last):
-            raise BridgeError(f"the policy's action is of shape {np.shape(action)}, not {np.shape(last)}")
+            raise BridgeError(
+                f"the policy's action is of shape {np.shape(action)}, not {np.shape(last)}"
+            )
         self._command(action)
         return np.asarray(action)
 
@@ -312,7 +348,9 @@ class Controller:
         self.row["sent"][:] = [sent.get(name, math.nan) for name in self._filter.names]
         self.row["limited"][:] = self._filter.bits()
 
-    def _note(self, obs: Floats, noise: Floats | None, reward: float, done: bool, took: float) -> None:
+    def _note(
+        self, obs: Floats, noise: Floats | None, reward: float, done: bool, took: float
+    ) -> None:
         row, tick = self.row, self.row["tick"]
         row["obs"][:], row["action"][:] = obs, self.policy.chosen
         if noise is not None:
@@ -350,7 +388,10 @@ class Controller:
             "adapted": self.report.adapted[-3:],
             "adapting": self._adaptation is not None and bool(self._adaptation.busy),
             "dropped": self._log.dropped if self._log is not None else 0,
-            "readings": {"repeated": self._readings.repeated, "disordered": self._readings.disordered},
+            "readings": {
+                "repeated": self._readings.repeated,
+                "disordered": self._readings.disordered,
+            },
         }
 
     def _limp(self, reason: str) -> None:

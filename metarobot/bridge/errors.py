@@ -6,4 +6,6 @@ from metarobot.errors import MetarobotError
 
 
 class BridgeError(MetarobotError):
-    """A policy that does not load or does not fit, or a robot that is not there: one line, and nothing is sent."""
+    """A policy that does not load or does not fit, or a robot that is not there: one line, and
+    nothing is sent.
+    """

@@ -27,7 +27,9 @@ from metarobot.bridge.tools.terminal_panel import screen
 
 
 def run(folder: str, options: Options) -> Report:
-    """Run a policy on a robot. Nothing is sent before all fits; whatever happens then, damping is the last word."""
+    """Run a policy on a robot. Nothing is sent before all fits; whatever happens then, damping is
+    the last word.
+    """
     o = options
     policy = Policy.load(folder)
     hz = robots.rate(policy.meta, o.hz, o.any_rate)
@@ -37,16 +39,25 @@ def run(folder: str, options: Options) -> Report:
         layout.command[:] = o.command
     chosen = robots.settings(_pairs(o.set))
     robot = robots.make(o.robot, policy.meta, **chosen)
-    pick = {k: getattr(o, k) for k in ("seconds", "trials", "episodes", "ready_s", "soft_s", "rate", "seed")}
+    pick = {
+        k: getattr(o, k)
+        for k in ("seconds", "trials", "episodes", "ready_s", "soft_s", "rate", "seed")
+    }
     with ExitStack() as stack:
         stack.enter_context(robots.alone(robot.identity))
         stack.callback(robot.disconnect)
-        shown = stack.enter_context(screen(f"{policy.meta.family} · {policy.meta.agent} · {robot.name}", o.plain))
+        shown = stack.enter_context(
+            screen(f"{policy.meta.family} · {policy.meta.agent} · {robot.name}", o.plain)
+        )
         shown.tell(f"connecting to {robot.name}")
         robot.connect()
         reading = robots.fits(policy.meta, layout.needed(), robot)
         _warm(policy, layout, reading)
-        beat = stack.enter_context(guarding(folder, o.robot, chosen, 1 / hz)) if robot.guarded else lambda: None
+        beat = (
+            stack.enter_context(guarding(folder, o.robot, chosen, 1 / hz))
+            if robot.guarded
+            else lambda: None
+        )
         stop = stack.enter_context(signs())
         controller = Controller(
             policy,
@@ -62,8 +73,14 @@ def run(folder: str, options: Options) -> Report:
         )
         watch = stack.enter_context(Watch(controller.gate, stop.files))
         watch.hung = lambda: _abandon(stop.restore, controller.gate.reason)
-        if "reward_in" in policy.meta.inputs and policy.meta.reward is None and "reward" not in reading:
-            shown.tell("this robot tells no reward: an agent that learns from it is told 0, and will hardly adapt")
+        if (
+            "reward_in" in policy.meta.inputs
+            and policy.meta.reward is None
+            and "reward" not in reading
+        ):
+            shown.tell(
+                "this robot tells no reward: an agent that learns from it is told 0, and will hardly adapt"
+            )
         heard, sent = bounds(1 / hz)
         shown.tell(
             f"{hz:g} Hz; damping within {1e3 * heard:.0f} ms of the last good reading, {1e3 * sent:.0f} ms of the "
@@ -73,11 +90,17 @@ def run(folder: str, options: Options) -> Report:
 
 
 def _warm(policy: Policy, layout: Layout, reading: Reading) -> None:
-    """Act a few times for nothing: first times take many times as long, which the robot need not wait for."""
+    """Act a few times for nothing: first times take many times as long, which the robot need not
+    wait for.
+    """
     Readings(layout.needed()).take(reading, 0.0)
     last = np.zeros(len(policy.meta.action.names), np.float32)
     for i in range(3):
-        later = {**reading, "seq": reading["seq"] + i, "stamp": reading["stamp"] + i / policy.meta.control_hz}
+        later = {
+            **reading,
+            "seq": reading["seq"] + i,
+            "stamp": reading["stamp"] + i / policy.meta.control_hz,
+        }
         layout.reward(later, later, last, last)
         layout.targets(policy.act(layout.observe(later, last), 0.0, False))
         layout.ended(later)
@@ -93,7 +116,11 @@ def _adaptation(meta: Any, o: Options) -> Any:
 def _abandon(restore: Any, reason: str) -> None:
     """End the process although the loop does not come back; the robot is damped already."""
     restore()
-    print(f"\nerror: {reason}; the policy or the robot's driver does not return", file=sys.stderr, flush=True)
+    print(
+        f"\nerror: {reason}; the policy or the robot's driver does not return",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)
 
 

@@ -1,10 +1,11 @@
 """The beat of the loop: absolute deadlines, and whose fault it is when one is missed.
 
-Of the time from a tick's deadline to its end the loop's **own** share is the CPU time of its thread, or, if it waited
-for anything in between (a voluntary context switch), all that passed but the time in the run queue. The rest is the
-**host's**: waking late, being preempted, stolen time of a virtual machine, a simulated robot whose reading is late. A
-deadline is missed if the tick ends after the next tick's deadline; the miss is the loop's own if its own share alone is
-longer than a period.
+Of the time from a tick's deadline to its end the loop's **own** share is the CPU time of its
+thread, or, if it waited for anything in between (a voluntary context switch), all that passed but
+the time in the run queue. The rest is the **host's**: waking late, being preempted, stolen time of
+a virtual machine, a simulated robot whose reading is late. A deadline is missed if the tick ends
+after the next tick's deadline; the miss is the loop's own if its own share alone is longer than a
+period.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from typing import Protocol
 import numpy as np
 
 SPIN = 3e-4
-"""How long before a deadline to stop sleeping and look at the clock instead, s: sleeps end late by about 0.1 ms."""
-BINS = np.concatenate([np.arange(0, 2, 0.01), np.arange(2, 20, 0.1), np.arange(20, 1020, 10), [np.inf]])
+"""How long before a deadline to stop sleeping and look at the clock instead, s: sleeps end late by
+about 0.1 ms."""
+BINS = np.concatenate(
+    [np.arange(0, 2, 0.01), np.arange(2, 20, 0.1), np.arange(20, 1020, 10), [np.inf]]
+)
 """Edges of the histograms of lateness and work, ms."""
 SHARES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 """Quantiles that are reported."""
@@ -53,7 +57,9 @@ class Monotonic:
 
 
 class Stepped:
-    """A clock that moves only when it is waited for, as fast as that may be: for robots in lock-step."""
+    """A clock that moves only when it is waited for, as fast as that may be: for robots in
+    lock-step.
+    """
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -87,7 +93,9 @@ class Histogram:
 
 
 class Usage:
-    """What the kernel says of the calling thread: CPU time, voluntary switches, time in the run queue."""
+    """What the kernel says of the calling thread: CPU time, voluntary switches, time in the run
+    queue.
+    """
 
     def __init__(self) -> None:
         try:
@@ -96,7 +104,9 @@ class Usage:
             self._file = -1
 
     def read(self) -> tuple[float, int, float]:
-        """Return seconds of CPU, voluntary switches, seconds in the run queue (0 where the kernel does not say)."""
+        """Return seconds of CPU, voluntary switches, seconds in the run queue (0 where the kernel
+        does not say).
+        """
         queued = 0.0 if self._file < 0 else int(os.pread(self._file, 64, 0).split()[1]) * 1e-9
         return time.thread_time(), resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw, queued
 
@@ -128,7 +138,9 @@ class Pace:
         self._deadline = self.clock.now()
 
     def wait(self, heard: Callable[[], None] = lambda: None) -> float:
-        """Wait for the next tick, and then until ``heard`` returns; return how late the tick begins, s."""
+        """Wait for the next tick, and then until ``heard`` returns; return how late the tick
+        begins, s.
+        """
         self._deadline += self.period
         self.clock.sleep_until(self._deadline)
         late = max(self.clock.now() - self._deadline, 0.0)
@@ -138,12 +150,16 @@ class Pace:
         return late
 
     def done(self) -> float:
-        """Account for the tick; return what it took, s. Deadlines that have passed are skipped, never made up for."""
+        """Account for the tick; return what it took, s. Deadlines that have passed are skipped,
+        never made up for.
+        """
         now = self.clock.now()
         took, missed = now - self._began, int((now - self._deadline) / self.period)
         self.ticks += 1
         self.work.add(took)
-        if took > self.own_largest or missed:  # else its own share, which is a part of it, is of no interest
+        if (
+            took > self.own_largest or missed
+        ):  # else its own share, which is a part of it, is of no interest
             own = self._own(took)
             self.own_largest = max(self.own_largest, own)
             if own >= self.period:
@@ -168,7 +184,9 @@ class Pace:
         figures = {"own_max_ms": 1e3 * self.own_largest}
         for name, times in (("late", self.late), ("work", self.work)):
             found = times.quantiles(list(SHARES.values()))
-            figures |= {f"{name}_{k}_ms": 1e3 * seconds for k, seconds in zip(SHARES, found, strict=True)}
+            figures |= {
+                f"{name}_{k}_ms": 1e3 * seconds for k, seconds in zip(SHARES, found, strict=True)
+            }
             figures[f"{name}_max_ms"] = 1e3 * times.largest
         return counts | figures
 
@@ -191,7 +209,8 @@ def stolen() -> float:
 def undisturbed() -> Iterator[None]:
     """Keep the garbage collector and other threads from holding up the loop.
 
-    What is alive now is never looked at again; a thread that computes hands over within 0.1 ms instead of 5.
+    What is alive now is never looked at again; a thread that computes hands over within 0.1 ms
+    instead of 5.
     """
     interval, enabled = sys.getswitchinterval(), gc.isenabled()
     gc.freeze()

@@ -32,11 +32,13 @@ class Options:
     log: Path | None = None
     """MCAP file to write every step to."""
     adapt: bool = False
-    """Let an agent that adapts between episodes do so, in a process beside this one that has torch."""
+    """Let an agent that adapts between episodes do so, in a process beside this one that has
+    torch."""
     rollouts: int = 0
     """Episodes to live before each adaptation; 0 is as many as the agent was trained with."""
     kl: float = 100.0
-    """How far an adaptation may move the policy, KL divergence; what moves it further is refused."""
+    """How far an adaptation may move the policy, KL divergence; what moves it further is
+    refused."""
     run: str = ""
     """Run folder that adapts; the one the policy was exported from if not given."""
     ready_s: float = 2.0

@@ -11,7 +11,9 @@ from metarobot.bridge.policy.metadata import Meta
 
 
 class Acting(Protocol):
-    """What the controller needs of a policy; ``metarobot.bridge.policy.onnx_policy.Policy`` is one."""
+    """What the controller needs of a policy; ``metarobot.bridge.policy.onnx_policy.Policy`` is
+    one.
+    """
 
     meta: Meta
     chosen: Any
@@ -74,7 +76,8 @@ class Settings:
     ready_s: float = 2.0
     """How long the way to the pose takes that an episode begins with."""
     soft_s: float = 1.0
-    """How long the policy's targets are blended in at an episode's start; robots that restart need none."""
+    """How long the policy's targets are blended in at an episode's start; robots that restart need
+    none."""
     rate: float = 2.0
     """How fast a target may move, as a multiple of the joint's speed limit."""
     damp_s: float = 1.0

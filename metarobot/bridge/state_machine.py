@@ -43,6 +43,8 @@ class Machine:
         """Change the state; raise ``BridgeError`` if there is no such way."""
         if state not in ALLOWED[self.state]:
             ways = ", ".join(s.value for s in ALLOWED[self.state]) or "nowhere"
-            raise BridgeError(f"from {self.state.value} there is no way to {state.value}; it leads to: {ways}")
+            raise BridgeError(
+                f"from {self.state.value} there is no way to {state.value}; it leads to: {ways}"
+            )
         self.state = state
         self._tell(state, why)

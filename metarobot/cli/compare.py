@@ -39,11 +39,13 @@ def compare(
     threads: int = 0,
     results: Path | None = None,
 ) -> None:
-    """Compare agents on one family: train each for equal steps, or find it trained, and play the same held-out tasks.
+    """Compare agents on one family: train each for equal steps, or find it trained, and play the
+    same held-out tasks.
 
-    Writes one table (terminal, Markdown, JSON) and one plot of return against episodes of experience. A policy without
-    memory is also fine-tuned, if an agent that adapts by gradient steps is compared. Ctrl-C saves; the same command
-    goes on from there. What has been trained or played before is not done again.
+    Writes one table (terminal, Markdown, JSON) and one plot of return against episodes of
+    experience. A policy without memory is also fine-tuned, if an agent that adapts by gradient
+    steps is compared. Ctrl-C saves; the same command goes on from there. What has been trained or
+    played before is not done again.
 
     Args:
         family: Task family; ``metarobot families`` lists them.
@@ -51,8 +53,10 @@ def compare(
         agents: Kinds of agent; by default all that learn from their own trials.
         steps: Environment steps each agent trains for.
         seeds: Training seeds of each agent.
-        settings: Settings of single agents as AGENT.NAME=VALUE, e.g. ``--set rl2.epochs=8 pearl.steps=1e6``.
-        reuse: Run folders, or folders of them, to take finished runs of the same settings and seed from.
+        settings: Settings of single agents as AGENT.NAME=VALUE, e.g. ``--set rl2.epochs=8
+            pearl.steps=1e6``.
+        reuse: Run folders, or folders of them, to take finished runs of the same settings and seed
+            from.
         split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
         tasks: Number of tasks.
         episodes: Episodes lived in each task.
@@ -61,7 +65,13 @@ def compare(
         results: Folder for table and plot, FAMILY-compare-SPLIT; that of the runs if not given.
     """
     from metarobot.evaluation import tables
-    from metarobot.evaluation.compare import Plan, compare_runs, count_plays, parse_settings, train_plan
+    from metarobot.evaluation.compare import (
+        Plan,
+        compare_runs,
+        count_plays,
+        parse_settings,
+        train_plan,
+    )
     from metarobot.evaluation.protocol import Protocol
 
     protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, threads=threads)
@@ -93,13 +103,21 @@ def _write(report: dict[str, Any], stem: Path) -> None:
 
 
 class PlanBar:
-    """Progress over a whole plan: a bar on a terminal, a line now and then elsewhere; on standard error."""
+    """Progress over a whole plan: a bar on a terminal, a line now and then elsewhere; on standard
+    error.
+    """
 
     def __init__(self) -> None:
         console = Console(stderr=True)
         self._live, self._last_line = console.is_terminal, 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.percentage:.0f} %"))
-        self._bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not self._live)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            TextColumn("{task.percentage:.0f} %"),
+        )
+        self._bar = Progress(
+            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not self._live
+        )
         self._task = self._bar.add_task("", total=None)
         self._total = 0
 
@@ -107,7 +125,9 @@ class PlanBar:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def say(self, line: str) -> None:
@@ -122,7 +142,9 @@ class PlanBar:
         done = f"{metrics['time/total_timesteps']:,.0f}/{job.train.steps:,}"
         left = f"whole plan: {outlook.steps:,} steps left, ETA {outlook.seconds:,.0f} s"
         line = f"{job.title}: {done} steps  {summary_line(dict(metrics))}  {left}"
-        self._bar.update(self._task, description=line, total=self._total, completed=self._total - outlook.steps)
+        self._bar.update(
+            self._task, description=line, total=self._total, completed=self._total - outlook.steps
+        )
         if not self._live and time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()
             self.say(line)
@@ -139,15 +161,21 @@ def bench(
     device: str = "cpu",
     json: Path | None = None,
 ) -> None:
-    """Measure the speed of an environment against the bare physics engine, of an agent's learning, or of sampling.
+    """Measure the speed of an environment against the bare physics engine, of an agent's learning,
+    or of sampling.
 
     Args:
-        what: sim, the environment's step loop with a model of its own in each world; maml, the sampling, inner step
-            and outer update of MAML-TRPO, and the same with a Python loop over tasks; pearl, its gradient steps
-            against their bare matrix products, and its sampling against RL²'s; agents, how fast each kind lives
-            its trials, against RL²; or memory, with ``--sim warp``: what ever more worlds take, with RL² in them.
+        what: sim, the environment's step loop with a model of its own in each world; maml, the
+            sampling, inner step
+            and outer update of MAML-TRPO, and the same with a Python loop over tasks; pearl, its
+            gradient steps
+            against their bare matrix products, and its sampling against RL²'s; agents, how fast
+            each kind lives
+            its trials, against RL²; or memory, with ``--sim warp``: what ever more worlds take,
+            with RL² in them.
         family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
-        worlds: Number of worlds; if not given 512 for sim, 800, 40 tasks of 20 rollouts, for maml, 64 for the others.
+        worlds: Number of worlds; if not given 512 for sim, 800, 40 tasks of 20 rollouts, for maml,
+            64 for the others.
         seconds: How long to measure, at least.
         threads: CPU threads; 0 takes all there are.
         sim: What simulates for sim, cpu or warp.
@@ -169,26 +197,39 @@ def bench(
         "agents": (compare_runs.bench_agents, tables.sampling, "CheetahVel", 64),
     }[what]
     chosen = registry.get(family or usual)
-    report = run(chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads)
+    report = run(
+        chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads
+    )
     show(report)
     if json is not None:
         write_json(json, report)
 
 
 def _bench_device(
-    what: str, family: str, worlds: int | None, seconds: float, sim: str, device: str, json: Path | None
+    what: str,
+    family: str,
+    worlds: int | None,
+    seconds: float,
+    sim: str,
+    device: str,
+    json: Path | None,
 ) -> None:
     from metarobot.evaluation import tables
     from metarobot.files import write_json
     from metarobot.tasks.family import families as registry
 
     if what not in ("sim", "memory") or sim != "warp":
-        raise MetarobotError(f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory")
+        raise MetarobotError(
+            f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory"
+        )
     from metarobot.bench import device_speed as compare_runs
 
     if what == "sim":
         report = compare_runs.bench_device(
-            registry.get(family), worlds=8192 if worlds is None else worlds, seconds=seconds, device=device
+            registry.get(family),
+            worlds=8192 if worlds is None else worlds,
+            seconds=seconds,
+            device=device,
         )
         tables.sim(report)
         tables.physics(report)

@@ -27,9 +27,11 @@ def record(
         out: Folder to write the dataset to.
         split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
         tasks: Number of tasks.
-        shots: Demonstrations of every variant of a task; training takes some to adapt to and as many to match.
+        shots: Demonstrations of every variant of a task; training takes some to adapt to and as
+            many to match.
         seed: Draws the tasks and the starts.
-        jitter: Deviation of normal noise on what the expert does; what it asked for is recorded, so that whoever
+        jitter: Deviation of normal noise on what the expert does; what it asked for is recorded, so
+            that whoever
             imitates it sees how to come back.
         threads: Physics threads; 0 takes all there are.
     """
@@ -65,11 +67,13 @@ def shots(
     threads: int = 0,
     json: Path | None = None,
 ) -> None:
-    """Measure few-shot imitation: success in every variant of each task after so many demonstrations.
+    """Measure few-shot imitation: success in every variant of each task after so many
+    demonstrations.
 
     Args:
         run: Run folder of an agent that imitates, or a trained one in the box.
-        demos: Minari dataset of demonstrations of the tasks to be tested in, e.g. of unseen classes.
+        demos: Minari dataset of demonstrations of the tasks to be tested in, e.g. of unseen
+            classes.
         shots: Numbers of demonstrations of every variant to adapt to.
         reference: Run of an agent that is shown the answer.
         seed: Draws the starts.

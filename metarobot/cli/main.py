@@ -21,12 +21,16 @@ from metarobot.errors import MetarobotError
 
 
 def families() -> None:
-    """List the task families: what varies, over which ranges, and the splits tasks are drawn from."""
+    """List the task families: what varies, over which ranges, and the splits tasks are drawn
+    from.
+    """
     from metarobot.tasks.family import families as registry
 
     for name in registry.names():
         family = registry.get(name)
-        print(f"{name}\n  {family.doc}\n  horizon {family.horizon} steps, {len(family.observations)} observations")
+        print(
+            f"{name}\n  {family.doc}\n  horizon {family.horizon} steps, {len(family.observations)} observations"
+        )
         print("\n".join("  " + line for line in family.space.describe().splitlines()) + "\n")
 
 
@@ -63,23 +67,29 @@ def evaluate(
     json: Path | None = None,
     plot: Path | None = None,
 ) -> None:
-    """Measure how runs adapt on held-out tasks: return after 0, 1, … episodes, beside oracle and blind.
+    """Measure how runs adapt on held-out tasks: return after 0, 1, … episodes, beside oracle and
+    blind.
 
     Args:
-        runs: Run folders or trained agents in the box; several of one family are training seeds of one method.
+        runs: Run folders or trained agents in the box; several of one family are training seeds of
+            one method.
         split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
         tasks: Number of tasks.
-        episodes: Episodes lived in each task; an agent that adapts between them, as maml does, has adapted 0, 1, 2, …
+        episodes: Episodes lived in each task; an agent that adapts between them, as maml does, has
+            adapted 0, 1, 2, …
             times in them, each time to all of its rollouts.
         seed: Draws the tasks and the starts.
         quiet: Play the last episode without noise, also with agents that need noise to adapt.
         threads: Physics threads; 0 takes all there are.
         oracle: Runs of the upper reference, shown the task.
         blind: Runs of the lower reference, which cannot adapt.
-        finetune: Policies trained as ppo or blind, to be fine-tuned with the episodes and gradient steps that the runs
+        finetune: Policies trained as ppo or blind, to be fine-tuned with the episodes and gradient
+            steps that the runs
             adapt with; untrained weights too. The step size of each is tuned on training tasks.
-        controls: Also play with the context cleared, or swapped for another task's, after each episode.
-        robot: Another model of the robot than the agents were trained on: a path to an MJCF, or menagerie:name.
+        controls: Also play with the context cleared, or swapped for another task's, after each
+            episode.
+        robot: Another model of the robot than the agents were trained on: a path to an MJCF, or
+            menagerie:name.
         json: Where to write the report.
         plot: Where to draw the curves (.png, .svg or .pdf).
     """
@@ -92,8 +102,12 @@ def evaluate(
 
     if plot is not None:
         drawing.check_suffix(plot)
-    protocol = Protocol(split=split, tasks=tasks, episodes=episodes, seed=seed, quiet=quiet, threads=threads)
-    agents, *others = ([checkpoint.open_run(r, robot) for r in group] for group in (runs, oracle, blind, finetune))
+    protocol = Protocol(
+        split=split, tasks=tasks, episodes=episodes, seed=seed, quiet=quiet, threads=threads
+    )
+    agents, *others = (
+        [checkpoint.open_run(r, robot) for r in group] for group in (runs, oracle, blind, finetune)
+    )
     baselines = dict(zip(("oracle", "blind", "finetune"), others, strict=True))
     total = count_trials(
         len(agents),
@@ -105,7 +119,9 @@ def evaluate(
     )
     with bar() as progress:
         task = progress.add_task("playing", total=total)
-        report = measure(agents, protocol, **baselines, controls=controls, tick=lambda: progress.advance(task))
+        report = measure(
+            agents, protocol, **baselines, controls=controls, tick=lambda: progress.advance(task)
+        )
     tables.evaluation(report)
     if json is not None:
         from metarobot.files import write_json
@@ -138,9 +154,11 @@ def render(
         episodes: Episodes of each task, side by side.
         seed: Draws the tasks and the starts.
         task: One task of your own instead, as name=value for each parameter.
-        robot: Another model of the robot than the agent was trained on: a path to an MJCF, or menagerie:name.
+        robot: Another model of the robot than the agent was trained on: a path to an MJCF, or
+            menagerie:name.
         size: Width and height of one panel, pixels.
-        fps: Frames a second; by default the control rate (mp4, at most 30) or 12.5 (gif). Always in real time.
+        fps: Frames a second; by default the control rate (mp4, at most 30) or 12.5 (gif). Always in
+            real time.
     """
     from metarobot.evaluation.protocol import Protocol
     from metarobot.evaluation.trial_film import film
@@ -159,12 +177,17 @@ def render(
 
 
 def sinusoid(
-    out: Path = Path("sinusoid.png"), iterations: int | None = None, seed: int = 0, json: Path | None = None
+    out: Path = Path("sinusoid.png"),
+    iterations: int | None = None,
+    seed: int = 0,
+    json: Path | None = None,
 ) -> None:
-    """Explain MAML with a picture: learn to regress a sine wave from ten points by one gradient step.
+    """Explain MAML with a picture: learn to regress a sine wave from ten points by one gradient
+    step.
 
-    The example of Finn et al. (2017), trained here in about two minutes by the inner loop that adapts robots: MAML
-    beside one network trained jointly on all waves, both fine-tuned in the same way.
+    The example of Finn et al. (2017), trained here in about two minutes by the inner loop that
+    adapts robots: MAML beside one network trained jointly on all waves, both fine-tuned in the same
+    way.
 
     Args:
         out: Picture to write (.png, .svg or .pdf).
@@ -179,12 +202,23 @@ def sinusoid(
     check_suffix(out)
     if iterations is not None and iterations < 1:
         raise MetarobotError(f"iterations must be at least 1, not {iterations}")
-    config = SinusoidConfig(seed=seed) if iterations is None else SinusoidConfig(seed=seed, iterations=iterations)
+    config = (
+        SinusoidConfig(seed=seed)
+        if iterations is None
+        else SinusoidConfig(seed=seed, iterations=iterations)
+    )
     with bar() as progress:
-        tasks = {name: progress.add_task(name, total=config.iterations) for name in ("MAML", "joint training")}
-        result = compare(config, lambda name, i, error: progress.update(tasks[name], completed=i + 1))
+        tasks = {
+            name: progress.add_task(name, total=config.iterations)
+            for name in ("MAML", "joint training")
+        }
+        result = compare(
+            config, lambda name, i, error: progress.update(tasks[name], completed=i + 1)
+        )
     for name, errors in result.errors.items():
-        print(f"{name}: mean squared error after 0, 1, … gradient steps: {', '.join(f'{e:.3f}' for e in errors)}")
+        print(
+            f"{name}: mean squared error after 0, 1, … gradient steps: {', '.join(f'{e:.3f}' for e in errors)}"
+        )
     regression(result.x, result.truth, result.seen, result.curves, result.errors, out)
     if json is not None:
         write_json(json, {"iterations": config.iterations, "seed": seed, "errors": result.errors})
@@ -192,14 +226,19 @@ def sinusoid(
 
 
 def plot(
-    runs: Positional[tuple[str, ...]], /, out: Path, reach: tuple[float, ...] = (), at: tuple[float, ...] = ()
+    runs: Positional[tuple[str, ...]],
+    /,
+    out: Path,
+    reach: tuple[float, ...] = (),
+    at: tuple[float, ...] = (),
 ) -> None:
     """Draw the learning curves of runs, over wall time and over steps.
 
     Args:
         runs: Run folders.
         out: Picture to write (.png, .svg or .pdf).
-        reach: Also print when the last episode's return, mean of 10 iterations with exploration, first came this high.
+        reach: Also print when the last episode's return, mean of 10 iterations with exploration,
+            first came this high.
         at: Also print that return after so many seconds of training, and the steps it took.
     """
     from metarobot.evaluation.plots import learning
@@ -213,7 +252,9 @@ def plot(
     print(f"wrote {out}")
 
 
-def publish(run: Positional[str], /, out: Path, summary: str, command: str, report: Path | None = None) -> None:
+def publish(
+    run: Positional[str], /, out: Path, summary: str, command: str, report: Path | None = None
+) -> None:
     """Copy a run's agent, without its optimiser, with a card of how it was made.
 
     Args:
@@ -221,7 +262,8 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
         out: Folder to write.
         summary: What the agent is, in a sentence.
         command: The command that made it.
-        report: What ``metarobot evaluate --json`` or ``shots --json`` found of it, to go on the card.
+        report: What ``metarobot evaluate --json`` or ``shots --json`` found of it, to go on the
+            card.
     """
     from metarobot.evaluation.evaluate import card_results
     from metarobot.files import read_json
@@ -231,12 +273,17 @@ def publish(run: Positional[str], /, out: Path, summary: str, command: str, repo
 
     opened = open_run(run)
     last = read_metrics(opened.folder / "metrics.jsonl")[-1]
-    facts: dict[str, Any] = {"steps": last["time/total_timesteps"], "wall_s": round(last["time/time_elapsed"], 1)}
+    facts: dict[str, Any] = {
+        "steps": last["time/total_timesteps"],
+        "wall_s": round(last["time/time_elapsed"], 1),
+    }
     facts["seed"] = opened.config["seed"]
     if "meta/post_adapt_return" in last:
         facts["return_last_episode"] = round(last["meta/post_adapt_return"], 1)
     if "machine" in opened.config:
-        facts["machine"] = f"{opened.config['machine']}, {opened.config['threads'] or 'all'} of them used"
+        facts["machine"] = (
+            f"{opened.config['machine']}, {opened.config['threads'] or 'all'} of them used"
+        )
     if report is not None:
         facts["results"] = card_results(read_json(report))
     copy(opened, out, {"summary": summary, "command": command, **facts})
@@ -270,8 +317,9 @@ def _train_command(agent: str) -> Callable[..., None]:
     ) -> None:
         """Meta-train an agent over a family's training tasks.
 
-        Ctrl-C saves; ``--resume`` continues, bit for bit as if never interrupted. Progress goes to the terminal,
-        metrics.jsonl and TensorBoard. The flags below that are not listed here are the chosen agent's own settings.
+        Ctrl-C saves; ``--resume`` continues, bit for bit as if never interrupted. Progress goes to
+        the terminal, metrics.jsonl and TensorBoard. The flags below that are not listed here are
+        the chosen agent's own settings.
 
         Args:
             family: Task family; ``metarobot families`` lists them.
@@ -280,18 +328,30 @@ def _train_command(agent: str) -> Callable[..., None]:
             agent: Kind of agent; ``metarobot agents`` lists them.
             robot: Another model of the family's robot: a path to an MJCF, or menagerie:name.
             init: A policy without memory to begin as: an agent trained as ppo or blind.
-            demos: Minari dataset to imitate, for ``--agent imitation``; ``metarobot record`` makes them.
-            steps: Environment steps to train for; 2e6 if not given, or with ``--resume`` what the run was started with.
+            demos: Minari dataset to imitate, for ``--agent imitation``; ``metarobot record`` makes
+                them.
+            steps: Environment steps to train for; 2e6 if not given, or with ``--resume`` what the
+                run was started with.
             seed: The same seed, settings and thread count give the same weights.
-            device: Where learning happens, cpu or cuda; cpu if not given, or with ``--resume`` where it did.
-            sim: What simulates, cpu or warp (MuJoCo Warp, on the device); if not given, warp with ``--device cuda``
+            device: Where learning happens, cpu or cuda; cpu if not given, or with ``--resume``
+                where it did.
+            sim: What simulates, cpu or warp (MuJoCo Warp, on the device); if not given, warp with
+                ``--device cuda``
                 where it is installed and runs the family, else cpu.
-            pool: On Warp, how many training tasks there are, if each has a model of its own; 0 is 4,096.
+            pool: On Warp, how many training tasks there are, if each has a model of its own; 0 is
+                4,096.
             threads: CPU threads; 0 takes all there are.
             save_every: Iterations between checkpoints.
             resume: Continue the run in ``out``; more steps than it had make it longer.
         """
-        where = {"family": family, "agent": agent, "robot": robot, "init": init, "demos": demos, "sim": sim}
+        where = {
+            "family": family,
+            "agent": agent,
+            "robot": robot,
+            "init": init,
+            "demos": demos,
+            "sim": sim,
+        }
         usually = {"seed": seed, "pool": pool, "threads": threads, "save_every": save_every}
         _train(where | usually, config, out, steps, device, resume)
 
@@ -300,7 +360,12 @@ def _train_command(agent: str) -> Callable[..., None]:
 
 
 def _train(
-    settings: dict[str, Any], config: Any, out: Path, steps: float | None, device: str | None, resume: bool
+    settings: dict[str, Any],
+    config: Any,
+    out: Path,
+    steps: float | None,
+    device: str | None,
+    resume: bool,
 ) -> None:
     """Start or continue a run; what is not given is as it was, or as usual."""
     from metarobot.training.config import TrainConfig
@@ -323,7 +388,9 @@ def _train(
 
 
 def _check_gl() -> None:
-    """MuJoCo does not import under a ``MUJOCO_GL`` it cannot load: say so in a line, not a traceback."""
+    """MuJoCo does not import under a ``MUJOCO_GL`` it cannot load: say so in a line, not a
+    traceback.
+    """
     try:
         import mujoco
     except (RuntimeError, AttributeError) as e:
@@ -341,7 +408,9 @@ def _again() -> str:
 
 
 def _agent_in(argv: Sequence[str]) -> str:
-    """Find the agent's name among the arguments, before they are parsed: it decides which flags there are."""
+    """Find the agent's name among the arguments, before they are parsed: it decides which flags
+    there are.
+    """
     for i, word in enumerate(argv):
         if word.startswith("--agent="):
             return word.removeprefix("--agent=")

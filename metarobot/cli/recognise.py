@@ -26,23 +26,28 @@ def recognise(
     json: Path | None = None,
     plot: Path | None = None,
 ) -> None:
-    """Show which training tasks each new task is most like, and measure how well new tasks are told apart.
+    """Show which training tasks each new task is most like, and measure how well new tasks are told
+    apart.
 
     Args:
         run: Run folder of an agent that keeps prototypes: train --agent prototype.
         split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
         tasks: Number of tasks.
-        even: Space the tasks evenly over the training range of the family's one parameter instead of drawing them.
+        even: Space the tasks evenly over the training range of the family's one parameter instead
+            of drawing them.
         transitions: First transitions of a fresh episode that a task is recognised from.
         neighbours: Prototypes to name for each task, the nearest.
         support: Episodes whose first transitions make a prototype of each of these tasks too.
-        queries: Fresh episodes of each task, whose first transitions are assigned to the nearest of these.
+        queries: Fresh episodes of each task, whose first transitions are assigned to the nearest of
+            these.
         seed: Draws the tasks and the starts.
         threads: Physics threads; 0 takes all there are.
-        prototypes: Also list the support set: every prototype, its task, and how far its windows lie from it.
+        prototypes: Also list the support set: every prototype, its task, and how far its windows
+            lie from it.
         colour: Parameter that colours the plot; the first if not given.
         json: Where to write the report, with all prototypes.
-        plot: Where to draw prototypes and tasks in the plane in which prototypes vary most (.png, .svg or .pdf).
+        plot: Where to draw prototypes and tasks in the plane in which prototypes vary most (.png,
+            .svg or .pdf).
     """
     from metarobot.evaluation import plots as drawing
     from metarobot.evaluation import tables
@@ -55,7 +60,9 @@ def recognise(
     if plot is not None:
         drawing.check_suffix(plot)
     lived = {"tasks": tasks, "transitions": transitions, "support": support, "queries": queries}
-    quiz = RecognitionConfig(split=split, even=even, neighbours=neighbours, seed=seed, threads=threads, **lived)
+    quiz = RecognitionConfig(
+        split=split, even=even, neighbours=neighbours, seed=seed, threads=threads, **lived
+    )
     with bar() as progress:
         task = progress.add_task("playing", total=support + queries)
         report = measure(opened, quiz, tick=lambda: progress.advance(task))

@@ -1,8 +1,10 @@
-"""Adaptation on the robot, for agents that adapt between episodes: a process beside the controller, with torch in it.
+"""Adaptation on the robot, for agents that adapt between episodes: a process beside the controller,
+with torch in it.
 
-``python -m metarobot.deploy.adaptation_worker RUN LOG.npz OUT.npz`` reads the rollouts that a robot has lived and the context they were
-lived with, lets the run's agent adapt to them as it does in evaluation, and writes the new context, or why it must not
-be used. ``metarobot.bridge.adaptation_client`` is the controller's end, and says what the files hold.
+``python -m metarobot.deploy.adaptation_worker RUN LOG.npz OUT.npz`` reads the rollouts that a robot
+has lived and the context they were lived with, lets the run's agent adapt to them as it does in
+evaluation, and writes the new context, or why it must not be used.
+``metarobot.bridge.adaptation_client`` is the controller's end, and says what the files hold.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class AdaptingError(MetarobotError):
 
 def rollout(log: Mapping[str, Any]) -> Rollout:
     """Make an episode of what a robot lived, its rollouts side by side."""
-    got: dict[str, Any] = {k: torch.from_numpy(np.asarray(log[k])) for k in ("obs", "action", "reward", "final_obs")}
+    got: dict[str, Any] = {
+        k: torch.from_numpy(np.asarray(log[k])) for k in ("obs", "action", "reward", "final_obs")
+    }
     flags: dict[str, Any] = {
         k: torch.from_numpy(np.asarray(log[k])).bool() for k in ("terminated", "truncated", "valid")
     }
@@ -52,10 +56,11 @@ def rollout(log: Mapping[str, Any]) -> Rollout:
 
 @torch.no_grad()
 def divergence(agent: Any, old: Context, new: Context, episode: Rollout) -> float:
-    """Return the mean KL divergence of the new policy from the old one, on the states of an episode.
+    """Return the mean KL divergence of the new policy from the old one, on the states of an
+    episode.
 
-    Of agents that do not know it themselves: half the squared change of the action at an episode's first step, when
-    they take in what they adapted to, as if they acted with noise of deviation 1.
+    Of agents that do not know it themselves: half the squared change of the action at an episode's
+    first step, when they take in what they adapted to, as if they acted with noise of deviation 1.
     """
     if hasattr(agent, "divergence"):
         return float(agent.divergence(new[0][0], _only(agent.batch(old[0], episode))))
@@ -63,7 +68,10 @@ def divergence(agent: Any, old: Context, new: Context, episode: Rollout) -> floa
     obs = episode.obs[rows]
     zeros = torch.zeros(len(obs))
     percept = Percept(obs, torch.zeros_like(episode.action[rows]), zeros, zeros + 1, zeros)
-    before, after = (agent.act(percept, tuple(x.expand(len(obs), *x.shape[1:]) for x in c))[0] for c in (old, new))
+    before, after = (
+        agent.act(percept, tuple(x.expand(len(obs), *x.shape[1:]) for x in c))[0]
+        for c in (old, new)
+    )
     return float(0.5 * (after - before).square().sum(-1).mean())
 
 
@@ -73,22 +81,30 @@ def _only(batch: Any) -> Any:
 
 
 def adapt(run: str, log: Mapping[str, Any], bound: float) -> tuple[Context, float]:
-    """Return the context that the run's agent comes to, and how far it is from the old one; refuse what is too far."""
+    """Return the context that the run's agent comes to, and how far it is from the old one; refuse
+    what is too far.
+    """
     opened = open_run(run)
     if agents.get(opened.agent).imitates:
         raise AdaptingError(f"{opened.agent} adapts to demonstrations, not to what it lived itself")
     agent = opened.load_agent()
-    old = tuple(torch.from_numpy(np.asarray(log[f"{CONTEXT}{i}"])) for i in range(len(agent.begin(1))))
+    old = tuple(
+        torch.from_numpy(np.asarray(log[f"{CONTEXT}{i}"])) for i in range(len(agent.begin(1)))
+    )
     episode = rollout(log)
     _check(agent, old, episode)
     new = agent.adapt(old, episode)
     if not all(bool(x.isfinite().all()) for x in new):
         raise AdaptingError("adapting diverged: the new context is not finite")
     if all(torch.equal(a, b) for a, b in zip(new, old, strict=True)):
-        raise AdaptingError("there was nothing to learn from: no rollout is whole and finite, or its step diverged")
+        raise AdaptingError(
+            "there was nothing to learn from: no rollout is whole and finite, or its step diverged"
+        )
     kl = divergence(agent, old, new, episode)
     if not kl <= bound:
-        raise AdaptingError(f"the new policy is a KL divergence of {kl:.3g} from the old one, more than {bound:g}")
+        raise AdaptingError(
+            f"the new policy is a KL divergence of {kl:.3g} from the old one, more than {bound:g}"
+        )
     return new, kl
 
 
@@ -97,10 +113,14 @@ def _check(agent: Any, old: Context, episode: Rollout) -> None:
     begin = agent.begin(1)
     shapes = [(tuple(x.shape), tuple(y.shape)) for x, y in zip(old, begin, strict=True)]
     if any(given != wanted for given, wanted in shapes):
-        raise AdaptingError(f"the log's context is of shapes {[a for a, _ in shapes]}, not {[b for _, b in shapes]}")
+        raise AdaptingError(
+            f"the log's context is of shapes {[a for a, _ in shapes]}, not {[b for _, b in shapes]}"
+        )
 
 
-def main(run: Positional[str], log: Positional[Path], out: Positional[Path], /, kl: float = FAR) -> None:
+def main(
+    run: Positional[str], log: Positional[Path], out: Positional[Path], /, kl: float = FAR
+) -> None:
     """Adapt a run's agent to what a robot has lived.
 
     Args:
@@ -115,9 +135,13 @@ def main(run: Positional[str], log: Positional[Path], out: Positional[Path], /, 
         with np.load(log, allow_pickle=False) as archive:
             arrays = dict(archive)
         new, far = adapt(run, arrays, kl)
-        result: dict[str, Any] = {f"{CONTEXT}{i}": _plain(x) for i, x in enumerate(new)} | {KL: np.float64(far)}
+        result: dict[str, Any] = {f"{CONTEXT}{i}": _plain(x) for i, x in enumerate(new)} | {
+            KL: np.float64(far)
+        }
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        result = {REASON: np.array(f"the log is not one to adapt to: {' '.join(repr(e).split())[:200]}")}
+        result = {
+            REASON: np.array(f"the log is not one to adapt to: {' '.join(repr(e).split())[:200]}")
+        }
     except MetarobotError as e:
         result = {REASON: np.array(str(e))}
     with atomic_path(out) as temporary, temporary.open("wb") as file:

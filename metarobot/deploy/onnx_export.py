@@ -1,8 +1,10 @@
-"""From a trained agent to a policy folder: ONNX with explicit state, JSON, and a check that both bodies act alike.
+"""From a trained agent to a policy folder: ONNX with explicit state, JSON, and a check that both
+bodies act alike.
 
-The model's inputs are what a percept holds, in physical units, and the agent's context; its outputs are the action and
-the context after it. What the agent does not read is no input. The metadata of the file and ``policy.json`` hold the
-keys that mjlab's robots read (https://github.com/mujocolab/mjlab), at full precision, and what a trial is.
+The model's inputs are what a percept holds, in physical units, and the agent's context; its outputs
+are the action and the context after it. What the agent does not read is no input. The metadata of
+the file and ``policy.json`` hold the keys that mjlab's robots read
+(https://github.com/mujocolab/mjlab), at full precision, and what a trial is.
 """
 
 from __future__ import annotations
@@ -55,10 +57,20 @@ class AgentStep(nn.Module):
         self.agent, self.kinds, self.noisy = agent, [c.dtype for c in context], "noise_in" in given
         shown, noise = list(given.values()), given.get("noise_in")
         _, after = agent.act(_percept(*shown[:5]), context, noise)
-        self.changes = [i for i, (a, b) in enumerate(zip(after, context, strict=True)) if a is not b]
+        self.changes = [
+            i for i, (a, b) in enumerate(zip(after, context, strict=True)) if a is not b
+        ]
         """Which tensors of the context acting changes."""
 
-    def forward(self, obs: Tensor, action: Tensor, reward: Tensor, done: Tensor, first: Tensor, *rest: Tensor) -> Any:
+    def forward(
+        self,
+        obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        done: Tensor,
+        first: Tensor,
+        *rest: Tensor,
+    ) -> Any:
         """Act; return the action and what of the context has changed."""
         context = tuple(x.to(kind) for x, kind in zip(rest, self.kinds, strict=False))
         noise = rest[-1] if self.noisy else None
@@ -90,11 +102,15 @@ class ParityCheck:
         context: Context = self.agent.begin(worlds)
         return context
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Let both choose, and raise ``ExportError`` where they are too far apart."""
         chosen, after = self.agent.act(percept, context, noise)
         drawn = None if noise is None else noise[0].numpy()
-        self.policy.act(percept.obs[0].numpy(), float(percept.reward[0]), bool(percept.done[0]), drawn)
+        self.policy.act(
+            percept.obs[0].numpy(), float(percept.reward[0]), bool(percept.done[0]), drawn
+        )
         exported = torch.from_numpy(self.policy.chosen.copy())[None]
         apart = float((exported - chosen).abs().max())
         if not apart <= TOLERANCE:
@@ -106,11 +122,15 @@ class ParityCheck:
         return (exported if self.exported_leads else chosen), after
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
-        """Adapt torch's agent; the exported one takes over what it learned, as it will on the robot."""
+        """Adapt torch's agent; the exported one takes over what it learned, as it will on the
+        robot.
+        """
         after: Context = self.agent.adapt(context, episode)
         if not all(a is b or torch.equal(a, b) for a, b in zip(after, context, strict=True)):
             self.learned = True
-            self.policy.adopt({p.name: x.numpy() for p, x in zip(self.policy.meta.context, after, strict=True)})
+            self.policy.adopt(
+                {p.name: x.numpy() for p, x in zip(self.policy.meta.context, after, strict=True)}
+            )
         return after
 
 
@@ -122,11 +142,13 @@ class Parity:
     learned: bool
 
 
-def parity(agent: Any, policy: Policy, family: Family, *, tasks: int, seed: int, tick: Callable[[], None]) -> Parity:
+def parity(
+    agent: Any, policy: Policy, family: Family, *, tasks: int, seed: int, tick: Callable[[], None]
+) -> Parity:
     """Play whole trials in each of some tasks, led by torch's agent and then by the exported one.
 
-    Both are shown the same at each step. Raise ``ExportError`` at the first action that differs by more than
-    ``TOLERANCE``.
+    Both are shown the same at each step. Raise ``ExportError`` at the first action that differs by
+    more than ``TOLERANCE``.
     """
     if tasks < 1:
         raise ExportError(f"tasks must be at least 1, not {tasks}")
@@ -136,9 +158,19 @@ def parity(agent: Any, policy: Policy, family: Family, *, tasks: int, seed: int,
     for task, exported_leads in itertools.product(drawn, (False, True)):
         both = ParityCheck(agent, policy, exported_leads=exported_leads)
         collect(both, env, [task], episodes=episodes, seed=seed, explore=both.explores)
-        steps, largest, learned = steps + both.steps, max(largest, both.largest), learned or both.learned
+        steps, largest, learned = (
+            steps + both.steps,
+            max(largest, both.largest),
+            learned or both.learned,
+        )
         tick()
-    report = {"tolerance": TOLERANCE, "difference": largest, "steps": steps, "tasks": tasks, "seed": seed}
+    report = {
+        "tolerance": TOLERANCE,
+        "difference": largest,
+        "steps": steps,
+        "tasks": tasks,
+        "seed": seed,
+    }
     return Parity(report, learned)
 
 
@@ -152,7 +184,8 @@ def export(
 ) -> dict[str, Any]:
     """Write a run's agent to a policy folder; return its metadata.
 
-    The folder takes its place once all is written and checked; one that was there before and holds a policy gives way.
+    The folder takes its place once all is written and checked; one that was there before and holds
+    a policy gives way.
     """
     if out.exists() and not (out / ABOUT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is no policy folder: choose another --out")
@@ -165,7 +198,9 @@ def export(
         tick()
         _write(folder, model, meta)
         found = parity(agent, Policy.load(folder), run.family, tasks=tasks, seed=seed, tick=tick)
-        if found.learned and not agents.get(run.agent).imitates:  # who imitates learns from demonstrations, not here
+        if (
+            found.learned and not agents.get(run.agent).imitates
+        ):  # who imitates learns from demonstrations, not here
             meta["adapts"] = "between"
         meta["parity"] = found.report
         _write(folder, model, meta)
@@ -199,7 +234,9 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
             "high": env.action_high.tolist(),
         },
         "layout": "direct" if hardware is None else "legged",
-        "reward": {**hardware.reward, "weights": dict(family.weights)} if hardware and hardware.reward else None,
+        "reward": {**hardware.reward, "weights": dict(family.weights)}
+        if hardware and hardware.reward
+        else None,
         "explores": bool(agent.explores),
         "noise": int(getattr(agent, "noise_dim", env.act_dim)) if agent.explores else 0,
     }
@@ -207,20 +244,34 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
 
 def _joints(hardware: Hardware | None) -> dict[str, Any]:
     """Return the keys that speak of joints, empty for a robot that is not known."""
-    names = ("joint_names", "joint_stiffness", "joint_damping", "default_joint_pos", "action_scale", "command_names")
+    names = (
+        "joint_names",
+        "joint_stiffness",
+        "joint_damping",
+        "default_joint_pos",
+        "action_scale",
+        "command_names",
+    )
     if hardware is None:
         return {**{name: [] for name in names}, "limits": {}}
     h = hardware
     told = (h.joints, h.stiffness, h.damping, h.pose, h.scale, h.commands)
     limits = {
         joint: {"low": low, "high": high, "velocity": velocity, "torque": torque}
-        for joint, (low, high), velocity, torque in zip(h.joints, h.position, h.velocity, h.torque, strict=True)
+        for joint, (low, high), velocity, torque in zip(
+            h.joints, h.position, h.velocity, h.torque, strict=True
+        )
     }
-    return {**{name: list(values) for name, values in zip(names, told, strict=True)}, "limits": limits}
+    return {
+        **{name: list(values) for name, values in zip(names, told, strict=True)},
+        "limits": limits,
+    }
 
 
 def convert(agent: Any, meta: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """Turn an agent's step into an ONNX model; return it with the metadata, to which inputs and outputs are added."""
+    """Turn an agent's step into an ONNX model; return it with the metadata, to which inputs and
+    outputs are added.
+    """
     context = tuple(c.detach().clone() for c in agent.begin(1))
     names, width = context_names(agent, len(context)), meta["noise"]
     given = {"obs": torch.zeros(1, len(meta["observation_names"]))}
@@ -229,7 +280,10 @@ def convert(agent: Any, meta: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str
     given |= {f"{name}_in": x.float() for name, x in zip(names, context, strict=True)}
     given |= {"noise_in": torch.zeros(1, width)} if width else {}
     stepper = AgentStep(agent, context, given)
-    results = {"actions": given["action_in"], **{f"{names[i]}_out": context[i] for i in stepper.changes}}
+    results = {
+        "actions": given["action_in"],
+        **{f"{names[i]}_out": context[i] for i in stepper.changes},
+    }
     model = _onnx(stepper, given, list(results))
     read = _prune(model)
     parts = [
@@ -274,7 +328,9 @@ def _onnx(stepper: AgentStep, given: dict[str, Tensor], outputs: list[str]) -> o
                 verbose=False,
             )
     except Exception as e:  # whatever an agent's step may hold that ONNX has no word for
-        raise ExportError(f"this agent's step has no ONNX form: {' '.join(str(e).split())[:200]}") from e
+        raise ExportError(
+            f"this agent's step has no ONNX form: {' '.join(str(e).split())[:200]}"
+        ) from e
     finally:
         logger.setLevel(level)
     assert program is not None
@@ -284,7 +340,9 @@ def _onnx(stepper: AgentStep, given: dict[str, Tensor], outputs: list[str]) -> o
 
 def _prune(model: onnx.ModelProto) -> list[str]:
     """Leave out the inputs that nothing reads; return the names of the others."""
-    used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+    used = {name for node in model.graph.node for name in node.input} | {
+        o.name for o in model.graph.output
+    }
     kept = [i for i in model.graph.input if i.name in used]
     del model.graph.input[:]
     model.graph.input.extend(kept)
@@ -292,11 +350,17 @@ def _prune(model: onnx.ModelProto) -> list[str]:
 
 
 def properties(value: Any, key: str = "") -> dict[str, str]:
-    """Write metadata as strings: ``trial.horizon`` for what is in a part, comma-separated values for lists."""
+    """Write metadata as strings: ``trial.horizon`` for what is in a part, comma-separated values
+    for lists.
+    """
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in value}
     if isinstance(value, dict):
-        return {k: v for name, x in value.items() for k, v in properties(x, f"{key}.{name}" if key else name).items()}
+        return {
+            k: v
+            for name, x in value.items()
+            for k, v in properties(x, f"{key}.{name}" if key else name).items()
+        }
     return {key: ",".join(_words(value))}
 
 

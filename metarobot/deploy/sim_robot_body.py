@@ -1,7 +1,8 @@
 """The simulated robot itself: an ``Env`` of one world, and what its sensors say.
 
-Physics, latencies, noise, starts and true rewards are those of training. Robots with joints and an IMU give what theirs
-measure; others are told their observations and their reward by the simulator, which knows the task.
+Physics, latencies, noise, starts and true rewards are those of training. Robots with joints and an
+IMU give what theirs measure; others are told their observations and their reward by the simulator,
+which knows the task.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from metarobot.tasks.space import Task
 from metarobot.types import Floats
 
 SOFTER = 4.0
-"""How much more a limp robot's drives damp than when they hold a position: it sinks down, and does not drop."""
+"""How much more a limp robot's drives damp than when they hold a position: it sinks down, and does
+not drop."""
 
 
 def damped_model(model: mujoco.MjModel) -> mujoco.MjModel:
-    """Return the model with its drives in damping: no gain on position, no force, only resistance to motion."""
+    """Return the model with its drives in damping: no gain on position, no force, only resistance
+    to motion.
+    """
     soft = copy.copy(model)
     soft.actuator_gainprm[:, 0] = 0.0
     soft.actuator_biasprm[:, :2] = 0.0
@@ -37,11 +41,15 @@ def damped_model(model: mujoco.MjModel) -> mujoco.MjModel:
 class SimulatedRobot:
     """One robot on one task at a time, stepped by as few physics steps as wanted."""
 
-    def __init__(self, family: Family, tasks: Sequence[Task], *, seed: int = 0, noise: bool = True) -> None:
+    def __init__(
+        self, family: Family, tasks: Sequence[Task], *, seed: int = 0, noise: bool = True
+    ) -> None:
         self.family, self.tasks, self.seed, self._noise = family, tasks, seed, noise
         self.env = Env(family, tasks[:1], seed=seed, threads=1)
         hardware = family.deployment.hardware() if family.deployment.hardware is not None else None
-        self.signals: Signals = NamedSignals(self.env) if hardware is None else LeggedSignals(self.env, hardware)
+        self.signals: Signals = (
+            NamedSignals(self.env) if hardware is None else LeggedSignals(self.env, hardware)
+        )
         self.restart(0, 0)
 
     def restart(self, world: int, episode: int) -> None:
@@ -50,14 +58,21 @@ class SimulatedRobot:
         Task by task; after the last comes the first again, from other starts.
         """
         if min(world, episode) < 0:
-            raise MetarobotError(f"worlds and episodes count from 0: there is no episode {episode} of world {world}")
+            raise MetarobotError(
+                f"worlds and episodes count from 0: there is no episode {episode} of world {world}"
+            )
         self.world, self.episode, self.task = world, episode, self.tasks[world % len(self.tasks)]
         self.env.world_ids[0] = world
         self.env.set_tasks([self.task])
         self.env.reset(self.seed)
         self.obs = self.env.restart(episode)
         self.damped = self.over = False
-        self.steps, self.reward, self.returns, self.terms = 0, 0.0, 0.0, dict.fromkeys(self.family.weights, 0.0)
+        self.steps, self.reward, self.returns, self.terms = (
+            0,
+            0.0,
+            0.0,
+            dict.fromkeys(self.family.weights, 0.0),
+        )
         self.terminated, self._substep, self._broken = False, 0, torch.zeros(1, dtype=torch.bool)
 
     def command(self, values: Floats) -> None:
@@ -84,7 +99,9 @@ class SimulatedRobot:
     def reading(self) -> list[float]:
         """Return what the robot says now, in the order of the signals' names."""
         clean = self.family.observe(self.env.snapshot)
-        return self.signals.values(self, clean[0].numpy(), (self.obs if self._noise else clean)[0].numpy())
+        return self.signals.values(
+            self, clean[0].numpy(), (self.obs if self._noise else clean)[0].numpy()
+        )
 
     def told(self) -> dict[str, Any]:
         """Return what the episode really earned so far, and whether it failed."""
@@ -109,7 +126,9 @@ class SimulatedRobot:
 
 
 class NamedSignals:
-    """Robots without hardware of their own: observations by name, the reward, and whether the episode has failed."""
+    """Robots without hardware of their own: observations by name, the reward, and whether the
+    episode has failed.
+    """
 
     def __init__(self, env: Env) -> None:
         self.reading = (*env.family.observations, "reward", "terminated", "damped")
@@ -125,14 +144,18 @@ class NamedSignals:
 
 
 class LeggedSignals:
-    """A robot on legs: what its joints, IMU and feet measure, noise as in its observations; its operator's command."""
+    """A robot on legs: what its joints, IMU and feet measure, noise as in its observations; its
+    operator's command.
+    """
 
     def __init__(self, env: Env, hardware: Hardware) -> None:
         model = env.model(env.tasks[0])
         joints = [int(model.actuator(name).trnid[0]) for name in hardware.joints]
         self._pos, self._vel = model.jnt_qposadr[joints], model.jnt_dofadr[joints]
         self._tau = [int(model.sensor(f"{name}_torque").adr[0]) for name in hardware.joints]
-        touch = [model.sensor(i) for i in range(model.nsensor) if model.sensor(i).name.endswith("_touch")]
+        touch = [
+            model.sensor(i) for i in range(model.nsensor) if model.sensor(i).name.endswith("_touch")
+        ]
         self._force = [int(s.adr[0]) for s in touch]
         self._pose, self._scale = np.array(hardware.pose), np.array(hardware.scale)
         self._told = () if hardware.commands else ("reward",)
@@ -181,7 +204,9 @@ def product(a: Floats, b: Floats) -> Floats:
 
 
 def between(a: Floats, b: Floats) -> Floats:
-    """Return the shortest rotation that takes the direction of ``a`` to that of ``b``, which are not opposite."""
+    """Return the shortest rotation that takes the direction of ``a`` to that of ``b``, which are
+    not opposite.
+    """
     a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
     quat = np.array([1 + a @ b, *np.cross(a, b)])
     unit: Floats = quat / np.linalg.norm(quat)
@@ -189,12 +214,16 @@ def between(a: Floats, b: Floats) -> Floats:
 
 
 def upright(quat: Floats, gravity: Floats) -> Floats:
-    """Return a rotation as an IMU sees it, for which down is where gravity points: the simulator turns it on slopes."""
+    """Return a rotation as an IMU sees it, for which down is where gravity points: the simulator
+    turns it on slopes.
+    """
     return product(between(gravity, np.array([0.0, 0.0, -1.0])), quat)
 
 
 def tilted(quat: Floats, noise: Floats) -> Floats:
-    """Return a rotation whose gravity, in the trunk's frame, is disturbed: what an IMU's error can be."""
+    """Return a rotation whose gravity, in the trunk's frame, is disturbed: what an IMU's error can
+    be.
+    """
     if not noise.any():
         return quat
     w, x, y, z = quat

@@ -1,8 +1,10 @@
-"""A simulated robot in real time: a process with MuJoCo in it that publishes readings and obeys commands over UDP.
+"""A simulated robot in real time: a process with MuJoCo in it that publishes readings and obeys
+commands over UDP.
 
-``python -m metarobot.deploy.sim_robot_server QuadrupedDamage`` prints the port on 127.0.0.1 it listens at; the frames are those of
-``metarobot.bridge.robots.sim_client``, which is the controller's end, the robot is ``metarobot.deploy.sim_robot_body``. A command acts from the
-physics step in which it arrives.
+``python -m metarobot.deploy.sim_robot_server QuadrupedDamage`` prints the port on 127.0.0.1 it
+listens at; the frames are those of ``metarobot.bridge.robots.sim_client``, which is the
+controller's end, the robot is ``metarobot.deploy.sim_robot_body``. A command acts from the physics
+step in which it arrives.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from metarobot.tasks.family import family_on
 from metarobot.tasks.space import parse_assignments
 
 SLIP = 0.05
-"""How late the physics may be before its time stands still instead of catching up, s: the machine was asleep."""
+"""How late the physics may be before its time stands still instead of catching up, s: the machine
+was asleep."""
 LINGER = 2.0
 """How long the robot goes on after whoever started it is gone, s."""
 SILENT = 1.0
@@ -39,21 +42,35 @@ class SimRobotServer:
     """The process's loop: frames in, physics on, readings out."""
 
     def __init__(
-        self, world: SimulatedRobot, *, port: int, lockstep: bool, watchdog_s: float, publish_hz: float
+        self,
+        world: SimulatedRobot,
+        *,
+        port: int,
+        lockstep: bool,
+        watchdog_s: float,
+        publish_hz: float,
     ) -> None:
         self.world, self.lockstep, self.watchdog_s = world, lockstep, watchdog_s
         self.period = world.env.dt / world.family.substeps
         physics = 1 / self.period
         if not 0 <= publish_hz <= physics + 1e-6:
-            raise MetarobotError(f"publish_hz must be between 0 and the physics' {physics:g}, not {publish_hz:g}")
+            raise MetarobotError(
+                f"publish_hz must be between 0 and the physics' {physics:g}, not {publish_hz:g}"
+            )
         if not (watchdog_s > 0 and math.isfinite(watchdog_s)):
             raise MetarobotError(f"watchdog_s must be above 0, not {watchdog_s:g}")
-        self._every = max(1, round(physics / publish_hz)) if publish_hz and not lockstep else world.family.substeps
+        self._every = (
+            max(1, round(physics / publish_hz))
+            if publish_hz and not lockstep
+            else world.family.substeps
+        )
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             self._socket.bind((HOST, port))
         except (OSError, OverflowError) as e:
-            raise MetarobotError(f"port {port} of {HOST} cannot be had: {getattr(e, 'strerror', e)}") from e
+            raise MetarobotError(
+                f"port {port} of {HOST} cannot be had: {getattr(e, 'strerror', e)}"
+            ) from e
         self.port: int = self._socket.getsockname()[1]
         self._owner: tuple[str, int] | None = None
         self._spoke = self._heard = 0.0
@@ -104,7 +121,11 @@ class SimRobotServer:
 
     def report(self) -> dict[str, Any]:
         """Say what was counted; times in s."""
-        timing = {"longest_gap_s": self._gap, "damped_after_s": self._limp_after, "damped": self.world.damped}
+        timing = {
+            "longest_gap_s": self._gap,
+            "damped_after_s": self._limp_after,
+            "damped": self.world.damped,
+        }
         return {**self.counts, **timing, "held": self._held, "told": self.world.told()}
 
     def _tick(self) -> None:
@@ -121,14 +142,18 @@ class SimRobotServer:
         if self._owner is not None:
             self.counts["readings"] += 1
             head = [self._ticks * self.period, self._command, self._restart]
-            self._answer(Kind.READING, [*head, *self.world.reading()], self._owner, self.counts["readings"])
+            self._answer(
+                Kind.READING, [*head, *self.world.reading()], self._owner, self.counts["readings"]
+            )
 
     def _answer(self, kind: Kind, values: Any, to: tuple[str, int], number: int = 0) -> None:
         with suppress(OSError):  # whoever it was for is gone
             self._socket.sendto(frame(kind, number, values), to)
 
     def _listen(self, until: float) -> None:
-        """Take frames in until a moment; all that are there even if it is past, up to a thousand."""
+        """Take frames in until a moment; all that are there even if it is past, up to a
+        thousand.
+        """
         for _ in range(1000):
             left = until - time.monotonic()
             ready, _, _ = select.select([self._socket, *self._stdin], [], [], max(0.0, left))
@@ -175,7 +200,9 @@ class SimRobotServer:
             self._owner = None
 
     def _welcome(self, sender: tuple[str, int]) -> None:
-        """Take a controller on, unless there is another; its count of commands and restarts begins anew."""
+        """Take a controller on, unless there is another; its count of commands and restarts begins
+        anew.
+        """
         if self._owner not in (None, sender) and time.monotonic() - self._spoke < SILENT:
             reason = f"the simulated robot at port {self.port} has a controller: one at a time"
             self._answer(Kind.REFUSED, {"reason": reason}, sender)
@@ -187,7 +214,9 @@ class SimRobotServer:
         self._publish()
 
     def _obey(self, number: int, payload: bytes) -> None:
-        """Take a command, if it is whole, finite and newer than the last; a refused one leaves the last in force."""
+        """Take a command, if it is whole, finite and newer than the last; a refused one leaves the
+        last in force.
+        """
         now = time.monotonic()
         if number <= self._command:
             self.counts["refused"] += 1
@@ -205,14 +234,18 @@ class SimRobotServer:
         self._pass(number)
 
     def _pass(self, number: int) -> None:
-        """In lock-step, let a control period pass; its reading says which command, or request, it answers."""
+        """In lock-step, let a control period pass; its reading says which command, or request, it
+        answers.
+        """
         self._command = number
         if self.lockstep:
             for _ in range(self.world.family.substeps):
                 self._tick()
 
     def _begin(self, payload: bytes) -> None:
-        """Put the robot at a start and hold it there; a request that is repeated is answered again."""
+        """Put the robot at a start and hold it there; a request that is repeated is answered
+        again.
+        """
         asked = np.frombuffer(payload, "<f8") if len(payload) == 24 else np.array([math.nan])
         if not np.isfinite(asked).all():
             self.counts["refused"] += 1
@@ -258,7 +291,8 @@ def serve(
         seed: Draws the tasks and the starts, as an evaluation with this seed does.
         task: One task of your own instead, as name=value for each parameter.
         robot: Another model of the robot: a path to an MJCF, or menagerie:name.
-        lockstep: Let time go on by one control period a command, as fast as that goes, instead of by the clock.
+        lockstep: Let time go on by one control period a command, as fast as that goes, instead of
+            by the clock.
         noise: Let sensors be as noisy as in training.
         watchdog_s: After so long without a command the drives go limp, s.
         publish_hz: Readings a second; the control rate if 0, at most the physics rate.
@@ -266,7 +300,11 @@ def serve(
         until_eof: End when standard input ends: whoever starts the process holds it open.
     """
     chosen = family_on(family, robot)
-    drawn = [chosen.space.task(**parse_assignments(task))] if task else chosen.space.sample(split, tasks, seed)
+    drawn = (
+        [chosen.space.task(**parse_assignments(task))]
+        if task
+        else chosen.space.sample(split, tasks, seed)
+    )
     torch.set_num_threads(1)
     server = SimRobotServer(
         SimulatedRobot(chosen, drawn, seed=seed, noise=noise),

@@ -23,10 +23,10 @@ __all__ = ["Env", "StepResult"]
 class StepResult(NamedTuple):
     """What one control step gave. Shapes ``(world, ...)``.
 
-    ``obs`` is the observation to act on next, after the reset where one happened; ``final_obs`` the one the step led
-    to, before any reset. ``terminated``: the episode failed; ``truncated``: its time is up; ``faulted``: the physics
-    broke down, which terminates too, with reward zero and the last sound observation. ``final_critic_obs`` is what a
-    critic was shown beside ``final_obs``.
+    ``obs`` is the observation to act on next, after the reset where one happened; ``final_obs`` the
+    one the step led to, before any reset. ``terminated``: the episode failed; ``truncated``: its
+    time is up; ``faulted``: the physics broke down, which terminates too, with reward zero and the
+    last sound observation. ``final_critic_obs`` is what a critic was shown beside ``final_obs``.
     """
 
     obs: Tensor
@@ -42,8 +42,9 @@ class StepResult(NamedTuple):
 class Env:
     """Worlds of one family, each with its own task, stepped together.
 
-    Every world's starts are drawn from a stream of its own, keyed by (seed, world, episode): what happens in one world
-    never reaches another. ``resample``, if given, draws a new task for a world at each autoreset.
+    Every world's starts are drawn from a stream of its own, keyed by (seed, world, episode): what
+    happens in one world never reaches another. ``resample``, if given, draws a new task for a world
+    at each autoreset.
     """
 
     def __init__(
@@ -70,17 +71,22 @@ class Env:
         self.dt = first.opt.timestep * family.substeps
         bounds = torch.from_numpy(first.actuator_ctrlrange.T.copy())
         if family.interaction.controller is not None:
-            bounds = torch.tensor([[-1.0], [1.0]]).expand(2, len(family.interaction.controller.actions))
+            bounds = torch.tensor([[-1.0], [1.0]]).expand(
+                2, len(family.interaction.controller.actions)
+            )
         qpos, qvel = self.sim.bind("qpos"), self.sim.bind("qvel")
         self.device = qpos.device
         self.action_low, self.action_high = bounds.to(qpos)
         self._values = family.space.values(self.tasks).to(qpos)
         self.task_values = dict(zip(family.space.names, self._values.unbind(1), strict=True))
         """Each task parameter over the worlds, name -> ``(world,)``."""
-        sensors = self.sim.bind("sensordata") if first.nsensordata else qpos.new_zeros(self.worlds, 0)
+        sensors = (
+            self.sim.bind("sensordata") if first.nsensordata else qpos.new_zeros(self.worlds, 0)
+        )
         action = qpos.new_zeros(self.worlds, self.act_dim)
         statistics = qpos.new_zeros(
-            self.worlds, 0 if family.interaction.statistics is None else family.interaction.statistics.size
+            self.worlds,
+            0 if family.interaction.statistics is None else family.interaction.statistics.size,
         )
         variant = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
         self.state = WorldState(qpos, qvel, sensors, action, self.task_values, statistics, variant)
@@ -112,7 +118,9 @@ class Env:
 
     @property
     def action_names(self) -> tuple[str, ...]:
-        """Name the action's elements: by the family's controller, or its drives; a nameless drive by its joint."""
+        """Name the action's elements: by the family's controller, or its drives; a nameless drive
+        by its joint.
+        """
         if self.family.interaction.controller is not None:
             return self.family.interaction.controller.actions
         model = self.model(self.tasks[0])
@@ -125,7 +133,9 @@ class Env:
         return len(self.family.observations)
 
     def model(self, task: Task) -> mujoco.MjModel:
-        """Compile the task's model, or take the one of a task that differs in nothing the model holds."""
+        """Compile the task's model, or take the one of a task that differs in nothing the model
+        holds.
+        """
         key = self._maker.key(task)
         if key not in self._models:
             if len(self._models) >= 4 * max(64, len(self.tasks)):
@@ -133,8 +143,12 @@ class Env:
             self._models[key] = self._maker.compile(task)
         return self._models[key]
 
-    def set_tasks(self, tasks: Sequence[Task | Mapping[str, float]], ids: Sequence[int] | None = None) -> None:
-        """Give worlds (default: all) new tasks; they take effect in full at those worlds' next reset."""
+    def set_tasks(
+        self, tasks: Sequence[Task | Mapping[str, float]], ids: Sequence[int] | None = None
+    ) -> None:
+        """Give worlds (default: all) new tasks; they take effect in full at those worlds' next
+        reset.
+        """
         rows = list(range(self.worlds)) if ids is None else list(ids)
         checked = [self._checked(t) for t in tasks]
         if len(checked) != len(rows):
@@ -148,16 +162,20 @@ class Env:
         return self.family.space.coerce(task)
 
     def reset(self, seed: int | None = None) -> Tensor:
-        """Start an episode in every world and return the observations; a seed restarts the count of episodes."""
+        """Start an episode in every world and return the observations; a seed restarts the count of
+        episodes.
+        """
         if seed is not None:
             self.seed, self._episode = seed, np.full(self.worlds, -1)
         self._restart(range(self.worlds))
         return self._observe()
 
     def restart(self, episode: int) -> Tensor:
-        """Put every world at the start of its episode of that number; return the observations ``(world, obs)``.
+        """Put every world at the start of its episode of that number; return the observations
+        ``(world, obs)``.
 
-        The number keys the start, so a world that lived through many short episodes meanwhile starts as any other.
+        The number keys the start, so a world that lived through many short episodes meanwhile
+        starts as any other.
         """
         elsewhere = (self.elapsed > 0).numpy() | (self._episode != episode)
         if elsewhere.any():
@@ -172,7 +190,9 @@ class Env:
         return self._observe()
 
     def set_variant(self, variant: Tensor) -> Tensor:
-        """Make the episodes that are about to start of these variants, ``(world,)``; return the observations."""
+        """Make the episodes that are about to start of these variants, ``(world,)``; return the
+        observations.
+        """
         self.state.variant.copy_(variant)
         self.snapshot = self._take_snapshot()
         return self._observe()
@@ -181,7 +201,9 @@ class Env:
         starts = []
         for i in ids:
             self._episode[i] += 1
-            stream = np.random.Philox(key=[self.seed, self.world_ids[i]], counter=[0, 0, 0, int(self._episode[i])])
+            stream = np.random.Philox(
+                key=[self.seed, self.world_ids[i]], counter=[0, 0, 0, int(self._episode[i])]
+            )
             rng = np.random.Generator(stream)
             starts.append(self.family.start(rng, self.model(self.tasks[i])))
             if self.family.interaction.noise:
@@ -207,7 +229,11 @@ class Env:
 
     def _observe(self) -> Tensor:
         obs = self.family.observe(self.snapshot)
-        return obs if not self.family.interaction.noise else obs.index_add_(1, self._noisy, self._disturbance())
+        return (
+            obs
+            if not self.family.interaction.noise
+            else obs.index_add_(1, self._noisy, self._disturbance())
+        )
 
     def _disturbance(self) -> Tensor:
         """Return the noise of the observations that have any, ``(world, noisy)``."""
@@ -216,10 +242,14 @@ class Env:
     def critic_obs(self) -> Tensor:
         """Return what only a critic is shown of the present state, ``(world, critic)``."""
         see = self.family.teaching.critic_observe
-        return torch.zeros(self.worlds, 0, device=self.device) if see is None else see(self.snapshot)
+        return (
+            torch.zeros(self.worlds, 0, device=self.device) if see is None else see(self.snapshot)
+        )
 
     def teacher_action(self) -> Tensor:
-        """Return what a learner is taught to do now, ``(world, act)``, NaN where nothing is known."""
+        """Return what a learner is taught to do now, ``(world, act)``, NaN where nothing is
+        known.
+        """
         return (
             self.expert()
             if self.family.teaching.teacher_action is None
@@ -229,17 +259,25 @@ class Env:
     def expert(self) -> Tensor:
         """Return what the family's expert would do now, ``(world, act)``; raise if it has none."""
         if self.family.teaching.expert is None:
-            known = ", ".join(n for n in families.names() if families.get(n).teaching.expert is not None)
-            raise MetarobotError(f"{self.family.name} has no scripted expert; those that have one: {known}")
+            known = ", ".join(
+                n for n in families.names() if families.get(n).teaching.expert is not None
+            )
+            raise MetarobotError(
+                f"{self.family.name} has no scripted expert; those that have one: {known}"
+            )
         return self.family.teaching.expert(self.snapshot).float()
 
     def step(self, action: Tensor, awake: Tensor | None = None) -> StepResult:
-        """Advance every world by one control step under ``action`` ``(world, act)``; worlds that end are reset.
+        """Advance every world by one control step under ``action`` ``(world, act)``; worlds that
+        end are reset.
 
-        Where ``awake`` ``(world,)`` is false nothing happens, and what is returned there means nothing.
+        Where ``awake`` ``(world,)`` is false nothing happens, and what is returned there means
+        nothing.
         """
         if tuple(action.shape) != (self.worlds, self.act_dim):
-            raise MetarobotError(f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}")
+            raise MetarobotError(
+                f"actions must be of shape {(self.worlds, self.act_dim)}, not {tuple(action.shape)}"
+            )
         self.apply_action(action, awake)
         step = self.finish_step(self.sim.step(self.family.substeps, awake), awake)
         if self.any_world(step.terminated | step.truncated):
@@ -247,15 +285,25 @@ class Env:
         return step
 
     def apply_action(self, action: Tensor, awake: Tensor | None = None) -> None:
-        """Set the drives' targets for ``action`` ``(world, act)``, clipped: the first part of ``step``."""
+        """Set the drives' targets for ``action`` ``(world, act)``, clipped: the first part of
+        ``step``.
+        """
         state, control = self.state, self.family.interaction.controller
-        state.action.copy_(torch.clamp(action.to(state.action.dtype), self.action_low, self.action_high))
+        state.action.copy_(
+            torch.clamp(action.to(state.action.dtype), self.action_low, self.action_high)
+        )
         if awake is not None:
             state.action.masked_fill_(~awake[:, None], 0.0)
-        self._ctrl.copy_(state.action if control is None else control.targets(self.snapshot, state.action, self._ctrl))
+        self._ctrl.copy_(
+            state.action
+            if control is None
+            else control.targets(self.snapshot, state.action, self._ctrl)
+        )
 
     def finish_step(self, faulted: Tensor, awake: Tensor | None = None) -> StepResult:
-        """Say what the physics of a control step led to, ``faulted`` where it broke down: the last part of ``step``."""
+        """Say what the physics of a control step led to, ``faulted`` where it broke down: the last
+        part of ``step``.
+        """
         family, state, before = self.family, self.state, self.snapshot
         self.elapsed += 1 if awake is None else awake
         broken = self.any_world(faulted)
@@ -272,7 +320,9 @@ class Env:
         self.readout = family.display.readout(before, after, self.dt) if self.record_readout else {}
         obs = self._observe()
         terminated = (
-            torch.zeros_like(faulted) if family.interaction.terminate is None else family.interaction.terminate(after)
+            torch.zeros_like(faulted)
+            if family.interaction.terminate is None
+            else family.interaction.terminate(after)
         )
         if broken:
             reward = torch.where(faulted, 0.0, reward)
@@ -281,13 +331,17 @@ class Env:
         truncated = (self.elapsed >= family.horizon) & ~terminated
         if awake is not None:
             terminated, truncated, faulted = terminated & awake, truncated & awake, faulted & awake
-        return StepResult(obs, reward, terms, terminated, truncated, faulted, obs, self.critic_obs())
+        return StepResult(
+            obs, reward, terms, terminated, truncated, faulted, obs, self.critic_obs()
+        )
 
     def _take_snapshot(self) -> WorldState:
         """Copy the state, and make of it what the family's functions share."""
         live = self.state
         qpos, qvel, sensors, action = (x.clone() for x in live[:4])
-        moment = WorldState(qpos, qvel, sensors, action, live.task, live.statistics.clone(), live.variant)
+        moment = WorldState(
+            qpos, qvel, sensors, action, live.task, live.statistics.clone(), live.variant
+        )
         return (
             moment
             if self.family.interaction.derive is None
@@ -295,7 +349,9 @@ class Env:
         )
 
     def any_world(self, mask: Tensor) -> bool:
-        """Say whether a mask ``(world,)`` holds for any world; where the answer would have to be waited for, yes."""
+        """Say whether a mask ``(world,)`` holds for any world; where the answer would have to be
+        waited for, yes.
+        """
         return bool(mask.any())
 
     record_readout = False

@@ -1,4 +1,6 @@
-"""Environments whose worlds never leave the device: physics, observations, rewards and resets, nothing read back."""
+"""Environments whose worlds never leave the device: physics, observations, rewards and resets,
+nothing read back.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,10 @@ PROBED = 32
 class DeviceEnv(Env):
     """Worlds of one family on the device of a ``WarpSim``.
 
-    It differs from ``Env`` in what would have to be read back. Starts are drawn in advance, some of each model, and
-    picked on the device by a generator keyed by (seed, episode); sensor noise is drawn step by step. A world whose
-    episode is over, or whose physics broke down, waits at a start until all are restarted: ``step`` resets nothing.
+    It differs from ``Env`` in what would have to be read back. Starts are drawn in advance, some of
+    each model, and picked on the device by a generator keyed by (seed, episode); sensor noise is
+    drawn step by step. A world whose episode is over, or whose physics broke down, waits at a start
+    until all are restarted: ``step`` resets nothing.
     """
 
     def __init__(
@@ -43,33 +46,50 @@ class DeviceEnv(Env):
         room: BufferSizes | None = None,
         pool: Sequence[Task] = (),
     ) -> None:
-        """Make a world for each task, and whatever the tasks of ``pool`` need, so that dealing them out is cheap."""
+        """Make a world for each task, and whatever the tasks of ``pool`` need, so that dealing them
+        out is cheap.
+        """
         warp_device(device)
         self._chance = torch.Generator(device)
         self._drawn: dict[int, int] = {}
         self._pool = {id(t): t for t in pool}
         room = measure_buffer_sizes(family) if room is None else room
-        super().__init__(family, tasks, seed=seed, make_sim=lambda models, _: WarpSim(models, device=device, room=room))
+        super().__init__(
+            family,
+            tasks,
+            seed=seed,
+            make_sim=lambda models, _: WarpSim(models, device=device, room=room),
+        )
 
     def _prepare(self) -> None:
         first, pooled = self.model(self.tasks[0]), [self.model(t) for t in self._pool.values()]
         cast(WarpSim, self.sim).know(pooled)
-        self._each = max(LEAST, math.ceil(STARTS / len({id(m) for m in (*map(self.model, self.tasks), *pooled)})))
-        self._starts = [torch.zeros(0, self._each, n, device=self.device) for n in (first.nq, first.nv)]
+        self._each = max(
+            LEAST, math.ceil(STARTS / len({id(m) for m in (*map(self.model, self.tasks), *pooled)}))
+        )
+        self._starts = [
+            torch.zeros(0, self._each, n, device=self.device) for n in (first.nq, first.nv)
+        ]
         self._origin = torch.zeros(self.worlds, dtype=torch.int64, device=self.device)
         self._start(pooled)
         self._draw(list(range(self.worlds)))
 
     def model(self, task: Task) -> mujoco.MjModel:
-        """Compile the task's model, or take the one of a task that differs in nothing the model holds."""
+        """Compile the task's model, or take the one of a task that differs in nothing the model
+        holds.
+        """
         key = self._maker.key(task)  # none is forgotten: the device has them all
         return self._models.setdefault(key, self._models.get(key) or self._maker.compile(task))
 
     def _checked(self, task: Task | Mapping[str, float]) -> Task:
         return self._pool.get(id(task)) or super()._checked(task)
 
-    def set_tasks(self, tasks: Sequence[Task | Mapping[str, float]], ids: Sequence[int] | None = None) -> None:
-        """Give worlds (default: all) new tasks; those that were there before cost a gather on the device."""
+    def set_tasks(
+        self, tasks: Sequence[Task | Mapping[str, float]], ids: Sequence[int] | None = None
+    ) -> None:
+        """Give worlds (default: all) new tasks; those that were there before cost a gather on the
+        device.
+        """
         super().set_tasks(tasks, ids)
         self._draw(list(range(self.worlds)) if ids is None else list(ids))
 
@@ -95,15 +115,21 @@ class DeviceEnv(Env):
         return tuple(np.stack(x) for x in zip(*pairs, strict=True))
 
     def reset(self, seed: int | None = None) -> Tensor:
-        """Start the first episode in every world and return the observations; a seed takes the last one's place."""
+        """Start the first episode in every world and return the observations; a seed takes the last
+        one's place.
+        """
         self.seed = self.seed if seed is None else seed
         return self.restart(0)
 
     def restart(self, episode: int) -> Tensor:
-        """Put every world at the start of its episode of that number; return the observations ``(world, obs)``."""
+        """Put every world at the start of its episode of that number; return the observations
+        ``(world, obs)``.
+        """
         key = np.random.SeedSequence([self.seed, episode]).generate_state(1, np.uint64)[0]
         self._chance.manual_seed(int(key >> np.uint64(1)))
-        picked = torch.randint(self._each, (self.worlds,), generator=self._chance, device=self.device)
+        picked = torch.randint(
+            self._each, (self.worlds,), generator=self._chance, device=self.device
+        )
         if self.family.interaction.variants > 1:
             n = self.family.interaction.variants
             self.state.variant.random_(0, n, generator=self._chance)
@@ -116,7 +142,9 @@ class DeviceEnv(Env):
         return draw.mul_(2).sub_(1).mul_(self._amplitude)
 
     def step(self, action: Tensor, awake: Tensor | None = None) -> StepResult:
-        """Advance every world by one control step; those whose episode is over wait until all are restarted."""
+        """Advance every world by one control step; those whose episode is over wait until all are
+        restarted.
+        """
         self.apply_action(action, awake)
         step = self.finish_step(self.sim.step(self.family.substeps, awake), awake)
         over = step.terminated | step.truncated
@@ -144,17 +172,23 @@ def measure_buffer_sizes(family: Family, steps: int = 60) -> BufferSizes:
 
 
 def bytes_per_world(family: Family, device: str = "cuda") -> int:
-    """Return the memory that one more world of its own model takes on the device, or raise for what Warp cannot run."""
+    """Return the memory that one more world of its own model takes on the device, or raise for what
+    Warp cannot run.
+    """
     warp_device(device)
     maker, room = TaskModels(family), measure_buffer_sizes(family)
     made = {maker.key(t): maker.compile(t) for t in family.space.sample("train", PROBED, 0)}
     models = list(itertools.islice(itertools.cycle(made.values()), PROBED))
-    fewer, more = (WarpSim(models[:n], device=device, room=room).bytes for n in (PROBED // 2, PROBED))
+    fewer, more = (
+        WarpSim(models[:n], device=device, room=room).bytes for n in (PROBED // 2, PROBED)
+    )
     return 2 * (more - fewer) // PROBED
 
 
 def check_memory(family: Family, worlds: int, device: str = "cuda") -> None:
-    """Raise for more worlds than the device has memory for, and for a family that Warp cannot run."""
+    """Raise for more worlds than the device has memory for, and for a family that Warp cannot
+    run.
+    """
     each, free = bytes_per_world(family, device), free_memory(device)
     if worlds * each > free:
         raise WarpError(

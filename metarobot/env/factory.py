@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import Family
+from metarobot.tasks.space import Task
 
 SIMS = ("cpu", "warp")
 
 
 def choose_simulator(family: Family, sim: str, device: str) -> tuple[str, str]:
-    """Choose the simulator, unless ``sim`` names it: Warp on an accelerator, where it can; say which and why."""
+    """Choose the simulator, unless ``sim`` names it: Warp on an accelerator, where it can; say
+    which and why.
+    """
     if sim not in ("", *SIMS):
         raise MetarobotError(f"no simulator called {sim!r}; there are: {', '.join(SIMS)}")
     if sim or device == "cpu":
-        return sim or "cpu", f"physics: {sim or 'cpu'} on {'cpu' if sim == 'cpu' else device}, as asked"
+        return (
+            sim or "cpu",
+            f"physics: {sim or 'cpu'} on {'cpu' if sim == 'cpu' else device}, as asked",
+        )
     try:
         from metarobot.env.device import bytes_per_world
 
@@ -29,3 +38,36 @@ def check_simulator(family: Family, sim: str, device: str, worlds: int) -> None:
         from metarobot.env.device import check_memory
 
         check_memory(family, worlds, device)
+
+
+def make_env(
+    family: Family,
+    tasks: Sequence[Task | Mapping[str, float]],
+    *,
+    sim: str = "cpu",
+    device: str = "cpu",
+    seed: int = 0,
+    threads: int = 0,
+    pool: Sequence[Task] = (),
+) -> Env:
+    """Build an environment with one world for each task, on the backend that ``sim`` names.
+
+    Args:
+        family: What is simulated.
+        tasks: One task a world.
+        sim: ``cpu`` (MuJoCo) or ``warp`` (MuJoCo Warp).
+        device: Where Warp simulates, ``cpu`` or ``cuda``; MuJoCo itself runs on the CPU.
+        seed: Draws the starts.
+        threads: Physics threads on the CPU; 0 takes all there are.
+        pool: Tasks that worlds will be given later; on a device their models are uploaded at once.
+
+    Raises:
+        MetarobotError: An unknown simulator, or one that cannot run this family here.
+    """
+    if sim not in SIMS:
+        raise MetarobotError(f"no simulator called {sim!r}; there are: {', '.join(SIMS)}")
+    if sim == "cpu":
+        return Env(family, tasks, seed=seed, threads=threads)
+    from metarobot.env.device import DeviceEnv
+
+    return DeviceEnv(family, tasks, device=device, seed=seed, pool=pool)

@@ -1,7 +1,9 @@
-"""Gymnasium's face: ``GymEnv`` is one world, ``GymVecEnv`` many, both over ``metarobot.env.base.Env``.
+"""Gymnasium's face: ``GymEnv`` is one world, ``GymVecEnv`` many, both over
+``metarobot.env.base.Env``.
 
-Every family has the id ``metarobot/<Name>-v0``, for ``gymnasium.make`` and ``gymnasium.make_vec``. A task is an option
-of ``reset``; without it each episode draws a new one. ``info["task"]`` is the task that the observation belongs to.
+Every family has the id ``metarobot/<Name>-v0``, for ``gymnasium.make`` and ``gymnasium.make_vec``.
+A task is an option of ``reset``; without it each episode draws a new one. ``info["task"]`` is the
+task that the observation belongs to.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ RENDER_MODES = ("human", "rgb_array")
 
 
 def register() -> None:
-    """Give every family its Gymnasium id; ``import metarobot`` does it for those that come by entry points."""
+    """Give every family its Gymnasium id; ``import metarobot`` does it for those that come by entry
+    points.
+    """
     metarobot._register(families.names())
 
 
@@ -45,7 +49,8 @@ class Draw:
     def __init__(self, space: TaskSpace, split: str) -> None:
         space.check_split(split)
         self.space = space
-        # a finite space's test split lists all tasks in order: drawing one at a time would always give the first
+        # a finite space's test split lists all tasks in order: drawing one at a time would always
+        # give the first
         self.split = "train" if split == "test" and space.finite else split
 
     def __call__(self, *key: int) -> Task:
@@ -78,7 +83,9 @@ def as_tasks(space: TaskSpace, value: object, worlds: int) -> list[Task]:
     if isinstance(value, Task | Mapping):
         return [space.coerce(value)] * worlds
     if not isinstance(value, Sequence) or len(value) != worlds:
-        raise TaskError(f"{worlds} worlds take one {space.name} task or a list of {worlds}, not {value!r}")
+        raise TaskError(
+            f"{worlds} worlds take one {space.name} task or a list of {worlds}, not {value!r}"
+        )
     return [space.coerce(v) for v in value]
 
 
@@ -94,16 +101,22 @@ def check_render_mode(mode: str | None, known: Sequence[str]) -> None:
     """Raise unless pictures of that kind can be had here."""
     if mode is not None and mode not in known:
         raise MetarobotError(f"no render mode {mode!r}; there are: {', '.join(known)}")
-    no_display = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    no_display = sys.platform == "linux" and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
     if mode == "human" and no_display:
-        raise MetarobotError("render_mode='human' needs a display and there is none: take render_mode='rgb_array'")
+        raise MetarobotError(
+            "render_mode='human' needs a display and there is none: take render_mode='rgb_array'"
+        )
 
 
 class GymEnv(gymnasium.Env[Array, Array]):
-    """One world. Its task is drawn from ``split`` at each reset, unless ``options={"task": ...}`` names it.
+    """One world. Its task is drawn from ``split`` at each reset, unless ``options={"task": ...}``
+    names it.
 
-    An episode ends by itself after the family's horizon; the last observation is the one the last step led to.
-    ``info``: task, name -> value; reward_terms, name -> value before its weight; faulted, whether the physics broke.
+    An episode ends by itself after the family's horizon; the last observation is the one the last
+    step led to. ``info``: task, name -> value; reward_terms, name -> value before its weight;
+    faulted, whether the physics broke.
     """
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 20}  # noqa: RUF012 (Gymnasium's type)
@@ -128,7 +141,9 @@ class GymEnv(gymnasium.Env[Array, Array]):
         self._painter: Any = None
         self._last_frame: Array | None = None
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
         """Start an episode; options: ``task``."""
         options = check_options(options, ("task",))
         given = self.draw.space.coerce(options["task"]) if "task" in options else None
@@ -158,9 +173,13 @@ class GymEnv(gymnasium.Env[Array, Array]):
         return step.final_obs[0].numpy(), float(step.reward[0]), terminated, truncated, info
 
     def render(self) -> Array | None:
-        """Return a picture ``(height, width, 3)`` uint8 in mode ``rgb_array``; ``human`` draws by itself."""
+        """Return a picture ``(height, width, 3)`` uint8 in mode ``rgb_array``; ``human`` draws by
+        itself.
+        """
         if self.render_mode is None:
-            gymnasium.logger.warn("render() draws nothing without a render_mode, e.g. render_mode='rgb_array'")
+            gymnasium.logger.warn(
+                "render() draws nothing without a render_mode, e.g. render_mode='rgb_array'"
+            )
         if self.render_mode != "rgb_array":
             return None
         return self._paint() if self._last_frame is None else self._last_frame
@@ -190,10 +209,11 @@ class GymEnv(gymnasium.Env[Array, Array]):
 class GymVecEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
     """Many worlds stepped together, each with its own task, reset in the step that ends an episode.
 
-    A world gets a new task from ``split`` at each autoreset, unless ``resample`` is false. Worlds are independent: what
-    one lives depends on the seed, its index and its actions. ``infos`` are Gymnasium's arrays with masks, as GymEnv's;
-    where an episode ended, ``final_obs`` and ``final_info`` belong to the old task, ``task`` to the new one, and
-    ``reward_terms`` go with the reward returned.
+    A world gets a new task from ``split`` at each autoreset, unless ``resample`` is false. Worlds
+    are independent: what one lives depends on the seed, its index and its actions. ``infos`` are
+    Gymnasium's arrays with masks, as GymEnv's; where an episode ended, ``final_obs`` and
+    ``final_info`` belong to the old task, ``task`` to the new one, and ``reward_terms`` go with the
+    reward returned.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 (Gymnasium's type)
@@ -219,7 +239,12 @@ class GymVecEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
         if num_envs < 1:
             raise MetarobotError(f"num_envs must be at least 1, not {num_envs}")
         family = family_of(family)
-        self.draw, self.resample, self._keep, self._seed = Draw(family.space, split), resample, not resample, 0
+        self.draw, self.resample, self._keep, self._seed = (
+            Draw(family.space, split),
+            resample,
+            not resample,
+            0,
+        )
         tasks = [self.draw(0, i, 0) for i in range(num_envs)]
         self.env = Env(family, tasks, threads=threads, resample=self._next_task)
         self.metadata = {**self.metadata, "render_fps": round(self.env.control_hz)}
@@ -230,14 +255,18 @@ class GymVecEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
         self._all, self._started = np.ones(num_envs, bool), False
         self._camera: Any = None
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
         """Start an episode in every world.
 
-        Options: ``task``, one for all worlds or a list of one a world, for their first episode; ``resample``, to keep
-        (False) or change (True) tasks at the autoresets until the next reset.
+        Options: ``task``, one for all worlds or a list of one a world, for their first episode;
+        ``resample``, to keep (False) or change (True) tasks at the autoresets until the next reset.
         """
         options = check_options(options, self.OPTIONS)
-        given = as_tasks(self.draw.space, options["task"], self.num_envs) if "task" in options else None
+        given = (
+            as_tasks(self.draw.space, options["task"], self.num_envs) if "task" in options else None
+        )
         super().reset(seed=seed)
         self._seed, start_seed = (int(s) for s in self.np_random.integers(2**63, size=2))
         self._keep = not options.get("resample", self.resample)
@@ -247,7 +276,9 @@ class GymVecEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
         return obs, masked({"task": self._tasks}, self._all)
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Advance every world by one control step; those that end are reset and given their next task."""
+        """Advance every world by one control step; those that end are reset and given their next
+        task.
+        """
         if not self._started:
             raise ResetNeeded("no episode is under way: call reset() before step()")
         step = self.env.step(as_actions(actions, self.action_space.shape or ()))
@@ -262,7 +293,9 @@ class GymVecEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
             self._tasks = self._task_info()
             infos |= {"final_obs": _rows(step.final_obs.numpy(), done), "_final_obs": done}
             infos |= {"final_info": final, "_final_info": done}
-        infos |= masked({k: infos[k] for k in ("reward_terms", "faulted")} | {"task": self._tasks}, self._all)
+        infos |= masked(
+            {k: infos[k] for k in ("reward_terms", "faulted")} | {"task": self._tasks}, self._all
+        )
         return step.obs.numpy(), step.reward.numpy(), terminated, truncated, infos
 
     def render(self) -> tuple[Array, ...] | None:
@@ -289,12 +322,18 @@ class GymVecEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
 
 
 def masked(info: Mapping[str, Any], mask: Array) -> dict[str, Any]:
-    """Lay out arrays ``(world, ...)`` as Gymnasium's infos: zero outside the mask, each beside its ``_name`` mask."""
+    """Lay out arrays ``(world, ...)`` as Gymnasium's infos: zero outside the mask, each beside its
+    ``_name`` mask.
+    """
     out: dict[str, Any] = {}
     for name, value in info.items():
         nested = isinstance(value, Mapping)
         out[name] = (
-            masked(value, mask) if nested else value if mask.all() else np.where(mask, value, 0).astype(value.dtype)
+            masked(value, mask)
+            if nested
+            else value
+            if mask.all()
+            else np.where(mask, value, 0).astype(value.dtype)
         )
         out["_" + name] = mask.copy()
     return out
@@ -315,7 +354,9 @@ def camera(family: Family, width: int, height: int) -> Any:
 
 
 class _Window:
-    """A window on one world, drawn by Gymnasium's MuJoCo viewer from a model that has its textures and lights."""
+    """A window on one world, drawn by Gymnasium's MuJoCo viewer from a model that has its textures
+    and lights.
+    """
 
     def __init__(self, family: Family, width: int, height: int) -> None:
         self._maker = TaskModels(family, visual=True)

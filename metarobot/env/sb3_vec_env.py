@@ -1,4 +1,6 @@
-"""Stable-Baselines3's face: its algorithms train over ``metarobot.env.base.Env`` at the speed of the whole batch."""
+"""Stable-Baselines3's face: its algorithms train over ``metarobot.env.base.Env`` at the speed of
+the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ import numpy as np
 import torch
 
 from metarobot.env.base import Env
-from metarobot.env.gymnasium_envs import Array, Draw, camera, check_options, check_render_mode, family_of, spaces
+from metarobot.env.gymnasium_envs import (
+    Array,
+    Draw,
+    camera,
+    check_options,
+    check_render_mode,
+    family_of,
+    spaces,
+)
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
@@ -33,10 +43,11 @@ Indices = int | Iterable[int] | None
 class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
     """Many worlds as one of SB3's ``VecEnv``, each with its own task, a new one at each autoreset.
 
-    ``infos[i]``: task, name -> value, of the step; where an episode ended also terminal_observation,
-    TimeLimit.truncated and episode (return r, length l, seconds since the start t), so no VecMonitor is needed.
-    ``set_options({"task": ...})`` gives the next reset its tasks; with ``resample=False`` they stay. The worlds are
-    rows of one batch, not environments with methods of their own: ``env_method`` knows ``render`` only.
+    ``infos[i]``: task, name -> value, of the step; where an episode ended also
+    terminal_observation, TimeLimit.truncated and episode (return r, length l, seconds since the
+    start t), so no VecMonitor is needed. ``set_options({"task": ...})`` gives the next reset its
+    tasks; with ``resample=False`` they stay. The worlds are rows of one batch, not environments
+    with methods of their own: ``env_method`` knows ``render`` only.
     """
 
     def __init__(
@@ -60,7 +71,10 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
         self._rng, self._seed = np.random.default_rng(seed), seed
         tasks = [self.draw(seed, i, 0) for i in range(num_envs)]
         self.env = Env(family, tasks, threads=threads, resample=self._next_task)
-        self.num_envs, self.render_mode = num_envs, render_mode  # what SB3's constructor asks get_attr for
+        self.num_envs, self.render_mode = (
+            num_envs,
+            render_mode,
+        )  # what SB3's constructor asks get_attr for
         super().__init__(num_envs, *spaces(self.env))
         self._camera: Any = None
         self._began = time.time()
@@ -70,7 +84,9 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
         """Start an episode in every world, with the seed and options given since the last reset."""
         first = self._seeds[0]
         self._seed, start_seed = (int(s) for s in self._generator(first).integers(2**63, size=2))
-        self.env.set_tasks([self._first_task(i, options) for i, options in enumerate(self._options)])
+        self.env.set_tasks(
+            [self._first_task(i, options) for i, options in enumerate(self._options)]
+        )
         obs = self.env.reset(start_seed).numpy()
         self._returns[:] = 0.0
         self._tasks = [t.as_dict() for t in self.env.tasks]
@@ -117,12 +133,18 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
 
     def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
         """Refuse: worlds have no attributes of their own."""
-        raise MetarobotError(f"the worlds of a batch cannot be given {attr_name!r}; for tasks there is set_options()")
+        raise MetarobotError(
+            f"the worlds of a batch cannot be given {attr_name!r}; for tasks there is set_options()"
+        )
 
-    def env_method(self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any
+    ) -> list[Any]:
         """Return each world's picture from ``render``; there are no other methods."""
         if method_name != "render":
-            raise MetarobotError(f"the worlds of a batch have no method {method_name!r}; they have: render")
+            raise MetarobotError(
+                f"the worlds of a batch have no method {method_name!r}; they have: render"
+            )
         images = self.get_images()
         return [images[i] for i in self._get_indices(indices)]
 
@@ -146,7 +168,9 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
     def _first_task(self, world: int, options: dict[str, Any]) -> Task:
         options = check_options(options, ("task",))
         space = self.draw.space
-        return space.coerce(options["task"]) if "task" in options else self.draw(self._seed, world, 0)
+        return (
+            space.coerce(options["task"]) if "task" in options else self.draw(self._seed, world, 0)
+        )
 
     def _next_task(self, world: int, episode: int) -> Task:
         return self.draw(self._seed, world, episode) if self.resample else self.env.tasks[world]

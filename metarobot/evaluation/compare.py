@@ -1,7 +1,9 @@
-"""Comparison: every agent on one family at equal steps and seeds, found or trained, and all played on the same tasks.
+"""Comparison: every agent on one family at equal steps and seeds, found or trained, and all played
+on the same tasks.
 
-A plan that was stopped goes on when it is called again: finished runs are found, the one that was stopped is resumed,
-and what has been played is kept beside the runs, by the checkpoint's SHA-256 and the protocol.
+A plan that was stopped goes on when it is called again: finished runs are found, the one that was
+stopped is resumed, and what has been played is kept beside the runs, by the checkpoint's SHA-256
+and the protocol.
 """
 
 from __future__ import annotations
@@ -80,10 +82,14 @@ def parse_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         key, is_one, text = word.partition("=")
         agent, dot, name = key.rpartition(".")
         if not (is_one and dot):
-            raise MetarobotError(f"{word!r} is no setting: write AGENT.NAME=VALUE, as in rl2.epochs=8")
+            raise MetarobotError(
+                f"{word!r} is no setting: write AGENT.NAME=VALUE, as in rl2.epochs=8"
+            )
         usual = {"steps": 1, **asdict(agents.get(agent).config())}
         if name not in usual:
-            raise MetarobotError(f"agent {agent!r} has no setting {name!r}; it has: {', '.join(usual)}")
+            raise MetarobotError(
+                f"agent {agent!r} has no setting {name!r}; it has: {', '.join(usual)}"
+            )
         settings.setdefault(agent, {})[name] = _read(word, text, usual[name])
     return settings
 
@@ -106,7 +112,9 @@ def _read(word: str, text: str, usual: Any) -> Any:
 
 
 def plan_jobs(plan: Plan) -> list[Job]:
-    """List the runs of a plan, agent by agent; raise for what cannot work before anything is trained."""
+    """List the runs of a plan, agent by agent; raise for what cannot work before anything is
+    trained.
+    """
     families.get(plan.family)
     names = plan.agents or comparable_agents()
     if not plan.seeds:
@@ -122,14 +130,21 @@ def plan_jobs(plan: Plan) -> list[Job]:
         steps = own.pop("steps", plan.steps)
         config = agents.get(name).config(**own)
         for seed in dict.fromkeys(plan.seeds):
-            job = Job(TrainConfig(family=plan.family, agent=name, steps=steps, seed=seed, threads=plan.threads), config)
+            job = Job(
+                TrainConfig(
+                    family=plan.family, agent=name, steps=steps, seed=seed, threads=plan.threads
+                ),
+                config,
+            )
             check_config(job.train)
             made.append(job)
     return made
 
 
 def difference(config: Mapping[str, Any], job: Job) -> str:
-    """Say in which setting a run's configuration differs from a job's; nothing if it is the same experiment."""
+    """Say in which setting a run's configuration differs from a job's; nothing if it is the same
+    experiment.
+    """
     usual = asdict(TrainConfig(family="")), asdict(agents.get(job.train.agent).config())
     sides = (config, asdict(job.train)), (config["agent_config"], asdict(job.agent))
     for defaults, (held, asked) in zip(usual, sides, strict=True):
@@ -161,9 +176,13 @@ class PlanETA:
 
     @property
     def seconds(self) -> float:
-        """Seconds that are left; an agent not measured yet is taken to be as slow as the others on average."""
+        """Seconds that are left; an agent not measured yet is taken to be as slow as the others on
+        average.
+        """
         usual = float(np.mean(list(self.pace.values()))) if self.pace else float("nan")
-        return sum(steps * self.pace.get(agent, usual) for agent, steps in self.left.values() if steps)
+        return sum(
+            steps * self.pace.get(agent, usual) for agent, steps in self.left.values() if steps
+        )
 
 
 def train_plan(
@@ -172,11 +191,13 @@ def train_plan(
     say: Callable[[str], None],
     watch: Callable[[Job, Mapping[str, float], PlanETA], None],
 ) -> dict[str, list[Run]]:
-    """Find or train every run of a plan: agent -> its runs, one a seed; nothing if a signal stopped it, all saved.
+    """Find or train every run of a plan: agent -> its runs, one a seed; nothing if a signal stopped
+    it, all saved.
 
     What the protocol asks for is checked before, not after hours of training.
 
-    ``say`` is told in a line what is found, resumed and trained, and why; ``watch`` is called after each iteration.
+    ``say`` is told in a line what is found, resumed and trained, and why; ``watch`` is called after
+    each iteration.
     """
     planned = plan_jobs(plan)
     families.get(plan.family).space.sample(protocol.split, 1)
@@ -194,16 +215,24 @@ def train_plan(
     return gathered
 
 
-def _heard(job: Job, outlook: PlanETA, watch: Callable[..., None], metrics: Mapping[str, float]) -> None:
+def _heard(
+    job: Job, outlook: PlanETA, watch: Callable[..., None], metrics: Mapping[str, float]
+) -> None:
     outlook.hear(job, metrics)
     watch(job, metrics, outlook)
 
 
 def _found(job: Job, plan: Plan, say: Callable[[str], None]) -> Run | None:
-    """Find a finished run of the same experiment, in the plan's own folder or where others may be reused."""
+    """Find a finished run of the same experiment, in the plan's own folder or where others may be
+    reused.
+    """
     own = plan.out / job.name
     for folder, config in _configs([own, *plan.reuse]):
-        if [config.get(k) for k in ("family", "agent", "seed")] != [job.train.family, job.train.agent, job.train.seed]:
+        if [config.get(k) for k in ("family", "agent", "seed")] != [
+            job.train.family,
+            job.train.agent,
+            job.train.seed,
+        ]:
             continue
         differs = difference(config, job)
         if differs:
@@ -233,12 +262,20 @@ def _trained(
     """Train a run, going on where it was stopped; None if it is stopped now."""
     folder = plan.out / job.name
     if (folder / "config.json").exists() and difference(read_json(folder / "config.json"), job):
-        aside = next(p for i in range(1, 1000) if not (p := folder.with_name(f"{folder.name}.old{i}")).exists())
+        aside = next(
+            p
+            for i in range(1, 1000)
+            if not (p := folder.with_name(f"{folder.name}.old{i}")).exists()
+        )
         folder.rename(aside)
         say(f"{job.title}: what was in {folder} is in {aside} now")
     done = collected_steps(folder)
     say(f"{job.title}: {f'resumed after {done:,} steps' if done else 'training'} in {folder}")
-    run = open_run(folder) if (folder / "config.json").exists() else start_run(job.train, job.agent, folder)
+    run = (
+        open_run(folder)
+        if (folder / "config.json").exists()
+        else start_run(job.train, job.agent, folder)
+    )
     try:
         return run if train(run, resume=bool(done), show=False, tick=tick) else None
     except CheckpointError:
@@ -259,17 +296,25 @@ def last_metrics(run: Run) -> Mapping[str, float]:
 def count_plays(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> int:
     """Count the trials that measuring plays, if nothing has been played before."""
     method, policy = _tunable(runs, protocol)
-    tuned = count_trials(len(runs[method]), 0, 0, len(runs[policy]), False, False) if method and policy else 0
+    tuned = (
+        count_trials(len(runs[method]), 0, 0, len(runs[policy]), False, False)
+        if method and policy
+        else 0
+    )
     return sum(map(len, runs.values())) + tuned - (len(runs[method]) if tuned else 0)
 
 
 def compare_runs(
-    plan: Plan, runs: Mapping[str, Sequence[Run]], protocol: Protocol, tick: Callable[[], None] = lambda: None
+    plan: Plan,
+    runs: Mapping[str, Sequence[Run]],
+    protocol: Protocol,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Play the protocol with every agent, and return the comparison as JSON data; ``tick`` is called after each trial.
+    """Play the protocol with every agent, and return the comparison as JSON data; ``tick`` is
+    called after each trial.
 
-    If a policy without memory and an agent that adapts by gradient steps are among them, the policy is also fine-tuned
-    as that agent adapts.
+    If a policy without memory and an agent that adapts by gradient steps are among them, the policy
+    is also fine-tuned as that agent adapts.
     """
     arena, cache = Evaluator(families.get(plan.family), protocol, tick), plan.out / "played"
     entries = {name: _entry(group, _returns(arena, group, cache)) for name, group in runs.items()}
@@ -306,8 +351,13 @@ def _entry(runs: Sequence[Run], returns: Floats) -> dict[str, Any]:
 
 
 def _rank(entries: dict[str, dict[str, Any]]) -> None:
-    """Rank by the return of the last episode, oracles left out; with oracle and blind there, add the score."""
-    ranked = sorted((e for e in entries.values() if not e["privileged"]), key=lambda e: -e["episodes"][-1]["mean"])
+    """Rank by the return of the last episode, oracles left out; with oracle and blind there, add
+    the score.
+    """
+    ranked = sorted(
+        (e for e in entries.values() if not e["privileged"]),
+        key=lambda e: -e["episodes"][-1]["mean"],
+    )
     for place, entry in enumerate(ranked, 1):
         entry["rank"] = place
     if not {"oracle", "blind"} <= entries.keys():
@@ -328,8 +378,12 @@ def _returns(arena: Evaluator, runs: Sequence[Run], cache: Path) -> Floats:
     return np.stack([_kept(cache, arena, [run], partial(play, run)) for run in runs])
 
 
-def _tuned(arena: Evaluator, runs: Mapping[str, Sequence[Run]], cache: Path) -> Iterator[tuple[str, str, Floats]]:
-    """Fine-tune a policy without memory as an agent does that adapts by gradient: name, whose policy, returns."""
+def _tuned(
+    arena: Evaluator, runs: Mapping[str, Sequence[Run]], cache: Path
+) -> Iterator[tuple[str, str, Floats]]:
+    """Fine-tune a policy without memory as an agent does that adapts by gradient: name, whose
+    policy, returns.
+    """
     method, policy = _tunable(runs, arena.protocol)
     if not (method and policy):
         return
@@ -344,8 +398,12 @@ def _tuned(arena: Evaluator, runs: Mapping[str, Sequence[Run]], cache: Path) -> 
 
 
 def _tunable(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> tuple[str, str]:
-    """Name an agent that adapts by gradient steps and a policy without memory, empty where there is none."""
-    method = next((k for k, group in runs.items() if hasattr(group[0].learner().agent, "fine_tuned_from")), "")
+    """Name an agent that adapts by gradient steps and a policy without memory, empty where there is
+    none.
+    """
+    method = next(
+        (k for k, group in runs.items() if hasattr(group[0].learner().agent, "fine_tuned_from")), ""
+    )
     policy = next((k for k in ("blind", "ppo") if k in runs), "")
     return (method, policy) if protocol.episodes > 1 else ("", "")
 
@@ -354,7 +412,13 @@ def _kept(cache: Path, arena: Evaluator, runs: Sequence[Run], play: Callable[[],
     """Return what ``play`` does, kept in a file named after the checkpoints and the protocol."""
     protocol = {k: v for k, v in asdict(arena.protocol).items() if k != "threads"}
     weights = [read_json(r.folder / "checkpoint.json")["sha256"] for r in runs]
-    key = [arena.family.name, arena.family.space.hash, protocol, weights, [r.rollouts for r in runs]]
+    key = [
+        arena.family.name,
+        arena.family.space.hash,
+        protocol,
+        weights,
+        [r.rollouts for r in runs],
+    ]
     path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     if not path.exists():
         write_json(path, {"key": key, "returns": play().tolist()})

@@ -1,7 +1,9 @@
-"""Evaluation: return after 0 … K−1 episodes on tasks of a split, with intervals, beside oracle and blind.
+"""Evaluation: return after 0 … K−1 episodes on tasks of a split, with intervals, beside oracle and
+blind.
 
-Statistics follow Agarwal et al. (2021): means and interquartile means with stratified bootstrap intervals, the
-training seeds being the strata. Nothing reaches an agent but its own episodes of the task it is tested on.
+Statistics follow Agarwal et al. (2021): means and interquartile means with stratified bootstrap
+intervals, the training seeds being the strata. Nothing reaches an agent but its own episodes of the
+task it is tested on.
 """
 
 from __future__ import annotations
@@ -37,14 +39,17 @@ def evaluate(
     controls: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Play the protocol with each run (one a training seed) and the baselines; return the report as JSON data.
+    """Play the protocol with each run (one a training seed) and the baselines; return the report as
+    JSON data.
 
-    ``finetune`` names policies to fine-tune as the first run's agent adapts: see ``finetuning``. ``tick`` is called
-    after each of the ``trials`` that are played.
+    ``finetune`` names policies to fine-tune as the first run's agent adapts: see ``finetuning``.
+    ``tick`` is called after each of the ``trials`` that are played.
     """
     family = _one_family([*runs, *oracle, *blind, *finetune])
     if any(not r.load_agent().privileged for r in oracle):
-        raise MetarobotError(f"{oracle[0].folder} is not an oracle: its agent is not shown the task")
+        raise MetarobotError(
+            f"{oracle[0].folder} is not an oracle: its agent is not shown the task"
+        )
     arena = Evaluator(family, protocol, tick)
     book = BeliefRecorder(family.space, arena.tasks)
     returns, success = arena.play_all(runs, book.watch)
@@ -70,7 +75,10 @@ def evaluate(
     if family.teaching.expert is not None:
         references["expert"] = stack_played([arena.play(ExpertAgent(arena.env()))])
     if success is not None:
-        report["success"] = {"agent": _rates(success), **{k: _rates(v.success) for k, v in references.items()}}
+        report["success"] = {
+            "agent": _rates(success),
+            **{k: _rates(v.success) for k, v in references.items()},
+        }
     _beside(report["episodes"], returns, {k: v.returns for k, v in references.items()})
     if finetune:
         report["finetuning"] = fine_tune(runs, finetune, arena)
@@ -79,7 +87,9 @@ def evaluate(
     return report
 
 
-def count_trials(runs: int, oracle: int, blind: int, finetune: int, controls: bool, expert: bool) -> int:
+def count_trials(
+    runs: int, oracle: int, blind: int, finetune: int, controls: bool, expert: bool
+) -> int:
     """Count the trials that an evaluation of so many runs of each sort plays."""
     tuned = (len(STEP_SIZES) + 1) * (finetune + runs) if finetune else 0
     return runs + oracle + blind + expert + tuned + controls * len(CONTROLS) * runs
@@ -105,22 +115,32 @@ def _rates(success: Floats | None) -> list[dict[str, Any]]:
 
 
 def _kinds(tasks: Sequence[Task], returns: Floats, most: int = 4) -> dict[str, list[float]]:
-    """Average returns over the tasks that are alike, episode by episode, where there are few kinds of task."""
+    """Average returns over the tasks that are alike, episode by episode, where there are few kinds
+    of task.
+    """
     names = [", ".join(f"{k} {v:g}" for k, v in t.as_dict().items()) for t in tasks]
     kinds = sorted(set(names))
     rows = {k: np.array([name == k for name in names]) for k in kinds}
-    return {k: returns[:, :, row].mean((0, 2)).tolist() for k, row in rows.items()} if len(kinds) <= most else {}
+    return (
+        {k: returns[:, :, row].mean((0, 2)).tolist() for k, row in rows.items()}
+        if len(kinds) <= most
+        else {}
+    )
 
 
 def _control(control: str, runs: Sequence[Run], arena: Evaluator) -> list[dict[str, Any]]:
-    """Play with the context tampered with between episodes: ``cleared``, or ``swapped`` for another task's.
+    """Play with the context tampered with between episodes: ``cleared``, or ``swapped`` for another
+    task's.
 
-    An agent that lives on its context falls back to its first episode when cleared, and below when swapped.
+    An agent that lives on its context falls back to its first episode when cleared, and below when
+    swapped.
     """
     returns = []
     for run in runs:
         agent = run.load_agent()
-        tamper = partial(_cleared, agent) if control == "cleared" else partial(_swapped, arena.tasks)
+        tamper = (
+            partial(_cleared, agent) if control == "cleared" else partial(_swapped, arena.tasks)
+        )
         returns.append(arena.play(agent, run.rollouts, tamper).returns)
     return episode_rows(np.stack(returns))
 
@@ -134,20 +154,34 @@ def _cleared(agent: Agent, context: Context) -> Context:
 def _swapped(tasks: Sequence[Task], context: Context) -> Context:
     """Hand each task the context of the next task that is another."""
     n = len(tasks)
-    other = [next((j % n for j in range(i + 1, i + n) if tasks[j % n] != tasks[i]), i) for i in range(n)]
+    other = [
+        next((j % n for j in range(i + 1, i + n) if tasks[j % n] != tasks[i]), i) for i in range(n)
+    ]
     return tuple(x[torch.tensor(other)] for x in context)
 
 
 def card_results(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a report what an agent's card says: split, tasks, and the means of each episode, or number of shots."""
+    """Return of a report what an agent's card says: split, tasks, and the means of each episode, or
+    number of shots.
+    """
     if "shots" in report:
         means = {k: round(report[k]["mean"], 4) for k in ("reference", "expert") if k in report}
         shots = {str(r["shots"]): round(r["mean"], 4) for r in report["shots"]}
-        return {"split": report["split"], "tasks": report["tasks"], "success_after_shots": shots, **means}
+        return {
+            "split": report["split"],
+            "tasks": report["tasks"],
+            "success_after_shots": shots,
+            **means,
+        }
     kept = ("mean", "ci95", "oracle", "blind", "score")
     rows = [{k: np.round(r[k], 2).tolist() for k in kept if k in r} for r in report["episodes"]]
     won = {k: [round(r["mean"], 4) for r in v] for k, v in report.get("success", {}).items()}
-    return {"split": report["split"], "tasks": report["tasks"], "episodes": rows, **({"success": won} if won else {})}
+    return {
+        "split": report["split"],
+        "tasks": report["tasks"],
+        "episodes": rows,
+        **({"success": won} if won else {}),
+    }
 
 
 def _one_family(runs: Sequence[Run]) -> Any:
@@ -155,5 +189,7 @@ def _one_family(runs: Sequence[Run]) -> Any:
         raise MetarobotError("evaluation needs at least one run")
     names = {r.family.name for r in runs}
     if len(names) > 1:
-        raise MetarobotError(f"runs of different families cannot be compared: {', '.join(sorted(names))}")
+        raise MetarobotError(
+            f"runs of different families cannot be compared: {', '.join(sorted(names))}"
+        )
     return runs[0].family

@@ -46,13 +46,18 @@ class PlayedReturns(NamedTuple):
     returns: Floats
     """Of each episode in each task, ``(episode, task)``."""
     success: Floats | None
-    """The share of episodes that succeeded, of the same shape; None where a family does not say what success is."""
+    """The share of episodes that succeeded, of the same shape; None where a family does not say
+    what success is."""
 
 
 class Evaluator:
-    """The tasks of a protocol, and worlds to play them in; ``tick`` is called after each trial played."""
+    """The tasks of a protocol, and worlds to play them in; ``tick`` is called after each trial
+    played.
+    """
 
-    def __init__(self, family: Family, protocol: Protocol, tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, family: Family, protocol: Protocol, tick: Callable[[], None] = lambda: None
+    ) -> None:
         self.family, self.protocol, self.tick = family, protocol, tick
         self.tasks = family.space.sample(protocol.split, protocol.tasks, protocol.seed)
         self._envs: dict[int, Env] = {}
@@ -64,7 +69,9 @@ class Evaluator:
             self._envs[rollouts] = Env(self.family, worlds, threads=self.protocol.threads)
         return self._envs[rollouts]
 
-    def play(self, agent: Agent, rollouts: int = 1, between: ContextChange = lambda context: context) -> PlayedReturns:
+    def play(
+        self, agent: Agent, rollouts: int = 1, between: ContextChange = lambda context: context
+    ) -> PlayedReturns:
         """Live the protocol's episodes in every task.
 
         Only an agent that cannot adapt without exploration noise acts with it.
@@ -82,15 +89,24 @@ class Evaluator:
         )
         self.tick()
         shape = (self.protocol.episodes, len(self.tasks), rollouts)
-        won = trials.totals("success").view(shape).mean(2) if "success" in self.family.weights else None
+        won = (
+            trials.totals("success").view(shape).mean(2)
+            if "success" in self.family.weights
+            else None
+        )
         return PlayedReturns(
-            trials.returns().double().view(shape).mean(2).numpy(), None if won is None else won.double().numpy()
+            trials.returns().double().view(shape).mean(2).numpy(),
+            None if won is None else won.double().numpy(),
         )
 
     def play_all(
-        self, runs: Sequence[Run], watch: Callable[[Agent], ContextChange] = lambda agent: lambda x: x
+        self,
+        runs: Sequence[Run],
+        watch: Callable[[Agent], ContextChange] = lambda agent: lambda x: x,
     ) -> PlayedReturns:
-        """Play with every run: arrays ``(run, episode, task)``; ``watch`` returns what is shown an agent's contexts."""
+        """Play with every run: arrays ``(run, episode, task)``; ``watch`` returns what is shown an
+        agent's contexts.
+        """
 
         def played(run: Run) -> PlayedReturns:
             agent = run.load_agent()

@@ -1,9 +1,11 @@
-"""MAML without a robot: few-shot regression of sinusoids (Finn et al. 2017, section 5.1), by the same inner loop.
+"""MAML without a robot: few-shot regression of sinusoids (Finn et al. 2017, section 5.1), by the
+same inner loop.
 
-A task is a sine wave of unknown amplitude and phase, of which a few points are seen. Meta-training finds initial
-weights from which one gradient step on those points gives the wave; joint training finds the mean of all waves, which
-no gradient step of that size leads away from. The paper's network is 2 x 40 with ReLU and takes 70,000 outer steps;
-this one is 2 x 80 with tanh, smooth where the inner step is differentiated twice, and takes 8,000.
+A task is a sine wave of unknown amplitude and phase, of which a few points are seen. Meta-training
+finds initial weights from which one gradient step on those points gives the wave; joint training
+finds the mean of all waves, which no gradient step of that size leads away from. The paper's
+network is 2 x 40 with ReLU and takes 70,000 outer steps; this one is 2 x 80 with tanh, smooth where
+the inner step is differentiated twice, and takes 8,000.
 """
 
 from __future__ import annotations
@@ -90,13 +92,17 @@ class Regressor:
 
     def update(self, support: Points, query: Points) -> float:
         """Take one outer step; return the mean squared error on the query points before it."""
-        path = adapt_weights(self.objective, self.begin(len(support[0])), self.rates, [support] * self.inner_steps)
+        path = adapt_weights(
+            self.objective, self.begin(len(support[0])), self.rates, [support] * self.inner_steps
+        )
         by_weights, _ = path.vjp(per_task_gradients(self.objective, path.weights, query))
         set_ascent_gradients(self.net, by_weights.mean(0))
         self.optimiser.step()
         return -float(vmap_tasks(self.objective)(path.weights, query).mean())
 
-    def train(self, watch: Callable[[int, float], None] = lambda iteration, error: None) -> Regressor:
+    def train(
+        self, watch: Callable[[int, float], None] = lambda iteration, error: None
+    ) -> Regressor:
         """Train; ``watch`` is told the error of every outer step."""
         c, generator = self.config, torch.Generator().manual_seed(self.config.seed)
         for i in range(c.iterations):
@@ -109,10 +115,14 @@ class Regressor:
 
     @torch.no_grad()
     def curve(self, support: Points, query: Points, steps: int) -> tuple[Tensor, Tensor]:
-        """Return predictions ``(step, task, point, 1)`` and errors ``(step, task)`` after 0, 1, … gradient steps."""
+        """Return predictions ``(step, task, point, 1)`` and errors ``(step, task)`` after 0, 1, …
+        gradient steps.
+        """
         weights, predictions = self.begin(len(support[0])), []
         for _ in range(steps + 1):
-            predictions.append(vmap_tasks(lambda w, x: call_with_weights(self.net, w, x))(weights, query[0]))
+            predictions.append(
+                vmap_tasks(lambda w, x: call_with_weights(self.net, w, x))(weights, query[0])
+            )
             weights = weights + self.rates * per_task_gradients(self.objective, weights, support)
         made = torch.stack(predictions)
         return made, (made - query[1]).square().mean((2, 3))
@@ -120,10 +130,11 @@ class Regressor:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both ways of training on waves that neither has seen: one wave to look at, and errors over many.
+    """Both ways of training on waves that neither has seen: one wave to look at, and errors over
+    many.
 
-    ``curves``: name -> predictions of the one wave ``(step, point)`` after 0, 1, … gradient steps; ``errors``: name ->
-    mean squared errors over all waves after as many.
+    ``curves``: name -> predictions of the one wave ``(step, point)`` after 0, 1, … gradient steps;
+    ``errors``: name -> mean squared errors over all waves after as many.
     """
 
     x: Tensor
@@ -134,7 +145,8 @@ class Comparison:
 
 
 def compare(
-    config: SinusoidConfig, watch: Callable[[str, int, float], None] = lambda name, iteration, error: None
+    config: SinusoidConfig,
+    watch: Callable[[str, int, float], None] = lambda name, iteration, error: None,
 ) -> Comparison:
     """Train by MAML and jointly, and fine-tune both on 1,000 new waves."""
     generator = torch.Generator().manual_seed(config.seed + 1)
@@ -146,6 +158,14 @@ def compare(
     curves, errors = {}, {}
     for name, adapted in (("MAML", True), ("joint training", False)):
         trained = Regressor(config, adapted).train(partial(watch, name))
-        curves[name] = trained.curve((support[0][:1], support[1][:1]), one, config.steps)[0][:, 0, :, 0]
+        curves[name] = trained.curve((support[0][:1], support[1][:1]), one, config.steps)[0][
+            :, 0, :, 0
+        ]
         errors[name] = trained.curve(support, query, config.steps)[1].mean(1).tolist()
-    return Comparison(one[0].flatten(), one[1].flatten(), (support[0][0, :, 0], support[1][0, :, 0]), curves, errors)
+    return Comparison(
+        one[0].flatten(),
+        one[1].flatten(),
+        (support[0][0, :, 0], support[1][0, :, 0]),
+        curves,
+        errors,
+    )

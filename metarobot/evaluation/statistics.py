@@ -1,4 +1,6 @@
-"""Statistics of what several training seeds got in many tasks, with bootstrap intervals (Agarwal et al. 2021)."""
+"""Statistics of what several training seeds got in many tasks, with bootstrap intervals (Agarwal et
+al. 2021).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def worst_tenth(x: Floats) -> float:
     return float(tasks[: max(1, len(tasks) // 10)].mean())
 
 
-def bootstrap_interval(x: Floats, statistic: Callable[[Floats], Any], level: float = 0.95) -> list[float]:
+def bootstrap_interval(
+    x: Floats, statistic: Callable[[Floats], Any], level: float = 0.95
+) -> list[float]:
     """Bootstrap interval of a statistic of ``(run, task)``: tasks are resampled within each run."""
     rng = np.random.Generator(np.random.PCG64(0))
     draws = [float(statistic(_resample(x, rng))) for _ in range(RESAMPLES)]
@@ -50,17 +54,25 @@ def summarise(x: Floats) -> dict[str, Any]:
 
 
 def episode_rows(returns: Floats) -> list[dict[str, Any]]:
-    """Summarise returns ``(run, episode, task)`` episode by episode, with the gain over the first."""
+    """Summarise returns ``(run, episode, task)`` episode by episode, with the gain over the
+    first.
+    """
     rows = []
     for k in range(returns.shape[1]):
         gain = returns[:, k] - returns[:, 0]
-        gained = {"gain": float(gain.mean()), "gain_ci95": bootstrap_interval(gain, np.mean)} if k else {}
+        gained = (
+            {"gain": float(gain.mean()), "gain_ci95": bootstrap_interval(gain, np.mean)}
+            if k
+            else {}
+        )
         rows.append({"episode": k, **summarise(returns[:, k]), **gained})
     return rows
 
 
 def adaptation_score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, Any]:
-    """Adaptation score (agent − blind) / (oracle − blind) of the means, its interval over resampled tasks."""
+    """Adaptation score (agent − blind) / (oracle − blind) of the means, its interval over resampled
+    tasks.
+    """
     rows = np.stack([x.mean(0) for x in (agent, oracle, blind)])
     rng = np.random.Generator(np.random.PCG64(0))
 
@@ -68,6 +80,8 @@ def adaptation_score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, 
         a, o, b = r.mean(1)
         return float((a - b) / (o - b)) if abs(o - b) > 1e-9 else float("nan")
 
-    draws = [ratio(rows[:, rng.integers(rows.shape[1], size=rows.shape[1])]) for _ in range(RESAMPLES)]
+    draws = [
+        ratio(rows[:, rng.integers(rows.shape[1], size=rows.shape[1])]) for _ in range(RESAMPLES)
+    ]
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return {"score": ratio(rows), "score_ci95": [float(low), float(high)]}

@@ -19,7 +19,16 @@ def evaluation(report: dict[str, Any]) -> None:
         title += f", {report['rollouts']} rollouts an episode"
     table = Table(title=title, title_justify="left")
     extra = [k for k in ("blind", "oracle", "score") if k in rows[0]]
-    for column in ("episodes seen", "mean", "95 % interval", "IQM", "worst 10 %", "gain", "95 % interval", *extra):
+    for column in (
+        "episodes seen",
+        "mean",
+        "95 % interval",
+        "IQM",
+        "worst 10 %",
+        "gain",
+        "95 % interval",
+        *extra,
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for r in rows:
         more = [f"{r[k]:.2f}" if k == "score" else f"{r[k]:.1f}" for k in extra]
@@ -32,11 +41,15 @@ def evaluation(report: dict[str, Any]) -> None:
             table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
     Console(width=max(Console().width, 124)).print(table)
     if "worth" in rows[-1]:
-        print(f"oracle over blind, task by task: {rows[-1]['worth']:+.1f} (95 %: {_interval(rows[-1]['worth_ci95'])})")
+        print(
+            f"oracle over blind, task by task: {rows[-1]['worth']:+.1f} (95 %: {_interval(rows[-1]['worth_ci95'])})"
+        )
     for name, rates in report.get("success", {}).items():
         said = " → ".join(f"{100 * r['mean']:.1f} %" for r in rates)
         low, high = (100 * x for x in rates[-1]["ci95"])
-        print(f"success, {report['agent'] if name == 'agent' else name}: {said} (95 %: {low:.1f}…{high:.1f})")
+        print(
+            f"success, {report['agent'] if name == 'agent' else name}: {said} (95 %: {low:.1f}…{high:.1f})"
+        )
     for name, returns in report["kinds"].items():
         print(f"{name}: {' → '.join(f'{r:.1f}' for r in returns)}")
     if "beliefs" in report:
@@ -44,10 +57,15 @@ def evaluation(report: dict[str, Any]) -> None:
 
 
 def _beliefs(report: Mapping[str, Any]) -> None:
-    """Print how far beliefs about the task are off, and how often their central intervals hold the truth."""
+    """Print how far beliefs about the task are off, and how often their central intervals hold the
+    truth.
+    """
     rows, names = report["episodes"], report["parameters"]
     last = rows[-1]
-    table = Table(title="beliefs after 0, 1, … episodes, each training range mapped to [−1, 1]", title_justify="left")
+    table = Table(
+        title="beliefs after 0, 1, … episodes, each training range mapped to [−1, 1]",
+        title_justify="left",
+    )
     inside = [f"{100 * float(level):g} % interval holds" for level in last["coverage"]]
     for column in ("parameter", "RMSE", "95 % interval", *inside):
         table.add_column(column, justify="right", no_wrap=True)
@@ -55,14 +73,22 @@ def _beliefs(report: Mapping[str, Any]) -> None:
         low, high = last["rmse_ci95"][i]
         errors = " → ".join(f"{r['rmse'][i]:.2f}" for r in rows)
         table.add_row(
-            name, errors, f"{low:.2f}…{high:.2f}", *(f"{100 * x[i]:.0f} %" for x in last["coverage"].values())
+            name,
+            errors,
+            f"{low:.2f}…{high:.2f}",
+            *(f"{100 * x[i]:.0f} %" for x in last["coverage"].values()),
         )
-    every = [(100 * x, [100 * b for b in last["coverage_all_ci95"][k]]) for k, x in last["coverage_all"].items()]
+    every = [
+        (100 * x, [100 * b for b in last["coverage_all_ci95"][k]])
+        for k, x in last["coverage_all"].items()
+    ]
     table.add_row("all", "", "", *(f"{x:.0f} % ({low:.0f}…{high:.0f})" for x, (low, high) in every))
     Console(width=max(Console().width, 124)).print(table)
     deviations = " → ".join(f"{r['deviation']:.3f}" for r in rows)
     low, high = last["deviation_ci95"]
-    print(f"deviation of the posterior over latent tasks: {deviations} (95 %: {low:.3f}…{high:.3f})")
+    print(
+        f"deviation of the posterior over latent tasks: {deviations} (95 %: {low:.3f}…{high:.3f})"
+    )
 
 
 def _cells(r: dict[str, Any]) -> tuple[str, ...]:
@@ -76,7 +102,9 @@ def _interval(bounds: Sequence[float]) -> str:
 
 def shots(report: Mapping[str, Any]) -> None:
     """Print how few-shot imitation did."""
-    table = Table(title=f"{report['family']}, {report['tasks']} {report['split']} tasks", title_justify="left")
+    table = Table(
+        title=f"{report['family']}, {report['tasks']} {report['split']} tasks", title_justify="left"
+    )
     for column in ("demonstrations", "success", "95 % interval", "of the reference"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = [(f"{r['shots']} of each", r) for r in report["shots"]]
@@ -90,7 +118,9 @@ def shots(report: Mapping[str, Any]) -> None:
 
 
 def likeness(report: Mapping[str, Any], prototypes: bool) -> None:
-    """Print what each task is most like, and how well tasks were told apart; the support set if asked."""
+    """Print what each task is most like, and how well tasks were told apart; the support set if
+    asked.
+    """
     if prototypes:
         _listing(report["prototypes"])
     title = f"{report['family']}, {report['tasks']} {report['split']} tasks by {report['transitions']} transitions"
@@ -100,13 +130,23 @@ def likeness(report: Mapping[str, Any], prototypes: bool) -> None:
     for r in report["held_out"]:
         for i, n in enumerate(r["neighbours"]):
             mine = (_values(r["task"]), "new" if r["new"] else "known") if i == 0 else ("", "")
-            table.add_row(*mine, _values(n["task"]), f"{n['distance']:.3f}", end_section=n is r["neighbours"][-1])
+            table.add_row(
+                *mine,
+                _values(n["task"]),
+                f"{n['distance']:.3f}",
+                end_section=n is r["neighbours"][-1],
+            )
     Console(width=max(Console().width, 124)).print(table)
     print(f"{len(report['prototypes'])} prototypes; known within {report['threshold']:.3f} of one")
-    rates = (("recognised among themselves", report["recognised"]), ("taken for new", report["new"]))
+    rates = (
+        ("recognised among themselves", report["recognised"]),
+        ("taken for new", report["new"]),
+    )
     for name, r in rates:
         low, high = (100 * x for x in r["ci95"])
-        print(f"{name}: {100 * r['mean']:.1f} % (95 %: {low:.1f}…{high:.1f}) of {report['queries']} episodes each")
+        print(
+            f"{name}: {100 * r['mean']:.1f} % (95 %: {low:.1f}…{high:.1f}) of {report['queries']} episodes each"
+        )
     print(f"by chance {100 * report['chance']:.1f} % would be recognised")
     ranks = report["rank_correlation"]
     print(
@@ -133,13 +173,22 @@ def maml(report: dict[str, Any]) -> None:
     """Print the times of MAML's parts as a table."""
     title = f"{report['family']}, {report['tasks']} tasks x {report['rollouts']} rollouts x {report['horizon']} steps"
     table = Table(title=f"{title}, seconds", title_justify="left")
-    for column in ("tasks mapped by", "sampling", "inner step", "outer update", "total", "sampling against engine"):
+    for column in (
+        "tasks mapped by",
+        "sampling",
+        "inner step",
+        "outer update",
+        "total",
+        "sampling against engine",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for how in ("vmap", "loop"):
         r = report[how]
         times = (f"{r[k]:.2f}" for k in ("sampling_s", "inner_step_s", "outer_update_s", "total_s"))
         table.add_row(
-            how, *times, f"{r['sampling_steps_per_s']:,.0f} / {r['engine_steps_per_s']:,.0f} = {r['ratio']:.2f}"
+            how,
+            *times,
+            f"{r['sampling_steps_per_s']:,.0f} / {r['engine_steps_per_s']:,.0f} = {r['ratio']:.2f}",
         )
     Console(width=max(Console().width, 124)).print(table)
     print(f"peak memory {report['peak_memory_mb']:,.0f} MB; median of {report['rounds']} rounds")
@@ -155,14 +204,18 @@ def sim(report: Mapping[str, Any]) -> None:
 
 def physics(report: Mapping[str, Any]) -> None:
     """Print what ``metarobot bench sim --sim warp`` found beside."""
-    print(f"{report['physics_steps_per_s']:,.0f} physics steps/s, {report['models']:,} models, on {report['device']}")
+    print(
+        f"{report['physics_steps_per_s']:,.0f} physics steps/s, {report['models']:,} models, on {report['device']}"
+    )
     print(f"lost contacts: {report['lost'] or 'none'}")
 
 
 def memory(report: Mapping[str, Any]) -> None:
     """Print what ``metarobot bench memory`` found."""
     for row in report["rows"]:
-        said = ", ".join(f"{k.removesuffix('_gb')} {v:.3f} GB" for k, v in row.items() if k != "worlds")
+        said = ", ".join(
+            f"{k.removesuffix('_gb')} {v:.3f} GB" for k, v in row.items() if k != "worlds"
+        )
         print(f"{report['family']}, {row['worlds']:,.0f} worlds: {said}")
     print(f"ended at {report['end']}" if report["end"] else "it did not end there")
 
@@ -180,13 +233,19 @@ def pearl(report: Mapping[str, Any]) -> None:
     )
 
 
-def milestones(runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float], at: Iterable[float]) -> None:
-    """Print when each run first reached the returns ``reach``, and its return ``at`` so many seconds."""
+def milestones(
+    runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float], at: Iterable[float]
+) -> None:
+    """Print when each run first reached the returns ``reach``, and its return ``at`` so many
+    seconds.
+    """
     for name, rows in runs.items():
         for level in reach:
             row = first_reach(rows, level)
             when = (
-                "never" if row is None else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
+                "never"
+                if row is None
+                else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
             )
             print(f"{name} reached {level:g}: {when}")
         for second in at:
@@ -194,7 +253,9 @@ def milestones(runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float],
             if lived:
                 mean = sum(r["meta/post_adapt_return"] for r in lived) / len(lived)
                 steps = lived[-1]["time/total_timesteps"]
-                print(f"{name} after {second:g} s: {mean:.1f}, {steps:,} steps, {steps / second:,.0f} steps/s")
+                print(
+                    f"{name} after {second:g} s: {mean:.1f}, {steps:,} steps, {steps / second:,.0f} steps/s"
+                )
 
 
 def _compared(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -213,7 +274,14 @@ def _compared(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells += [f"{r['mean']:.1f} ({_interval(r['ci95'])})" for r in entry["episodes"]]
         cells += [f"{last['worst10']:.1f}", *([f"{last['score']:.2f}"] if scored else [])]
         steps, seconds = (sum(entry[k]) / len(entry[k]) for k in ("steps", "wall_s"))
-        rows.append([*cells, f"{steps / 1e6:.3g} M", f"{seconds:,.0f} s", ", ".join(map(str, entry["seeds"]))])
+        rows.append(
+            [
+                *cells,
+                f"{steps / 1e6:.3g} M",
+                f"{seconds:,.0f} s",
+                ", ".join(map(str, entry["seeds"])),
+            ]
+        )
     return header, rows
 
 
@@ -229,16 +297,20 @@ def comparison(report: Mapping[str, Any]) -> None:
         table.add_column(column, justify="left" if i == 1 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row, style="dim" if row[0] == "–" else None)
-    Console(width=max(Console().width, 100 + 24 * len(report["agents"][rows[0][1].split(" (")[0]]["episodes"]))).print(
-        table
-    )
+    Console(
+        width=max(
+            Console().width, 100 + 24 * len(report["agents"][rows[0][1].split(" (")[0]]["episodes"])
+        )
+    ).print(table)
 
 
 def comparison_markdown(report: Mapping[str, Any]) -> str:
     """Write a comparison as a table in Markdown."""
     header, rows = _compared(report)
     lines = [header, ["---:" if i != 1 else "---" for i in range(len(header))], *rows]
-    return "\n".join([_compared_title(report), "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "\n".join(
+        [_compared_title(report), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    )
 
 
 def sampling(report: Mapping[str, Any]) -> None:

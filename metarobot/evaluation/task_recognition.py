@@ -1,7 +1,8 @@
-"""Recognition measured: which training tasks a new one is most like, whether it is new, and which of the new ones.
+"""Recognition measured: which training tasks a new one is most like, whether it is new, and which
+of the new ones.
 
-Nothing is learned here, and no task is told: an agent that keeps prototypes lives each held-out task and embeds what it
-lived there.
+Nothing is learned here, and no task is told: an agent that keeps prototypes lives each held-out
+task and embeds what it lived there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from torch import Tensor
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.statistics import bootstrap_interval
-from metarobot.learning.metric_losses import distances, nearest_prototype, novelty_threshold, rank_correlation
+from metarobot.learning.metric_losses import (
+    distances,
+    nearest_prototype,
+    novelty_threshold,
+    rank_correlation,
+)
 from metarobot.tasks.distributions import Uniform
 from metarobot.tasks.space import Task, TaskSpace
 from metarobot.training.collect import collect
@@ -36,8 +42,8 @@ class RecognitionConfig:
     tasks: int = 20
     """Number of tasks drawn from the split."""
     even: bool = False
-    """Space them evenly over the training range of the one parameter instead: how finely tasks are told apart, without
-    the luck of draws that nearly coincide."""
+    """Space them evenly over the training range of the one parameter instead: how finely tasks are
+    told apart, without the luck of draws that nearly coincide."""
     transitions: int = 50
     """What a task is recognised from: so many first transitions of a fresh episode."""
     neighbours: int = 5
@@ -56,19 +62,28 @@ class RecognitionConfig:
                 raise RecognitionError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-def recognise(run: Run, quiz: RecognitionConfig, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def recognise(
+    run: Run, quiz: RecognitionConfig, tick: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Live the tasks of a split and recognise them; return the report as JSON data.
 
-    ``recognised``: the share of queries whose nearest held-out prototype, made of other episodes, is their own.
-    ``new``: the share that lies farther from all prototypes of training tasks than one of them would from the others.
-    ``tick`` is called after each of the ``support + queries`` rounds of episodes.
+    ``recognised``: the share of queries whose nearest held-out prototype, made of other episodes,
+    is their own. ``new``: the share that lies farther from all prototypes of training tasks than
+    one of them would from the others. ``tick`` is called after each of the ``support + queries``
+    rounds of episodes.
     """
     agent, space = run.load_agent(), run.family.space
     _check(run, agent, quiz)
-    tasks = _spaced(space, quiz.tasks) if quiz.even else space.sample(quiz.split, quiz.tasks, quiz.seed)
+    tasks = (
+        _spaced(space, quiz.tasks) if quiz.even else space.sample(quiz.split, quiz.tasks, quiz.seed)
+    )
     support, query = _live(agent, Env(run.family, tasks, threads=quiz.threads), tasks, quiz, tick)
     held = len(agent.bank)
-    prototype, known, windows = agent.bank.prototype[:held], agent.bank.task[:held], agent.embedded(quiz.transitions)
+    prototype, known, windows = (
+        agent.bank.prototype[:held],
+        agent.bank.task[:held],
+        agent.embedded(quiz.transitions),
+    )
     threshold, encoded = novelty_threshold(windows, prototype), space.encode(tasks)
     away = distances(query.flatten(0, 1), prototype).view(len(query), len(tasks), held)
     right = (encoded[nearest_prototype(query, support)] == encoded).all(-1).double()
@@ -88,10 +103,17 @@ def recognise(run: Run, quiz: RecognitionConfig, tick: Callable[[], None] = lamb
         "new": _share(new),
         "rank_correlation": {
             "prototypes": rank_correlation(*_pairs(prototype, known)),
-            "held_out": rank_correlation(away.mean(0).flatten(), distances(encoded, known).flatten()),
+            "held_out": rank_correlation(
+                away.mean(0).flatten(), distances(encoded, known).flatten()
+            ),
         },
         "prototypes": [
-            {"task": values[i], "transitions": int(agent.bank.lived[i].sum()), "within": float(within[i]), "xy": xy}
+            {
+                "task": values[i],
+                "transitions": int(agent.bank.lived[i].sum()),
+                "within": float(within[i]),
+                "xy": xy,
+            }
             for i, xy in enumerate(flat(prototype).tolist())
         ],
         "held_out": [
@@ -100,7 +122,9 @@ def recognise(run: Run, quiz: RecognitionConfig, tick: Callable[[], None] = lamb
                 "recognised": float(right[:, i].mean()),
                 "new": bool(new[0, i]),
                 "xy": xy,
-                "neighbours": [{"task": values[j], "distance": float(away[0, i, j])} for j in order[i]],
+                "neighbours": [
+                    {"task": values[j], "distance": float(away[0, i, j])} for j in order[i]
+                ],
             }
             for i, xy in enumerate(flat(query[0]).tolist())
         ],
@@ -111,7 +135,9 @@ def parameter(space: TaskSpace, name: str) -> str:
     """Return the parameter of that name, or the first for an empty one; raise if there is none."""
     names = [p.name for p in space.params if not p.nuisance]
     if name and name not in names:
-        raise RecognitionError(f"{space.name} has no parameter {name!r}; it has: {', '.join(names)}")
+        raise RecognitionError(
+            f"{space.name} has no parameter {name!r}; it has: {', '.join(names)}"
+        )
     return name or names[0]
 
 
@@ -120,14 +146,18 @@ def _spaced(space: TaskSpace, n: int) -> list[Task]:
     first, *others = space.params
     low, high = first.train.low, first.train.high
     if others or not isinstance(first.train, Uniform):
-        raise RecognitionError(f"{space.name} is not one parameter drawn uniformly: its tasks have no even spacing")
+        raise RecognitionError(
+            f"{space.name} is not one parameter drawn uniformly: its tasks have no even spacing"
+        )
     return [space.task(**{first.name: low + (high - low) * (i + 0.5) / n}) for i in range(n)]
 
 
 def _check(run: Run, agent: Any, quiz: RecognitionConfig) -> None:
     """Raise for a run that cannot say what a task is like."""
     if not hasattr(agent, "bank"):
-        raise RecognitionError(f"{run.folder} keeps no prototypes: its agent is {run.agent!r}; train one as prototype")
+        raise RecognitionError(
+            f"{run.folder} keeps no prototypes: its agent is {run.agent!r}; train one as prototype"
+        )
     if quiz.neighbours > len(agent.bank):
         raise RecognitionError(
             f"{run.folder} keeps {len(agent.bank)} prototypes, fewer than {quiz.neighbours} neighbours"
@@ -137,24 +167,35 @@ def _check(run: Run, agent: Any, quiz: RecognitionConfig) -> None:
 def _live(
     agent: Any, env: Env, tasks: Sequence[Task], quiz: RecognitionConfig, tick: Callable[[], None]
 ) -> tuple[Tensor, Tensor]:
-    """Return the prototypes of held-out tasks ``(task, ...)``, and queries ``(query, task, ...)`` of other episodes."""
+    """Return the prototypes of held-out tasks ``(task, ...)``, and queries ``(query, task, ...)``
+    of other episodes.
+    """
 
     def episode(k: int) -> Rollout:
-        (lived,) = collect(agent, env, tasks, episodes=1, seed=quiz.seed + k, explore=False).episodes
+        (lived,) = collect(
+            agent, env, tasks, episodes=1, seed=quiz.seed + k, explore=False
+        ).episodes
         least = int(lived.valid.sum(0).min())
         if least < quiz.transitions:
             task = tasks[int(lived.valid.sum(0).argmin())]
-            raise RecognitionError(f"{task.describe()}: the episode ended after {least} transitions; ask for fewer")
+            raise RecognitionError(
+                f"{task.describe()}: the episode ended after {least} transitions; ask for fewer"
+            )
         tick()
         return lived
 
-    z = torch.stack([agent.embed(episode(k), quiz.transitions) for k in range(quiz.support + quiz.queries)])
+    z = torch.stack(
+        [agent.embed(episode(k), quiz.transitions) for k in range(quiz.support + quiz.queries)]
+    )
     return z[: quiz.support].mean(0), z[quiz.support :]
 
 
 def _share(x: Tensor) -> dict[str, Any]:
     """Return the mean of ``(query, task)``, and its interval over tasks."""
-    return {"mean": float(x.mean()), "ci95": bootstrap_interval(x.mean(0, keepdim=True).numpy(), lambda v: v.mean())}
+    return {
+        "mean": float(x.mean()),
+        "ci95": bootstrap_interval(x.mean(0, keepdim=True).numpy(), lambda v: v.mean()),
+    }
 
 
 def _pairs(z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +205,9 @@ def _pairs(z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _plane(z: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the projection on the two directions in which points ``(n, embedding)`` vary most (Pearson 1901)."""
+    """Return the projection on the two directions in which points ``(n, embedding)`` vary most
+    (Pearson 1901).
+    """
     mean = z.mean(0)
     _, _, directions = torch.linalg.svd(z - mean, full_matrices=False)
     directions = directions[:2] * directions[:2].sum(1, keepdim=True).sign()

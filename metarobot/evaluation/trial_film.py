@@ -41,9 +41,15 @@ class _Recorder:
                 continue
             take.over = bool(step.terminated[world] | step.truncated[world])
             # The world of an episode that has ended shows the next one already.
-            take.states.append(take.states[-1] if take.over and take.states else snapshot_state(env, world))
-            take.returns.append(float(step.reward[world]) + (take.returns[-1] if take.returns else 0.0))
-            take.readouts.append("   ".join(_say(name, float(v[world])) for name, v in env.readout.items()))
+            take.states.append(
+                take.states[-1] if take.over and take.states else snapshot_state(env, world)
+            )
+            take.returns.append(
+                float(step.reward[world]) + (take.returns[-1] if take.returns else 0.0)
+            )
+            take.readouts.append(
+                "   ".join(_say(name, float(v[world])) for name, v in env.readout.items())
+            )
             if bool(step.terminated[world]):
                 take.mishap = "physics broke down" if bool(step.faulted[world]) else "failed"
 
@@ -64,10 +70,10 @@ def film(
 ) -> Path:
     """Live a trial in each task and write it as one video: a row a task, a column an episode.
 
-    Only an agent that cannot adapt without exploration noise acts with it; of the ``rollouts`` it adapts to, the first
-    is shown. ``size`` is one panel's; ``fps`` defaults to the control rate (mp4, at most 30) or 12.5 (gif); always in
-    real time. Raises ``VideoError`` for an unknown suffix, a folder that cannot be written, or no OpenGL; leaves no
-    half a file.
+    Only an agent that cannot adapt without exploration noise acts with it; of the ``rollouts`` it
+    adapts to, the first is shown. ``size`` is one panel's; ``fps`` defaults to the control rate
+    (mp4, at most 30) or 12.5 (gif); always in real time. Raises ``VideoError`` for an unknown
+    suffix, a folder that cannot be written, or no OpenGL; leaves no half a file.
     """
     out = Path(out)
     check_output(out)
@@ -78,14 +84,21 @@ def film(
         env.record_readout = True
         shown = env.tasks[::rollouts]
         recorder = _Recorder(len(shown), episodes, rollouts)
-        live = partial(collect, episodes=episodes, seed=seed, rollouts=rollouts, explore=agent.explores)
+        live = partial(
+            collect, episodes=episodes, seed=seed, rollouts=rollouts, explore=agent.explores
+        )
         live(agent, env, shown, watch=recorder)
         rate = fps or (GIF_FPS if out.suffix == ".gif" else min(env.control_hz, MOST_FPS))
         heading = title or f"{family.name}  ·  {type(agent).__name__.removesuffix('Agent')}"
         sheet = FrameLayout(heading, _rows(family, shown, recorder.takes), episodes, size)
         moments = frame_steps(recorder.takes, env.control_hz, rate)
         frames = (compose_frame(camera, sheet, family, shown, recorder.takes, t) for t in moments)
-        write_video(out, with_progress(frames, len(moments), out.name, progress), rate, (sheet.width, sheet.height))
+        write_video(
+            out,
+            with_progress(frames, len(moments), out.name, progress),
+            rate,
+            (sheet.width, sheet.height),
+        )
     return out
 
 
@@ -95,6 +108,10 @@ def _say(name: str, value: float) -> str:
     return f"{words} {format_number(value)} {unit}" if words else f"{name} {format_number(value)}"
 
 
-def _rows(family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Recording]]) -> list[TaskRow]:
+def _rows(
+    family: Family, tasks: Sequence[Task], takes: Sequence[Sequence[Recording]]
+) -> list[TaskRow]:
     returns = [[r for take in row for r in take.returns] for row in takes]
-    return [TaskRow(family.space.say(t), min(r), max(r)) for t, r in zip(tasks, returns, strict=True)]
+    return [
+        TaskRow(family.space.say(t), min(r), max(r)) for t, r in zip(tasks, returns, strict=True)
+    ]

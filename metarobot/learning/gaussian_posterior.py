@@ -10,7 +10,8 @@ from torch import Tensor
 from metarobot.errors import MetarobotError
 
 FLAT = 1e-3
-"""Spread of the means between tasks, in standard deviations of the posteriors, below which none tells tasks apart."""
+"""Spread of the means between tasks, in standard deviations of the posteriors, below which none
+tells tasks apart."""
 
 
 class PosteriorError(MetarobotError):
@@ -42,7 +43,9 @@ def kl_divergence(p: Gaussian, q: Gaussian) -> Tensor:
 
 
 def product_of_gaussians(g: Gaussian, dim: int) -> Gaussian:
-    """Multiply the Gaussians along an axis into one, in whatever order they stand (PEARL, Rakelly et al. 2019)."""
+    """Multiply the Gaussians along an axis into one, in whatever order they stand (PEARL, Rakelly
+    et al. 2019).
+    """
     # 1/σ² = Σ 1/σ²_i,   μ = σ² Σ μ_i / σ²_i
     precision = g.var.reciprocal()
     var = precision.sum(dim).reciprocal()
@@ -57,7 +60,11 @@ def log_density(g: Gaussian, x: Tensor) -> Tensor:
 def check_posterior(g: Gaussian, name: str) -> None:
     """Raise for posteriors ``(task, latent)`` that are not finite, or the same in all tasks."""
     if not bool(g.mean.isfinite().all() and g.var.isfinite().all() and (g.var > 0).all()):
-        raise PosteriorError(f"{name}: the posterior is not finite any more; take a lower learning rate")
+        raise PosteriorError(
+            f"{name}: the posterior is not finite any more; take a lower learning rate"
+        )
     spread = g.mean.std(0, correction=0) / g.var.mean(0).sqrt()
     if len(g.mean) > 1 and not bool((spread > FLAT).any()):
-        raise PosteriorError(f"{name}: the posterior has collapsed, it is the same in all {len(g.mean)} tasks")
+        raise PosteriorError(
+            f"{name}: the posterior has collapsed, it is the same in all {len(g.mean)} tasks"
+        )

@@ -1,7 +1,9 @@
-"""An agent that adapts by policy gradient: what MAML, ProMP, Reptile and fine-tuning have in common.
+"""An agent that adapts by policy gradient: what MAML, ProMP, Reptile and fine-tuning have in
+common.
 
-Its context is its own weights, a copy for each task. It needs nothing but the observations, actions and rewards of the
-task's own rollouts, and its exploration noise: without noise a policy gradient has nothing to learn from.
+Its context is its own weights, a copy for each task. It needs nothing but the observations, actions
+and rewards of the task's own rollouts, and its exploration noise: without noise a policy gradient
+has nothing to learn from.
 """
 
 from __future__ import annotations
@@ -72,12 +74,16 @@ class Policy(nn.Module):
         self.log_std = nn.Parameter(log_std)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean ``(..., act)`` and log-deviation ``(act,)`` for normalised observations ``(..., obs)``."""
+        """Return mean ``(..., act)`` and log-deviation ``(act,)`` for normalised observations
+        ``(..., obs)``.
+        """
         return self.actor(x), self.log_std
 
 
 class InnerBatch(NamedTuple):
-    """What the rollouts of one episode teach; ``(task, step, ...)``, a task's rollouts joined in one row."""
+    """What the rollouts of one episode teach; ``(task, step, ...)``, a task's rollouts joined in
+    one row.
+    """
 
     x: Tensor
     action: Tensor
@@ -124,10 +130,14 @@ class GradientAgent(nn.Module):
         weights, _ = self.split(self.vector())
         return (weights.expand(worlds, -1),)
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Act with each task's own weights; the worlds of a task stand together."""
         (weights,) = context
-        mean, log_std = self.distribution(weights, self.norm(percept.obs).view(len(weights), -1, percept.obs.shape[-1]))
+        mean, log_std = self.distribution(
+            weights, self.norm(percept.obs).view(len(weights), -1, percept.obs.shape[-1])
+        )
         if noise is not None:
             mean = mean + log_std.exp() * noise.view(mean.shape)
         return mean.flatten(0, 1), context
@@ -151,7 +161,9 @@ class GradientAgent(nn.Module):
 
     @torch.no_grad()
     def batch(self, weights: Tensor, episode: Rollout) -> InnerBatch:
-        """Prepare rollouts for the policy gradient; ``weights`` ``(task, P)`` are those that acted."""
+        """Prepare rollouts for the policy gradient; ``weights`` ``(task, P)`` are those that
+        acted.
+        """
         tasks, sound = len(weights), valid_mask(episode)
         obs, action = (torch.where(sound[..., None], v, 0.0) for v in (episode.obs, episode.action))
         x, action = self.norm(obs), by_task(action, tasks)
@@ -159,13 +171,20 @@ class GradientAgent(nn.Module):
         x, weight = by_task(x, tasks), _shares(by_task(sound, tasks).to(x.dtype))
         mean, log_std = self.distribution(weights, x)
         return InnerBatch(
-            x, action, _standard(advantage, weight), weight, mean, log_std, log_prob(mean, log_std, action)
+            x,
+            action,
+            _standard(advantage, weight),
+            weight,
+            mean,
+            log_std,
+            log_prob(mean, log_std, action),
         )
 
     def _advantage(self, x: Tensor, episode: Rollout, sound: Tensor, tasks: int) -> Tensor:
         """Estimate advantages ``(time, world)`` against a baseline fitted to each task.
 
-        What counts is the return up to the horizon, which is why a time limit ends it as a fall does.
+        What counts is the return up to the horizon, which is why a time limit ends it as a fall
+        does.
         """
         c, reward = self.config, torch.where(sound, episode.reward, 0.0)
         ended, nothing = episode.terminated | episode.truncated, torch.zeros_like(reward)
@@ -177,8 +196,8 @@ class GradientAgent(nn.Module):
     def surrogate(self, weights: Tensor, batch: InnerBatch) -> Tensor:
         """Return E[π(a|s) / π_old(a|s) A] of one task.
 
-        As an inner objective its Hessian holds the score-function terms that E[log π(a|s) A] drops: the low variance
-        curvature of Rothfuss et al. (2019), eq. 8.
+        As an inner objective its Hessian holds the score-function terms that E[log π(a|s) A] drops:
+        the low variance curvature of Rothfuss et al. (2019), eq. 8.
         """
         gains: Tensor = batch.weight * self.ratio(weights, batch) * batch.advantage
         return gains.sum()
@@ -186,7 +205,8 @@ class GradientAgent(nn.Module):
     def ratio(self, weights: Tensor, batch: InnerBatch) -> Tensor:
         """Return π(a|s) / π_old(a|s) of one task, ``(step,)``.
 
-        Truncated from above (Ionides 2008), so that several steps on the same rollouts cannot run away.
+        Truncated from above (Ionides 2008), so that several steps on the same rollouts cannot run
+        away.
         """
         mean, log_std = call_with_weights(self.policy, weights, batch.x)
         log_ratio: Tensor = log_prob(mean, log_std, batch.action) - batch.old
@@ -202,7 +222,9 @@ class GradientAgent(nn.Module):
         return divergences.sum()
 
     def vector(self) -> Tensor:
-        """Return the meta-parameters as one vector: rates, then initial weights, ``(2 P,)``; a detached copy."""
+        """Return the meta-parameters as one vector: rates, then initial weights, ``(2 P,)``; a
+        detached copy.
+        """
         return nn.utils.parameters_to_vector(self.parameters()).detach()
 
     def assign(self, vector: Tensor) -> None:
@@ -210,7 +232,9 @@ class GradientAgent(nn.Module):
         nn.utils.vector_to_parameters(vector, self.parameters())
 
     def split(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Return initial weights ``(P,)`` and rates ``(P,)`` of meta-parameters, or of a direction among them."""
+        """Return initial weights ``(P,)`` and rates ``(P,)`` of meta-parameters, or of a direction
+        among them.
+        """
         return vector[self.size :], vector[: self.size]
 
     def adapt_meta_parameters(
@@ -219,15 +243,21 @@ class GradientAgent(nn.Module):
         """Adapt to the support of every task from meta-parameters ``(2 P,)``."""
         weights, rates = self.split(vector)
         steps = [b for b in support for _ in range(self.config.inner_steps)]
-        return adapt_weights(self.surrogate, weights.expand(len(support[0].x), -1), rates, steps, derivative)
+        return adapt_weights(
+            self.surrogate, weights.expand(len(support[0].x), -1), rates, steps, derivative
+        )
 
     def meta_vjp(self, path: InnerTrajectory, slope: Tensor) -> Tensor:
-        """Carry slopes ``(task, P)`` at the end of a path back to the meta-parameters, ``(2 P,)``: the tasks' mean."""
+        """Carry slopes ``(task, P)`` at the end of a path back to the meta-parameters, ``(2 P,)``:
+        the tasks' mean.
+        """
         by_weights, by_rates = (x.mean(0) for x in path.vjp(slope))
         return torch.cat([by_rates * self.rates.requires_grad, by_weights])
 
     def meta_jvp(self, path: InnerTrajectory, direction: Tensor) -> Tensor:
-        """Say how the end of a path moves, ``(task, P)``, along a direction among the meta-parameters."""
+        """Say how the end of a path moves, ``(task, P)``, along a direction among the
+        meta-parameters.
+        """
         weights, rates = self.split(direction)
         return path.jvp(weights.expand_as(path.weights), rates)
 
@@ -244,7 +274,9 @@ class GradientAgent(nn.Module):
     def with_critic_advantages(
         self, query: InnerBatch, trials: Trials, critic: OuterCritic, seed: int
     ) -> tuple[InnerBatch, Tensor]:
-        """Give the query the advantages of a critic, which learns from it; return the variance it explained too."""
+        """Give the query the advantages of a critic, which learns from it; return the variance it
+        explained too.
+        """
         episode, task = trials.episodes[-1], trials.task
         sound = valid_mask(episode)
         if int(sound.sum()) < 2:  # nothing to compare
@@ -253,19 +285,24 @@ class GradientAgent(nn.Module):
         final = self.norm(episode.final_obs.nan_to_num())
         advantage, target, explained = critic.advantage(x, final, task, episode, sound)
         critic.fit(x, task, target, sound, seed)
-        return query._replace(advantage=_standard(by_task(advantage, len(query.x)), query.weight)), explained
+        return query._replace(
+            advantage=_standard(by_task(advantage, len(query.x)), query.weight)
+        ), explained
 
     def learn_norm(self, trials: Trials) -> None:
-        """Take trials into the normaliser: after an update, so that the update sees what the policy saw."""
+        """Take trials into the normaliser: after an update, so that the update sees what the policy
+        saw.
+        """
         for episode in trials.episodes:
             if (seen := episode.obs[valid_mask(episode)]).numel():
                 self.norm.update(seen)
 
     def fine_tuned_from(self, policy: Any, rate: float) -> GradientAgent:
-        """Return an agent that adapts as this one does, with one rate, from the weights of another policy.
+        """Return an agent that adapts as this one does, with one rate, from the weights of another
+        policy.
 
-        ``policy`` has ``actor`` and ``log_std``, and ``norm`` unless it shares this agent's, as a ``PPOAgent`` does:
-        transfer learning by fine-tuning.
+        ``policy`` has ``actor`` and ``log_std``, and ``norm`` unless it shares this agent's, as a
+        ``PPOAgent`` does: transfer learning by fine-tuning.
         """
         other = copy.copy(self)
         other._modules, other._parameters = {}, {}
@@ -276,7 +313,9 @@ class GradientAgent(nn.Module):
 
 
 def valid_mask(episode: Rollout) -> Tensor:
-    """Mark the steps to learn from, ``(time, world)``: those lived in a rollout whose numbers are all finite."""
+    """Mark the steps to learn from, ``(time, world)``: those lived in a rollout whose numbers are
+    all finite.
+    """
     numbers = torch.cat([episode.obs, episode.action, episode.reward[..., None]], -1)
     return episode.valid & (numbers.isfinite().all(-1) | ~episode.valid).all(0)
 
@@ -304,12 +343,22 @@ def _standard(advantage: Tensor, weight: Tensor) -> Tensor:
 
 def _check(config: InnerConfig) -> None:
     if config.worlds % config.rollouts:
-        raise MetarobotError(f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}")
+        raise MetarobotError(
+            f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}"
+        )
     if config.episodes < 2:
-        raise MetarobotError(f"episodes must be at least 2, one to adapt to and one to show it, not {config.episodes}")
-    for name, low, high in (("inner_lr", 1e-6, 100.0), ("inner_steps", 1, 100), ("std", 1e-3, 10.0)):
+        raise MetarobotError(
+            f"episodes must be at least 2, one to adapt to and one to show it, not {config.episodes}"
+        )
+    for name, low, high in (
+        ("inner_lr", 1e-6, 100.0),
+        ("inner_steps", 1, 100),
+        ("std", 1e-3, 10.0),
+    ):
         if not low <= getattr(config, name) <= high:
-            raise MetarobotError(f"{name} must be between {low:g} and {high:g}, not {getattr(config, name):g}")
+            raise MetarobotError(
+                f"{name} must be between {low:g} and {high:g}, not {getattr(config, name):g}"
+            )
     for name in ("gamma", "outer_gamma", "lam"):
         if not 0 <= getattr(config, name) <= 1:
             raise MetarobotError(f"{name} must be between 0 and 1, not {getattr(config, name):g}")

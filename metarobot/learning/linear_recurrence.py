@@ -1,4 +1,6 @@
-"""The linear recurrence ``h_t = a_t h_{t−1} + b_t`` over whole sequences: on the CPU, and as one kernel on a GPU."""
+"""The linear recurrence ``h_t = a_t h_{t−1} + b_t`` over whole sequences: on the CPU, and as one
+kernel on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from torch import Tensor
 
 
 def linear_scan(a: Tensor, b: Tensor) -> Tensor:
-    """Solve ``h_t = a_t h_{t−1} + b_t`` from ``h_{−1} = 0``, ``(time, ...)``, differentiable in both."""
+    """Solve ``h_t = a_t h_{t−1} + b_t`` from ``h_{−1} = 0``, ``(time, ...)``, differentiable in
+    both.
+    """
     if a.is_cuda and _kernels() is not None:
         fused: Tensor = _Fused.apply(a, b)  # type: ignore[no-untyped-call]
         return fused
@@ -26,9 +30,11 @@ def linear_scan(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """``h_t = a_t h_{t−1} + b_t`` from ``h_{−1} = 0``, with its hand-written backward, the same recurrence reversed.
+    """``h_t = a_t h_{t−1} + b_t`` from ``h_{−1} = 0``, with its hand-written backward, the same
+    recurrence reversed.
 
-    Both run in ~2√T vectorised steps: all chunks of √T steps at once, then the chunks' ends in order.
+    Both run in ~2√T vectorised steps: all chunks of √T steps at once, then the chunks' ends in
+    order.
     """
 
     @staticmethod
@@ -60,7 +66,9 @@ class _Scan(torch.autograd.Function):
             torch.mul(gates[t + 1], decays[t + 1], out=decays[t])
         start = torch.zeros_like(g[:, 0])
         for c in range(len(g) - 2, -1, -1):
-            torch.addcmul(g[c + 1, 0], decay[c + 1, 0], start[c + 1], out=start[c]).mul_(a[c + 1, 0])
+            torch.addcmul(g[c + 1, 0], decay[c + 1, 0], start[c + 1], out=start[c]).mul_(
+                a[c + 1, 0]
+            )
         g.addcmul_(decay, start[:, None])
         grad_a = torch.zeros_like(a)
         torch.mul(g.flatten(0, 1)[1:], h.flatten(0, 1)[:-1], out=grad_a.flatten(0, 1)[1:])
@@ -68,9 +76,11 @@ class _Scan(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """The same as one kernel: a lane a sequence, which keeps its state in a register and reads each number once.
+    """The same as one kernel: a lane a sequence, which keeps its state in a register and reads each
+    number once.
 
-    With worlds × width lanes there is enough to do without splitting time, so memory bandwidth is the limit.
+    With worlds × width lanes there is enough to do without splitting time, so memory bandwidth is
+    the limit.
     """
 
     @staticmethod
@@ -103,7 +113,9 @@ def _launch(name: str, *tensors: Tensor) -> None:
 
 @cache
 def _kernels() -> Any:
-    """Return the module of Triton kernels; None where Triton, which comes with torch's CUDA builds, is missing."""
+    """Return the module of Triton kernels; None where Triton, which comes with torch's CUDA builds,
+    is missing.
+    """
     try:
         from metarobot.learning import linear_recurrence_kernels as scan_kernels
     except ImportError:

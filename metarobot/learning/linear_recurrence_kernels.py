@@ -18,7 +18,9 @@ def forward(a, b, h, time, lanes, WIDTH: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def backward(a, h, outer, grad_a, grad_b, time, lanes, WIDTH: tl.constexpr):  # noqa: N803
-    """Write the gradients: ``g_t = ∂L/∂h_t + a_{t+1} g_{t+1}``, ``∂L/∂b_t = g_t``, ``∂L/∂a_t = g_t h_{t−1}``."""
+    """Write the gradients: ``g_t = ∂L/∂h_t + a_{t+1} g_{t+1}``, ``∂L/∂b_t = g_t``, ``∂L/∂a_t = g_t
+    h_{t−1}``.
+    """
     lane = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     here = lane < lanes
     carried = tl.zeros((WIDTH,), tl.float32)

@@ -1,4 +1,6 @@
-"""Recurrent memories under one interface: step by step while acting, over whole sequences while learning."""
+"""Recurrent memories under one interface: step by step while acting, over whole sequences while
+learning.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,30 @@ MemoryState = tuple[Tensor, ...]
 
 
 class Memory(Protocol):
-    """A recurrent layer: the same function step by step (acting) and over a whole sequence (learning)."""
+    """A recurrent layer: the same function step by step (acting) and over a whole sequence
+    (learning).
+    """
 
     def begin(self, worlds: int) -> MemoryState:
         """Return the empty memory of each world, tensors ``(world, ...)``."""
 
     def step(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """Take one input ``(world, input)``; return the output ``(world, width)`` and the new state."""
+        """Take one input ``(world, input)``; return the output ``(world, width)`` and the new
+        state.
+        """
 
     def sequence(self, x: Tensor) -> Tensor:
-        """Run over ``(time, world, input)`` from the empty memory; return ``(time, world, width)``."""
+        """Run over ``(time, world, input)`` from the empty memory; return ``(time, world,
+        width)``.
+        """
 
 
 class LinearRecurrence(nn.Module):
     """A gated linear recurrence that trains in parallel over time (minGRU, Feng et al. 2024).
 
-    ``h_t = (1 − z_t) h_{t−1} + z_t c_t`` with gate z and candidate c from the input alone, so one matrix product serves
-    all time steps. Gate biases spread from −6 to 0, so that time scales from two steps to hundreds are there at birth.
+    ``h_t = (1 − z_t) h_{t−1} + z_t c_t`` with gate z and candidate c from the input alone, so one
+    matrix product serves all time steps. Gate biases spread from −6 to 0, so that time scales from
+    two steps to hundreds are there at birth.
     """
 
     def __init__(self, inputs: int, width: int) -> None:
@@ -73,7 +82,9 @@ class Gated(nn.Module):
 
     def begin(self, worlds: int) -> MemoryState:
         """Return zeros ``(world, width)``, twice for an LSTM."""
-        return tuple(self.cell.weight_hh_l0.new_zeros(worlds, self.width) for _ in range(self.tensors))
+        return tuple(
+            self.cell.weight_hh_l0.new_zeros(worlds, self.width) for _ in range(self.tensors)
+        )
 
     def step(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
         """Advance by one input."""

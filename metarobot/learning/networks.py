@@ -13,9 +13,11 @@ from metarobot.errors import MetarobotError
 
 
 class RunningNorm(nn.Module):
-    """Normalise features by their running mean and deviation; buffers, so checkpoints and exports carry them.
+    """Normalise features by their running mean and deviation; buffers, so checkpoints and exports
+    carry them.
 
-    Merges batches by Chan et al. (1979). Accumulates in float64, applies in float32, clips to ±``limit``.
+    Merges batches by Chan et al. (1979). Accumulates in float64, applies in float32, clips to
+    ±``limit``.
     """
 
     count: Tensor
@@ -47,7 +49,9 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, other: RunningNorm) -> None:
-        """Take over what another has seen of the first features; the rest begin with mean 0 and deviation 1."""
+        """Take over what another has seen of the first features; the rest begin with mean 0 and
+        deviation 1.
+        """
         n = len(other.mean)
         self.count.copy_(other.count)
         self.m2.copy_(other.count)
@@ -68,7 +72,9 @@ def mlp(
     gain: float = 1.0,
     activation: Callable[[], nn.Module] = nn.Tanh,
 ) -> nn.Sequential:
-    """Build a perceptron with orthogonal weights and zero biases; ``gain`` scales the last layer."""
+    """Build a perceptron with orthogonal weights and zero biases; ``gain`` scales the last
+    layer.
+    """
     sizes = (inputs, *hidden, outputs)
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(sizes)):
@@ -94,10 +100,14 @@ def linears(net: nn.Sequential) -> list[nn.Linear]:
 
 @torch.no_grad()
 def copy_into_larger(layer: nn.Linear, other: nn.Linear) -> None:
-    """Make a layer's first outputs those of a smaller one; inputs that the smaller one lacks are silent there."""
+    """Make a layer's first outputs those of a smaller one; inputs that the smaller one lacks are
+    silent there.
+    """
     rows, columns = other.weight.shape
     if rows > layer.weight.shape[0] or columns > layer.weight.shape[1]:
-        raise MetarobotError(f"a layer of {rows} x {columns} weights does not fit one of {tuple(layer.weight.shape)}")
+        raise MetarobotError(
+            f"a layer of {rows} x {columns} weights does not fit one of {tuple(layer.weight.shape)}"
+        )
     layer.weight[:rows] = 0.0
     layer.weight[:rows, :columns] = other.weight
     if layer.bias is not None:
@@ -105,11 +115,19 @@ def copy_into_larger(layer: nn.Linear, other: nn.Linear) -> None:
 
 
 def distillation_loss(mean: Tensor, teacher_action: Tensor) -> Tensor:
-    """Squared error of the mean action to what is record_teacher, where anything is, meaned over the action axis."""
-    return torch.where(teacher_action.isnan(), 0.0, mean - teacher_action.nan_to_num()).square().mean(-1)
+    """Squared error of the mean action to what is record_teacher, where anything is, meaned over
+    the action axis.
+    """
+    return (
+        torch.where(teacher_action.isnan(), 0.0, mean - teacher_action.nan_to_num())
+        .square()
+        .mean(-1)
+    )
 
 
 def log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """Log-density of ``action`` under a diagonal Gaussian, summed over the action axis."""
     z = (action - mean) * torch.exp(-log_std)
-    return -0.5 * z.square().sum(-1) - log_std.sum(-1) - 0.5 * math.log(2 * math.pi) * action.shape[-1]
+    return (
+        -0.5 * z.square().sum(-1) - log_std.sum(-1) - 0.5 * math.log(2 * math.pi) * action.shape[-1]
+    )

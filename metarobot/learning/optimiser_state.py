@@ -9,17 +9,27 @@ from torch import Tensor, nn
 
 
 def flatten_state(optimiser: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Tensor]:
-    """Flatten modules and an Adam optimiser's moments into named tensors, copies of what they hold now."""
-    flat = {f"{name}.{k}": v.detach().clone() for name, m in modules.items() for k, v in m.state_dict().items()}
+    """Flatten modules and an Adam optimiser's moments into named tensors, copies of what they hold
+    now.
+    """
+    flat = {
+        f"{name}.{k}": v.detach().clone()
+        for name, m in modules.items()
+        for k, v in m.state_dict().items()
+    }
     for i, moments in optimiser.state_dict()["state"].items():
         flat |= {f"optimiser.{i}.{k}": v.clone() for k, v in moments.items()}
     return flat
 
 
-def restore_state(flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules: nn.Module) -> None:
+def restore_state(
+    flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules: nn.Module
+) -> None:
     """Restore exactly what ``pack`` flattened."""
     for name, m in modules.items():
-        m.load_state_dict({k.removeprefix(f"{name}."): v for k, v in flat.items() if k.startswith(f"{name}.")})
+        m.load_state_dict(
+            {k.removeprefix(f"{name}."): v for k, v in flat.items() if k.startswith(f"{name}.")}
+        )
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in flat.items():
         if key.startswith("optimiser."):
@@ -29,7 +39,8 @@ def restore_state(flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **m
 
 
 def move_to_device(learner: Any, device: str) -> None:
-    """Put all modules that a learner holds on a device, those of critics and learners within it too.
+    """Put all modules that a learner holds on a device, those of critics and learners within it
+    too.
 
     Before ``load``: an optimiser's moments go where the weights are.
     """

@@ -1,7 +1,8 @@
-"""The critic of an outer objective: shown the task, in training only; nothing of it reaches the agent that adapts.
+"""The critic of an outer objective: shown the task, in training only; nothing of it reaches the
+agent that adapts.
 
-A baseline fitted to one task's rollouts is all that adaptation may use. The outer objective may use what the simulator
-knows, and a trained critic halves the variance that a gait is learned against.
+A baseline fitted to one task's rollouts is all that adaptation may use. The outer objective may use
+what the simulator knows, and a trained critic halves the variance that a gait is learned against.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ from metarobot.types import Rollout
 class OuterCritic:
     """A value function of observation and task, trained on the rollouts of adapted policies."""
 
-    def __init__(self, shapes: Dimensions, gamma: float, lam: float, width: int = 128, lr: float = 1e-3) -> None:
+    def __init__(
+        self, shapes: Dimensions, gamma: float, lam: float, width: int = 128, lr: float = 1e-3
+    ) -> None:
         self.gamma, self.lam = gamma, lam
         self.net = mlp(shapes.obs + shapes.task, (width, width), 1)
         self.return_norm = RunningNorm(1)
         self.optimiser = torch.optim.Adam(self.net.parameters(), lr=lr, eps=1e-5)
 
-    def advantage(self, x: Tensor, final: Tensor, task: Tensor, episode: Rollout, sound: Tensor) -> tuple[Tensor, ...]:
-        """Estimate advantages and value targets, ``(time, world)`` each, and the fraction of variance explained.
+    def advantage(
+        self, x: Tensor, final: Tensor, task: Tensor, episode: Rollout, sound: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Estimate advantages and value targets, ``(time, world)`` each, and the fraction of
+        variance explained.
 
-        ``x`` ``(time, world, obs)`` and the final observations ``(world, obs)`` are normalised, ``task`` is
-        ``(world, parameter)``. A time limit bootstraps from the value of the final observation.
+        ``x`` ``(time, world, obs)`` and the final observations ``(world, obs)`` are normalised,
+        ``task`` is ``(world, parameter)``. A time limit bootstraps from the value of the final
+        observation.
         """
         reward = torch.where(sound, episode.reward, 0.0)
         self.return_norm.to(x.device).update(discounted(reward, self.gamma)[sound][:, None])
@@ -39,7 +46,9 @@ class OuterCritic:
         ended = episode.terminated | episode.truncated
         following = torch.where(ended, last, torch.cat([value[1:], last[None]]))
         reward = reward * self.return_norm.scale
-        advantage = gae(reward, value, following, episode.terminated, episode.truncated, self.gamma, self.lam)
+        advantage = gae(
+            reward, value, following, episode.terminated, episode.truncated, self.gamma, self.lam
+        )
         target = advantage + value
         return advantage, target, explained_variance(value[sound], target[sound])
 
@@ -57,7 +66,8 @@ class OuterCritic:
     def state(self) -> dict[str, Tensor]:
         """Return weights, reward scale and optimiser."""
         return {
-            f"critic.{k}": v for k, v in flatten_state(self.optimiser, net=self.net, spread=self.return_norm).items()
+            f"critic.{k}": v
+            for k, v in flatten_state(self.optimiser, net=self.net, spread=self.return_norm).items()
         }
 
     def load(self, state: dict[str, Tensor]) -> None:

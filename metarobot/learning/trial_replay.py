@@ -14,9 +14,11 @@ from metarobot.types import Rollout, Trials
 
 
 class Transitions(NamedTuple):
-    """Transitions of several tasks, ``(task, step, ...)``; ``terminated`` is 1.0 where the episode failed.
+    """Transitions of several tasks, ``(task, step, ...)``; ``terminated`` is 1.0 where the episode
+    failed.
 
-    A time limit is no failure: ``next_obs`` is then the observation before the reset, and its value counts.
+    A time limit is no failure: ``next_obs`` is then the observation before the reset, and its value
+    counts.
     """
 
     obs: Tensor
@@ -29,8 +31,9 @@ class Transitions(NamedTuple):
 class TrialReplay:
     """Transitions of the last so many trials, in one tensor taken up at once.
 
-    Each episode of a row has a slot for every step, and one more for the observation the last step led to. A step and
-    what follows it stand side by side: observations are held once, and one gather brings both.
+    Each episode of a row has a slot for every step, and one more for the observation the last step
+    led to. A step and what follows it stand side by side: observations are held once, and one
+    gather brings both.
     """
 
     def __init__(self, shapes: Dimensions, transitions: int, at_once: int = 1) -> None:
@@ -73,13 +76,22 @@ class TrialReplay:
         """Return an episode as slots ``(world, slot, number)``."""
         time, worlds = episode.valid.shape
         slots = torch.zeros(worlds, self._slots, sum(self._sizes))
-        parts = (episode.obs, episode.action, episode.reward[..., None], episode.terminated[..., None].float())
+        parts = (
+            episode.obs,
+            episode.action,
+            episode.reward[..., None],
+            episode.terminated[..., None].float(),
+        )
         slots[:, :time] = (torch.cat(parts, -1) * episode.valid[..., None]).transpose(0, 1).cpu()
-        slots[torch.arange(worlds), episode.valid.sum(0).cpu(), : self._sizes[0]] = episode.final_obs.cpu()
+        slots[torch.arange(worlds), episode.valid.sum(0).cpu(), : self._sizes[0]] = (
+            episode.final_obs.cpu()
+        )
         return slots
 
     def draw(self, tasks: int, recent: int, generator: torch.Generator) -> Tensor:
-        """Draw trials ``(task,)``: every second one among the ``recent`` youngest, the others among all."""
+        """Draw trials ``(task,)``: every second one among the ``recent`` youngest, the others among
+        all.
+        """
         held = len(self)
         span = torch.full((tasks,), held)
         span[::2] = min(recent, held)
@@ -87,9 +99,15 @@ class TrialReplay:
         return (self.count - 1 - age) % self.rows
 
     def pick(self, rows: Tensor, steps: int, episodes: int, generator: torch.Generator) -> Tensor:
-        """Draw transitions of the first ``episodes`` episodes of each trial, with replacement: ``(task, step)``."""
+        """Draw transitions of the first ``episodes`` episodes of each trial, with replacement:
+        ``(task, step)``.
+        """
         ends = self._length[rows, :episodes].cumsum(1)
-        n = (torch.rand(len(rows), steps, generator=generator) * ends[:, -1:]).long().minimum(ends[:, -1:] - 1)
+        n = (
+            (torch.rand(len(rows), steps, generator=generator) * ends[:, -1:])
+            .long()
+            .minimum(ends[:, -1:] - 1)
+        )
         episode = (n[..., None] >= ends[:, None]).sum(-1)
         before = (ends - self._length[rows, :episodes]).gather(1, episode)
         return rows[:, None] * self._data.shape[1] + episode * self._slots + n - before
@@ -100,7 +118,9 @@ class TrialReplay:
         pairs = self._data.view(-1).as_strided((rows * slots - 1, 2 * width), (width, 1))[picked]
         step, after = pairs.chunk(2, -1)
         obs, action, reward, terminated = torch.split(step, self._sizes, -1)
-        return Transitions(obs, action, reward[..., 0], terminated[..., 0], after[..., : self._sizes[0]])
+        return Transitions(
+            obs, action, reward[..., 0], terminated[..., 0], after[..., : self._sizes[0]]
+        )
 
     def task(self, rows: Tensor) -> Tensor:
         """Return the tasks' encodings ``(task, parameter)``: labels."""
@@ -109,7 +129,10 @@ class TrialReplay:
     def state(self) -> dict[str, Tensor]:
         """Return what is held, a copy of it, as named tensors."""
         held = {"data": self._data, "length": self._length, "task": self._task}
-        return {"count": torch.tensor(self.count), **{k: v[: len(self)].clone() for k, v in held.items()}}
+        return {
+            "count": torch.tensor(self.count),
+            **{k: v[: len(self)].clone() for k, v in held.items()},
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore what ``state`` returned, exactly."""

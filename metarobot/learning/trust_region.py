@@ -1,4 +1,6 @@
-"""Trust-region steps: the natural gradient, and how far along it one may go (Schulman et al. 2015)."""
+"""Trust-region steps: the natural gradient, and how far along it one may go (Schulman et al.
+2015).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import Tensor
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Solve ``A x = b`` for a symmetric positive matrix known by its products; all vectors ``(P,)``.
+    """Solve ``A x = b`` for a symmetric positive matrix known by its products; all vectors
+    ``(P,)``.
 
     Stops early where the residual vanishes or the matrix turns out not to be positive.
     """
@@ -30,8 +33,12 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-def scale_to_kl_bound(direction: Tensor, product: Callable[[Tensor], Tensor], bound: float) -> Tensor:
-    """Scale a direction so that ``½ xᵀ A x``, the KL divergence to second order, is ``bound``; zero if it cannot be."""
+def scale_to_kl_bound(
+    direction: Tensor, product: Callable[[Tensor], Tensor], bound: float
+) -> Tensor:
+    """Scale a direction so that ``½ xᵀ A x``, the KL divergence to second order, is ``bound``; zero
+    if it cannot be.
+    """
     curvature = direction @ product(direction)
     if not curvature > 0:
         return torch.zeros_like(direction)
@@ -48,7 +55,11 @@ class LineSearchResult(NamedTuple):
 
 
 def backtracking_line_search(
-    step: Tensor, objective: Callable[[Tensor], tuple[float, float]], bound: float, shrink: float, tries: int
+    step: Tensor,
+    objective: Callable[[Tensor], tuple[float, float]],
+    bound: float,
+    shrink: float,
+    tries: int,
 ) -> tuple[Tensor, LineSearchResult]:
     """Shrink a step until the objective gains by it and the divergence keeps its bound.
 

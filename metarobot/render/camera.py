@@ -31,7 +31,8 @@ class FilmedWorlds(Protocol):
 
 
 class Camera:
-    """Takes pictures of a family's worlds from the side, each in the look of its own task, following the robot.
+    """Takes pictures of a family's worlds from the side, each in the look of its own task,
+    following the robot.
 
     Raises ``VideoError`` if there is no OpenGL here. Models are compiled once a task and kept.
     """
@@ -49,7 +50,9 @@ class Camera:
         return self.picture(env.tasks[world], snapshot_state(env, world), key=world)
 
     def picture(self, task: Task, state: Floats, key: Hashable = None) -> Pixels:
-        """Take a picture of a state (``snap``); states of one ``key`` are one take, over which the camera glides."""
+        """Take a picture of a state (``snap``); states of one ``key`` are one take, over which the
+        camera glides.
+        """
         stage = self._stage(task)
         stage.load(state)
         return stage.draw(self._glide(stage, key))
@@ -65,7 +68,8 @@ class Camera:
         return self._stages[values]
 
     def _glide(self, stage: Scene, key: Hashable) -> Floats:
-        """Follow with a lag of 0.2 s, at most a quarter of the robot, along the floor and 0.8 s in height.
+        """Follow with a lag of 0.2 s, at most a quarter of the robot, along the floor and 0.8 s in
+        height.
 
         Cuts where time runs back.
         """
@@ -100,7 +104,9 @@ def _mark(model: mujoco.MjModel, bodies: Iterable[str]) -> None:
 
 
 def snapshot_state(env: FilmedWorlds, world: int) -> Floats:
-    """Copy all that a picture of one world depends on: a small vector, so that a trial is kept without its pixels."""
+    """Copy all that a picture of one world depends on: a small vector, so that a trial is kept
+    without its pixels.
+    """
     model, data = env.sim.snapshot(world)
     state = np.empty(mujoco.mj_stateSize(model, _STATE))
     mujoco.mj_getState(model, data, state, _STATE)

@@ -25,11 +25,20 @@ MOST_FPS = 30.0
 HOLD_S = 1.2
 """How long the last picture stays, s."""
 
-_GIF_FILTER = (
-    "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=bayer:bayer_scale=5:diff_mode=rectangle"
-)
+_GIF_FILTER = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=bayer:bayer_scale=5:diff_mode=rectangle"
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    ".mp4": ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "21", "-preset", "medium", "-movflags", "+faststart"),
+    ".mp4": (
+        "-c:v",
+        "libx264",
+        "-pix_fmt",
+        "yuv420p",
+        "-crf",
+        "21",
+        "-preset",
+        "medium",
+        "-movflags",
+        "+faststart",
+    ),
     ".gif": ("-vf", f"scale='min(960,iw)':-2:flags=lanczos,{_GIF_FILTER}", "-loop", "0"),
 }
 """Kinds of file that can be written -> how ffmpeg is told to."""
@@ -50,7 +59,9 @@ def frame_steps(takes: Sequence[Sequence[Recording]], control_hz: float, fps: fl
     """Return the step that each frame of the video shows, the last one held for a moment."""
     steps = max(len(take.states) for row in takes for take in row)
     played = max(1, round(steps / control_hz * fps))
-    return [min(round(i * control_hz / fps), steps - 1) for i in range(played)] + [steps - 1] * round(HOLD_S * fps)
+    return [min(round(i * control_hz / fps), steps - 1) for i in range(played)] + [
+        steps - 1
+    ] * round(HOLD_S * fps)
 
 
 def compose_frame(
@@ -68,26 +79,40 @@ def compose_frame(
             now = min(t, len(take.states) - 1)
             picture = camera.picture(task, take.states[now], key=(i, k))
             mishap = take.mishap if now == len(take.states) - 1 else ""
-            panels.append(Panel(picture, f"episode {k + 1}", take.returns[: now + 1], take.readouts[now], mishap))
+            panels.append(
+                Panel(
+                    picture, f"episode {k + 1}", take.returns[: now + 1], take.readouts[now], mishap
+                )
+            )
         rows.append(panels)
     return sheet.frame(rows, family.horizon)
 
 
-def with_progress(frames: Iterator[Pixels], total: int, name: str, progress: bool) -> Iterator[Pixels]:
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+def with_progress(
+    frames: Iterator[Pixels], total: int, name: str, progress: bool
+) -> Iterator[Pixels]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
         yield from bar.track(frames, total=total, description=f"rendering {name}")
 
 
 def check_output(out: Path) -> None:
     if out.suffix not in SUFFIXES:
-        raise VideoError(f"cannot write a video as {out.name!r}: its suffix must be one of {', '.join(SUFFIXES)}")
+        raise VideoError(
+            f"cannot write a video as {out.name!r}: its suffix must be one of {', '.join(SUFFIXES)}"
+        )
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise VideoError(f"cannot write into the folder {out.parent}")
 
 
 def write_video(out: Path, frames: Iterator[Pixels], fps: float, size: tuple[int, int]) -> None:
-    """Pipe frames through ffmpeg into a file beside ``out``, and rename it only when it is whole."""
+    """Pipe frames through ffmpeg into a file beside ``out``, and rename it only when it is
+    whole.
+    """
     try:
         handle, name = tempfile.mkstemp(prefix=f".{out.stem}-", suffix=out.suffix, dir=out.parent)
     except OSError as e:
@@ -104,8 +129,27 @@ def write_video(out: Path, frames: Iterator[Pixels], fps: float, size: tuple[int
 
 
 def _encode(name: str, frames: Iterator[Pixels], fps: float, size: tuple[int, int]) -> None:
-    source = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}", "-r", f"{fps:g}", "-i", "-")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *SUFFIXES[Path(name).suffix], name]
+    source = (
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{size[0]}x{size[1]}",
+        "-r",
+        f"{fps:g}",
+        "-i",
+        "-",
+    )
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-y",
+        "-v",
+        "error",
+        *source,
+        *SUFFIXES[Path(name).suffix],
+        name,
+    ]
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=complaints)  # noqa: S603
         assert process.stdin is not None

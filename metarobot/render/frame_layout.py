@@ -1,4 +1,6 @@
-"""Words and curves over pictures: the frame of a video that shows episodes of several tasks side by side."""
+"""Words and curves over pictures: the frame of a video that shows episodes of several tasks side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,13 @@ class TaskRow(NamedTuple):
 
 
 class FrameLayout:
-    """The layout of a video: a title, then a row of panels a task; all that stays the same is drawn once."""
+    """The layout of a video: a title, then a row of panels a task; all that stays the same is drawn
+    once.
+    """
 
-    def __init__(self, title: str, rows: Sequence[TaskRow], columns: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self, title: str, rows: Sequence[TaskRow], columns: int, size: tuple[int, int]
+    ) -> None:
         self.panel_w, self.panel_h = size
         self.unit = max(8, round(size[0] / 24))
         self.gap, self.strip = self.unit, round(2.6 * self.unit)
@@ -66,7 +72,9 @@ class FrameLayout:
         self._base = self._base.crop((0, 0, self.width, self.height))
 
     def frame(self, rows: Sequence[Sequence[Panel]], horizon: int) -> Pixels:
-        """Compose one frame of panels ``rows[task][episode]``; curves share a scale within a task."""
+        """Compose one frame of panels ``rows[task][episode]``; curves share a scale within a
+        task.
+        """
         image = self._base.copy()
         for row, top, panels in zip(self._rows, self._tops, rows, strict=True):
             curves = [p.returns for p in panels]
@@ -82,24 +90,40 @@ class FrameLayout:
         pad = self.unit // 2
         self._chip(ink, panel.label, (x + pad, y + pad), bold=True)
         total = panel.returns[-1] if panel.returns else 0.0
-        self._chip(ink, f"return {format_number(total)}", (x + self.panel_w - pad, y + pad), anchor="right", bold=True)
+        self._chip(
+            ink,
+            f"return {format_number(total)}",
+            (x + self.panel_w - pad, y + pad),
+            anchor="right",
+            bold=True,
+        )
         bottom = y + self.panel_h - pad - round(1.6 * self.unit)
         self._chip(ink, panel.readout, (x + pad, bottom))
         self._chip(ink, panel.mishap, (x + self.panel_w - pad, bottom), anchor="right")
 
     def _chip(
-        self, ink: ImageDraw.ImageDraw, text: str, at: tuple[int, int], *, anchor: str = "left", bold: bool = False
+        self,
+        ink: ImageDraw.ImageDraw,
+        text: str,
+        at: tuple[int, int],
+        *,
+        anchor: str = "left",
+        bold: bool = False,
     ) -> None:
         if not text:
             return
         font = _font(self.unit, bold)
         width, height = font.getlength(text) + self.unit, 1.6 * self.unit
         x = at[0] - width if anchor == "right" else at[0]
-        ink.rounded_rectangle((x, at[1], x + width, at[1] + height), self.unit / 3, fill=(255, 255, 255, 205))
+        ink.rounded_rectangle(
+            (x, at[1], x + width, at[1] + height), self.unit / 3, fill=(255, 255, 255, 205)
+        )
         ink.text((x + width / 2, at[1] + height / 2), text, fill=_INK, font=font, anchor="mm")
 
     def _curves(self, row: TaskRow, curves: Sequence[Sequence[float]], horizon: int) -> Image.Image:
-        """Draw the running return, earlier episodes of the task in grey behind it, above a thin bar of time."""
+        """Draw the running return, earlier episodes of the task in grey behind it, above a thin bar
+        of time.
+        """
         fine = 3
         width, height, thick = fine * self.panel_w, fine * self.strip, fine * max(3, self.unit // 5)
         image = Image.new("RGB", (width, height), _CARD)
@@ -109,7 +133,10 @@ class FrameLayout:
         scale = room / max(high - low, 1e-9)
         ink.line((0, thick + high * scale, width, thick + high * scale), fill=_RAIL, width=fine)
         for curve in curves:
-            line = [(width * t / horizon, thick + (high - v) * scale) for t, v in enumerate([0.0, *curve])]
+            line = [
+                (width * t / horizon, thick + (high - v) * scale)
+                for t, v in enumerate([0.0, *curve])
+            ]
             ink.line(
                 line,
                 fill=_ACCENT if curve is curves[-1] else _GHOST,

@@ -11,7 +11,14 @@ from typing import Any
 
 from metarobot.errors import MetarobotError
 
-_BACKENDS = {"egl": "egl", "osmesa": "osmesa", "glfw": "glfw", "glx": "glfw", "wgl": "glfw", "cgl": "cgl"}
+_BACKENDS = {
+    "egl": "egl",
+    "osmesa": "osmesa",
+    "glfw": "glfw",
+    "glx": "glfw",
+    "wgl": "glfw",
+    "cgl": "cgl",
+}
 
 
 _HEADLESS = {"linux": ("egl", "osmesa"), "darwin": ("cgl",)}
@@ -31,7 +38,9 @@ class VideoError(MetarobotError):
 
 @functools.cache
 def backend() -> str:
-    """Return the name of MuJoCo's OpenGL backend that works here, tried in another process: a bad one may abort it."""
+    """Return the name of MuJoCo's OpenGL backend that works here, tried in another process: a bad
+    one may abort it.
+    """
     wish = os.environ.get("MUJOCO_GL", "").lower().strip()
     if wish in ("", "1", "on", "true", "enable", "enabled"):
         names: tuple[str, ...] = _HEADLESS.get(sys.platform, ("glfw",))
@@ -51,7 +60,9 @@ def _works(name: str) -> bool:
     environment = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
     probe = [sys.executable, "-c", _PROBE.format(name)]
     try:
-        return subprocess.run(probe, env=environment, capture_output=True, timeout=60).returncode == 0  # noqa: S603
+        return (
+            subprocess.run(probe, env=environment, capture_output=True, timeout=60).returncode == 0
+        )
     except subprocess.TimeoutExpired:
         return False
 

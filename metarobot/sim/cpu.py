@@ -1,4 +1,6 @@
-"""The CPU backend: ``mujoco.batch.Batch``, worlds spread over native threads, bit-identical to a serial loop."""
+"""The CPU backend: ``mujoco.batch.Batch``, worlds spread over native threads, bit-identical to a
+serial loop.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,18 @@ class CpuSim:
         self._models = list(models)
         self._batch.set_models(self._models)
         self._qpos, self._qvel = self.bind("qpos"), self.bind("qvel")
-        mujoco.set_mju_user_warning(lambda _: None)  # warnings are counted by world; no MUJOCO_LOG.TXT
+        mujoco.set_mju_user_warning(
+            lambda _: None
+        )  # warnings are counted by world; no MUJOCO_LOG.TXT
 
     @property
     def worlds(self) -> int:
         """Number of worlds."""
         return len(self._models)
 
-    def set_models(self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None) -> None:
+    def set_models(
+        self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None
+    ) -> None:
         """Put each world of ``ids`` (default: all) on its model."""
         for i, model in zip(range(self.worlds) if ids is None else ids, models, strict=True):
             self._models[i] = model
@@ -38,7 +44,9 @@ class CpuSim:
     def bind(self, field: str) -> Tensor:
         """Return the live tensor ``(world, ...)`` of an ``MjData`` field."""
         array = self._batch.bind(field)
-        array.flags.writeable = True  # derived fields are read-only to numpy; torch warns about that
+        array.flags.writeable = (
+            True  # derived fields are read-only to numpy; torch warns about that
+        )
         return torch.from_numpy(array)
 
     def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
@@ -55,7 +63,9 @@ class CpuSim:
         return bad
 
     def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
-        """Put worlds (default: all) into a fresh state: warnings cleared, sensors of place and motion current."""
+        """Put worlds (default: all) into a fresh state: warnings cleared, sensors of place and
+        motion current.
+        """
         ids = selected_ids(rows)
         if isinstance(rows, Tensor):
             qpos, qvel = qpos[rows], qvel[rows]

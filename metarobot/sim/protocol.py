@@ -13,20 +13,27 @@ WorldSelection = Sequence[int] | Tensor
 
 
 class Sim(Protocol):
-    """Many worlds of the same layout, each with its own model and state. The world axis is axis 0."""
+    """Many worlds of the same layout, each with its own model and state. The world axis is axis
+    0.
+    """
 
     @property
     def worlds(self) -> int:
         """Number of worlds."""
 
-    def set_models(self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None) -> None:
-        """Put each world of ``ids`` (default: all) on its model; its state is kept until the next reset."""
+    def set_models(
+        self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None
+    ) -> None:
+        """Put each world of ``ids`` (default: all) on its model; its state is kept until the next
+        reset.
+        """
 
     def bind(self, field: str) -> Tensor:
-        """Return the live tensor ``(world, ...)`` of an ``MjData`` field in MuJoCo's units: float64, on a GPU float32.
+        """Return the live tensor ``(world, ...)`` of an ``MjData`` field in MuJoCo's units:
+        float64, on a GPU float32.
 
-        State fields (qpos, qvel, ctrl, ...) are read and written in place; derived ones (xpos, sensordata, ...) lag the
-        state by one substep after ``step``.
+        State fields (qpos, qvel, ctrl, ...) are read and written in place; derived ones (xpos,
+        sensordata, ...) lag the state by one substep after ``step``.
         """
 
     def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
@@ -42,4 +49,6 @@ class Sim(Protocol):
         """
 
     def snapshot(self, world: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        """Return one world's model and a copy of its data, forward kinematics computed: for pictures."""
+        """Return one world's model and a copy of its data, forward kinematics computed: for
+        pictures.
+        """

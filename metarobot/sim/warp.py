@@ -1,7 +1,9 @@
-"""The GPU backend: ``mujoco_warp``, its memory seen as torch tensors; it runs on Warp's CPU device too.
+"""The GPU backend: ``mujoco_warp``, its memory seen as torch tensors; it runs on Warp's CPU device
+too.
 
-Every world has a model of its own: the fields in which compiled models differ are arrays over worlds, everything else
-is shared. Height fields and their sizes are a library that worlds point into. Numbers are float32 on this backend.
+Every world has a model of its own: the fields in which compiled models differ are arrays over
+worlds, everything else is shared. Height fields and their sizes are a library that worlds point
+into. Numbers are float32 on this backend.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ _BATCHED = ("*",)
 _FIELDS = ("hfield_size", "hfield_data")
 """Of a height field: what the library holds, a row for each model."""
 _STATIC = ("geom_xpos", "geom_xmat")
-"""Where geoms that never move are: computed once by MuJoCo Warp, so it has to be told when they differ."""
+"""Where geoms that never move are: computed once by MuJoCo Warp, so it has to be told when they
+differ."""
 _UNREAD = ("dof_length",)
 """What only the sleeping of bodies reads, which no model here asks for."""
 BUFFERS = ("NEFC", "NJMAX_NNZ", "BROADPHASE", "NARROWPHASE", "CCD", "HFIELD", "EPA_HORIZON")
@@ -48,7 +51,9 @@ class WarpError(MetarobotError):
 
 
 class BufferSizes(NamedTuple):
-    """Sizes of the buffers of one world: an overflow loses contacts, too much room costs memory and time."""
+    """Sizes of the buffers of one world: an overflow loses contacts, too much room costs memory and
+    time.
+    """
 
     contacts: int
     """Contacts; shared between worlds, so this is what they need on average."""
@@ -79,12 +84,16 @@ def free_memory(name: str) -> int:
 class WarpSim:
     """Worlds in MuJoCo Warp's arrays.
 
-    ``step`` advances all worlds, also those asleep, whose state means nothing until the next reset. On a GPU the
-    substeps of a control step are one CUDA graph.
+    ``step`` advances all worlds, also those asleep, whose state means nothing until the next reset.
+    On a GPU the substeps of a control step are one CUDA graph.
     """
 
     def __init__(
-        self, models: Sequence[mujoco.MjModel], *, device: str = "cpu", room: BufferSizes | None = None
+        self,
+        models: Sequence[mujoco.MjModel],
+        *,
+        device: str = "cpu",
+        room: BufferSizes | None = None,
     ) -> None:
         self._device, self._nominal = warp_device(device), models[0]
         self._models: list[mujoco.MjModel] = list(models)
@@ -99,7 +108,9 @@ class WarpSim:
                 raise _too_large(len(models), e) from e
         # reported by ``lost``; printing from kernels would stop the device
         self.model.opt.warn_overflow = 0
-        self._fresh = {k: self.bind(k).clone() for k in ("time", "act", "qacc_warmstart", "history")}
+        self._fresh = {
+            k: self.bind(k).clone() for k in ("time", "act", "qacc_warmstart", "history")
+        }
         self._overflow = wp.to_torch(self.data.overflow)
         self._lost = torch.zeros_like(self._overflow)
         self.set_models(models)
@@ -123,8 +134,12 @@ class WarpSim:
         for name in self._library.add(models):
             self._widen(name)
 
-    def set_models(self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None) -> None:
-        """Put each world of ``ids`` (default: all) on its model; models it has seen cost a gather on the device."""
+    def set_models(
+        self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None
+    ) -> None:
+        """Put each world of ``ids`` (default: all) on its model; models it has seen cost a gather
+        on the device.
+        """
         for i, model in zip(range(self.worlds) if ids is None else ids, models, strict=True):
             self._models[i] = model
         self.know(models)
@@ -138,7 +153,9 @@ class WarpSim:
             self._library.point(self._view("geom_dataid"), where, rows)
 
     def _widen(self, name: str) -> None:
-        """Give a field a value for each world, or the library's new height fields; the graphs hold the old array."""
+        """Give a field a value for each world, or the library's new height fields; the graphs hold
+        the old array.
+        """
         self._graphs.clear()
         with wp.ScopedDevice(self._device):
             if name in _FIELDS:
@@ -161,12 +178,15 @@ class WarpSim:
         return view
 
     def bind(self, field: str) -> Tensor:
-        """Return the live tensor ``(world, ...)`` of an ``MjData`` field, float32 in MuJoCo's units."""
+        """Return the live tensor ``(world, ...)`` of an ``MjData`` field, float32 in MuJoCo's
+        units.
+        """
         live: Tensor = wp.to_torch(getattr(self.data, field))
         return live
 
     def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
-        """Advance all worlds; return ``(world,)``, true where the physics broke down, or lost a contact.
+        """Advance all worlds; return ``(world,)``, true where the physics broke down, or lost a
+        contact.
 
         Nothing is read back. What worlds that are not in ``rows`` do is not counted.
         """
@@ -200,7 +220,9 @@ class WarpSim:
             mjw.step(self.model, self.data)
 
     def lost(self) -> dict[str, int]:
-        """Count, since the last call, the worlds in which each buffer overflowed; reads from the device."""
+        """Count, since the last call, the worlds in which each buffer overflowed; reads from the
+        device.
+        """
         bits = self._lost.clone().cpu()
         self._lost.zero_()
         counts = {name: int(((bits & int(mjw.OverflowType[name])) != 0).sum()) for name in BUFFERS}
@@ -209,15 +231,23 @@ class WarpSim:
     def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
         """Put worlds (default: all) into a fresh state with these joint positions and velocities.
 
-        If all are, sensors of place and motion are current and those of forces zero; otherwise all keep what they have.
+        If all are, sensors of place and motion are current and those of forces zero; otherwise all
+        keep what they have.
         """
         where = None if rows is None else self._mask(rows)
         if rows is not None and not isinstance(rows, Tensor):
             ids = torch.tensor(rows, device=self._overflow.device)
-            qpos, qvel = (self.bind(k).index_copy(0, ids, x.float()) for k, x in (("qpos", qpos), ("qvel", qvel)))
+            qpos, qvel = (
+                self.bind(k).index_copy(0, ids, x.float())
+                for k, x in (("qpos", qpos), ("qvel", qvel))
+            )
         for name, value in {"qpos": qpos, "qvel": qvel, **self._fresh}.items():
             live = self.bind(name)
-            live.copy_(value if where is None else torch.where(where.view(-1, *[1] * (live.dim() - 1)), value, live))
+            live.copy_(
+                value
+                if where is None
+                else torch.where(where.view(-1, *[1] * (live.dim() - 1)), value, live)
+            )
         if where is None and self._nominal.nsensordata:
             self.bind("sensordata").zero_()
             with wp.ScopedDevice(self._device):
@@ -231,7 +261,9 @@ class WarpSim:
         mjw.sensor_vel(self.model, self.data)
 
     def snapshot(self, world: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        """Return one world's model and a copy of its data, forward kinematics computed: for pictures."""
+        """Return one world's model and a copy of its data, forward kinematics computed: for
+        pictures.
+        """
         model = self._models[world]
         data = mujoco.MjData(model)
         for name in ("qpos", "qvel", "act", "ctrl"):
@@ -241,7 +273,9 @@ class WarpSim:
 
 
 class _Library:
-    """The values of all models seen, of the fields in which they differ: ``rows[field]`` is ``(model, ...)``."""
+    """The values of all models seen, of the fields in which they differ: ``rows[field]`` is
+    ``(model, ...)``.
+    """
 
     def __init__(self, nominal: mujoco.MjModel, device: str) -> None:
         self.device = device
@@ -271,11 +305,17 @@ class _Library:
             self._index[id(model)] = len(self._kept)
             self._kept.append(model)  # an id is good for as long as its model lives
         values = [_values(m) for m in new]
-        differing = [k for k, v in self._nominal.items() if any(not np.array_equal(v, x[k]) for x in values)]
+        differing = [
+            k for k, v in self._nominal.items() if any(not np.array_equal(v, x[k]) for x in values)
+        ]
         first = [k for k in differing if k not in self.rows]
         known = len(self._kept) - len(new)
         for name in first:
-            self.rows[name] = torch.from_numpy(self._nominal[name]).to(self.device)[None].repeat_interleave(known, 0)
+            self.rows[name] = (
+                torch.from_numpy(self._nominal[name])
+                .to(self.device)[None]
+                .repeat_interleave(known, 0)
+            )
         for name, rows in self.rows.items():
             fresh = torch.from_numpy(np.stack([x[name] for x in values])).to(self.device)
             self.rows[name] = torch.cat([rows, fresh])
@@ -301,7 +341,9 @@ class _Library:
         model.hfield_data = wp.from_torch(data.flatten().contiguous())
         model.hfield_size = wp.from_torch(size.reshape(n * count, 4).contiguous(), dtype=wp.vec4)
         model.hfield_adr = wp.array(adr.astype(np.int32), dtype=int)
-        model.hfield_nrow, model.hfield_ncol = (wp.array(np.tile(x, n), dtype=int) for x in (nrow, ncol))
+        model.hfield_nrow, model.hfield_ncol = (
+            wp.array(np.tile(x, n), dtype=int) for x in (nrow, ncol)
+        )
 
     def point(self, dataid: Tensor, where: Any, rows: Tensor) -> None:
         """Let the height-field geoms of worlds point at their model's own."""
@@ -329,7 +371,9 @@ def _put(model: mujoco.MjModel) -> Any:
 
 
 def _values(model: mujoco.MjModel) -> dict[str, Any]:
-    """Return what may differ between worlds, as Warp lays it out: model and option fields, and static geoms' places."""
+    """Return what may differ between worlds, as Warp lays it out: model and option fields, and
+    static geoms' places.
+    """
     found = {}
     for kind, holder in ((mjw.Model, model), (mjw.Option, model.opt)):
         for field in dataclasses.fields(kind):
@@ -341,15 +385,22 @@ def _values(model: mujoco.MjModel) -> dict[str, Any]:
     data = mujoco.MjData(model)
     mujoco.mj_kinematics(model, data)
     still = (model.body_weldid[model.geom_bodyid] == 0)[:, None]
-    xpos, xmat = (np.where(still, x, 0.0).astype(np.float32) for x in (data.geom_xpos, data.geom_xmat))
+    xpos, xmat = (
+        np.where(still, x, 0.0).astype(np.float32) for x in (data.geom_xpos, data.geom_xmat)
+    )
     return {**found, "geom_xpos": xpos, "geom_xmat": xmat.reshape(-1, 3, 3)}
 
 
 def _laid_out(value: Any, spec: Any) -> Any:
-    kind = np.float32 if wp.types.type_is_float(getattr(spec.dtype, "_wp_scalar_type_", spec.dtype)) else np.int32
+    kind = (
+        np.float32
+        if wp.types.type_is_float(getattr(spec.dtype, "_wp_scalar_type_", spec.dtype))
+        else np.int32
+    )
     inner = getattr(spec.dtype, "_shape_", ())
     value = np.asarray(value, kind)
-    # ("*", "nbody", vec3) is (nbody, 3); ("*", "ngeom", 2, vec3) is (ngeom, 2, 3); ("*", float) a number
+    # ("*", "nbody", vec3) is (nbody, 3); ("*", "ngeom", 2, vec3) is (ngeom, 2, 3); ("*", float) a
+    # number
     outer = (*value.shape[:1], *(int(n) for n in spec.shape[2:]))[: len(spec.shape) - 1]
     return value.reshape((*outer, *inner)).copy()
 
@@ -362,7 +413,12 @@ def _fixed(model: mujoco.MjModel) -> dict[str, Any]:
         spec, name = getattr(field.type, "shape", ()), field.name
         value = getattr(model, name, None)
         varies = (isinstance(spec, tuple) and spec[:1] == _BATCHED) or name in (*_FIELDS, *_UNREAD)
-        if isinstance(value, np.ndarray) and value.size and not varies and (meshed or not name.startswith("mesh_")):
+        if (
+            isinstance(value, np.ndarray)
+            and value.size
+            and not varies
+            and (meshed or not name.startswith("mesh_"))
+        ):
             shared[name] = value.copy()
     return shared
 

@@ -49,7 +49,9 @@ class LogUniform:
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high:
-            raise TaskError(f"a log-uniform range needs 0 < low <= high, not [{self.low:g}, {self.high:g}]")
+            raise TaskError(
+                f"a log-uniform range needs 0 < low <= high, not [{self.low:g}, {self.high:g}]"
+            )
 
     def sample(self, rng: np.random.Generator) -> float:
         """Draw one value."""
@@ -100,14 +102,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Mixture:
-    """One of several distributions, drawn by weight: most motors healthy, some dead, some reversed."""
+    """One of several distributions, drawn by weight: most motors healthy, some dead, some
+    reversed.
+    """
 
     weights: tuple[float, ...]
     parts: tuple[Uniform | LogUniform | Choice, ...]
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.parts) or min(self.weights) <= 0:
-            raise TaskError(f"a mixture needs one positive weight a part, not {self.weights} for {len(self.parts)}")
+            raise TaskError(
+                f"a mixture needs one positive weight a part, not {self.weights} for {len(self.parts)}"
+            )
 
     def sample(self, rng: np.random.Generator) -> float:
         """Draw one value."""
@@ -137,15 +143,24 @@ class Mixture:
     def describe(self) -> str:
         """Say it in a few characters."""
         total = sum(self.weights)
-        return " + ".join(f"{w / total:.0%} {p.describe()}" for w, p in zip(self.weights, self.parts, strict=True))
+        return " + ".join(
+            f"{w / total:.0%} {p.describe()}" for w, p in zip(self.weights, self.parts, strict=True)
+        )
 
 
 Distribution = Uniform | LogUniform | Choice | Mixture
-_KINDS: dict[str, Any] = {"uniform": Uniform, "log_uniform": LogUniform, "choice": Choice, "mixture": Mixture}
+_KINDS: dict[str, Any] = {
+    "uniform": Uniform,
+    "log_uniform": LogUniform,
+    "choice": Choice,
+    "mixture": Mixture,
+}
 
 
 def draw_rounded(distribution: Distribution, rng: np.random.Generator) -> float:
-    """Draw to nine digits, or in full where rounding would leave the distribution, as it does for a choice of 1/3."""
+    """Draw to nine digits, or in full where rounding would leave the distribution, as it does for a
+    choice of 1/3.
+    """
     x = distribution.sample(rng)
     rounded = float(f"{x:.9g}")
     return rounded if distribution.contains(rounded) else x

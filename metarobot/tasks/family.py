@@ -1,4 +1,6 @@
-"""What a task family is: a robot, what varies, and what is observed and rewarded, as one frozen value."""
+"""What a task family is: a robot, what varies, and what is observed and rewarded, as one frozen
+value.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,18 @@ class ActionController:
     actions: tuple[str, ...]
     """One name an element of the action, each in [−1, 1]."""
     targets: Callable[[WorldState, Tensor, Tensor], Tensor]
-    """(state, action ``(world, act)``, the drives' targets so far ``(world, drives)``) -> their targets now."""
+    """(state, action ``(world, act)``, the drives' targets so far ``(world, drives)``) -> their
+    targets now."""
     rest: Callable[[Tensor], Tensor]
-    """Joint positions at an episode's start -> the targets that hold them; each drive lags and starts there too."""
+    """Joint positions at an episode's start -> the targets that hold them; each drive lags and
+    starts there too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeStatistics:
-    """Numbers kept through an episode, for what one moment does not show: how long something has been held."""
+    """Numbers kept through an episode, for what one moment does not show: how long something has
+    been held.
+    """
 
     size: int
     begin: Callable[[WorldState], Tensor]
@@ -83,29 +89,33 @@ class Hardware:
     commands: tuple[str, ...] = ()
     """Observations that an operator sets."""
     reward: Mapping[str, Any] = field(default_factory=dict)
-    """What a robot needs to compute its reward from its own signals, as JSON data with a ``kind``; nothing if it
-    cannot."""
+    """What a robot needs to compute its reward from its own signals, as JSON data with a ``kind``;
+    nothing if it cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interaction:
-    """How the robot is acted on and what an episode keeps track of, where the plain defaults do not do."""
+    """How the robot is acted on and what an episode keeps track of, where the plain defaults do not
+    do.
+    """
 
     controller: ActionController | None = None
     """How actions become actuator targets; None if they are these targets."""
     statistics: EpisodeStatistics | None = None
     """What is kept of the episode so far."""
     variants: int = 1
-    """In how many variants the episodes of a task come, as when one of several objects is presented; each episode's
-    variant is drawn at its start."""
+    """In how many variants the episodes of a task come, as when one of several objects is
+    presented; each episode's variant is drawn at its start."""
     terminate: Callable[[WorldState], Tensor] | None = None
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
     noise: tuple[float, ...] = ()
     """Each observation's noise, uniform within ± this; none if empty."""
     derive: Callable[[WorldState], Any] | None = None
-    """State -> what several of the family's functions need, computed once and kept as ``WorldState.derived``."""
+    """State -> what several of the family's functions need, computed once and kept as
+    ``WorldState.derived``."""
     edit_spec: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
-    """Writes the parameters marked ``edits_spec`` into the model; sets all that it touches, whatever it holds."""
+    """Writes the parameters marked ``edits_spec`` into the model; sets all that it touches,
+    whatever it holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +123,11 @@ class Teaching:
     """What a simulator knows and a robot does not, for training only."""
 
     expert: Callable[[WorldState], Tensor] | None = None
-    """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote one."""
+    """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote
+    one."""
     teacher_action: Callable[[WorldState], Tensor] | None = None
-    """State -> the action to distil from, ``(world, act)``, NaN where nothing is known; None if it is the expert's."""
+    """State -> the action to distil from, ``(world, act)``, NaN where nothing is known; None if it
+    is the expert's."""
     critic_observe: Callable[[WorldState], Tensor] | None = None
     """State -> what the critic sees in training beside the observation, ``(world, critic)``."""
 
@@ -124,8 +136,11 @@ class Teaching:
 class Display:
     """What pictures and films show."""
 
-    readout: Callable[[WorldState, WorldState, float], dict[str, Tensor]] = field(default=lambda *_: {})
-    """(before, after, control period in s) -> quantities that a film shows, "name unit" -> ``(world,)``."""
+    readout: Callable[[WorldState, WorldState, float], dict[str, Tensor]] = field(
+        default=lambda *_: {}
+    )
+    """(before, after, control period in s) -> quantities that a film shows, "name unit" ->
+    ``(world,)``."""
     highlight: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
     """Task values by name -> names of the bodies to draw in red: what is broken."""
     view: tuple[tuple[float, float, float], float] | None = None
@@ -146,8 +161,8 @@ class Deployment:
 class Family:
     """A task family: a robot, what varies, and what is observed and rewarded.
 
-    Eleven required fields describe a first family; ``docs/families.md`` walks through one. All functions take and
-    return batches, with the world axis first. The groups are optional.
+    Eleven required fields describe a first family; ``docs/families.md`` walks through one. All
+    functions take and return batches, with the world axis first. The groups are optional.
     """
 
     name: str
@@ -179,7 +194,8 @@ class Family:
     def replace(self, **changes: Any) -> Family:
         """Return a copy with other values; fields of the groups may be named directly.
 
-        ``family.replace(horizon=100, terminate=None)`` changes the horizon and ``interaction.terminate``.
+        ``family.replace(horizon=100, terminate=None)`` changes the horizon and
+        ``interaction.terminate``.
 
         Raises:
             TypeError: A field that neither the family nor a group has.
@@ -197,7 +213,9 @@ families: Registry[Family] = Registry("family", "metarobot.families")
 
 
 def family_on(name: str, robot: str = "") -> Family:
-    """Return the family of that name, on its own robot or on another: a path to an MJCF, or ``menagerie:name``."""
+    """Return the family of that name, on its own robot or on another: a path to an MJCF, or
+    ``menagerie:name``.
+    """
     family: Family = families.get(name)
     if not robot:
         return family

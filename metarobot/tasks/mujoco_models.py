@@ -1,4 +1,6 @@
-"""From a nominal ``MjSpec`` and a task's edits to a compiled ``MjModel``: the compiled model is what a task means."""
+"""From a nominal ``MjSpec`` and a task's edits to a compiled ``MjModel``: the compiled model is
+what a task means.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ class ModelError(MetarobotError):
 class Edit:
     """Where a task parameter goes in the model, and how it meets the nominal value there.
 
-    ``op`` is ``set`` (value), ``scale`` (nominal × value), ``add`` (nominal + value), or ``rotate_y`` (the nominal
-    3-vector turned about the y axis by value degrees). Always from the nominal model, so edits never compound.
+    ``op`` is ``set`` (value), ``scale`` (nominal × value), ``add`` (nominal + value), or
+    ``rotate_y`` (the nominal 3-vector turned about the y axis by value degrees). Always from the
+    nominal model, so edits never compound.
     """
 
     element: str
@@ -53,8 +56,8 @@ class Edit:
 class ModelFactory:
     """Compiles a family's nominal model under any task's edits; made once, used for every task.
 
-    ``visual=False`` drops what only a picture needs (a cheetah's model shrinks from 518 kB to 17 kB), so that thousands
-    of worlds can each have a model of their own.
+    ``visual=False`` drops what only a picture needs (a cheetah's model shrinks from 518 kB to 17
+    kB), so that thousands of worlds can each have a model of their own.
     """
 
     def __init__(
@@ -70,10 +73,13 @@ class ModelFactory:
             strip(self._spec)
         self._slots = [_Slot(self._spec, edit) for edit in edits]
 
-    def compile(self, values: Iterable[float], task: Mapping[str, float] | None = None) -> mujoco.MjModel:
+    def compile(
+        self, values: Iterable[float], task: Mapping[str, float] | None = None
+    ) -> mujoco.MjModel:
         """Compile the model in which each edit holds its value, in the order the edits were given.
 
-        ``shape`` then writes what edits cannot say, from the task's values by name; it must set all that it touches.
+        ``shape`` then writes what edits cannot say, from the task's values by name; it must set all
+        that it touches.
         """
         for slot, value in zip(self._slots, values, strict=True):
             slot.write(value)
@@ -90,7 +96,9 @@ class _Slot:
         self.target = find(spec, edit.element, edit.name)
         fields = _fields(self.target)
         if edit.field not in fields:
-            raise ModelError(f"{edit.element} {edit.name!r} has no field {edit.field!r}; it has: {', '.join(fields)}")
+            raise ModelError(
+                f"{edit.element} {edit.name!r} has no field {edit.field!r}; it has: {', '.join(fields)}"
+            )
         self.nominal: Any = fields[edit.field]
         _check_index(edit, np.shape(self.nominal))
 
@@ -110,7 +118,11 @@ class _Slot:
 def _fields(target: Any) -> dict[str, Any]:
     """Return the numeric fields of an element of a spec, vectors as copies."""
     values = {n: getattr(target, n) for n in dir(target) if not n.startswith("_")}
-    return {n: np.copy(v) if np.ndim(v) else v for n, v in values.items() if isinstance(v, np.ndarray | float | int)}
+    return {
+        n: np.copy(v) if np.ndim(v) else v
+        for n, v in values.items()
+        if isinstance(v, np.ndarray | float | int)
+    }
 
 
 def _check_index(edit: Edit, shape: tuple[int, ...]) -> None:
@@ -136,11 +148,18 @@ def find(spec: mujoco.MjSpec, element: str, name: str) -> Any:
 
 
 def strip(spec: mujoco.MjSpec) -> None:
-    """Remove textures, materials, lights, and files' meshes that touch nothing: they weigh megabytes and no force."""
+    """Remove textures, materials, lights, and files' meshes that touch nothing: they weigh
+    megabytes and no force.
+    """
     mesh = mujoco.mjtGeom.mjGEOM_MESH
     for geom in spec.geoms:
         geom.material = ""
-        if geom.type == mesh and not geom.contype and not geom.conaffinity and geom.parent.explicitinertial:
+        if (
+            geom.type == mesh
+            and not geom.contype
+            and not geom.conaffinity
+            and geom.parent.explicitinertial
+        ):
             spec.delete(geom)
     used = {geom.meshname for geom in spec.geoms}
     for thing in [m for m in spec.meshes if m.file and m.name not in used]:
@@ -150,7 +169,9 @@ def strip(spec: mujoco.MjSpec) -> None:
 
 
 def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
-    """Compile, turning MuJoCo's complaint into one line and muting its deprecation notes about published models."""
+    """Compile, turning MuJoCo's complaint into one line and muting its deprecation notes about
+    published models.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="compiler attribute", category=UserWarning)
         try:

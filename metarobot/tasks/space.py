@@ -1,4 +1,6 @@
-"""Tasks as data: what varies, by which distribution, in which split, and where it enters the model."""
+"""Tasks as data: what varies, by which distribution, in which split, and where it enters the
+model.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,15 @@ class Param:
     train: Distribution
     """What training and test tasks are drawn from."""
     held_out: tuple[float, float] | None = None
-    """An open interval cut out of ``train``: training and test never draw it, ``interpolate`` draws nothing else."""
+    """An open interval cut out of ``train``: training and test never draw it, ``interpolate`` draws
+    nothing else."""
     extrapolation: Distribution | None = None
     """What ``extrapolate`` draws, outside of ``train``."""
     edits: tuple[Edit, ...] = ()
     """Where the value enters the model; empty if the family's functions read it instead."""
     edits_spec: bool = False
-    """Whether the family's ``shape`` writes the value into the model: what no edit can say, as a terrain."""
+    """Whether the family's ``shape`` writes the value into the model: what no edit can say, as a
+    terrain."""
     nuisance: bool = False
     """Whether the value means nothing by itself, as a seed does: it is left out of the encoding."""
     unit: str = ""
@@ -54,20 +58,26 @@ class Param:
 
     def say(self, x: float) -> str:
         """Say a value as a person would, with its unit."""
-        word = next((w.partition(" ")[2] for w in self.words if float(w.partition(" ")[0]) == x), "")
+        word = next(
+            (w.partition(" ")[2] for w in self.words if float(w.partition(" ")[0]) == x), ""
+        )
         value = word or f"{x:.3g} {self.unit}".strip().replace("-", "−")
         return f"{self.name.replace('_', ' ')} {value}"
 
     def contains(self, x: float) -> bool:
         """Say whether any split can draw ``x``."""
-        return self.train.contains(x) or (self.extrapolation is not None and self.extrapolation.contains(x))
+        return self.train.contains(x) or (
+            self.extrapolation is not None and self.extrapolation.contains(x)
+        )
 
     def in_held_out(self, x: float) -> bool:
         """Say whether ``x`` lies in the hole."""
         return self.held_out is not None and self.held_out[0] < x < self.held_out[1]
 
     def draw(self, rng: np.random.Generator, *, inside: bool = False) -> float:
-        """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every machine."""
+        """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every
+        machine.
+        """
         for _ in range(100_000):
             x = draw_rounded(self.train, rng)
             if self.in_held_out(x) == inside:
@@ -78,7 +88,11 @@ class Param:
 
     def bounds(self) -> str:
         """Say what values are allowed."""
-        beyond = "" if self.extrapolation is None else f", or {self.extrapolation.describe()} to extrapolate"
+        beyond = (
+            ""
+            if self.extrapolation is None
+            else f", or {self.extrapolation.describe()} to extrapolate"
+        )
         return self.train.describe() + beyond + (f" {self.unit}" if self.unit else "")
 
 
@@ -103,9 +117,11 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseFaults:
-    """Parameters of which only a few at a time depart from normal: one or two broken joints of twelve.
+    """Parameters of which only a few at a time depart from normal: one or two broken joints of
+    twelve.
 
-    Each is drawn from a ``Mixture`` whose first part is normal; the few that depart are drawn from its other parts.
+    Each is drawn from a ``Mixture`` whose first part is normal; the few that depart are drawn from
+    its other parts.
     """
 
     params: tuple[str, ...]
@@ -149,7 +165,9 @@ class TaskSpace:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits this space can draw from: no hole, no ``interpolate``; nothing beyond, no ``extrapolate``."""
+        """The splits this space can draw from: no hole, no ``interpolate``; nothing beyond, no
+        ``extrapolate``.
+        """
         has = {"train": True, "test": True}
         has["interpolate"] = any(p.held_out for p in self.params)
         has["extrapolate"] = any(p.extrapolation for p in self.params) or any(
@@ -165,13 +183,16 @@ class TaskSpace:
         if len(choices) < len(trains):
             return None
         rows = (dict(zip(self.names, row, strict=True)) for row in itertools.product(*choices))
-        return tuple(self.task(**r) for r in rows if not any(p.in_held_out(r[p.name]) for p in self.params))
+        return tuple(
+            self.task(**r) for r in rows if not any(p.in_held_out(r[p.name]) for p in self.params)
+        )
 
     def sample(self, split: str, n: int, seed: int | Sequence[int] = 0) -> list[Task]:
         """Draw ``n`` tasks; the same split, n and seed give the same tasks on every machine.
 
-        ``interpolate`` puts every parameter that has a hole inside it; ``extrapolate`` puts one parameter at a time
-        beyond its training range. A finite space is gone through evenly in every split but ``train``.
+        ``interpolate`` puts every parameter that has a hole inside it; ``extrapolate`` puts one
+        parameter at a time beyond its training range. A finite space is gone through evenly in
+        every split but ``train``.
         """
         self.check_split(split)
         if n < 1:
@@ -179,13 +200,18 @@ class TaskSpace:
         seeds = [int(s) for s in (seed if isinstance(seed, Sequence) else [seed])]
         if min(seeds) < 0:
             raise TaskError(f"a seed must be at least 0, not {min(seeds)}")
-        rng = np.random.Generator(np.random.PCG64([zlib.crc32(self.name.encode()), SPLITS.index(split), *seeds]))
+        rng = np.random.Generator(
+            np.random.PCG64([zlib.crc32(self.name.encode()), SPLITS.index(split), *seeds])
+        )
         if split == "test" and (all_tasks := self.finite) is not None:
             return [all_tasks[i % len(all_tasks)] for i in range(n)]
         return [self._draw(split, rng) for _ in range(n)]
 
     def _draw(self, split: str, rng: np.random.Generator) -> Task:
-        values = {p.name: p.draw(rng, inside=split == "interpolate" and p.held_out is not None) for p in self.params}
+        values = {
+            p.name: p.draw(rng, inside=split == "interpolate" and p.held_out is not None)
+            for p in self.params
+        }
         far: list[Param | SparseFaults] = []
         if split == "extrapolate":
             candidates: list[Param | SparseFaults] = [
@@ -200,7 +226,9 @@ class TaskSpace:
                 values[p.name] = draw_rounded(p.extrapolation, rng)
         return Task(self.name, tuple(values.items()))
 
-    def _draw_faults(self, faults: SparseFaults, rng: np.random.Generator, *, extrapolate: bool) -> dict[str, float]:
+    def _draw_faults(
+        self, faults: SparseFaults, rng: np.random.Generator, *, extrapolate: bool
+    ) -> dict[str, float]:
         """Draw all of a group: those chosen from what is not normal, the others from what is.
 
         Of the ``spared``, at least one is.
@@ -225,12 +253,18 @@ class TaskSpace:
         """Make a task from named values, checking names, bounds and finiteness."""
         for name in values:
             if name not in self.names:
-                raise TaskError(f"{self.name} has no parameter {name!r}; it has: {', '.join(self.names)}")
+                raise TaskError(
+                    f"{self.name} has no parameter {name!r}; it has: {', '.join(self.names)}"
+                )
         for p in self.params:
             if p.name not in values:
                 raise TaskError(f"a {self.name} task needs a value for {p.name!r}")
             x = values[p.name]
-            if isinstance(x, bool) or not isinstance(x, int | float | np.floating | np.integer) or not math.isfinite(x):
+            if (
+                isinstance(x, bool)
+                or not isinstance(x, int | float | np.floating | np.integer)
+                or not math.isfinite(x)
+            ):
                 raise TaskError(f"{p.name} = {x!r} is not a finite number")
             if not p.contains(float(x)):
                 raise TaskError(f"{p.name} = {x:g} is outside its bounds: {p.bounds()}")
@@ -243,7 +277,9 @@ class TaskSpace:
                 raise TaskError(f"that is a task of {task.space}, not of {self.name}")
             return self.task(**task.as_dict())
         if not isinstance(task, Mapping) or not all(isinstance(k, str) for k in task):
-            raise TaskError(f"a {self.name} task maps {', '.join(self.names)} to values, unlike {task!r}")
+            raise TaskError(
+                f"a {self.name} task maps {', '.join(self.names)} to values, unlike {task!r}"
+            )
         return self.task(**task)
 
     def values(self, tasks: Iterable[Task]) -> Tensor:
@@ -257,7 +293,9 @@ class TaskSpace:
         return sum(not p.nuisance for p in self.params)
 
     def encode(self, tasks: Iterable[Task]) -> Tensor:
-        """Stack tasks as ``(task, parameter)`` float32, each training range mapped to [−1, 1]; nuisances left out."""
+        """Stack tasks as ``(task, parameter)`` float32, each training range mapped to [−1, 1];
+        nuisances left out.
+        """
         x = self.values(tasks)
         for i, p in enumerate(self.params):
             low, high, column = p.train.low, p.train.high, x[:, i]
@@ -267,9 +305,13 @@ class TaskSpace:
         return x[:, [i for i, p in enumerate(self.params) if not p.nuisance]].float()
 
     def decode(self, x: Tensor) -> list[dict[str, float]]:
-        """Return the values, name -> value, that encodings ``(task, parameter)`` came from; nuisances are lost."""
+        """Return the values, name -> value, that encodings ``(task, parameter)`` came from;
+        nuisances are lost.
+        """
         columns = {}
-        for p, column in zip((p for p in self.params if not p.nuisance), x.double().unbind(1), strict=True):
+        for p, column in zip(
+            (p for p in self.params if not p.nuisance), x.double().unbind(1), strict=True
+        ):
             low, high = p.train.low, p.train.high
             if isinstance(p.train, LogUniform):
                 low, high = math.log(low), math.log(high)
@@ -279,10 +321,18 @@ class TaskSpace:
 
     def say(self, task: Task) -> str:
         """Say in one line what a task is, leaving out what is normal or means nothing."""
-        grouped = {name for faults in self.sparse_faults for name in (*faults.params, *faults.extrapolation_params)}
+        grouped = {
+            name
+            for faults in self.sparse_faults
+            for name in (*faults.params, *faults.extrapolation_params)
+        }
         said = []
         for p in self.params:
-            normal = p.name in grouped and isinstance(p.train, Mixture) and p.train.parts[0].contains(task[p.name])
+            normal = (
+                p.name in grouped
+                and isinstance(p.train, Mixture)
+                and p.train.parts[0].contains(task[p.name])
+            )
             if not normal and not p.nuisance:
                 said.append(p.say(task[p.name]))
         return "  ·  ".join(said)
@@ -292,12 +342,20 @@ class TaskSpace:
         lines = [f"{self.name}: splits {', '.join(self.splits)}"]
         for p in self.params:
             unit = f" {p.unit}" if p.unit else ""
-            lines.append(f"  {p.name}{unit}: {p.train.describe()}" + (f"  ({p.doc})" if p.doc else ""))
+            lines.append(
+                f"  {p.name}{unit}: {p.train.describe()}" + (f"  ({p.doc})" if p.doc else "")
+            )
             for label, value in (
-                ("enters", "; ".join(e.describe() for e in p.edits) or ("shape" if p.edits_spec else "the reward")),
+                (
+                    "enters",
+                    "; ".join(e.describe() for e in p.edits)
+                    or ("shape" if p.edits_spec else "the reward"),
+                ),
                 (
                     "interpolate",
-                    f"inside ({p.held_out[0]:g}, {p.held_out[1]:g}), cut out of training" if p.held_out else "",
+                    f"inside ({p.held_out[0]:g}, {p.held_out[1]:g}), cut out of training"
+                    if p.held_out
+                    else "",
                 ),
                 ("extrapolate", p.extrapolation.describe() if p.extrapolation else ""),
             ):
@@ -308,13 +366,17 @@ class TaskSpace:
                 f"  {faults.least} to {faults.most} depart from their first part, of {', '.join(faults.params)}"
             )
             if faults.extrapolation_params:
-                lines.append(f"    extrapolate: of {', '.join(faults.extrapolation_params)}, which training spares")
+                lines.append(
+                    f"    extrapolate: of {', '.join(faults.extrapolation_params)}, which training spares"
+                )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the space as plain JSON data, with its hash."""
         params = [_param_to_data(p) for p in self.params]
-        few = {"few": [_faults_to_data(f) for f in self.sparse_faults]} if self.sparse_faults else {}
+        few = (
+            {"few": [_faults_to_data(f) for f in self.sparse_faults]} if self.sparse_faults else {}
+        )
         plain = json.loads(json.dumps({"name": self.name, "params": params, **few}))
         return {**plain, "hash": _digest(plain)}
 
@@ -329,19 +391,29 @@ class TaskSpace:
         try:
             plain = {k: data[k] for k in ("name", "params", "few") if k != "few" or k in data}
             if _digest(plain) != data["hash"]:
-                raise TaskError(f"the task space {data['name']!r} was changed after it was written: its hash differs")
+                raise TaskError(
+                    f"the task space {data['name']!r} was changed after it was written: its hash differs"
+                )
             few = tuple(_load_faults(f) for f in data.get("few", ()))
             return cls(data["name"], tuple(_load_param(p) for p in data["params"]), few)
         except (KeyError, TypeError, ValueError) as e:
             raise TaskError(f"not a task space: {e!r}") from e
 
 
-FILE_KEYS = {"held_out": "hole", "extrapolation": "beyond", "edits_spec": "shapes", "extrapolation_params": "spared"}
-"""Field -> its key in ``tasks.json``, where the two differ: files written by earlier versions stay readable."""
+FILE_KEYS = {
+    "held_out": "hole",
+    "extrapolation": "beyond",
+    "edits_spec": "shapes",
+    "extrapolation_params": "spared",
+}
+"""Field -> its key in ``tasks.json``, where the two differ: files written by earlier versions stay
+readable."""
 
 
 def _param_to_data(p: Param) -> dict[str, Any]:
-    """Return a parameter as plain data; flags that are not set are left out, since older files lack them."""
+    """Return a parameter as plain data; flags that are not set are left out, since older files lack
+    them.
+    """
     data = {FILE_KEYS.get(k, k): v for k, v in asdict(p).items()}
     data["train"] = to_data(p.train)
     data["beyond"] = None if p.extrapolation is None else to_data(p.extrapolation)

@@ -1,4 +1,6 @@
-"""From a family's tasks to compiled models, shared where tasks differ in nothing the model holds."""
+"""From a family's tasks to compiled models, shared where tasks differ in nothing the model
+holds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ class TaskModels:
     """From a family's tasks to compiled models."""
 
     def __init__(
-        self, family: Family, *, visual: bool = False, style: Callable[[mujoco.MjSpec], mujoco.MjSpec] = lambda s: s
+        self,
+        family: Family,
+        *,
+        visual: bool = False,
+        style: Callable[[mujoco.MjSpec], mujoco.MjSpec] = lambda s: s,
     ) -> None:
         params = family.space.params
         edits = [e for p in params for e in p.edits]

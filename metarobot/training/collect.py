@@ -33,13 +33,14 @@ def collect(
 ) -> Trials:
     """Live one trial of ``episodes`` episodes in each task: act an episode, adapt, act the next.
 
-    ``env`` only lends its worlds, ``rollouts`` for each task, which stand together: whatever it did before has no
-    effect. The worlds of a task share its context, so only an agent that leaves its context alone while it acts, as one
-    that adapts between episodes does, can have more than one. ``explore``, one for all or one an episode, adds the
-    agent's own exploration noise; ``variant`` ``(world,)`` says which variant the first episode is; ``between`` tampers
-    with the context after each episode (the controls of an evaluation); ``record_teacher`` also writes down what the family
-    advises at each step; ``watch`` is called after every step with
-    (episode, env, step), for pictures.
+    ``env`` only lends its worlds, ``rollouts`` for each task, which stand together: whatever it did
+    before has no effect. The worlds of a task share its context, so only an agent that leaves its
+    context alone while it acts, as one that adapts between episodes does, can have more than one.
+    ``explore``, one for all or one an episode, adds the agent's own exploration noise; ``variant``
+    ``(world,)`` says which variant the first episode is; ``between`` tampers with the context after
+    each episode (the controls of an evaluation); ``record_teacher`` also writes down what the
+    family advises at each step; ``watch`` is called after every step with (episode, env, step), for
+    pictures.
     """
     env.set_tasks([task for task in tasks for _ in range(rollouts)])
     obs = env.reset(seed)
@@ -54,7 +55,9 @@ def collect(
     exploring = [explore] * episodes if isinstance(explore, bool) else explore
     for k in range(episodes):
         book = _Recorder(env, record_teacher)
-        percept, context = _episode(agent, env, book, percept, context, noise if exploring[k] else None, k, watch)
+        percept, context = _episode(
+            agent, env, book, percept, context, noise if exploring[k] else None, k, watch
+        )
         rollout = book.rollout()
         lived.append(rollout)
         if k + 1 < episodes:
@@ -72,9 +75,13 @@ def _episode(
     k: int,
     watch: Callable[[int, Env, StepResult], None] | None,
 ) -> tuple[Percept, Context]:
-    """Live one episode in every world; a world that ends early sleeps, its context untouched, until all have."""
+    """Live one episode in every world; a world that ends early sleeps, its context untouched, until
+    all have.
+    """
     shape = (env.family.horizon, env.worlds, getattr(agent, "noise_dim", env.act_dim))
-    noise = None if generator is None else torch.randn(shape, generator=generator, device=env.device)
+    noise = (
+        None if generator is None else torch.randn(shape, generator=generator, device=env.device)
+    )
     last, zeros = percept, torch.zeros_like(percept.reward)
     while book.living:
         action, after = agent.act(percept, context, None if noise is None else noise[book.time])
@@ -92,7 +99,9 @@ def _episode(
 
 
 class ExpertAgent:
-    """A family's own program in an agent's place: it is told the task and looks at the state itself."""
+    """A family's own program in an agent's place: it is told the task and looks at the state
+    itself.
+    """
 
     privileged = explores = False
 
@@ -106,7 +115,9 @@ class ExpertAgent:
         """Carry nothing."""
         return ()
 
-    def act(self, percept: Percept, context: Context, noise: Tensor | None = None) -> tuple[Tensor, Context]:
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """Do as the program says, disturbed by ``jitter`` times the noise, if there is any."""
         action = self._env.expert()
         self.asked.append(action)
@@ -122,10 +133,17 @@ class _Recorder:
 
     def __init__(self, env: Env, record_teacher: bool = False) -> None:
         self.record_teacher, self._any_world = record_teacher, env.any_world
-        horizon, worlds, zeros = env.family.horizon, env.worlds, partial(torch.zeros, device=env.device)
+        horizon, worlds, zeros = (
+            env.family.horizon,
+            env.worlds,
+            partial(torch.zeros, device=env.device),
+        )
         self.time, self.living, self._all = 0, True, True
         self._alive = torch.ones(worlds, dtype=torch.bool, device=env.device)
-        self._obs, self._action = zeros(horizon, worlds, env.obs_dim), zeros(horizon, worlds, env.act_dim)
+        self._obs, self._action = (
+            zeros(horizon, worlds, env.obs_dim),
+            zeros(horizon, worlds, env.act_dim),
+        )
         self._reward = zeros(horizon, worlds)
         self._flags = zeros(3, horizon, worlds, dtype=torch.bool)
         self._final_obs, self._faulted = zeros(worlds, env.obs_dim), zeros(worlds, dtype=torch.bool)
@@ -141,28 +159,44 @@ class _Recorder:
 
     def kept(self, new: Iterable[Tensor], old: Iterable[Tensor]) -> Iterable[Tensor]:
         """Take what is new in the living worlds, what was in the others."""
-        return new if self._all else (_where(self._alive, a, b) for a, b in zip(new, old, strict=True))
+        return (
+            new if self._all else (_where(self._alive, a, b) for a, b in zip(new, old, strict=True))
+        )
 
     def record(
-        self, percept: Percept, critic_obs: Tensor, teacher_action: Tensor | None, action: Tensor, step: StepResult
+        self,
+        percept: Percept,
+        critic_obs: Tensor,
+        teacher_action: Tensor | None,
+        action: Tensor,
+        step: StepResult,
     ) -> None:
         """Write down one step: what was seen, record_teacher, done and got."""
         t = self.time
         self._obs[t], self._action[t], self._reward[t] = percept.obs, action, step.reward
-        self._flags[0, t], self._flags[1, t], self._flags[2, t] = step.terminated, step.truncated, self._alive
+        self._flags[0, t], self._flags[1, t], self._flags[2, t] = (
+            step.terminated,
+            step.truncated,
+            self._alive,
+        )
         for name, term in step.terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term * self._alive
         self._critic_obs[t] = critic_obs
         if teacher_action is not None:
             self._advice[t] = teacher_action
         final = (step.final_obs, step.final_critic_obs)
-        self._final_obs, self._final_critic_obs = self.kept(final, (self._final_obs, self._final_critic_obs))
+        self._final_obs, self._final_critic_obs = self.kept(
+            final, (self._final_obs, self._final_critic_obs)
+        )
         self._faulted |= step.faulted & self._alive
         self.time += 1
         ended = step.terminated | step.truncated
         if self._any_world(ended):
             self._alive &= ~ended
-            self._all, self.living = False, self.time < len(self._reward) and self._any_world(self._alive)
+            self._all, self.living = (
+                False,
+                self.time < len(self._reward) and self._any_world(self._alive),
+            )
 
     def rollout(self) -> Rollout:
         """Return the episode, cut to the steps some world lived."""

@@ -1,7 +1,9 @@
-"""Demonstrations: what a family's expert does, recorded and read as a Minari dataset, so that others can bring theirs.
+"""Demonstrations: what a family's expert does, recorded and read as a Minari dataset, so that
+others can bring theirs.
 
-Every episode holds observations ``(time + 1, obs)`` and the actions ``(time, act)`` that the expert asked for, and in
-``infos`` the task it was shown in (``task``, its values) and which variant of its episodes it is (``variant``).
+Every episode holds observations ``(time + 1, obs)`` and the actions ``(time, act)`` that the expert
+asked for, and in ``infos`` the task it was shown in (``task``, its values) and which variant of its
+episodes it is (``variant``).
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ class DemosError(MetarobotError):
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstrations:
-    """Demonstrations of many tasks, as many of every variant of every task; shorter ones padded at the end.
+    """Demonstrations of many tasks, as many of every variant of every task; shorter ones padded at
+    the end.
 
-    Shapes: obs ``(task, variant, shot, time, obs)``; action ``(task, variant, shot, time, act)``; valid ``(task,
-    variant, shot, time)``.
+    Shapes: obs ``(task, variant, shot, time, obs)``; action ``(task, variant, shot, time, act)``;
+    valid ``(task, variant, shot, time)``.
     """
 
     family: Family
@@ -66,12 +69,17 @@ class Demonstrations:
         """
         rows = torch.as_tensor(tasks)[:, None, None]
         variants = torch.arange(self.obs.shape[1])[None, :, None]
-        picked = (x[rows, variants, shots[:, None]].flatten(0, 2) for x in (self.obs, self.action, self.valid))
+        picked = (
+            x[rows, variants, shots[:, None]].flatten(0, 2)
+            for x in (self.obs, self.action, self.valid)
+        )
         obs, action, valid = (x.transpose(0, 1) for x in picked)
         return demonstrated(obs, action, valid)
 
     def trials(self, tasks: int, shots: int, seed: Sequence[int]) -> Trials:
-        """Draw tasks, and for each ``shots`` demonstrations of every variant to adapt to and as many to match."""
+        """Draw tasks, and for each ``shots`` demonstrations of every variant to adapt to and as
+        many to match.
+        """
         if 2 * shots > self.shots:
             raise DemosError(
                 f"{shots} demonstrations to adapt to and {shots} to match need {2 * shots} of every variant; "
@@ -80,7 +88,9 @@ class Demonstrations:
         rng = np.random.default_rng(list(seed))
         chosen = rng.integers(len(self.tasks), size=tasks).tolist()
         order = torch.from_numpy(np.stack([rng.permutation(self.shots) for _ in chosen]))
-        episodes = tuple(self.rollout(chosen, order[:, i * shots : (i + 1) * shots]) for i in range(2))
+        episodes = tuple(
+            self.rollout(chosen, order[:, i * shots : (i + 1) * shots]) for i in range(2)
+        )
         worlds = len(episodes[0].valid[0]) // tasks
         code = self.family.space.encode([self.tasks[i] for i in chosen])
         return Trials(episodes=episodes, task=code.repeat_interleave(worlds, 0))
@@ -116,11 +126,12 @@ def record_demonstrations(
     threads: int = 0,
     tick: Callable[[int], None] = lambda _: None,
 ) -> int:
-    """Record the expert in tasks of a split, ``shots`` successful demonstrations of every variant; return how many.
+    """Record the expert in tasks of a split, ``shots`` successful demonstrations of every variant;
+    return how many.
 
-    What is done is the expert's action with normal noise of deviation ``jitter``, what is recorded is the action it
-    asked for: whoever imitates it sees how to come back (DART, Laskey et al. 2017). ``tick`` is called with the number
-    of episodes written so far.
+    What is done is the expert's action with normal noise of deviation ``jitter``, what is recorded
+    is the action it asked for: whoever imitates it sees how to come back (DART, Laskey et al.
+    2017). ``tick`` is called with the number of episodes written so far.
     """
     _minari()
     if out.exists():
@@ -133,10 +144,14 @@ def record_demonstrations(
     each, buffers = family.interaction.variants * shots, []
     group = max(1, AT_ONCE // each)
     for first in range(0, tasks, group):
-        buffers += _recorded(family, wanted[first : first + group], shots, [seed, first], jitter, threads)
+        buffers += _recorded(
+            family, wanted[first : first + group], shots, [seed, first], jitter, threads
+        )
         tick(len(buffers))
     if not buffers:
-        raise DemosError(f"the expert fails again and again in {family.name}: {wanted[0].describe()}")
+        raise DemosError(
+            f"the expert fails again and again in {family.name}: {wanted[0].describe()}"
+        )
     try:
         _write(family, split, out, buffers)
     except OSError as e:
@@ -145,13 +160,24 @@ def record_demonstrations(
 
 
 def _recorded(
-    family: Family, tasks: Sequence[Task], shots: int, seed: Sequence[int], jitter: float, threads: int
+    family: Family,
+    tasks: Sequence[Task],
+    shots: int,
+    seed: Sequence[int],
+    jitter: float,
+    threads: int,
 ) -> list[dict[str, Any]]:
-    """Let the expert succeed ``shots`` times in every variant of every task; try again where it failed.
+    """Let the expert succeed ``shots`` times in every variant of every task; try again where it
+    failed.
 
     Tasks in which it never does are left out; more than a few of them are an error.
     """
-    missing = [(t, v) for t in range(len(tasks)) for v in range(family.interaction.variants) for _ in range(shots)]
+    missing = [
+        (t, v)
+        for t in range(len(tasks))
+        for v in range(family.interaction.variants)
+        for _ in range(shots)
+    ]
     done: list[dict[str, Any]] = []
     for attempt in range(ATTEMPTS):
         if not missing:
@@ -160,22 +186,39 @@ def _recorded(
         worlds = [tasks[t] for t, _ in missing]
         env = Env(family, worlds, threads=threads)
         rollout = _demonstrate(env, worlds, torch.tensor([v for _, v in missing]), key, jitter)
-        won = rollout.terms["success"] > 0 if "success" in rollout.terms else torch.ones(len(worlds), dtype=torch.bool)
+        won = (
+            rollout.terms["success"] > 0
+            if "success" in rollout.terms
+            else torch.ones(len(worlds), dtype=torch.bool)
+        )
         for i, (t, v) in enumerate(missing):
             if won[i]:
                 steps = int(rollout.valid[:, i].sum())
                 obs = torch.cat([rollout.obs[:steps, i], rollout.final_obs[i : i + 1]])
                 shown = {"obs": obs.numpy(), "action": rollout.action[:steps, i].numpy()}
-                done.append({**shown, "name": tasks[t], "task": [x for _, x in tasks[t].values], "variant": v})
+                done.append(
+                    {
+                        **shown,
+                        "name": tasks[t],
+                        "task": [x for _, x in tasks[t].values],
+                        "variant": v,
+                    }
+                )
         missing = [m for m, ok in zip(missing, won.tolist(), strict=True) if not ok]
     failed = {tasks[t] for t, _ in missing}
     if len(failed) > max(1, len(tasks) // 20):
-        raise DemosError(f"the expert fails again and again in {family.name}: {tasks[missing[0][0]].describe()}")
+        raise DemosError(
+            f"the expert fails again and again in {family.name}: {tasks[missing[0][0]].describe()}"
+        )
     return [d for d in done if d["name"] not in failed]
 
 
-def _demonstrate(env: Env, tasks: Sequence[Task], variant: Tensor, seed: int, jitter: float) -> Rollout:
-    """Let the expert live one episode of these variants; the rollout's actions are those it asked for."""
+def _demonstrate(
+    env: Env, tasks: Sequence[Task], variant: Tensor, seed: int, jitter: float
+) -> Rollout:
+    """Let the expert live one episode of these variants; the rollout's actions are those it asked
+    for.
+    """
     expert = ExpertAgent(env, jitter)
     episode = collect(expert, env, tasks, episodes=1, seed=seed, variant=variant).episodes[0]
     return replace(episode, action=torch.stack(expert.asked))
@@ -199,13 +242,27 @@ def _write(family: Family, split: str, out: Path, demos: Sequence[dict[str, Any]
         )
         for i, d in enumerate(demos)
     ]
-    meta = {"family": family.name, "split": split, "space": family.space.hash, "parameters": family.space.names}
+    meta = {
+        "family": family.name,
+        "split": split,
+        "space": family.space.hash,
+        "parameters": family.space.names,
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent.resolve(), prefix=".demos-") as folder, _root(folder):
+    with (
+        tempfile.TemporaryDirectory(dir=out.parent.resolve(), prefix=".demos-") as folder,
+        _root(folder),
+    ):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # no author, no Gymnasium id
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, module="minari"
+            )  # no author, no Gymnasium id
             minari.create_dataset_from_buffers(
-                "demos-v0", buffer, observation_space=spaces[0], action_space=spaces[1], description=json.dumps(meta)
+                "demos-v0",
+                buffer,
+                observation_space=spaces[0],
+                action_space=spaces[1],
+                description=json.dumps(meta),
             )
         shutil.move(Path(folder) / "demos-v0", out)
 
@@ -220,7 +277,9 @@ def read_demonstrations(path: Path, family: Family | None = None) -> Demonstrati
         meta = _meta(dataset.storage.metadata.get("description"))
         episodes = list(dataset.iterate_episodes())
     except Exception as e:  # whatever a damaged file makes HDF5 raise
-        raise DemosError(f"{path} is no dataset that Minari reads: {' '.join(str(e).split())[:200]}") from e
+        raise DemosError(
+            f"{path} is no dataset that Minari reads: {' '.join(str(e).split())[:200]}"
+        ) from e
     said = str(meta.get("family", ""))
     if family is None:
         family = families.get(said)
@@ -235,7 +294,9 @@ def read_demonstrations(path: Path, family: Family | None = None) -> Demonstrati
 
 
 def _meta(description: Any) -> dict[str, Any]:
-    """Return what we wrote of a dataset; others describe theirs in words, which say nothing to us."""
+    """Return what we wrote of a dataset; others describe theirs in words, which say nothing to
+    us.
+    """
     try:
         meta = json.loads(description or "{}")
     except ValueError:
@@ -250,21 +311,33 @@ def _checked(path: Path, episode: Any, family: Family) -> tuple[tuple[float, ...
     for name, array, space in (("observations", obs, env[0]), ("actions", action, env[1])):
         if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != space.shape[0]:
             shape = getattr(array, "shape", type(array).__name__)
-            raise DemosError(f"{where}: {name} of {family.name} have {space.shape[0]} columns, these are {shape}")
+            raise DemosError(
+                f"{where}: {name} of {family.name} have {space.shape[0]} columns, these are {shape}"
+            )
         if not np.isfinite(array).all():
             raise DemosError(f"{where}: not all {name} are finite numbers")
     if len(action) < 2 or len(obs) < len(action):
-        raise DemosError(f"{where} has {len(obs)} observations and {len(action)} actions; it takes at least 2 steps")
+        raise DemosError(
+            f"{where} has {len(obs)} observations and {len(action)} actions; it takes at least 2 steps"
+        )
     for key in ("task", "variant"):
         if key not in infos:
-            raise DemosError(f"{where}: infos lack {key!r}; they have: {', '.join(infos) or 'nothing'}")
+            raise DemosError(
+                f"{where}: infos lack {key!r}; they have: {', '.join(infos) or 'nothing'}"
+            )
     task, variant = np.asarray(infos["task"]), np.asarray(infos["variant"])
     if task.ndim != 2 or variant.ndim != 1 or not len(task) or not len(variant):
-        raise DemosError(f"{where}: infos hold a task and a variant a step, these are {task.shape} and {variant.shape}")
+        raise DemosError(
+            f"{where}: infos hold a task and a variant a step, these are {task.shape} and {variant.shape}"
+        )
     if task.shape[1] != len(family.space.names):
-        raise DemosError(f"{where}: {task.shape[1]} task values, but {family.name} has {len(family.space.names)}")
+        raise DemosError(
+            f"{where}: {task.shape[1]} task values, but {family.name} has {len(family.space.names)}"
+        )
     if variant[0] not in range(family.interaction.variants):
-        raise DemosError(f"{where}: variant {variant[0]}, but {family.name} has 0 to {family.interaction.variants - 1}")
+        raise DemosError(
+            f"{where}: variant {variant[0]}, but {family.name} has 0 to {family.interaction.variants - 1}"
+        )
     return tuple(float(x) for x in task[0]), int(variant[0])
 
 
@@ -273,7 +346,9 @@ def _gather(path: Path, family: Family, split: str, groups: dict[Any, list[Any]]
     tasks, variants = list(dict.fromkeys(t for t, _ in groups)), family.interaction.variants
     shots = min(len(groups.get((t, v), ())) for t in tasks for v in range(variants))
     if shots < 1:
-        raise DemosError(f"{path}: some tasks lack demonstrations of some of the {variants} variants")
+        raise DemosError(
+            f"{path}: some tasks lack demonstrations of some of the {variants} variants"
+        )
     longest = max(len(e.actions) for group in groups.values() for e in group)
     shape = (len(tasks), variants, shots, longest)
     obs = torch.zeros(*shape, groups[tasks[0], 0][0].observations.shape[1])
@@ -287,7 +362,9 @@ def _gather(path: Path, family: Family, split: str, groups: dict[Any, list[Any]]
                 action[t, v, s, :n] = torch.from_numpy(e.actions)
                 valid[t, v, s, :n] = True
     named = tuple(family.space.coerce(dict(zip(family.space.names, t, strict=True))) for t in tasks)
-    return Demonstrations(family=family, split=split, tasks=named, obs=obs, action=action, valid=valid)
+    return Demonstrations(
+        family=family, split=split, tasks=named, obs=obs, action=action, valid=valid
+    )
 
 
 @cache
@@ -296,7 +373,9 @@ def _spaces(family: str) -> tuple[Any, Any]:
     from gymnasium.spaces import Box
 
     shapes = agent_dimensions(families.get(family), 1)
-    return Box(-np.inf, np.inf, (shapes.obs,), np.float32), Box(-np.inf, np.inf, (shapes.act,), np.float32)
+    return Box(-np.inf, np.inf, (shapes.obs,), np.float32), Box(
+        -np.inf, np.inf, (shapes.act,), np.float32
+    )
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""What training says while it runs: a progress bar, ``metrics.jsonl`` and TensorBoard, under SB3's names and ours."""
+"""What training says while it runs: a progress bar, ``metrics.jsonl`` and TensorBoard, under SB3's
+names and ours.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LINE_EVERY_S = 20.0
 
 
 def summary_line(metrics: dict[str, float]) -> str:
-    """Say the return of each episode of the trial, or the error left by who imitates, and the speed."""
+    """Say the return of each episode of the trial, or the error left by who imitates, and the
+    speed.
+    """
     if "train/loss_before" in metrics:
         error = f"{metrics['train/loss_before']:.4f} → {metrics['train/loss']:.4f}"
         return f"{metrics['time/fps']:,.0f} steps/s  error {error}"
@@ -33,7 +37,9 @@ def summary_line(metrics: dict[str, float]) -> str:
 class MetricsLog:
     """Writes each iteration's metrics everywhere; closes, or is left, cleanly."""
 
-    def __init__(self, folder: Path, total: int, done: int, iteration: int, *, show: bool = True) -> None:
+    def __init__(
+        self, folder: Path, total: int, done: int, iteration: int, *, show: bool = True
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         drop_rows_after(self.path, iteration)
         self._file = self.path.open("a")
@@ -58,7 +64,9 @@ class MetricsLog:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
         with suppress(OSError):  # a full disk has been reported by the write that met it
             self._file.close()
@@ -81,7 +89,9 @@ class MetricsLog:
             total = self._bar.tasks[0].total or 1
             left = metrics["time/time_elapsed"] * (total / steps - 1)
             print(
-                f"{steps:,}/{total:,.0f} steps  {summary_line(metrics)}  ETA {left:.0f} s", file=sys.stderr, flush=True
+                f"{steps:,}/{total:,.0f} steps  {summary_line(metrics)}  ETA {left:.0f} s",
+                file=sys.stderr,
+                flush=True,
             )
 
 
@@ -97,8 +107,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def first_reach(rows: list[dict[str, float]], level: float, window: int = 10) -> dict[str, float] | None:
-    """Return the first row at which the last episode's return, averaged over ``window`` rows, is at least ``level``."""
+def first_reach(
+    rows: list[dict[str, float]], level: float, window: int = 10
+) -> dict[str, float] | None:
+    """Return the first row at which the last episode's return, averaged over ``window`` rows, is at
+    least ``level``.
+    """
     for i in range(window, len(rows) + 1):
         recent = rows[i - window : i]
         if sum(r["meta/post_adapt_return"] for r in recent) / window >= level:

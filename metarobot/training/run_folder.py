@@ -1,8 +1,9 @@
-"""Run folders and checkpoints: safetensors and JSON, written atomically, loaded without running any code.
+"""Run folders and checkpoints: safetensors and JSON, written atomically, loaded without running any
+code.
 
-A run folder holds ``config.json`` (what was asked), ``tasks.json`` (the task space), ``metrics.jsonl``, and
-``checkpoint.json``, which names the weights file that belongs to it and its SHA-256. The JSON is replaced last, so at
-any moment the folder holds one complete checkpoint.
+A run folder holds ``config.json`` (what was asked), ``tasks.json`` (the task space),
+``metrics.jsonl``, and ``checkpoint.json``, which names the weights file that belongs to it and its
+SHA-256. The JSON is replaced last, so at any moment the folder holds one complete checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], counters: dict[str
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that has been checked: it is ours, readable, and its family still is what it was."""
+    """A run folder that has been checked: it is ours, readable, and its family still is what it
+    was.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -93,21 +96,29 @@ class Run:
             raise CheckpointError(f"{self.folder / 'checkpoint.json'} is damaged: {e!r}") from e
 
     def learner(self) -> Learner:
-        """Build the untrained learner this run configures; the same seed gives the same initial weights."""
+        """Build the untrained learner this run configures; the same seed gives the same initial
+        weights.
+        """
         try:
             config = agents.get(self.agent).config(**self.config["agent_config"])
         except TypeError as e:
-            raise CheckpointError(f"{self.folder / 'config.json'} does not fit agent {self.agent!r}: {e}") from e
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} does not fit agent {self.agent!r}: {e}"
+            ) from e
         return build_learner(self.agent, config, self.family, int(self.config["seed"]))
 
     def load_agent(self) -> Any:
         """Build the trained agent, ready to act."""
         agent, (tensors, _) = self.learner().agent, self.checkpoint()
-        weights = {k.removeprefix("agent."): v for k, v in tensors.items() if k.startswith("agent.")}
+        weights = {
+            k.removeprefix("agent."): v for k, v in tensors.items() if k.startswith("agent.")
+        }
         try:
             agent.load_state_dict(weights)
         except RuntimeError as e:
-            raise CheckpointError(f"{self.folder} holds other weights than its config.json says: {_line(e)}") from e
+            raise CheckpointError(
+                f"{self.folder} holds other weights than its config.json says: {_line(e)}"
+            ) from e
         return agent
 
 
@@ -137,7 +148,9 @@ def agent_dimensions(family: Family, episodes: int) -> Dimensions:
 def create_run(folder: Path, config: dict[str, Any]) -> Run:
     """Start a run folder, which must not hold a run yet."""
     if (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
+        raise CheckpointError(
+            f"{folder} holds a run already: continue it with --resume, or choose another --out"
+        )
     family = family_on(config["family"], config.get("robot", ""))
     write_json(folder / "tasks.json", family.space.to_json())
     write_json(folder / "config.json", {"format": FORMAT, "kind": "metarobot-run", **config})
@@ -151,18 +164,24 @@ def extend_run(run: Run, settings: Mapping[str, Any]) -> Run:
 
 
 def collected_steps(folder: Path) -> int:
-    """Return the environment steps that a run folder's checkpoint has lived; none if there is no checkpoint yet."""
+    """Return the environment steps that a run folder's checkpoint has lived; none if there is no
+    checkpoint yet.
+    """
     path = folder / "checkpoint.json"
     return int(read_json(path)["steps"]) if path.exists() else 0
 
 
 def open_run(where: str | Path, robot: str = "") -> Run:
-    """Open a run folder, or a pretrained agent by its name; ``robot`` puts it on another robot than its own."""
+    """Open a run folder, or a pretrained agent by its name; ``robot`` puts it on another robot than
+    its own.
+    """
     folder = Path(where)
     if not folder.exists() and (PRETRAINED_FOLDER / str(where)).is_dir():
         folder = PRETRAINED_FOLDER / str(where)
     if not folder.is_dir():
-        raise CheckpointError(f"no run folder {str(where)!r}, and no pretrained agent; there are: {_listing()}")
+        raise CheckpointError(
+            f"no run folder {str(where)!r}, and no pretrained agent; there are: {_listing()}"
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("kind") != "metarobot-run":
         raise CheckpointError(f"{folder} is not a metarobot run: its config.json does not say so")
@@ -189,7 +208,9 @@ def pretrained_names() -> list[str]:
 
 
 def publish_agent(run: Run, folder: Path, card: dict[str, Any]) -> None:
-    """Copy a run's agent without its optimiser, with a card of how it was made: a pretrained agent."""
+    """Copy a run's agent without its optimiser, with a card of how it was made: a pretrained
+    agent.
+    """
     tensors, counters = run.checkpoint()
     save_checkpoint(folder, {k: v for k, v in tensors.items() if k.startswith("agent.")}, counters)
     for name in ("config.json", "tasks.json"):

@@ -1,4 +1,6 @@
-"""Where trials are lived: on which simulator and device, and which training tasks an iteration gets."""
+"""Where trials are lived: on which simulator and device, and which training tasks an iteration
+gets.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,26 @@ class TaskSource:
     deal: Callable[[int], list[Task]]
     """Iteration -> its tasks, keyed by the training's seed."""
     lost: Callable[[], dict[str, float]]
-    """Says, as metrics, in how many worlds the physics lost contacts for want of room since it was last asked."""
+    """Says, as metrics, in how many worlds the physics lost contacts for want of room since it was
+    last asked."""
 
 
 def make_task_source(
-    family: Family, worlds: int, rollouts: int, *, seed: int, sim: str, device: str, pool: int, threads: int
+    family: Family,
+    worlds: int,
+    rollouts: int,
+    *,
+    seed: int,
+    sim: str,
+    device: str,
+    pool: int,
+    threads: int,
 ) -> TaskSource:
     """Build the worlds of a training, ``rollouts`` of each task.
 
-    On the CPU every iteration draws new tasks. On a device models are kept there, so where tasks have models of their
-    own, all are drawn once, ``pool`` of them keyed by the seed, and each iteration deals some out.
+    On the CPU every iteration draws new tasks. On a device models are kept there, so where tasks
+    have models of their own, all are drawn once, ``pool`` of them keyed by the seed, and each
+    iteration deals some out.
     """
     tasks, space = worlds // rollouts, family.space
 
@@ -58,7 +70,9 @@ def make_task_source(
     return TaskSource(env, dealt, lambda: _lost(env))
 
 
-def _on_device(family: Family, tasks: list[Task], rollouts: int, device: str, pool: list[Task]) -> Env:
+def _on_device(
+    family: Family, tasks: list[Task], rollouts: int, device: str, pool: list[Task]
+) -> Env:
     from metarobot.env.device import DeviceEnv
 
     return DeviceEnv(family, [t for t in tasks for _ in range(rollouts)], device=device, pool=pool)
@@ -66,4 +80,7 @@ def _on_device(family: Family, tasks: list[Task], rollouts: int, device: str, po
 
 def _lost(env: Any) -> dict[str, float]:
     lost: dict[str, int] = env.sim.lost()
-    return {"sim/lost_contacts": float(sum(lost.values())), **{f"sim/lost_{k}": float(n) for k, n in lost.items()}}
+    return {
+        "sim/lost_contacts": float(sum(lost.values())),
+        **{f"sim/lost_{k}": float(n) for k, n in lost.items()},
+    }

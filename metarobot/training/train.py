@@ -1,7 +1,7 @@
 """Meta-training: sample tasks, collect trials, update, log, save; resumable bit for bit.
 
-Every iteration's tasks, starts, noise and minibatches are keyed by (seed, iteration), so the state of a run is its
-learner and two counters: what a checkpoint holds is all there is.
+Every iteration's tasks, starts, noise and minibatches are keyed by (seed, iteration), so the state
+of a run is its learner and two counters: what a checkpoint holds is all there is.
 """
 
 from __future__ import annotations
@@ -47,8 +47,12 @@ from metarobot.training.run_folder import (
 from metarobot.types import Trials
 
 
-def start_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
-    """Make the run folder of a new training; ``say`` is told in a line what simulates, where there is a choice."""
+def start_run(
+    config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None
+) -> Run:
+    """Make the run folder of a new training; ``say`` is told in a line what simulates, where there
+    is a choice.
+    """
     if config.robot and Path(config.robot).exists():
         config = replace(config, robot=str(Path(config.robot).resolve()))
     if config.demos:
@@ -60,9 +64,18 @@ def start_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[
             raise MetarobotError(f"{name} must be at least {least}, not {value}")
         if type(value) is float and not 0 <= value < math.inf:
             raise MetarobotError(f"{name} must be a finite number of at least 0, not {value}")
-    versions = {"metarobot": metarobot.__version__, "mujoco": mujoco.__version__, "torch": torch.__version__}
+    versions = {
+        "metarobot": metarobot.__version__,
+        "mujoco": mujoco.__version__,
+        "torch": torch.__version__,
+    }
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
-    plain = {**asdict(config), "agent_config": asdict(agent_config), "versions": versions, "machine": _machine()}
+    plain = {
+        **asdict(config),
+        "agent_config": asdict(agent_config),
+        "versions": versions,
+        "machine": _machine(),
+    }
     family = family_on(config.family, config.robot)
     config = _simulated(config, family, agent_config, say)
     plain |= {"sim": config.sim}
@@ -74,7 +87,9 @@ def start_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[
     return create_run(out, plain)
 
 
-def _simulated(config: TrainConfig, family: Family, agent_config: Any, say: Callable[[str], None]) -> TrainConfig:
+def _simulated(
+    config: TrainConfig, family: Family, agent_config: Any, say: Callable[[str], None]
+) -> TrainConfig:
     """Fill in what simulates, and raise if it cannot have so many worlds."""
     if config.demos or agents.get(config.agent).fit is not None:
         return replace(config, sim="cpu")
@@ -86,7 +101,9 @@ def _simulated(config: TrainConfig, family: Family, agent_config: Any, say: Call
 
 
 def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
-    """Let an untrained learner take the memory it needs, and begin as the policy of ``config.init`` acts, if given."""
+    """Let an untrained learner take the memory it needs, and begin as the policy of ``config.init``
+    acts, if given.
+    """
     getattr(learner, "reserve_memory", lambda: None)()
     if not config.init:
         return
@@ -96,7 +113,9 @@ def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
             f"init needs a policy trained as ppo or blind; {config.init} was trained as {source.agent}"
         )
     if warm_start is None:
-        raise MetarobotError(f"agent {config.agent!r} cannot begin as another policy; rl2, ppo, blind and oracle can")
+        raise MetarobotError(
+            f"agent {config.agent!r} cannot begin as another policy; rl2, ppo, blind and oracle can"
+        )
     if source.family.observations != family.observations:
         raise MetarobotError(
             f"init: {source.family.name}, which {config.init} knows, is observed otherwise than {family.name}"
@@ -104,15 +123,21 @@ def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
     warm_start(source.load_agent())
 
 
-def reopen_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None) -> Run:
-    """Open a run to continue it, refusing settings other than those it was started with, but for more steps.
+def reopen_run(
+    config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None
+) -> Run:
+    """Open a run to continue it, refusing settings other than those it was started with, but for
+    more steps.
 
-    A run that is made longer takes up its schedules where they now stand. It may move to another device or simulator,
-    which ``say`` is told in a line.
+    A run that is made longer takes up its schedules where they now stand. It may move to another
+    device or simulator, which ``say`` is told in a line.
     """
     run = open_run(out)
     asked = {**asdict(config), **{f"agent_config.{k}": v for k, v in asdict(agent_config).items()}}
-    usual = {**asdict(TrainConfig(family="")), **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()}}
+    usual = {
+        **asdict(TrainConfig(family="")),
+        **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()},
+    }
     held = {**run.config, **{f"agent_config.{k}": v for k, v in run.config["agent_config"].items()}}
     for name, value in asked.items():
         if name in CHANGEABLE_ON_RESUME:
@@ -121,7 +146,9 @@ def reopen_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[
         longer = name == "steps" and int(value) > int(held["steps"])
         if value != held.get(name) and not longer and (required or value != usual.get(name)):
             shown = name.removeprefix("agent_config.")
-            raise MetarobotError(f"cannot resume {out} with {shown} {value!r}: it was trained with {held.get(name)!r}")
+            raise MetarobotError(
+                f"cannot resume {out} with {shown} {value!r}: it was trained with {held.get(name)!r}"
+            )
     before: dict[str, Any] = {"device": "cpu", "sim": "cpu", **run.config}
     moved: dict[str, Any] = {}
     if config.device != before["device"] or config.sim not in ("", before["sim"]):
@@ -129,7 +156,9 @@ def reopen_run(config: TrainConfig, agent_config: Any, out: Path, say: Callable[
         now = asdict(_simulated(config, run.family, agent_config, say))
         moved = {k: now[k] for k in CHANGEABLE_ON_RESUME}
         so_far = f"{before['sim']} physics and learning on {before['device']}"
-        say(f"goes on with {now['sim']} physics and learning on {now['device']}, after {so_far}: other roundings")
+        say(
+            f"goes on with {now['sim']} physics and learning on {now['device']}, after {so_far}: other roundings"
+        )
     if config.steps > run.config["steps"]:
         moved["steps"] = config.steps
     return extend_run(run, moved) if moved else run
@@ -142,21 +171,31 @@ def out_of_memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as e:
         why = str(e).partition(". ")[0]
-        raise MetarobotError(f"out of memory ({why}); take fewer --worlds, or more --minibatches") from e
+        raise MetarobotError(
+            f"out of memory ({why}); take fewer --worlds, or more --minibatches"
+        ) from e
 
 
 @out_of_memory_errors()
 def train(
-    run: Run, *, resume: bool = False, show: bool = True, tick: Callable[[dict[str, float]], None] = lambda _: None
+    run: Run,
+    *,
+    resume: bool = False,
+    show: bool = True,
+    tick: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> bool:
-    """Train until the steps are done; return False if a signal stopped it first, with everything saved.
+    """Train until the steps are done; return False if a signal stopped it first, with everything
+    saved.
 
     ``tick`` is given the metrics of each iteration.
     """
     learner, config = (
         run.learner(),
         TrainConfig(
-            **{"sim": "cpu", **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}}
+            **{
+                "sim": "cpu",
+                **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config},
+            }
         ),
     )
     check_config(config)
@@ -169,9 +208,15 @@ def train(
     keep_freed_memory()
     threads = config.threads or len(os.sched_getaffinity(0))
     fit = agents.get(run.agent).fit
-    iterate = _collected(run, learner, config, threads) if fit is None else fit(learner, run.family, threads)
+    iterate = (
+        _collected(run, learner, config, threads)
+        if fit is None
+        else fit(learner, run.family, threads)
+    )
     with (
-        MetricsLog(run.folder, config.steps, counters["steps"], counters["iteration"], show=show) as log,
+        MetricsLog(
+            run.folder, config.steps, counters["steps"], counters["iteration"], show=show
+        ) as log,
         deferred_signals() as stopped,
         restored_torch_threads(),
     ):
@@ -179,7 +224,11 @@ def train(
             metrics = _iterate(run, iterate, counters)
             log.write(metrics)
             tick(metrics)
-            if counters["iteration"] % config.save_every == 0 or stopped or counters["steps"] >= config.steps:
+            if (
+                counters["iteration"] % config.save_every == 0
+                or stopped
+                or counters["steps"] >= config.steps
+            ):
                 save_checkpoint(run.folder, learner.state(), counters)
     return bool(counters["steps"] >= config.steps)
 
@@ -187,7 +236,11 @@ def train(
 def _lived(run: Run, learner: Learner, where: worlds.TaskSource) -> Callable[[int], Trials]:
     """Return a function that lets the agent live the trials of an iteration."""
     config, env = run.config["agent_config"], where.env
-    usual = {"episodes": config["episodes"], "rollouts": run.rollouts, "record_teacher": config.get("teach", 0) > 0}
+    usual = {
+        "episodes": config["episodes"],
+        "rollouts": run.rollouts,
+        "record_teacher": config.get("teach", 0) > 0,
+    }
 
     def live(i: int) -> Trials:
         agent = learner.agent.to(env.device)
@@ -196,11 +249,15 @@ def _lived(run: Run, learner: Learner, where: worlds.TaskSource) -> Callable[[in
     return live
 
 
-def _imitated(family: Family, worlds: int, rollouts: int, config: TrainConfig) -> Callable[[int], Trials]:
+def _imitated(
+    family: Family, worlds: int, rollouts: int, config: TrainConfig
+) -> Callable[[int], Trials]:
     """Return a function that draws the demonstrations of an iteration."""
     demos, variants = read_demonstrations(Path(config.demos), family), family.interaction.variants
     if rollouts % variants:
-        raise MetarobotError(f"rollouts = {rollouts} is not a multiple of {variants}, the variants of {family.name}")
+        raise MetarobotError(
+            f"rollouts = {rollouts} is not a multiple of {variants}, the variants of {family.name}"
+        )
     return lambda i: demos.trials(worlds // rollouts, rollouts // variants, [config.seed, i])
 
 
@@ -215,13 +272,16 @@ def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) ->
     if config.demos:
         live = _imitated(run.family, *sizes, config)
     else:
-        where: dict[str, Any] = {k: getattr(config, k) for k in ("sim", "device", "pool")} | {"threads": threads}
+        where: dict[str, Any] = {k: getattr(config, k) for k in ("sim", "device", "pool")} | {
+            "threads": threads
+        }
         lived_in = worlds.make_task_source(run.family, *sizes, seed=config.seed, **where)
         live, lost = _lived(run, learner, lived_in), lived_in.lost
 
     def iterate(i: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
         began = time.monotonic()
-        # torch's worker threads would spin against the physics threads: one is faster while collecting
+        # torch's worker threads would spin against the physics threads: one is faster while
+        # collecting
         torch.set_num_threads(1)
         trials = live(i)
         lived = trials.steps()  # which waits for the device
@@ -233,7 +293,12 @@ def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) ->
             "time/collect_fps": lived / (collected - began),
             "time/learn_fps": lived / (time.monotonic() - collected),
         }
-        return lived, {**({} if config.demos else rollout_metrics(trials)), **lost(), **metrics, **speed}
+        return lived, {
+            **({} if config.demos else rollout_metrics(trials)),
+            **lost(),
+            **metrics,
+            **speed,
+        }
 
     return iterate
 
@@ -268,7 +333,9 @@ def rollout_metrics(trials: Trials) -> dict[str, float]:
     }
     metrics |= {f"meta/return_episode_{k + 1}": float(r) for k, r in enumerate(returns)}
     for name in trials.episodes[0].terms:
-        metrics[f"reward/{name}"] = float(torch.stack([e.terms[name].mean() for e in trials.episodes]).mean())
+        metrics[f"reward/{name}"] = float(
+            torch.stack([e.terms[name].mean() for e in trials.episodes]).mean()
+        )
     return metrics
 
 
@@ -278,12 +345,16 @@ def _restore(run: Run, learner: Learner) -> dict[str, Any]:
         learner.load(tensors)
         return {k: counters[k] for k in ("iteration", "steps", "elapsed_s")}
     except (KeyError, RuntimeError, ValueError) as e:
-        raise CheckpointError(f"{run.folder} holds no checkpoint to continue from: {' '.join(str(e).split())}") from e
+        raise CheckpointError(
+            f"{run.folder} holds no checkpoint to continue from: {' '.join(str(e).split())}"
+        ) from e
 
 
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that an iteration ends before training stops; a second one is final."""
+    """Collect Ctrl-C and SIGTERM in a list, so that an iteration ends before training stops; a
+    second one is final.
+    """
     stopped: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,14 @@ from metarobot.learning.agent_interface import agents
 from metarobot.learning.memories import MEMORIES
 from metarobot.types import Percept, Rollout, join_episodes
 
-NAMES = ("blind", "oracle", "ppo", "prototype", "rl2", "varibad")  # test_maml.py has those that adapt by gradient
+NAMES = (
+    "blind",
+    "oracle",
+    "ppo",
+    "prototype",
+    "rl2",
+    "varibad",
+)  # test_maml.py has those that adapt by gradient
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -18,14 +25,18 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
-def test_rl2_over_a_whole_trial_equals_acting_step_by_step_and_tells_the_critic_alone_the_task(kind: str) -> None:
+def test_rl2_over_a_whole_trial_equals_acting_step_by_step_and_tells_the_critic_alone_the_task(
+    kind: str,
+) -> None:
     learner = skilled("rl2", memory=kind)
     trials = live(learner, seed=3, explore=False)
     seq = join_episodes(trials.episodes)
     with torch.no_grad():
         x = learner.agent.features(seq.percept)
         mean, value, belief = learner.agent(x, trials.task, seq.critic_obs)
-        blind_mean, blind_value, blind_belief = learner.agent(x, torch.zeros_like(trials.task), seq.critic_obs)
+        blind_mean, blind_value, blind_belief = learner.agent(
+            x, torch.zeros_like(trials.task), seq.critic_obs
+        )
     assert torch.equal(mean, blind_mean)
     assert torch.equal(belief, blind_belief)
     assert not torch.equal(value, blind_value)
@@ -59,7 +70,9 @@ def test_exploration_adds_noise_of_the_policys_deviation(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_adapting_leaves_the_old_context_as_it_was(name: str) -> None:
     learner = build(name)
-    context = learner.agent.begin(6, FAMILY.space.encode(TASKS) if learner.agent.privileged else None)
+    context = learner.agent.begin(
+        6, FAMILY.space.encode(TASKS) if learner.agent.privileged else None
+    )
     before = [x.clone() for x in context]
     learner.agent.adapt(context, live(learner).episodes[0])
     assert all(torch.equal(x, y) for x, y in zip(context, before, strict=True))
@@ -81,8 +94,17 @@ def test_one_update_changes_every_weight_and_leaves_it_finite(name: str) -> None
 def test_updates_report_what_people_look_for(name: str) -> None:
     learner = build(name)
     metrics = learner.update(live(learner), 0.5, 0)
-    names = {"policy_gradient_loss", "value_loss", "approx_kl", "clip_fraction", "std", "explained_variance"}
-    names |= {"learning_rate", "gradient_steps"} | ({"belief_loss"} if name in ("rl2", "varibad") else set())
+    names = {
+        "policy_gradient_loss",
+        "value_loss",
+        "approx_kl",
+        "clip_fraction",
+        "std",
+        "explained_variance",
+    }
+    names |= {"learning_rate", "gradient_steps"} | (
+        {"belief_loss"} if name in ("rl2", "varibad") else set()
+    )
     assert {f"train/{n}" for n in names} <= metrics.keys()
     assert metrics["train/gradient_steps"] == 4
     assert metrics["train/learning_rate"] == pytest.approx(learner.config.lr * (1 - 0.5 * 0.95))
@@ -145,15 +167,24 @@ def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> N
     for w, n in enumerate((ends + 1).tolist()):
         told = Percept(*(x[:n, w : w + 1] for x in seq.percept))
         zero = torch.zeros(1, 1)
-        after = (seq.next_obs[n - 1 : n, w : w + 1], *(x[n - 1 : n, w : w + 1] for x in (seq.action, seq.reward)))
+        after = (
+            seq.next_obs[n - 1 : n, w : w + 1],
+            *(x[n - 1 : n, w : w + 1] for x in (seq.action, seq.reward)),
+        )
         whole = Percept(*(torch.cat(pair) for pair in zip(told, (*after, zero, zero), strict=True)))
         with torch.no_grad():
             _, v, _ = learner.agent(
-                learner.agent.features(whole), trials.task[w : w + 1], torch.zeros(len(whole.obs), 1, 0)
+                learner.agent.features(whole),
+                trials.task[w : w + 1],
+                torch.zeros(len(whole.obs), 1, 0),
             )
         fell = seq.terminated[:n, w]
-        delta = seq.reward[:n, w] * learner.return_norm.scale + c.gamma * v[1:, 0] * ~fell - v[:-1, 0]
-        expected = torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1, 0]
+        delta = (
+            seq.reward[:n, w] * learner.return_norm.scale + c.gamma * v[1:, 0] * ~fell - v[:-1, 0]
+        )
+        expected = (
+            torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1, 0]
+        )
         assert torch.allclose(value[:n, w], v[:-1, 0], atol=1e-5)
         assert torch.allclose(target[:n, w], expected, atol=1e-4)
 
@@ -169,10 +200,14 @@ def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -
         for w, n in enumerate(e.valid.sum(0).tolist()):
             seen = torch.cat([e.obs[:n, w], e.final_obs[w : w + 1]])
             with torch.no_grad():
-                v = learner.agent.critic(learner.agent.features(seen, trials.task[w] if name == "oracle" else None))
+                v = learner.agent.critic(
+                    learner.agent.features(seen, trials.task[w] if name == "oracle" else None)
+                )
             fell, v = e.terminated[:n, w], v[:, 0]
             delta = e.reward[:n, w] * learner.return_norm.scale + c.gamma * v[1:] * ~fell - v[:-1]
-            expected = torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1]
+            expected = (
+                torch.tensor(advantages(delta.tolist(), fell.tolist(), c.gamma * c.lam)) + v[:-1]
+            )
             assert torch.allclose(target[start[w] : start[w] + n, w], expected, atol=1e-4)
             start[w] += n
 
@@ -185,14 +220,20 @@ def garbled(episode: Rollout) -> Rollout:
         mask = episode.valid.view(*episode.valid.shape, *[1] * (x.dim() - 2))
         return torch.where(mask, x, 3 * torch.randn(x.shape, generator=rng))
 
-    return replace(episode, obs=fill(episode.obs), action=fill(episode.action), reward=fill(episode.reward))
+    return replace(
+        episode, obs=fill(episode.obs), action=fill(episode.action), reward=fill(episode.reward)
+    )
 
 
-@pytest.mark.parametrize(("name", "settings"), [(n, {}) for n in NAMES] + [("rl2", {"memory": "gru"})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [(n, {}) for n in NAMES] + [("rl2", {"memory": "gru"})]
+)
 def test_what_stands_in_the_padding_does_not_matter(name: str, settings) -> None:
     trials = live(build(name, **settings))
     noisy = replace(trials, episodes=tuple(garbled(e) for e in trials.episodes))
-    assert not torch.equal(join_episodes(noisy.episodes).action, join_episodes(trials.episodes).action)
+    assert not torch.equal(
+        join_episodes(noisy.episodes).action, join_episodes(trials.episodes).action
+    )
     learners = [build(name, **settings) for _ in range(2)]
     metrics = [one.update(t, 0.0, 0) for one, t in zip(learners, (trials, noisy), strict=True)]
     assert same(learners[0].state(), learners[1].state())
@@ -238,7 +279,9 @@ def test_several_threads_give_the_same_gradients(name: str) -> None:
         assert torch.get_num_threads() == threads
     torch.set_num_threads(1)
     assert same(learners[1].state(), learners[2].state())
-    for (k, p), q in zip(learners[0].agent.named_parameters(), learners[1].agent.parameters(), strict=True):
+    for (k, p), q in zip(
+        learners[0].agent.named_parameters(), learners[1].agent.parameters(), strict=True
+    ):
         assert torch.allclose(p.grad, q.grad, atol=1e-5), k
 
 

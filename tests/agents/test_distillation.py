@@ -82,7 +82,9 @@ def test_advice_stays_with_its_step_in_a_sequence() -> None:
     assert seq.teacher_action.shape == seq.action.shape
     for world in range(WORLDS):
         alone = torch.cat([e.teacher_action[:, world][e.valid[:, world]] for e in shown().episodes])
-        assert torch.equal(seq.teacher_action[: len(alone), world].nan_to_num(9.0), alone.nan_to_num(9.0))
+        assert torch.equal(
+            seq.teacher_action[: len(alone), world].nan_to_num(9.0), alone.nan_to_num(9.0)
+        )
 
 
 def test_what_is_taught_is_the_squared_error_where_anything_is_known() -> None:
@@ -123,7 +125,10 @@ def test_who_is_taught_asks_for_the_right_force(name: str) -> None:
 @each_learner
 def test_nothing_is_left_of_the_teacher_at_the_end(name: str) -> None:
     blank = replace(
-        shown(), episodes=tuple(replace(e, teacher_action=e.teacher_action[..., :0]) for e in shown().episodes)
+        shown(),
+        episodes=tuple(
+            replace(e, teacher_action=e.teacher_action[..., :0]) for e in shown().episodes
+        ),
     )
     alone, pupil = (learner(name, teach=w) for w in (0.0, 20.0))
     alone.update(blank, 1.0, 0)
@@ -135,7 +140,11 @@ def test_nothing_is_left_of_the_teacher_at_the_end(name: str) -> None:
 def test_a_run_is_taught_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     config = agents.get("rl2").config(worlds=4, minibatches=2, epochs=1, teach=1.0, episodes=1)
     runs = [
-        start_run(TrainConfig(family="GraspFragile", steps=s, threads=1, save_every=1), config, tmp_path / str(i))
+        start_run(
+            TrainConfig(family="GraspFragile", steps=s, threads=1, save_every=1),
+            config,
+            tmp_path / str(i),
+        )
         for i, s in enumerate((600, 600))
     ]
     assert train(runs[0], show=False)
@@ -145,6 +154,11 @@ def test_a_run_is_taught_and_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_family_without_expert_teaches_nobody(tmp_path: Path) -> None:
-    with pytest.raises(MetarobotError, match=r"CheetahVel has no scripted expert; those that have one: .*GraspShapes"):
-        start_run(TrainConfig(family="CheetahVel"), agents.get("rl2").config(teach=1.0), tmp_path / "run")
+    with pytest.raises(
+        MetarobotError,
+        match=r"CheetahVel has no scripted expert; those that have one: .*GraspShapes",
+    ):
+        start_run(
+            TrainConfig(family="CheetahVel"), agents.get("rl2").config(teach=1.0), tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()

@@ -42,13 +42,16 @@ def build(seed: int = 0, shapes: Dimensions = SHAPES, **settings: Any) -> Imitat
 
 @cache
 def shown() -> Trials:
-    """Support and query: in every task the action is another linear function of what is seen; of various lengths."""
+    """Support and query: in every task the action is another linear function of what is seen; of
+    various lengths."""
     rng = torch.Generator().manual_seed(7)
     way = torch.randn(TASKS, OBS, ACT, generator=rng).repeat_interleave(ROLLOUTS, 0)
     episodes = []
     for _ in range(2):
         obs = 2 * torch.randn(TIME, TASKS * ROLLOUTS, OBS, generator=rng) + 1
-        valid = torch.arange(TIME)[:, None] < torch.randint(2, TIME + 1, (TASKS * ROLLOUTS,), generator=rng)
+        valid = torch.arange(TIME)[:, None] < torch.randint(
+            2, TIME + 1, (TASKS * ROLLOUTS,), generator=rng
+        )
         episodes.append(demonstrated(obs, torch.einsum("two,wof->twf", obs, way), valid))
     assert not all(e.valid.all() for e in episodes)
     return Trials(episodes=tuple(episodes), task=torch.zeros(TASKS * ROLLOUTS, 1))
@@ -64,14 +67,17 @@ def adapted(agent: ImitationAgent, episode: Rollout) -> Tensor:
 
 
 def error(agent: ImitationAgent, weights: Tensor, episode: Rollout) -> list[Tensor]:
-    """Mean squared error of each task's own actions, and of how it guesses the end at first, over valid steps."""
+    """Mean squared error of each task's own actions, and of how it guesses the end at first, over
+    valid steps."""
     left, names, n = [], [k for k, _ in agent.actor.named_parameters()], agent.config.guess
     for i in range(TASKS):
         mine = slice(i * ROLLOUTS, (i + 1) * ROLLOUTS)
         valid = episode.valid[:, mine]
         own = dict(zip(names, unflatten(weights[i], agent.actor), strict=True))
         seen = agent.norm(episode.obs[:, mine])
-        ends = torch.stack([seen[int(v.sum()) - 1, j, :n] for j, v in enumerate(valid.T)]).expand(TIME, -1, -1)
+        ends = torch.stack([seen[int(v.sum()) - 1, j, :n] for j, v in enumerate(valid.T)]).expand(
+            TIME, -1, -1
+        )
         action, guess = functional_call(agent.actor, own, (seen[valid], ends[valid]))
         left.append((action - episode.action[:, mine][valid]).square().mean())
         early = valid & (torch.arange(TIME) < agent.config.early)[:, None]
@@ -83,13 +89,18 @@ def error(agent: ImitationAgent, weights: Tensor, episode: Rollout) -> list[Tens
 def test_adapting_by_no_steps_changes_nothing() -> None:
     agent = build(inner_steps=0).agent
     assert torch.equal(adapted(agent, shown().episodes[0]), agent.begin(TASKS)[0])
-    assert not torch.equal(adapted(build(inner_steps=1).agent, shown().episodes[0]), agent.begin(TASKS)[0])
+    assert not torch.equal(
+        adapted(build(inner_steps=1).agent, shown().episodes[0]), agent.begin(TASKS)[0]
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 5])
 def test_adapting_lowers_every_tasks_error_on_what_it_was_shown(steps: int) -> None:
     agent, support = build(inner_steps=steps).agent, shown().episodes[0]
-    before, after = (torch.stack(error(agent, w, support)) for w in (agent.begin(TASKS)[0], adapted(agent, support)))
+    before, after = (
+        torch.stack(error(agent, w, support))
+        for w in (agent.begin(TASKS)[0], adapted(agent, support))
+    )
     assert (after < before * (0.98 if steps == 1 else 0.9)).all()
 
 
@@ -117,13 +128,22 @@ def test_adapting_is_pure() -> None:
 
 
 def test_adapting_again_goes_on_from_where_it_was() -> None:
-    (support, query), one, two = shown().episodes, build(inner_steps=1).agent, build(inner_steps=2).agent
-    assert torch.equal(one.adapt(one.adapt(one.begin(TASKS), support), support)[0], adapted(two, support))
-    assert not torch.allclose(one.adapt(one.adapt(one.begin(TASKS), support), query)[0], adapted(two, support))
+    (support, query), one, two = (
+        shown().episodes,
+        build(inner_steps=1).agent,
+        build(inner_steps=2).agent,
+    )
+    assert torch.equal(
+        one.adapt(one.adapt(one.begin(TASKS), support), support)[0], adapted(two, support)
+    )
+    assert not torch.allclose(
+        one.adapt(one.adapt(one.begin(TASKS), support), query)[0], adapted(two, support)
+    )
 
 
 def padded(episode: Rollout, garbage: float) -> Rollout:
-    """The same demonstrations with more steps that nobody lived, and something in all that were not."""
+    """The same demonstrations with more steps that nobody lived, and something in all that were
+    not."""
     more = {k: torch.cat([x, torch.zeros_like(x)]) for k in IN_TIME for x in [getattr(episode, k)]}
     empty = ~more["valid"]
     for k in ("obs", "action"):
@@ -144,13 +164,17 @@ def test_what_stands_in_padding_does_not_matter(garbage: float) -> None:
 def test_the_order_of_demonstrations_and_of_their_steps_does_not_matter() -> None:
     rng = torch.Generator().manual_seed(0)
     steps = torch.randperm(TIME, generator=rng)
-    worlds = torch.cat([i * ROLLOUTS + torch.randperm(ROLLOUTS, generator=rng) for i in range(TASKS)])
+    worlds = torch.cat(
+        [i * ROLLOUTS + torch.randperm(ROLLOUTS, generator=rng) for i in range(TASKS)]
+    )
 
     def mixed(e: Rollout) -> Rollout:
         return replace(e, **{k: getattr(e, k)[steps][:, worlds] for k in IN_TIME})
 
     learners = [build(guess=0) for _ in range(2)]
-    assert torch.allclose(*(adapted(learners[0].agent, t.episodes[0]) for t in (shown(), both(mixed))), atol=1e-6)
+    assert torch.allclose(
+        *(adapted(learners[0].agent, t.episodes[0]) for t in (shown(), both(mixed))), atol=1e-6
+    )
     for one, trials in zip(learners, (shown(), both(mixed)), strict=True):
         one.update(trials, 0.0, 0)
     states = [one.state() for one in learners]
@@ -189,12 +213,16 @@ def test_each_task_acts_with_its_own_weights() -> None:
 
 def doubled(trials: Trials) -> Trials:
     return replace(
-        trials, episodes=tuple(replace(e, obs=e.obs.double(), action=e.action.double()) for e in trials.episodes)
+        trials,
+        episodes=tuple(
+            replace(e, obs=e.obs.double(), action=e.action.double()) for e in trials.episodes
+        ),
     )
 
 
 def outer(agent: ImitationAgent, vector: Tensor, trials: Trials, steps: int) -> Tensor:
-    """Error on the query after inner steps, differentiable in weights and rates: plain loops and autograd."""
+    """Error on the query after inner steps, differentiable in weights and rates: plain loops and
+    autograd."""
     (support, query), (start, rates) = trials.episodes, vector.chunk(2)
     weights = start.expand(TASKS, -1)
     for _ in range(steps):
@@ -205,12 +233,21 @@ def outer(agent: ImitationAgent, vector: Tensor, trials: Trials, steps: int) -> 
 
 
 def exactly(steps: int, **settings: Any) -> tuple[Imitator, Tensor, Tensor]:
-    """A learner in float64 after an update, the meta-parameters it started from, and the meta-gradient it took."""
+    """A learner in float64 after an update, the meta-parameters it started from, and the
+    meta-gradient it took."""
     learner = build(inner_steps=steps, inner_lr=0.2, grad_norm=1e9, **settings)
     agent = learner.agent.double()
-    vector = torch.cat([nn.utils.parameters_to_vector(agent.actor.parameters()), agent.rates]).detach().clone()
+    vector = (
+        torch.cat([nn.utils.parameters_to_vector(agent.actor.parameters()), agent.rates])
+        .detach()
+        .clone()
+    )
     learner.update(doubled(shown()), 0.0, 0)
-    return learner, vector, torch.cat([p.grad.flatten() for p in (*agent.actor.parameters(), agent.rates)])
+    return (
+        learner,
+        vector,
+        torch.cat([p.grad.flatten() for p in (*agent.actor.parameters(), agent.rates)]),
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -225,7 +262,9 @@ def test_the_meta_gradient_equals_finite_differences_by_weights_and_by_rates(ste
     expected = torch.stack([slope_along(value, vector, v, 1e-5) for v in sides])
     assert torch.allclose(sides @ gradient, expected, rtol=1e-6, atol=1e-9)
     assert (expected.abs() > 1e-3).all()
-    (reference,) = torch.autograd.grad(outer(learner.agent, vector.requires_grad_(), doubled(shown()), steps), vector)
+    (reference,) = torch.autograd.grad(
+        outer(learner.agent, vector.requires_grad_(), doubled(shown()), steps), vector
+    )
     assert torch.allclose(gradient, reference, rtol=1e-9, atol=1e-12)
 
 
@@ -249,7 +288,9 @@ def test_an_update_reports_the_errors_before_and_after_adapting_and_lowers_the_l
     agent = build().agent
     agent.norm.update(shown().episodes[0].obs[shown().episodes[0].valid])
     weights = agent.begin(TASKS)[0], adapted(agent, shown().episodes[0])
-    before, after = (float(torch.stack(error(agent, w, shown().episodes[1])).mean()) for w in weights)
+    before, after = (
+        float(torch.stack(error(agent, w, shown().episodes[1])).mean()) for w in weights
+    )
     assert first["train/loss_before"] == pytest.approx(before, rel=1e-5)
     assert first["train/loss"] == pytest.approx(after, rel=1e-5)
     for i in range(30):
@@ -268,7 +309,11 @@ def test_cloning_behaviour_is_plain_regression_without_rates() -> None:
     for p, q in zip(learner.agent.actor.parameters(), old.agent.actor.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-6)
         assert not torch.equal(p, q)
-    assert metrics["train/loss"] == metrics["train/loss_before"] == pytest.approx(loss.item(), rel=1e-5)
+    assert (
+        metrics["train/loss"]
+        == metrics["train/loss_before"]
+        == pytest.approx(loss.item(), rel=1e-5)
+    )
     assert learner.agent.rates.grad is None
     assert not learner.agent.rates.requires_grad
     assert torch.equal(learner.agent.rates, old.agent.rates)
@@ -285,8 +330,13 @@ def test_the_outer_gradient_is_bounded() -> None:
     learners = [build(grad_norm=n) for n in (1e9, 1e-3)]
     norms = [one.update(shown(), 0.0, 0)["train/grad_norm"] for one in learners]
     assert norms[0] == norms[1] > 0.1
-    lengths = [nn.utils.get_total_norm([p.grad for p in one.agent.parameters()]) for one in learners]
-    assert [float(n) for n in lengths] == [pytest.approx(norms[0], rel=1e-4), pytest.approx(1e-3, rel=1e-2)]
+    lengths = [
+        nn.utils.get_total_norm([p.grad for p in one.agent.parameters()]) for one in learners
+    ]
+    assert [float(n) for n in lengths] == [
+        pytest.approx(norms[0], rel=1e-4),
+        pytest.approx(1e-3, rel=1e-2),
+    ]
 
 
 def test_a_gradient_that_is_no_number_is_not_followed() -> None:
@@ -318,7 +368,8 @@ ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2
 
 
 def toy(rng: torch.Generator, orders: Sequence[int], shots: int = 2, steps: int = 4) -> Trials:
-    """What is seen is a class and noise, what is done is to point at its place, which is hidden and the task."""
+    """What is seen is a class and noise, what is done is to point at its place, which is hidden and
+    the task."""
     tasks, worlds = len(orders), len(orders) * CODES * shots
     variant = torch.arange(CODES).repeat_interleave(shots).repeat(tasks)
     place = SPOTS[ORDERS[torch.tensor(orders)].gather(1, variant.view(tasks, -1)).flatten()]
@@ -326,15 +377,30 @@ def toy(rng: torch.Generator, orders: Sequence[int], shots: int = 2, steps: int 
     for _ in range(2):
         seen = nn.functional.one_hot(variant, CODES).float().expand(steps, -1, -1)
         obs = torch.cat(
-            [seen + 0.1 * torch.randn(seen.shape, generator=rng), torch.randn(steps, worlds, 2, generator=rng)], 2
+            [
+                seen + 0.1 * torch.randn(seen.shape, generator=rng),
+                torch.randn(steps, worlds, 2, generator=rng),
+            ],
+            2,
         )
-        episodes.append(demonstrated(obs, place.expand(steps, -1, -1), torch.ones(steps, worlds, dtype=torch.bool)))
+        episodes.append(
+            demonstrated(
+                obs, place.expand(steps, -1, -1), torch.ones(steps, worlds, dtype=torch.bool)
+            )
+        )
     return Trials(episodes=tuple(episodes), task=torch.zeros(worlds, 1))
 
 
 def test_a_toy_of_hidden_places_is_learned_from_demonstrations() -> None:
     shapes = Dimensions(obs=CODES + 2, act=2, task=1, episodes=2)
-    settings = {"worlds": 8 * CODES * 2, "rollouts": CODES * 2, "width": 32, "inner_steps": 2, "lr": 5e-3, "guess": 0}
+    settings = {
+        "worlds": 8 * CODES * 2,
+        "rollouts": CODES * 2,
+        "width": 32,
+        "inner_steps": 2,
+        "lr": 5e-3,
+        "guess": 0,
+    }
     learner, rng = build(shapes=shapes, **settings, inner_lr=0.1), torch.Generator().manual_seed(0)
     rows = []
     for i in range(150):
@@ -360,5 +426,7 @@ def test_demonstrations_that_are_no_whole_tasks_are_refused() -> None:
 
 
 def test_more_cannot_be_guessed_than_is_seen() -> None:
-    with pytest.raises(MetarobotError, match="guess must be at most 5, what there is to see, not 6"):
+    with pytest.raises(
+        MetarobotError, match="guess must be at most 5, what there is to see, not 6"
+    ):
         build(guess=6)

@@ -47,7 +47,11 @@ def test_rates_that_are_not_learned_have_no_slope_and_never_change(name: str) ->
     assert not gradient[: agent.size].any()
     assert gradient[agent.size :].any()
     assert (
-        build("maml").agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))[: agent.size].any()
+        build("maml")
+        .agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))[
+            : agent.size
+        ]
+        .any()
     )
     for i in range(2):
         learner.update(lived(), 0.0, i)
@@ -95,8 +99,12 @@ def test_fomaml_takes_the_outer_slope_itself_and_updates_otherwise_than_maml() -
 
 
 @pytest.mark.parametrize("inner_steps", [1, 2])
-def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(inner_steps: int) -> None:
-    learner, vector, support, query = doubled("maml", 3, thin=1, damping=0.0, inner_steps=inner_steps)
+def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(
+    inner_steps: int,
+) -> None:
+    learner, vector, support, query = doubled(
+        "maml", 3, thin=1, damping=0.0, inner_steps=inner_steps
+    )
     agent = learner.agent
     fisher = learner.fisher(vector, support, query)
 
@@ -107,7 +115,12 @@ def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(in
 
     for v in directions(4, len(vector)):
         product = fisher(v)
-        assert torch.allclose(product, slope_along(slope, vector, v), rtol=1e-5, atol=1e-6 * float(product.abs().max()))
+        assert torch.allclose(
+            product,
+            slope_along(slope, vector, v),
+            rtol=1e-5,
+            atol=1e-6 * float(product.abs().max()),
+        )
 
 
 @by_trust_region
@@ -116,17 +129,24 @@ def test_thinning_touches_the_curvature_alone(name: str) -> None:
     agent = learner.agent
     path = agent.adapt_meta_parameters(vector, support, learner.derivative)
     sparse = (
-        learner.derivative(agent.surrogate, s.start, b.thin(4))[1] for s, b in zip(path.steps, support, strict=True)
+        learner.derivative(agent.surrogate, s.start, b.thin(4))[1]
+        for s, b in zip(path.steps, support, strict=True)
     )
-    path = replace(path, steps=tuple(replace(s, hessian=h) for s, h in zip(path.steps, sparse, strict=True)))
+    path = replace(
+        path, steps=tuple(replace(s, hessian=h) for s, h in zip(path.steps, sparse, strict=True))
+    )
     for v in directions(2, len(vector)):
         pushed, moved = agent.meta_jvp(path, v), []
         for i in range(len(TASKS)):
             shown = InnerBatch(*(x[i] for x in query.thin(4)))
-            kl = torch.autograd.functional.hvp(lambda w, b=shown: agent.divergence(w, b), path.weights[i], pushed[i])
+            kl = torch.autograd.functional.hvp(
+                lambda w, b=shown: agent.divergence(w, b), path.weights[i], pushed[i]
+            )
             moved.append(kl[1])
         assert torch.allclose(
-            learner.fisher(vector, support, query)(v), agent.meta_vjp(path, torch.stack(moved)), rtol=1e-9
+            learner.fisher(vector, support, query)(v),
+            agent.meta_vjp(path, torch.stack(moved)),
+            rtol=1e-9,
         )
 
 
@@ -141,13 +161,17 @@ def test_the_fisher_matrix_is_symmetric_and_positive(name: str, thin: int) -> No
     assert torch.linalg.eigvalsh(gram).min() > 0
     damped = build(name, episodes=3, thin=thin, damping=0.5)
     damped.agent.double()
-    assert torch.allclose(damped.fisher(vector, support, query)(sides[0]), fisher(sides[0]) + 0.5 * sides[0])
+    assert torch.allclose(
+        damped.fisher(vector, support, query)(sides[0]), fisher(sides[0]) + 0.5 * sides[0]
+    )
 
 
 @by_trust_region
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("progress", "bound"), [(0.0, 0.02), (0.5, 0.012), (1.0, 0.004)])
-def test_an_outer_step_gains_within_a_bound_that_shrinks(name: str, seed: int, progress: float, bound: float) -> None:
+def test_an_outer_step_gains_within_a_bound_that_shrinks(
+    name: str, seed: int, progress: float, bound: float
+) -> None:
     learner, old = build(name, kl=0.02, kl_end=0.2), build(name)
     trials = live(old.agent, seed=seed)
     *support, query = old.agent.batches(trials)
@@ -167,7 +191,9 @@ def test_an_outer_step_gains_within_a_bound_that_shrinks(name: str, seed: int, p
 
 @by_trust_region
 @pytest.mark.parametrize(("kl", "tries"), [(0.05, 1), (0.0, 10)])
-def test_where_the_line_search_finds_nothing_the_weights_stay(name: str, kl: float, tries: int) -> None:
+def test_where_the_line_search_finds_nothing_the_weights_stay(
+    name: str, kl: float, tries: int
+) -> None:
     learner = build(name, kl=kl, tries=tries)
     before = learner.agent.vector()
     metrics = learner.update(lived(), 0.0, 0)
@@ -185,7 +211,9 @@ def test_without_a_signal_the_weights_stay(name: str) -> None:
         for p in learner.critic.net.parameters():  # expects nothing
             nn.init.zeros_(p)
     metrics = learner.update(everywhere(reward=fill(slice(None), 0.0)), 0.0, 0)
-    assert torch.allclose(learner.agent.vector(), before, rtol=0, atol=1e-7 if name == "promp" else 0.0)
+    assert torch.allclose(
+        learner.agent.vector(), before, rtol=0, atol=1e-7 if name == "promp" else 0.0
+    )
     assert metrics.get("train/is_line_search_success", 0.0) == 0.0
 
 
@@ -200,9 +228,13 @@ def test_an_update_is_a_function_of_weights_trials_and_seed(name: str) -> None:
         assert finite(learner)
         states.append(learner.state())
     assert same(states[0], states[1])
-    assert same(states[0], states[2], "critic")  # the seed orders the critic's lessons, after it has judged
+    assert same(
+        states[0], states[2], "critic"
+    )  # the seed orders the critic's lessons, after it has judged
     assert same(states[0], states[2]) == (name == "reptile")
-    for (k, p), q in zip(learner.agent.named_parameters(), build(name).agent.parameters(), strict=True):
+    for (k, p), q in zip(
+        learner.agent.named_parameters(), build(name).agent.parameters(), strict=True
+    ):
         assert torch.equal(p, q) != p.requires_grad, k
 
 
@@ -237,7 +269,9 @@ def test_a_step_that_breaks_the_bound_is_undone(name: str, trained: bool) -> Non
     assert metrics["train/undone"] == 1.0
     assert metrics["train/gradient_steps"] == 0.0
     state = learner.state()
-    assert same(*({k: v for k, v in x.items() if "critic" not in k} for x in (state, before)), "norm")
+    assert same(
+        *({k: v for k, v in x.items() if "critic" not in k} for x in (state, before)), "norm"
+    )
     assert any(k.startswith("optimiser") for k in before) == trained
     assert not torch.equal(state["critic.net.0.weight"], before["critic.net.0.weight"])
     assert not torch.equal(learner.agent.norm.count, before["agent.norm.count"])
@@ -247,7 +281,9 @@ def test_a_step_within_the_bound_is_taken() -> None:
     learner, old = build("promp", epochs=3), build("promp").agent
     metrics = learner.update(lived(), 0.5, 0)
     *support, query = old.batches(lived())
-    reached = vmap(old.divergence)(old.adapt_meta_parameters(learner.agent.vector(), support).weights, query).mean()
+    reached = vmap(old.divergence)(
+        old.adapt_meta_parameters(learner.agent.vector(), support).weights, query
+    ).mean()
     assert metrics["train/approx_kl"] == pytest.approx(float(reached), rel=1e-3)
     assert metrics["train/undone"] == 0.0
     assert metrics["train/gradient_steps"] == 3.0
@@ -290,7 +326,10 @@ def test_a_rollout_with_a_broken_number_is_not_learned_from(name: str, where: in
         episodes = list(lived().episodes)
         episodes[where] = changed(episodes[where], **change)
         trials.append(replace(lived(), episodes=tuple(episodes)))
-    counts = [one.update(t, 0.0, 0)["train/ignored_rollouts"] for one, t in zip(learners, trials, strict=True)]
+    counts = [
+        one.update(t, 0.0, 0)["train/ignored_rollouts"]
+        for one, t in zip(learners, trials, strict=True)
+    ]
     assert counts == [2.0, 0.0]
     assert ignored_rollouts(trials[0]) == 2.0
     assert same(*(one.state() for one in learners))
@@ -300,7 +339,9 @@ def test_a_rollout_with_a_broken_number_is_not_learned_from(name: str, where: in
 
 @each_agent
 @pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY.keys())
-def test_where_there_is_nothing_to_learn_from_nothing_is_lost(name: str, empty: dict[str, Any]) -> None:
+def test_where_there_is_nothing_to_learn_from_nothing_is_lost(
+    name: str, empty: dict[str, Any]
+) -> None:
     learner = build(name)
     before = learner.agent.vector()
     trials = everywhere(**empty)
@@ -352,7 +393,9 @@ def test_odd_episodes_leave_all_weights_finite(name: str, odd: str) -> None:
 def test_one_rollout_is_enough(name: str) -> None:
     learner = build(name, worlds=2, rollouts=1)
     trials = live(learner.agent, STEADY)
-    assert not torch.equal(trials.episodes[1].action, live(learner.agent, STEADY, seed=1).episodes[1].action)
+    assert not torch.equal(
+        trials.episodes[1].action, live(learner.agent, STEADY, seed=1).episodes[1].action
+    )
     before = learner.agent.vector()
     learner.update(trials, 0.0, 0)
     assert finite(learner)
@@ -375,17 +418,26 @@ def footprint() -> tuple[int, int, int]:
     gc.collect()
     held = gc.get_objects()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return sum(issubclass(type(x), Tensor) for x in held), len(held), pages * os.sysconf("SC_PAGE_SIZE")
+    return (
+        sum(issubclass(type(x), Tensor) for x in held),
+        len(held),
+        pages * os.sysconf("SC_PAGE_SIZE"),
+    )
 
 
-@pytest.mark.parametrize(("name", "settings"), [("maml", {"cg_steps": 3}), ("promp", {"epochs": 2}), ("reptile", {})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("maml", {"cg_steps": 3}), ("promp", {"epochs": 2}), ("reptile", {})]
+)
 def test_updates_leave_nothing_behind(name: str, settings: dict[str, int]) -> None:
     learner, trials, found = build(name, **settings), lived(), []
     for i in range(25):
         if i == 5:
             found.append(footprint())
         learner.update(trials, 0.0, i)
-    (tensors, objects, resident), (more_tensors, more_objects, more_resident) = (*found, footprint())
+    (tensors, objects, resident), (more_tensors, more_objects, more_resident) = (
+        *found,
+        footprint(),
+    )
     assert more_tensors == tensors
     assert more_objects - objects < 60
     assert more_resident - resident < 5_000_000

@@ -19,7 +19,15 @@ from metarobot.training.collect import collect
 from metarobot.training.run_folder import agent_dimensions, build_learner, open_run, save_checkpoint
 from metarobot.types import Percept, Trials, join_episodes
 
-SMALL = {"worlds": 2, "width": 16, "tasks": 4, "batch": 4, "context": 8, "gradient_steps": 3, "replay": 10_000}
+SMALL = {
+    "worlds": 2,
+    "width": 16,
+    "tasks": 4,
+    "batch": 4,
+    "context": 8,
+    "gradient_steps": 3,
+    "replay": 10_000,
+}
 
 
 def build(family: Family = FALLING, **settings: Any) -> PEARL:
@@ -28,13 +36,16 @@ def build(family: Family = FALLING, **settings: Any) -> PEARL:
     return learner
 
 
-def live(learner: PEARL, tasks: Any = TASKS, family: Family = FALLING, seed: int = 0, **settings: Any) -> Trials:
+def live(
+    learner: PEARL, tasks: Any = TASKS, family: Family = FALLING, seed: int = 0, **settings: Any
+) -> Trials:
     usual = {"episodes": learner.config.episodes, "seed": seed}
     return collect(learner.agent, Env(family, tasks, threads=1), tasks, **usual | settings)
 
 
 def skilled(**settings: Any) -> PEARL:
-    """A learner whose normalisers have seen data and whose weights are far from those it was born with."""
+    """A learner whose normalisers have seen data and whose weights are far from those it was born
+    with."""
     learner = build(**settings)
     learner.update(live(learner), 0.0, 0)
     with torch.no_grad():
@@ -46,7 +57,9 @@ def skilled(**settings: Any) -> PEARL:
 def drawn(tasks: int, steps: int, seed: int = 0) -> Transitions:
     g = torch.Generator().manual_seed(seed)
     sizes = (17, 6, 0, 0, 17)
-    return Transitions(*(torch.randn(*(tasks, steps, n) if n else (tasks, steps), generator=g) for n in sizes))
+    return Transitions(
+        *(torch.randn(*(tasks, steps, n) if n else (tasks, steps), generator=g) for n in sizes)
+    )
 
 
 def close(a: tuple[Tensor, ...], b: tuple[Tensor, ...], **tolerance: float) -> bool:
@@ -110,7 +123,9 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
     for value in (7.0, float("nan")):
         names = ("obs", "action", "reward")
         hidden = {k: _outside(getattr(episode, k), episode.valid, value) for k in names}
-        assert same(dict(enumerate(agent.adapt(start, replace(episode, **hidden)))), dict(enumerate(clean)))
+        assert same(
+            dict(enumerate(agent.adapt(start, replace(episode, **hidden)))), dict(enumerate(clean))
+        )
 
 
 def _outside(x: Tensor, valid: Tensor, value: float) -> Tensor:
@@ -148,7 +163,9 @@ def test_z_is_drawn_at_an_episodes_first_step_and_kept() -> None:
 
 
 def test_actions_depend_on_z_and_stay_within_their_bounds() -> None:
-    shapes = Dimensions(obs=17, act=6, task=1, episodes=3, horizon=12, low=(-4.0,) * 6, high=(2.0,) * 6)
+    shapes = Dimensions(
+        obs=17, act=6, task=1, episodes=3, horizon=12, low=(-4.0,) * 6, high=(2.0,) * 6
+    )
     agent = PEARL(PEARLConfig(**SMALL), shapes).agent
     nn.init.constant_(agent.actor[-1].bias, 0.3)
     zeros = torch.zeros(2, 5)
@@ -161,7 +178,8 @@ def test_actions_depend_on_z_and_stay_within_their_bounds() -> None:
     assert torch.allclose(wild, torch.tensor(2.0))
     assert torch.allclose(agent.centred(action), torch.tanh(torch.tensor(0.3)), atol=0.1)
     assert torch.equal(
-        agent.centred(torch.tensor([-4.0, -1.0, 2.0]).repeat(2)), torch.tensor([-1.0, 0.0, 1.0]).repeat(2)
+        agent.centred(torch.tensor([-4.0, -1.0, 2.0]).repeat(2)),
+        torch.tensor([-1.0, 0.0, 1.0]).repeat(2),
     )
 
 
@@ -220,14 +238,18 @@ def test_the_actors_loss_reaches_no_critic() -> None:
     slopes = torch.autograd.grad(given.sum(), [x, *twins.parameters()], allow_unused=True)
     assert slopes[0].abs().sum() > 0
     assert all(s is None for s in slopes[1:])
-    assert all(s.abs().sum() > 0 for s in torch.autograd.grad(learning.sum(), [x, *twins.parameters()]))
+    assert all(
+        s.abs().sum() > 0 for s in torch.autograd.grad(learning.sum(), [x, *twins.parameters()])
+    )
 
 
 def test_target_critics_follow_by_tau() -> None:
     learner = build(tau=0.25, gradient_steps=1)
     old = [p.detach().clone() for p in learner.targets.parameters()]
     learner.update(live(learner), 0.0, 0)
-    for before, target, critic in zip(old, learner.targets.parameters(), learner.critics.parameters(), strict=True):
+    for before, target, critic in zip(
+        old, learner.targets.parameters(), learner.critics.parameters(), strict=True
+    ):
         assert torch.allclose(target, 0.75 * before + 0.25 * critic, atol=1e-7)
         assert not torch.equal(target, before)
         assert not target.requires_grad
@@ -289,7 +311,10 @@ def test_at_test_time_there_is_nothing_but_the_test_tasks_own_episodes() -> None
         learner.replay.add(live(learner, seed=50 + i))
     space = FALLING.space
     a, b = (space.task(direction=d) for d in (1.0, -1.0))
-    lived = [live(x, tasks, seed=9) for x, tasks in ((learner, [a, b]), (fresh, [a, b]), (learner, [a, a]))]
+    lived = [
+        live(x, tasks, seed=9)
+        for x, tasks in ((learner, [a, b]), (fresh, [a, b]), (learner, [a, a]))
+    ]
     for other in lived[1:]:
         for one, two in zip(lived[0].episodes, other.episodes, strict=True):
             time = min(len(one.obs), len(two.obs))
@@ -299,20 +324,29 @@ def test_at_test_time_there_is_nothing_but_the_test_tasks_own_episodes() -> None
 
 
 def changed(trials: Trials, **values: Any) -> Trials:
-    return replace(trials, episodes=tuple(replace(e, **{k: f(e) for k, f in values.items()}) for e in trials.episodes))
+    return replace(
+        trials,
+        episodes=tuple(replace(e, **{k: f(e) for k, f in values.items()}) for e in trials.episodes),
+    )
 
 
 def test_a_task_with_too_few_transitions_is_named() -> None:
     learner = build()
     trials = changed(live(learner), valid=lambda e: e.valid & (torch.arange(2) == 0))
-    with pytest.raises(PosteriorError, match=r"task 1 of 2 has 0 transitions to infer it from, fewer than least = 4"):
+    with pytest.raises(
+        PosteriorError,
+        match=r"task 1 of 2 has 0 transitions to infer it from, fewer than least = 4",
+    ):
         learner.update(trials, 0.0, 0)
     assert len(learner.replay) == 0
 
 
 def test_identical_contexts_are_named() -> None:
     learner = build()
-    alike = {k: lambda e, k=k: getattr(e, k)[:, :1].expand_as(getattr(e, k)) for k in ("obs", "action", "reward")}
+    alike = {
+        k: lambda e, k=k: getattr(e, k)[:, :1].expand_as(getattr(e, k))
+        for k in ("obs", "action", "reward")
+    }
     trials = changed(live(learner), **alike, valid=lambda e: torch.ones_like(e.valid))
     with pytest.raises(PosteriorError, match="contexts of all 2 tasks are identical"):
         learner.update(trials, 0.0, 0)
@@ -335,8 +369,30 @@ def test_numbers_that_are_not_finite_are_named(broken: float) -> None:
 
 def test_training_that_breaks_down_leaves_the_last_checkpoint(tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
-    argv = ["train", "CheetahDir100", "--agent", "pearl", "--threads", "1", "--save-every", "1", "--out", str(out)]
-    argv += ["--worlds", "2", "--width", "8", "--gradient-steps", "2", "--tasks", "2", "--batch", "4"]
+    argv = [
+        "train",
+        "CheetahDir100",
+        "--agent",
+        "pearl",
+        "--threads",
+        "1",
+        "--save-every",
+        "1",
+        "--out",
+        str(out),
+    ]
+    argv += [
+        "--worlds",
+        "2",
+        "--width",
+        "8",
+        "--gradient-steps",
+        "2",
+        "--tasks",
+        "2",
+        "--batch",
+        "4",
+    ]
     assert run(capsys, *argv, "--steps", "600")[0] == 0
     before = json.loads((out / "checkpoint.json").read_text())
     tensors, counters = open_run(out).checkpoint()
@@ -353,14 +409,19 @@ def test_training_that_breaks_down_leaves_the_last_checkpoint(tmp_path: Path, ca
     ("settings", "message"),
     [
         (("--replay", "1000000000000"), "a replay of 1,000,000,000,000 transitions needs"),
-        (("--replay", "100"), "does not hold the 20 trials of an iteration, 3 x 100 transitions each"),
+        (
+            ("--replay", "100"),
+            "does not hold the 20 trials of an iteration, 3 x 100 transitions each",
+        ),
         (("--episodes", "1"), "episodes must be at least 2"),
         (("--context", "3"), "context must be at least 4"),
         (("--gamma", "nan"), "gamma must be a finite number"),
         (("--latent", "0"), "latent must be at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_training(tmp_path: Path, capsys, settings, message) -> None:
+def test_settings_that_cannot_work_are_refused_before_training(
+    tmp_path: Path, capsys, settings, message
+) -> None:
     out = tmp_path / "run"
     argv = ("train", "CheetahDir100", "--agent", "pearl", "--threads", "1", "--out", str(out))
     code, _, errors = run(capsys, *argv, *settings)

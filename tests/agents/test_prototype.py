@@ -19,10 +19,19 @@ from metarobot.training.collect import collect
 from metarobot.training.train import train
 from metarobot.types import Percept, Rollout, Trials
 
-FAMILY = families.get("CheetahVel").replace(horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8)
+FAMILY = families.get("CheetahVel").replace(
+    horizon=12, terminate=lambda state: state.qvel[:, 0].abs() > 0.8
+)
 TASKS = FAMILY.space.sample("train", 6, 0)
 SHAPES = Dimensions(obs=17, act=6, task=1, episodes=2)
-SMALL: dict[str, Any] = {"worlds": 6, "minibatches": 2, "epochs": 2, "width": 16, "lessons": 4, "window": 5}
+SMALL: dict[str, Any] = {
+    "worlds": 6,
+    "minibatches": 2,
+    "epochs": 2,
+    "width": 16,
+    "lessons": 4,
+    "window": 5,
+}
 
 
 def build(seed: int = 0, **settings: Any) -> Prototype:
@@ -30,7 +39,9 @@ def build(seed: int = 0, **settings: Any) -> Prototype:
     return Prototype(PrototypeConfig(**SMALL | {"bank": 18} | settings), SHAPES)
 
 
-def live(learner: Prototype, seed: int = 0, explore: bool = True, tasks: Any = TASKS, **settings: Any) -> Trials:
+def live(
+    learner: Prototype, seed: int = 0, explore: bool = True, tasks: Any = TASKS, **settings: Any
+) -> Trials:
     env = Env(FAMILY, tasks, threads=1)
     return collect(learner.agent, env, tasks, episodes=2, seed=seed, explore=explore, **settings)
 
@@ -52,7 +63,9 @@ def changed(trials: Trials, **values: Callable[[Tensor], Tensor]) -> Trials:
     """Trials with some tensors of every episode replaced."""
     return replace(
         trials,
-        episodes=tuple(replace(e, **{k: f(getattr(e, k)) for k, f in values.items()}) for e in trials.episodes),
+        episodes=tuple(
+            replace(e, **{k: f(getattr(e, k)) for k, f in values.items()}) for e in trials.episodes
+        ),
     )
 
 
@@ -62,7 +75,9 @@ def cut(e: Rollout, steps: int) -> Rollout:
     return replace(e, valid=valid, terminated=e.terminated & valid, truncated=e.truncated & valid)
 
 
-def test_acting_step_by_step_and_adapting_equals_the_pass_over_whole_trials(skilled: Prototype) -> None:
+def test_acting_step_by_step_and_adapting_equals_the_pass_over_whole_trials(
+    skilled: Prototype,
+) -> None:
     agent, contexts = skilled.agent, []
 
     def watched(context: Context) -> Context:
@@ -84,7 +99,9 @@ def test_acting_step_by_step_and_adapting_equals_the_pass_over_whole_trials(skil
     assert torch.allclose(z, agent.embed(first), atol=1e-4)
 
 
-def test_the_learner_shows_the_policy_what_it_acted_on_and_the_critic_the_task(skilled: Prototype) -> None:
+def test_the_learner_shows_the_policy_what_it_acted_on_and_the_critic_the_task(
+    skilled: Prototype,
+) -> None:
     trials = live(skilled, seed=3)
     first, second = skilled._shown(trials).episodes
     nothing = skilled.agent.encoder.begin(6)
@@ -109,7 +126,8 @@ def test_embeddings_do_not_mind_the_order_of_transitions(skilled: Prototype) -> 
 
 
 def test_context_comes_from_nothing_but_the_tasks_own_episodes(skilled: Prototype) -> None:
-    """The same task, the same start: other tasks beside it, and other prototypes, change not one action."""
+    """The same task, the same start: other tasks beside it, and other prototypes, change not one
+    action."""
     other = build()
     other.load(skilled.state())
     with torch.no_grad():
@@ -123,7 +141,9 @@ def test_context_comes_from_nothing_but_the_tasks_own_episodes(skilled: Prototyp
         assert torch.allclose(a.action[:steps, 0], b.action[:steps, 0], atol=1e-6)
     moved = live(other, seed=3, tasks=[TASKS[3], *TASKS[1:]]).episodes[1]
     steps = min(len(moved.valid), len(alone.episodes[1].valid))
-    assert not torch.allclose(moved.action[:steps, 0], alone.episodes[1].action[:steps, 0], atol=1e-3)
+    assert not torch.allclose(
+        moved.action[:steps, 0], alone.episodes[1].action[:steps, 0], atol=1e-3
+    )
 
 
 def test_the_context_of_another_task_changes_embedding_and_behaviour(skilled: Prototype) -> None:
@@ -142,12 +162,15 @@ def test_the_context_of_another_task_changes_embedding_and_behaviour(skilled: Pr
     assert torch.equal(wrong_z, z.flip(0))
     assert (wrong_action - action).abs().amax(1).min() > 1e-3
     zeros = torch.zeros(6)
-    fresh, _ = agent.act(Percept(first.obs[0], first.action[0], zeros, zeros, zeros + 1), agent.begin(6))
+    fresh, _ = agent.act(
+        Percept(first.obs[0], first.action[0], zeros, zeros, zeros + 1), agent.begin(6)
+    )
     assert (fresh - action).abs().max() > 1e-3
 
 
 def test_the_last_transition_of_an_episode_waits_for_adapt(skilled: Prototype) -> None:
-    """The observation after an episode's end is of the next one: nothing may be read from that pair."""
+    """The observation after an episode's end is of the next one: nothing may be read from that
+    pair."""
     agent = skilled.agent
     context = agent.begin(2)
     obs, action, zeros = torch.randn(2, 17), torch.randn(2, 6), torch.zeros(2)
@@ -163,7 +186,13 @@ def test_the_last_transition_of_an_episode_waits_for_adapt(skilled: Prototype) -
 def test_lessons_bring_windows_of_a_task_together_whatever_the_loss(loss: str) -> None:
     learner = build(loss=loss, lessons=150, encoder_lr=3e-3)
     metrics = [learner.update(live(learner, seed=i), 0.0, i) for i in range(3)]
-    names = {"metric/loss", "metric/distance_loss", "metric/accuracy", "metric/spread", "metric/threshold"}
+    names = {
+        "metric/loss",
+        "metric/distance_loss",
+        "metric/accuracy",
+        "metric/spread",
+        "metric/threshold",
+    }
     assert names <= metrics[0].keys()
     assert metrics[2]["metric/distance_loss"] < 0.6 * metrics[0]["metric/distance_loss"]
     assert metrics[2]["metric/accuracy"] > 2 / 18
@@ -172,7 +201,9 @@ def test_lessons_bring_windows_of_a_task_together_whatever_the_loss(loss: str) -
     assert within < 0.5 * metrics[2]["metric/spread"]
 
 
-def test_the_bank_holds_the_latest_tasks_with_prototypes_of_the_encoder_as_it_is(skilled: Prototype) -> None:
+def test_the_bank_holds_the_latest_tasks_with_prototypes_of_the_encoder_as_it_is(
+    skilled: Prototype,
+) -> None:
     learner = build(bank=9)
     for i in range(2):
         trials = live(learner, seed=i, tasks=FAMILY.space.sample("train", 6, i))
@@ -197,7 +228,9 @@ def test_windows_are_transitions_that_were_lived_and_the_last_is_how_the_trial_b
     bank = learner.agent.bank
     first = trials.episodes[0]
     after = torch.where(first.valid.sum(0)[:, None] > 1, first.obs[1], first.final_obs)
-    expected = torch.cat([first.obs[0], first.action[0], first.reward[0][:, None], after - first.obs[0]], 1)
+    expected = torch.cat(
+        [first.obs[0], first.action[0], first.reward[0][:, None], after - first.obs[0]], 1
+    )
     assert torch.equal(bank.windows[:6, -1, 0], expected)
     lived = {tuple(x.tolist()) for e in trials.episodes for x in e.obs[e.valid]}
     for w, real in zip(bank.windows[:6].flatten(0, 2), bank.lived[:6].flatten(), strict=True):
@@ -224,12 +257,17 @@ def test_the_policys_gradient_leaves_the_encoder_alone_and_a_blind_policy_is_a_b
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
-        (lambda a: a.encoder.place[-1].weight.zero_(), "collapsed: 6 tasks lie within .* of one point"),
+        (
+            lambda a: a.encoder.place[-1].weight.zero_(),
+            "collapsed: 6 tasks lie within .* of one point",
+        ),
         (lambda a: a.encoder.place[-1].weight.fill_(float("nan")), "not finite"),
         (lambda a: a.encoder.read[0].weight.fill_(float("inf")), "not finite"),
     ],
 )
-def test_embeddings_that_collapsed_or_are_not_finite_are_named(break_it: Callable[[Any], Any], says: str) -> None:
+def test_embeddings_that_collapsed_or_are_not_finite_are_named(
+    break_it: Callable[[Any], Any], says: str
+) -> None:
     learner = build()
     learner.update(live(learner), 0.0, 0)
     with torch.no_grad():
@@ -246,10 +284,23 @@ def test_training_stops_at_a_collapse_with_the_checkpoint_safe(
 ) -> None:
     made = tiny_run(tmp_path / "run", agent="prototype")
     held = made.checkpoint()
-    assert {"agent.bank.prototype", "agent.bank.task", "agent.bank.windows", "agent.bank.threshold"} <= held[0].keys()
+    assert {
+        "agent.bank.prototype",
+        "agent.bank.task",
+        "agent.bank.windows",
+        "agent.bank.threshold",
+    } <= held[0].keys()
     with monkeypatch.context() as m:
         m.setattr("metarobot.agents.prototype.COLLAPSED", 1e9)
-        more = ["--agent", "prototype", "--out", str(tmp_path / "run"), "--resume", "--steps", "4000"]
+        more = [
+            "--agent",
+            "prototype",
+            "--out",
+            str(tmp_path / "run"),
+            "--resume",
+            "--steps",
+            "4000",
+        ]
         code, _, err = run(capsys, "train", "CheetahDir100", *more)
     assert code == 2
     assert "the embeddings collapsed" in err.splitlines()[-1]
@@ -264,20 +315,28 @@ def test_tasks_that_lived_the_same_or_next_to_nothing_are_refused_in_a_line() ->
     trials = live(learner)
     same = changed(
         trials,
-        **{k: lambda x: x[:, :1].expand_as(x) for k in ("obs", "action", "reward", "valid", "terminated", "truncated")},
+        **{
+            k: lambda x: x[:, :1].expand_as(x)
+            for k in ("obs", "action", "reward", "valid", "terminated", "truncated")
+        },
         final_obs=lambda x: x[:1].expand_as(x),
     )
     with pytest.raises(CollapseError, match="6 tasks lived identical transitions"):
         learner.update(same, 0.0, 0)
     short = replace(trials, episodes=(cut(trials.episodes[0], 1),))
-    with pytest.raises(MetarobotError, match="a task lived 1 transitions; support and query need at least 2"):
+    with pytest.raises(
+        MetarobotError, match="a task lived 1 transitions; support and query need at least 2"
+    ):
         learner._keep(short, torch.Generator())
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"loss": "triplet"}, "no loss called 'triplet'; there are: prototypical, contrastive, siamese"),
+        (
+            {"loss": "triplet"},
+            "no loss called 'triplet'; there are: prototypical, contrastive, siamese",
+        ),
         ({"windows": 1}, "windows must be at least 2, a support and a query, not 1"),
         ({"bank": 5}, "bank = 5 cannot hold the tasks of one iteration, worlds = 6"),
     ],

@@ -1,4 +1,5 @@
-"""Training to thresholds that no policy without adaptation can reach; minutes each, so ``make slow`` runs them."""
+"""Training to thresholds that no policy without adaptation can reach; minutes each, so ``make
+slow`` runs them."""
 
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,11 @@ pytestmark = pytest.mark.slow
 
 
 def trained(out: Path, family: str, steps: int, agent: str = "rl2", **settings: object) -> Run:
-    run = start_run(TrainConfig(family=family, agent=agent, steps=steps), agents.get(agent).config(**settings), out)
+    run = start_run(
+        TrainConfig(family=family, agent=agent, steps=steps),
+        agents.get(agent).config(**settings),
+        out,
+    )
     train(run)
     return run
 
@@ -37,7 +42,9 @@ def test_rl2_runs_both_ways_and_a_blind_policy_cannot(tmp_path: Path) -> None:
     direction = np.array([t["direction"] for t in report["task_values"]])
     assert returns[direction > 0].mean() > 300
     assert returns[direction < 0].mean() > 300
-    blind = evaluate([trained(tmp_path / "blind", "CheetahDir", 500_000, "blind")], Protocol(tasks=20))
+    blind = evaluate(
+        [trained(tmp_path / "blind", "CheetahDir", 500_000, "blind")], Protocol(tasks=20)
+    )
     assert blind["episodes"][-1]["mean"] < 100
 
 
@@ -48,7 +55,9 @@ def test_rl2_beats_the_best_policy_that_cannot_adapt(tmp_path: Path) -> None:
     assert report["episodes"][-1]["mean"] > -120
 
 
-def test_promp_runs_both_ways_after_one_gradient_step_and_fine_tuning_does_not(tmp_path: Path) -> None:
+def test_promp_runs_both_ways_after_one_gradient_step_and_fine_tuning_does_not(
+    tmp_path: Path,
+) -> None:
     blind = trained(tmp_path / "blind", "CheetahDir100", 500_000, "blind")
     promp = trained(tmp_path / "promp", "CheetahDir100", 2_000_000, "promp")
     report = evaluate([promp], Protocol(tasks=20), finetune=[blind])
@@ -79,7 +88,9 @@ def toy() -> Family:
     return Family(
         name="Toy",
         doc="Go where the reward says.",
-        space=TaskSpace("Toy", (Param(name="goal", train=Uniform(-1, 1), unit="m", doc="where to go"),)),
+        space=TaskSpace(
+            "Toy", (Param(name="goal", train=Uniform(-1, 1), unit="m", doc="where to go"),)
+        ),
         horizon=16,
         substeps=2,
         spec=lambda: mujoco.MjSpec.from_string(POINT),
@@ -109,7 +120,15 @@ def test_pearl_goes_where_the_reward_says_and_another_tasks_context_leads_astray
         tasks = family.space.sample("train", 16, [0, i])
         learner.update(collect(learner.agent, env, tasks, episodes=3, seed=i), i / 16, i)
     tasks = family.space.sample("test", 40, 0)
-    play = partial(collect, learner.agent, Env(family, tasks, threads=1), tasks, episodes=3, seed=0, explore=False)
+    play = partial(
+        collect,
+        learner.agent,
+        Env(family, tasks, threads=1),
+        tasks,
+        episodes=3,
+        seed=0,
+        explore=False,
+    )
     told, astray = play(), play(between=partial(_swapped, tasks))
     first, *_, last = told.returns().mean(1).tolist()
     # standing still in the middle, which is best without knowing, earns −0.5 a step

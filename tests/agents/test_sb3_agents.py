@@ -1,4 +1,5 @@
-"""Stable-Baselines3's algorithms as agents: they act as SB3 does, and live, are kept and go on as any other."""
+"""Stable-Baselines3's algorithms as agents: they act as SB3 does, and live, are kept and go on as
+any other."""
 
 import json
 import subprocess
@@ -35,7 +36,15 @@ from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv, flat_per
 SMALL: dict[str, dict[str, Any]] = {
     "sb3:ppo": {"worlds": 4, "episodes": 1, "width": 8, "epochs": 2, "minibatches": 4},
     "sb3:recurrentppo": {"worlds": 4, "episodes": 2, "width": 8, "epochs": 1, "minibatches": 2},
-    "sb3:sac": {"worlds": 4, "episodes": 1, "width": 8, "updates": 1, "batch": 16, "start": 600, "replay": 800},
+    "sb3:sac": {
+        "worlds": 4,
+        "episodes": 1,
+        "width": 8,
+        "updates": 1,
+        "batch": 16,
+        "start": 600,
+        "replay": 800,
+    },
 }
 each = pytest.mark.parametrize("name", SMALL)
 VEL = replace(families.get("CheetahVel100"), horizon=10)
@@ -43,12 +52,18 @@ VEL = replace(families.get("CheetahVel100"), horizon=10)
 
 def begin(out: Path, name: str, steps: int = 1200, **settings: Any) -> Run:
     config = agents.get(name).config(**SMALL[name] | settings)
-    return start_run(TrainConfig(family="CheetahVel100", agent=name, steps=steps, threads=1, save_every=1), config, out)
+    return start_run(
+        TrainConfig(family="CheetahVel100", agent=name, steps=steps, threads=1, save_every=1),
+        config,
+        out,
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    made = {name: begin(tmp_path_factory.mktemp("sb3") / name.replace(":", "-"), name) for name in SMALL}
+    made = {
+        name: begin(tmp_path_factory.mktemp("sb3") / name.replace(":", "-"), name) for name in SMALL
+    }
     for run in made.values():
         assert train(run, show=False)
     return made
@@ -86,7 +101,9 @@ def test_explores_as_sb3_does_when_it_collects(trained: dict[str, Run], name: st
         ours = torch.stack([agent.act(percept, agent.begin(n), x)[0] for x in noise])
         torch.manual_seed(0)
         seen = flat_percept(percept) if agent.begin(n) else percept.obs
-        theirs = np.stack([agent.policy.predict(seen.numpy(), None, np.ones(n))[0] for _ in range(1000)])
+        theirs = np.stack(
+            [agent.policy.predict(seen.numpy(), None, np.ones(n))[0] for _ in range(1000)]
+        )
     np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=0.09)
     np.testing.assert_allclose(ours.std(0), theirs.std(0), atol=0.09)
 
@@ -119,7 +136,9 @@ def test_the_robots_own_bounds_are_kept(name: str) -> None:
 
 
 @each
-def test_goes_on_bit_for_bit_after_a_power_cut(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_bit_for_bit_after_a_power_cut(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import metarobot.training.train as module
 
     whole, broken = begin(tmp_path / "whole", name), begin(tmp_path / "broken", name)
@@ -159,14 +178,22 @@ def test_nothing_is_pickled_and_metrics_have_our_names(trained: dict[str, Run], 
     kinds = {p.suffix for p in folder.iterdir() if "events" not in p.name}
     assert kinds == {".json", ".jsonl", ".safetensors"}
     row = read_metrics(folder / "metrics.jsonl")[-1]
-    wanted = {"rollout/ep_rew_mean", "meta/post_adapt_return", "meta/return_episode_1", "time/fps", "time/collect_fps"}
+    wanted = {
+        "rollout/ep_rew_mean",
+        "meta/post_adapt_return",
+        "meta/return_episode_1",
+        "time/fps",
+        "time/collect_fps",
+    }
     assert wanted <= set(row)
     assert ("meta/return_episode_2" in row) == (name == "sb3:recurrentppo")
     assert row["rollout/ep_len_mean"] == 100
 
 
 @each
-def test_is_evaluated_filmed_and_published_as_any_other(trained: dict[str, Run], name: str, tmp_path: Path) -> None:
+def test_is_evaluated_filmed_and_published_as_any_other(
+    trained: dict[str, Run], name: str, tmp_path: Path
+) -> None:
     run = trained[name]
     report = evaluate([run], Protocol(tasks=3, episodes=2, threads=1), controls=True)
     assert report["agent"] == name
@@ -179,8 +206,15 @@ def test_is_evaluated_filmed_and_published_as_any_other(trained: dict[str, Run],
 
 @each
 def test_learning_moves_the_policy_and_its_normaliser(trained: dict[str, Run], name: str) -> None:
-    fresh, learned = trained[name].learner().agent.state_dict(), trained[name].load_agent().state_dict()
-    weights = [k for k in fresh if k.endswith("weight") and ("pi" in k or "actor" in k or "policy_net" in k)]
+    fresh, learned = (
+        trained[name].learner().agent.state_dict(),
+        trained[name].load_agent().state_dict(),
+    )
+    weights = [
+        k
+        for k in fresh
+        if k.endswith("weight") and ("pi" in k or "actor" in k or "policy_net" in k)
+    ]
     assert weights
     assert all(not torch.equal(fresh[k], learned[k]) for k in weights)
     counts = [v for k, v in learned.items() if k.endswith("norm.count")]
@@ -191,7 +225,10 @@ def test_learning_moves_the_policy_and_its_normaliser(trained: dict[str, Run], n
 def test_memory_lives_through_the_trial_and_the_whole_sequence_equals_its_steps() -> None:
     family = replace(VEL, horizon=6)
     learner = build_learner(
-        "sb3:recurrentppo", agents.get("sb3:recurrentppo").config(**SMALL["sb3:recurrentppo"]), family, 0
+        "sb3:recurrentppo",
+        agents.get("sb3:recurrentppo").config(**SMALL["sb3:recurrentppo"]),
+        family,
+        0,
     )
     agent = learner.agent
     env = Env(family, family.space.sample("train", 4), threads=1)
@@ -203,8 +240,14 @@ def test_memory_lives_through_the_trial_and_the_whole_sequence_equals_its_steps(
             for t in range(6):
                 last = trials.episodes[k - (t == 0)]
                 begun = k + t == 0
-                before = [torch.zeros_like(x[0]) if begun else x[t - 1] for x in (last.action, last.reward)]
-                first, done = torch.full((4,), float(begun)), torch.full((4,), float(t == 0 and k > 0))
+                before = [
+                    torch.zeros_like(x[0]) if begun else x[t - 1]
+                    for x in (last.action, last.reward)
+                ]
+                first, done = (
+                    torch.full((4,), float(begun)),
+                    torch.full((4,), float(t == 0 and k > 0)),
+                )
                 percepts.append(flat_percept(Percept(episode.obs[t], *before, done, first)))
         sequence = torch.stack(percepts, 1).flatten(0, 1)
         starts = torch.zeros(4, 12)
@@ -216,7 +259,9 @@ def test_memory_lives_through_the_trial_and_the_whole_sequence_equals_its_steps(
     assert torch.allclose(acted.episodes[0].action[0], mean[0].clamp(-1, 1), atol=1e-6)
     noise = torch.randn(6, 4, env.act_dim, generator=torch.Generator().manual_seed(0))
     std = distribution.distribution.stddev[0]
-    assert torch.allclose(trials.episodes[0].action, (mean[:6] + noise * std).clamp(-1, 1), atol=1e-5)
+    assert torch.allclose(
+        trials.episodes[0].action, (mean[:6] + noise * std).clamp(-1, 1), atol=1e-5
+    )
 
 
 def test_walks_through_a_sequence_where_memories_are_cleared_within_it() -> None:
@@ -230,7 +275,9 @@ def test_walks_through_a_sequence_where_memories_are_cleared_within_it() -> None
         for mark in marks:
             starts[mark] = 1.0
         ours = TrialPolicy._process_sequence(features, states, starts.flatten(), lstm)
-        theirs = RecurrentActorCriticPolicy._process_sequence(features, states, starts.flatten(), lstm)
+        theirs = RecurrentActorCriticPolicy._process_sequence(
+            features, states, starts.flatten(), lstm
+        )
         assert torch.allclose(ours[0], theirs[0], atol=1e-6)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours[1], theirs[1], strict=True))
 
@@ -288,9 +335,18 @@ def test_rewards_are_scaled_in_training_only() -> None:
 
 
 BAD = {
-    "unknown": ("train CheetahVel --agent sb3:foo --out {tmp}/x", "no agent called 'sb3:foo'; there are: "),
-    "device": ("train CheetahVel --agent sb3:ppo --device cuda --out {tmp}/x", "'sb3:ppo' learns on the CPU"),
-    "init": ("train CheetahVel100 --agent sb3:ppo --init {run} --out {tmp}/x", "init needs a policy trained as ppo"),
+    "unknown": (
+        "train CheetahVel --agent sb3:foo --out {tmp}/x",
+        "no agent called 'sb3:foo'; there are: ",
+    ),
+    "device": (
+        "train CheetahVel --agent sb3:ppo --device cuda --out {tmp}/x",
+        "'sb3:ppo' learns on the CPU",
+    ),
+    "init": (
+        "train CheetahVel100 --agent sb3:ppo --init {run} --out {tmp}/x",
+        "init needs a policy trained as ppo",
+    ),
     "share": (
         "train CheetahVel --agent sb3:ppo --minibatches 7 --out {tmp}/x",
         "minibatches = 7 do not share the 25,600",
@@ -299,14 +355,21 @@ BAD = {
         "train CheetahVel --agent sb3:sac --replay 4000000000 --out {tmp}/x",
         "a replay of 4,000,000,000 transitions needs 688.0 GB of memory",
     ),
-    "zero": ("train CheetahVel --agent sb3:sac --updates 0 --out {tmp}/x", "updates must be at least 1, not 0"),
+    "zero": (
+        "train CheetahVel --agent sb3:sac --updates 0 --out {tmp}/x",
+        "updates must be at least 1, not 0",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line(case: str, capsys: Any, trained: dict[str, Run], tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(
+    case: str, capsys: Any, trained: dict[str, Run], tmp_path: Path
+) -> None:
     argv, message = BAD[case]
-    code, _, err = command(capsys, *(w.format(tmp=tmp_path, run=trained["sb3:ppo"].folder) for w in argv.split()))
+    code, _, err = command(
+        capsys, *(w.format(tmp=tmp_path, run=trained["sb3:ppo"].folder) for w in argv.split())
+    )
     assert code == 2
     assert message in err
     assert err.strip().count("\n") == 0
@@ -319,16 +382,29 @@ def without(package: str, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_the_package_one_line_says_how_to_get_it_and_others_work(tmp_path: Path) -> None:
-    done = without("stable_baselines3", "train", "CheetahVel", "--agent", "sb3:ppo", "--out", str(tmp_path / "x"))
+    done = without(
+        "stable_baselines3",
+        "train",
+        "CheetahVel",
+        "--agent",
+        "sb3:ppo",
+        "--out",
+        str(tmp_path / "x"),
+    )
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: Stable-Baselines3 is not installed: pip install 'metarobot[sb3]'"
+    assert (
+        done.stderr.strip()
+        == "error: Stable-Baselines3 is not installed: pip install 'metarobot[sb3]'"
+    )
     listed = without("sb3_contrib", "agents")
     assert listed.returncode == 0
     assert "sb3:ppo: sb3-contrib is not installed: pip install 'metarobot[sb3]'" in listed.stdout
     assert "rl2: " in listed.stdout
 
 
-def test_weights_that_are_not_the_configured_ones_are_refused(trained: dict[str, Run], edit_json: Any) -> None:
+def test_weights_that_are_not_the_configured_ones_are_refused(
+    trained: dict[str, Run], edit_json: Any
+) -> None:
     run = trained["sb3:sac"]
     config = json.loads((run.folder / "config.json").read_text())
     edit_json(run.folder / "config.json", "agent_config", config["agent_config"] | {"width": 16})

@@ -63,7 +63,8 @@ def test_a_trial_begins_with_the_prior_and_adapting_hands_on_mean_and_variance()
     agent = skilled("varibad", latent=3).agent
     context = agent.begin(4)
     assert all(
-        torch.equal(a, b) for a, b in zip(agent.posterior(context), standard_normal(torch.empty(4, 3)), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(agent.posterior(context), standard_normal(torch.empty(4, 3)), strict=True)
     )
     assert [x.shape for x in agent.belief(context)] == [(4, len(FAMILY.space.params))] * 2
     after = remembered(agent, TASKS)
@@ -77,7 +78,9 @@ def test_acting_leaves_the_context_as_it_was() -> None:
     context = remembered(agent, TASKS)
     kept = [x.clone() for x in context]
     zeros = torch.zeros(6)
-    _, after = agent.act(Percept(torch.randn(6, 17), torch.randn(6, 6), zeros, zeros, zeros), context)
+    _, after = agent.act(
+        Percept(torch.randn(6, 17), torch.randn(6, 6), zeros, zeros, zeros), context
+    )
     assert all(torch.equal(a, b) for a, b in zip(context, kept, strict=True))
     assert not torch.equal(after[-2], context[-2])
 
@@ -86,7 +89,9 @@ def test_the_posterior_is_made_of_the_tasks_own_episodes() -> None:
     agent = skilled("varibad").agent
     together = remembered(agent, TASKS)
     company = remembered(agent, [TASKS[0], *reversed(TASKS[1:])])
-    assert all(torch.allclose(x[0], y[0], atol=1e-6) for x, y in zip(together, company, strict=True))
+    assert all(
+        torch.allclose(x[0], y[0], atol=1e-6) for x, y in zip(together, company, strict=True)
+    )
     assert not torch.allclose(together[-2][1], company[-2][1], atol=1e-3)
     alone = remembered(agent, TASKS[:1])
     assert all(torch.allclose(x[0], y[0], atol=1e-6) for x, y in zip(together, alone, strict=True))
@@ -99,12 +104,19 @@ def test_the_context_of_another_task_changes_posterior_belief_and_actions() -> N
     zeros = torch.zeros(6)
     percept = Percept(torch.zeros(6, 17), torch.zeros(6, 6), zeros, zeros, zeros)
     for read in (agent.posterior, agent.belief, lambda c: agent.act(percept, c)[:1]):
-        assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(read(context), read(other), strict=True))
+        assert all(
+            not torch.allclose(a, b, atol=1e-3)
+            for a, b in zip(read(context), read(other), strict=True)
+        )
 
 
 def bound(learner: Learner, trials, known: Gaussian, passes: int, first: bool = False) -> float:
     """The learner's estimate of the bound a step, averaged over many draws and over the trials."""
-    rng, seq, rows = torch.Generator().manual_seed(0), join_episodes(trials.episodes), torch.arange(6)
+    rng, seq, rows = (
+        torch.Generator().manual_seed(0),
+        join_episodes(trials.episodes),
+        torch.arange(6),
+    )
     total = 0.0
     for _ in range(passes):
         drawn = learner._draw(seq, rng)
@@ -118,7 +130,8 @@ def bound(learner: Learner, trials, known: Gaussian, passes: int, first: bool = 
 
 
 def densities(learner: Learner, trials, world: int, m: Tensor) -> Tensor:
-    """Log-density a step of all that happened in a trial, by torch's own, for each task ``m`` ``(draw, latent)``."""
+    """Log-density a step of all that happened in a trial, by torch's own, for each task ``m``
+    ``(draw, latent)``."""
     seq = join_episodes(trials.episodes)
     n = int(last_step(seq)[world]) + 1
     obs, after = (
@@ -149,12 +162,18 @@ def test_the_bound_is_what_samples_of_every_posterior_say(explained) -> None:
             terms, previous = [], Gaussian(torch.zeros(2), torch.ones(2))
             for t in range(end + 1):
                 q = Gaussian(known.mean[t, w], known.var[t, w])
-                m = Normal(q.mean, q.var.sqrt()).mean + q.var.sqrt() * torch.randn(24, 2, generator=rng)
+                m = Normal(q.mean, q.var.sqrt()).mean + q.var.sqrt() * torch.randn(
+                    24, 2, generator=rng
+                )
                 pair = (Normal(x.mean, x.var.sqrt()) for x in (q, previous))
-                terms.append(densities(learner, trials, w, m).mean() - kl_divergence(*pair).sum() / (end + 1))
+                terms.append(
+                    densities(learner, trials, w, m).mean() - kl_divergence(*pair).sum() / (end + 1)
+                )
                 previous = q
             means.append(torch.stack(terms).mean())
-    assert bound(learner, trials, known, 60) == pytest.approx(float(torch.stack(means).mean()), rel=0.01)
+    assert bound(learner, trials, known, 60) == pytest.approx(
+        float(torch.stack(means).mean()), rel=0.01
+    )
 
 
 def test_the_bound_lies_below_the_evidence(explained) -> None:
@@ -163,7 +182,8 @@ def test_the_bound_lies_below_the_evidence(explained) -> None:
     prior = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         evidence = [
-            (torch.logsumexp(n * densities(learner, trials, w, prior), 0) - math.log(len(prior))) / n
+            (torch.logsumexp(n * densities(learner, trials, w, prior), 0) - math.log(len(prior)))
+            / n
             for w, n in enumerate(lengths)
         ]
     assert bound(learner, trials, known, 20, first=True) < float(torch.stack(evidence).mean())
@@ -210,7 +230,9 @@ def test_a_collapsed_posterior_is_named() -> None:
     learner = build("varibad", lr=1e-12)
     trials = live(learner)
     silence(learner)
-    with pytest.raises(PosteriorError, match="varibad: the posterior has collapsed, it is the same in all 6 tasks"):
+    with pytest.raises(
+        PosteriorError, match="varibad: the posterior has collapsed, it is the same in all 6 tasks"
+    ):
         learner.update(trials, 0.0, 0)
 
 
@@ -227,7 +249,10 @@ def test_trials_that_are_all_the_same_collapse_it_too() -> None:
             for k, v in rows.items()
             if k in ("obs", "action", "critic_obs", "teacher_action")
         }
-        flat = {k: getattr(episode, k)[:, :1].expand(-1, 6) for k in ("reward", "terminated", "truncated", "valid")}
+        flat = {
+            k: getattr(episode, k)[:, :1].expand(-1, 6)
+            for k in ("reward", "terminated", "truncated", "valid")
+        }
         return replace(episode, **wide, **flat, final_obs=episode.final_obs[:1].expand(6, -1))
 
     with pytest.raises(PosteriorError, match="the same in all 6 tasks"):
@@ -240,14 +265,19 @@ def test_a_posterior_that_is_not_finite_is_named() -> None:
     with torch.no_grad():
         learner.agent.encoder[-1].bias[0] = float("nan")
     with pytest.raises(
-        PosteriorError, match="varibad: the posterior is not finite any more; take a lower learning rate"
+        PosteriorError,
+        match="varibad: the posterior is not finite any more; take a lower learning rate",
     ):
         learner.update(trials, 0.0, 0)
 
 
-def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(tmp_path: Path, capsys) -> None:
+def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(
+    tmp_path: Path, capsys
+) -> None:
     config = agents.get("varibad").config(worlds=4, minibatches=2, epochs=1, width=16, lr=0.0)
-    settings = TrainConfig(family="CheetahDir100", agent="varibad", steps=2400, threads=1, save_every=1)
+    settings = TrainConfig(
+        family="CheetahDir100", agent="varibad", steps=2400, threads=1, save_every=1
+    )
     run = start_run(settings, config, tmp_path / "x")
     learner = run.learner()
     trials = collect(
@@ -266,7 +296,19 @@ def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(t
     assert (run.folder / "checkpoint.json").read_bytes() == before
     assert open_run(run.folder).load_agent().begin(1)
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "CheetahDir100", "--agent", "varibad", "--steps", "2400", "--resume", "--out", str(run.folder)])
+        main(
+            [
+                "train",
+                "CheetahDir100",
+                "--agent",
+                "varibad",
+                "--steps",
+                "2400",
+                "--resume",
+                "--out",
+                str(run.folder),
+            ]
+        )
     assert stopped.value.code == 2
     assert "the posterior has collapsed" in capsys.readouterr().err
 

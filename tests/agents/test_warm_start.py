@@ -21,11 +21,15 @@ SMALL = {"worlds": 4, "minibatches": 2, "epochs": 1}
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run(tmp_path_factory.mktemp("policy") / "run", agent="blind", family="CheetahDir").folder
+    return tiny_run(
+        tmp_path_factory.mktemp("policy") / "run", agent="blind", family="CheetahDir"
+    ).folder
 
 
 def begun(out: Path, policy: Path, agent: str) -> Run:
-    settings = TrainConfig(family="CheetahDir", agent=agent, init=str(policy), steps=1600, threads=1, save_every=1)
+    settings = TrainConfig(
+        family="CheetahDir", agent=agent, init=str(policy), steps=1600, threads=1, save_every=1
+    )
     return start_run(settings, replace(agents.get(agent).config(), **SMALL), out)
 
 
@@ -41,7 +45,9 @@ def test_an_agent_that_adopted_a_policy_acts_as_it_does(name: str, policy: Path)
     before_std = learner.agent.log_std.clone()
     before = collect(learner.agent, env, tasks, episodes=2, seed=0, explore=False)
     learner.warm_start(source)
-    mine, theirs = (collect(a, env, tasks, episodes=2, seed=0, explore=False) for a in (learner.agent, source))
+    mine, theirs = (
+        collect(a, env, tasks, episodes=2, seed=0, explore=False) for a in (learner.agent, source)
+    )
     assert theirs.episodes[0].action.abs().mean() > 0.05
     for k in range(2):
         assert torch.allclose(mine.episodes[k].action, theirs.episodes[k].action, atol=1e-4)
@@ -50,10 +56,14 @@ def test_an_agent_that_adopted_a_policy_acts_as_it_does(name: str, policy: Path)
 
 
 @pytest.mark.parametrize("name", ["rl2", "oracle"])
-def test_a_run_that_begins_as_a_policy_trains_and_resumes_bit_for_bit(name: str, policy: Path, tmp_path: Path) -> None:
+def test_a_run_that_begins_as_a_policy_trains_and_resumes_bit_for_bit(
+    name: str, policy: Path, tmp_path: Path
+) -> None:
     whole, parted = (begun(tmp_path / n, policy, name) for n in ("whole", "parted"))
     assert train(whole, show=False)
-    assert train(parted, resume=True, show=False)  # nothing saved yet: begins as the policy all the same
+    assert train(
+        parted, resume=True, show=False
+    )  # nothing saved yet: begins as the policy all the same
     first, second = (r.checkpoint()[0] for r in (whole, parted))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -72,7 +82,9 @@ def test_a_policy_that_does_not_fit_is_refused_in_a_line(
 ) -> None:
     config = replace(agents.get(agent).config(), width=width)
     with pytest.raises(MetarobotError, match=message) as refusal:
-        start_run(TrainConfig(family=family, agent=agent, init=str(policy)), config, tmp_path / "run")
+        start_run(
+            TrainConfig(family=family, agent=agent, init=str(policy)), config, tmp_path / "run"
+        )
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run").exists()
 

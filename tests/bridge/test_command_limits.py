@@ -21,7 +21,11 @@ def torque(target: np.ndarray, pos: np.ndarray, vel: np.ndarray) -> np.ndarray:
 
 
 @settings(max_examples=150)
-@given(st.lists(st.tuples(anything | likely, anything | likely, anything | speeds), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(anything | likely, anything | likely, anything | speeds), min_size=1, max_size=5
+    )
+)
 def test_whatever_comes_in_what_goes_out_is_finite_and_within_limits(steps):
     guard = Filter(meta(), PERIOD, rate=1.0)
     last = None
@@ -35,18 +39,24 @@ def test_whatever_comes_in_what_goes_out_is_finite_and_within_limits(steps):
         assert (out <= LIMIT["high"]).all()
         drive = torque(out, pos, vel)
         assert (np.abs(drive) <= LIMIT["torque"] * (1 + 1e-9)).all()
-        assert (drive[vel > LIMIT["velocity"]] <= 1e-9).all()  # a joint that is too fast is not driven on
+        assert (
+            drive[vel > LIMIT["velocity"]] <= 1e-9
+        ).all()  # a joint that is too fast is not driven on
         assert (drive[vel < -LIMIT["velocity"]] >= -1e-9).all()
         if last is not None:
             far = np.abs(out - last) > LIMIT["velocity"] * PERIOD + 1e-12
-            assert (guard.hit[1] | guard.hit[2])[far].all()  # faster only where another limit made it
+            assert (guard.hit[1] | guard.hit[2])[
+                far
+            ].all()  # faster only where another limit made it
         last = out
 
 
 @given(anything, st.floats(-2, 2), st.floats(-2, 2))
 def test_a_command_without_joints_stays_in_its_range(target, a, b):
     low, high = min(a, b), max(a, b) + 0.1
-    about = meta(layout="direct", action=meta().action.__class__(("x", "y"), (low, low), (high, high)))
+    about = meta(
+        layout="direct", action=meta().action.__class__(("x", "y"), (low, low), (high, high))
+    )
     guard = Filter(about, PERIOD)
     try:
         out = guard(target, np.zeros(2), np.zeros(2))

@@ -23,21 +23,27 @@ from metarobot.bridge.tools.run_log import read
 BASE = {"hz": 50.0, "seconds": 60.0, "trials": 1, "ready_s": 0.2, "soft_s": 0.1, "damp_s": 0.1}
 
 
-def controller(policy: Any = None, robot: Any = None, clock: Any = None, **settings: Any) -> Controller:
+def controller(
+    policy: Any = None, robot: Any = None, clock: Any = None, **settings: Any
+) -> Controller:
     """A controller on a robot whose clock is stepped, unless told otherwise."""
     parts = {k: settings.pop(k) for k in ("log", "adaptation", "show", "tell") if k in settings}
     clock = Stepped() if clock is None else clock
     policy = Wave() if policy is None else policy
     robot = Recorder(policy.meta, clock) if robot is None else robot
     robot.clock = clock
-    return Controller(policy, robot, Plain(policy.meta), Settings(**BASE | settings), clock=clock, **parts)
+    return Controller(
+        policy, robot, Plain(policy.meta), Settings(**BASE | settings), clock=clock, **parts
+    )
 
 
 def test_every_way_to_a_stop_leads_through_damping():
     assert [s for s, after in ALLOWED.items() if State.STOPPED in after] == [State.DAMPING]
     assert all(State.DAMPING in ALLOWED[s] for s in (State.IDLE, State.READY, State.RUNNING))
     machine = Machine()
-    with pytest.raises(BridgeError, match="idle there is no way to running; it leads to: ready, damping"):
+    with pytest.raises(
+        BridgeError, match="idle there is no way to running; it leads to: ready, damping"
+    ):
         machine.to(State.RUNNING)
     assert machine.state is State.IDLE
 
@@ -47,11 +53,15 @@ def test_a_run_stands_up_acts_and_ends_in_damping():
     report = one.run()
     robot = one.robot
     assert (report.reason, report.fault) == ("1 trials are over", False)
-    assert robot.order.count("command") == report.sent == 10 + 2 * 11 + 10  # ready, two episodes, ready between
+    assert (
+        robot.order.count("command") == report.sent == 10 + 2 * 11 + 10
+    )  # ready, two episodes, ready between
     first_damp = robot.order.index("damp")
     assert set(robot.order[first_damp:]) == {"damp"}
     targets = np.array([[c[f"{j}.pos"] for j in JOINTS] for _, c, _ in robot.commands])
-    np.testing.assert_allclose(targets[9], meta().default_joint_pos, atol=0.02)  # where an episode begins
+    np.testing.assert_allclose(
+        targets[9], meta().default_joint_pos, atol=0.02
+    )  # where an episode begins
     assert np.abs(np.diff(targets[:10], axis=0)).max() < 0.2
     np.testing.assert_allclose(np.diff([t for t, _, _ in robot.commands]), 0.02)
 
@@ -66,7 +76,9 @@ def test_the_policy_is_told_rewards_and_ends_as_in_training():
     rewards = [r for _, r, _ in told]
     assert rewards[0] == rewards[20] == 0.0
     # what a step earned is seen in the next reading; after an episode's last one the robot restarts
-    np.testing.assert_allclose(np.delete(rewards, [0, 10, 20, 30]), np.delete(hips, [0, 10, 20, 30]))
+    np.testing.assert_allclose(
+        np.delete(rewards, [0, 10, 20, 30]), np.delete(hips, [0, 10, 20, 30])
+    )
     assert rewards[10] == pytest.approx(one.report.returns[0][0] - sum(rewards[1:10]))
     assert one.robot.restarts == [0, 1, 0, 1]
     assert one.policy.trials == 2
@@ -104,7 +116,10 @@ def test_a_fall_ends_the_episode_and_a_robot_that_cannot_get_up_is_damped():
         (lambda r: r | {"knee.vel": math.inf}, "knee.vel is not finite"),
         (lambda r: r | {"reward": math.nan}, "reward is not finite"),
         (lambda r: r | {"hip.vel": None}, "hip.vel is not finite"),
-        (lambda r: {k: v for k, v in r.items() if k != "knee.pos"}, "lacks knee.pos; it has stamp, seq"),
+        (
+            lambda r: {k: v for k, v in r.items() if k != "knee.pos"},
+            "lacks knee.pos; it has stamp, seq",
+        ),
         (lambda r: r | {"stamp": r["stamp"] + 1.0}, "ahead of this machine's"),
         (lambda r: r | {"stamp": r["stamp"] - 1.0}, "clock went back by 0.98 s"),
         (lambda r: r | {"knee.pos": 3.0}, "joint knee is so far outside"),
@@ -247,7 +262,9 @@ def test_an_adaptation_is_adopted_between_episodes_or_refused():
                 return None
             self.busy = False
             context = self.outcomes.pop(0)
-            return SimpleNamespace(context=context, reason="" if context else "too far", kl=0.1, seconds=0.5)
+            return SimpleNamespace(
+                context=context, reason="" if context else "too far", kl=0.1, seconds=0.5
+            )
 
         def stop(self) -> None:
             self.busy = False
@@ -256,19 +273,28 @@ def test_an_adaptation_is_adopted_between_episodes_or_refused():
     one = controller(adaptation=side, episodes=3)
     report = one.run()
     assert not report.fault
-    assert report.adapted == ["adopted new weights, KL 0.1, after 0.5 s", "kept the old weights: too far"]
+    assert report.adapted == [
+        "adopted new weights, KL 0.1, after 0.5 s",
+        "kept the old weights: too far",
+    ]
     assert len(one.policy.adopted) == 1
     assert [len(e) for e in side.lived] == [10, 10, 10]
-    np.testing.assert_allclose(np.diff([t for t, _, _ in one.robot.commands]), 0.02)  # it was held meanwhile
+    np.testing.assert_allclose(
+        np.diff([t for t, _, _ in one.robot.commands]), 0.02
+    )  # it was held meanwhile
     told = [o for o, _, _ in one.policy.told[:10]]
     np.testing.assert_array_equal([o for o, _, _ in side.lived[0]], told)
-    np.testing.assert_allclose([r for _, _, r in side.lived[0][:-1]], [r for _, r, _ in one.policy.told[1:10]])
+    np.testing.assert_allclose(
+        [r for _, _, r in side.lived[0][:-1]], [r for _, r, _ in one.policy.told[1:10]]
+    )
 
     side = Side()
     side.outcomes[1:] = [{"weights": np.ones(3)}]
     one = controller(adaptation=side, episodes=2, trials=2)
     assert not one.run().fault
-    assert len(one.policy.adopted) == 2  # once a trial: what its last episode teaches is nothing to the next
+    assert (
+        len(one.policy.adopted) == 2
+    )  # once a trial: what its last episode teaches is nothing to the next
     assert one.policy.trials == 2
 
 

@@ -32,5 +32,6 @@ def test_one_controller_at_a_time(tmp_path):
         first.communicate(timeout=60)
     assert second.returncode == 2
     assert re.fullmatch(
-        rf"error: udp:{peer.port} has a controller already: process {first.pid}; stop that first\n", said
+        rf"error: udp:{peer.port} has a controller already: process {first.pid}; stop that first\n",
+        said,
     )

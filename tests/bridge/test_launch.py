@@ -63,7 +63,11 @@ def test_a_robot_is_made_by_name_and_its_settings_are_checked():
         ("spot", {}, "there is no robot 'spot'; robots: sim, ros2, unitree, or module:Class"),
         ("nowhere:Robot", {}, "cannot load nowhere:Robot"),
         ("test_run:Nobody", {}, "cannot load test_run:Nobody"),
-        ("test_run:Slider", {"lack": "x"}, "robot test_run:Slider has no setting 'lack'; it has: lacks, twice"),
+        (
+            "test_run:Slider",
+            {"lack": "x"},
+            "robot test_run:Slider has no setting 'lack'; it has: lacks, twice",
+        ),
         ("sim", {"task": 3}, "robot sim does not take these settings"),
     ]:
         with pytest.raises(BridgeError, match=re.escape(message)):
@@ -71,7 +75,14 @@ def test_a_robot_is_made_by_name_and_its_settings_are_checked():
 
 
 def test_settings_from_a_command_line_get_their_types():
-    words = {"port": "7", "gain": "0.5", "lockstep": "true", "name": "lo", "task.friction": "0.4", "task.slope": "2"}
+    words = {
+        "port": "7",
+        "gain": "0.5",
+        "lockstep": "true",
+        "name": "lo",
+        "task.friction": "0.4",
+        "task.slope": "2",
+    }
     assert robots.settings(words) == {
         **{"port": 7, "gain": 0.5, "lockstep": True, "name": "lo"},
         "task": {"friction": 0.4, "slope": 2},
@@ -81,7 +92,9 @@ def test_settings_from_a_command_line_get_their_types():
 def test_a_rate_that_the_policy_was_not_trained_for_must_be_wanted():
     assert robots.rate(meta(), 0.0, False) == robots.rate(meta(), 50.0, False) == 50.0
     assert robots.rate(meta(), 100.0, True) == 100.0
-    with pytest.raises(BridgeError, match="trained at 50 Hz, not 100; leave out --hz, or say --any-rate"):
+    with pytest.raises(
+        BridgeError, match="trained at 50 Hz, not 100; leave out --hz, or say --any-rate"
+    ):
         robots.rate(meta(), 100.0, False)
     for hz in (-1.0, math.nan, math.inf, 1e6):
         with pytest.raises(BridgeError, match="hz must be above 0 and at most 10000"):
@@ -104,7 +117,9 @@ def test_one_controller_at_a_time_has_a_robot():
 def test_what_a_robot_does_not_give_is_named():
     robot = Recorder(meta())
     robots.fits(meta(), ("hip.pos", "knee.vel"), robot)
-    with pytest.raises(BridgeError, match=r"needs FL_hip.pos, which recorder does not give; it gives stamp, seq, "):
+    with pytest.raises(
+        BridgeError, match=r"needs FL_hip.pos, which recorder does not give; it gives stamp, seq, "
+    ):
         robots.fits(meta(), ("hip.pos", "FL_hip.pos"), robot)
 
 
@@ -143,7 +158,9 @@ def test_a_child_that_does_not_listen_never_holds_the_loop_up():
     child.close(1.0)
 
 
-def test_run_and_replay_from_the_command_line(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_run_and_replay_from_the_command_line(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     _, policy = exported("rl2")
     log = tmp_path / "run.mcap"
     words = [str(policy), "--set", "lockstep=true", "--trials", "1", "--log", str(log), "--plain"]
@@ -197,9 +214,19 @@ def test_a_key_stops_the_run_and_the_terminal_is_what_it_was(exported: Exported)
     _, policy = exported("rl2")
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
-    words = [sys.executable, "-m", "metarobot.bridge", str(policy), "--robot", "test_run:Slider", "--plain"]
+    words = [
+        sys.executable,
+        "-m",
+        "metarobot.bridge",
+        str(policy),
+        "--robot",
+        "test_run:Slider",
+        "--plain",
+    ]
     here = {**os.environ, "PYTHONPATH": str(HERE)}
-    process = subprocess.Popen(words, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=here)
+    process = subprocess.Popen(
+        words, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=here
+    )
     assert process.stderr is not None
     while "any key" not in (line := process.stderr.readline()):
         assert line, process.stderr.read()
@@ -212,9 +239,18 @@ def test_a_key_stops_the_run_and_the_terminal_is_what_it_was(exported: Exported)
 
 def test_the_panel_draws_every_state():
     status = {
-        **{"state": "running", "reason": "", "trial": 1, "episode": 0, "step": 12, "return": 3.25, "left_s": 41.0},
+        **{
+            "state": "running",
+            "reason": "",
+            "trial": 1,
+            "episode": 0,
+            "step": 12,
+            "return": 3.25,
+            "left_s": 41.0,
+        },
         "returns": [[10.0, 12.5], []],
-        "pace": dict.fromkeys(("late", "work"), 0.0) | {"hz": 50.0, "ticks": 812, "missed_own": 0, "missed_host": 2},
+        "pace": dict.fromkeys(("late", "work"), 0.0)
+        | {"hz": 50.0, "ticks": 812, "missed_own": 0, "missed_host": 2},
         "limited": {f"joint_{i}": {"torque": 5 * i + 1, "rate": 2} for i in range(9)},
         "adapted": ["kept the old weights: too far"],
         "adapting": True,
@@ -226,7 +262,12 @@ def test_the_panel_draws_every_state():
 
     for state in panel.COLOURS:
         console = Console(width=100, record=True, file=io.StringIO())
-        console.print(panel.draw("TwoJoints", status | {"state": state, "reason": "why" if state == "damping" else ""}))
+        console.print(
+            panel.draw(
+                "TwoJoints",
+                status | {"state": state, "reason": "why" if state == "damping" else ""},
+            )
+        )
         text = console.export_text()
         for piece in (
             state.upper(),

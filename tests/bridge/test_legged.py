@@ -68,7 +68,10 @@ class Lived:
         robot = SimulatedRobot(family, family.space.sample("test", task + 1), noise=noise)
         robot.restart(task, 0)
         zeros = torch.zeros(1)
-        percept, context = Percept(robot.obs, torch.zeros(1, 12), zeros, zeros, zeros + 1), agent.begin(1)
+        percept, context = (
+            Percept(robot.obs, torch.zeros(1, 12), zeros, zeros, zeros + 1),
+            agent.begin(1),
+        )
         self.readings, self.actions = [said(robot, 1)], [np.zeros(12, np.float32)]
         self.terms: list[dict[str, float]] = []
         self.velocity: list[np.ndarray] = []
@@ -116,10 +119,15 @@ def test_feet_are_where_mujoco_has_them_and_move_as_there() -> None:
         data.qpos[3:7] /= np.linalg.norm(data.qpos[3:7])
         data.qpos[7:], data.qvel[6:] = rng.uniform(-2, 2, 12), rng.uniform(-9, 9, 12)
         mujoco.mj_forward(model, data)
-        moved = [leg.move(data.qpos[7 + 3 * i :][:3], data.qvel[6 + 3 * i :][:3]) for i, leg in enumerate(legs)]
+        moved = [
+            leg.move(data.qpos[7 + 3 * i :][:3], data.qvel[6 + 3 * i :][:3])
+            for i, leg in enumerate(legs)
+        ]
         place, speed = (np.array(x) for x in zip(*moved, strict=True))
         turn = rotation(data.qpos[3:7])
-        assert place @ turn.T == pytest.approx(np.stack([data.site(f"{leg}_foot").xpos for leg in go2.LEGS]), abs=1e-6)
+        assert place @ turn.T == pytest.approx(
+            np.stack([data.site(f"{leg}_foot").xpos for leg in go2.LEGS]), abs=1e-6
+        )
         moving = np.stack([data.sensor(f"{leg}_framelinvel").data for leg in go2.LEGS])
         assert speed @ turn.T == pytest.approx(moving, abs=1e-6)
 
@@ -171,7 +179,9 @@ def test_reward_terms_of_clean_signals_are_the_simulators() -> None:
     lived = walk(noise=False)
     terms, *_ = reckoned(lived)
     for name in ("turn", "wobble", "effort", "jerk", "pose", "limits"):
-        assert [t[name] for t in terms] == pytest.approx([t[name] for t in lived.terms], abs=2e-6), name
+        assert [t[name] for t in terms] == pytest.approx(
+            [t[name] for t in lived.terms], abs=2e-6
+        ), name
     for name, least in (("track", 0.7), ("swing", 0.95), ("slip", 0.8), ("tilt", 0.8)):
         pair = np.array([[t[name] for t in terms], [t[name] for t in lived.terms]])
         assert np.corrcoef(pair)[0, 1] > least, name
@@ -239,7 +249,9 @@ def test_commands_come_from_the_operator_or_with_the_reading() -> None:
 def test_what_the_robot_is_told_it_earned_counts() -> None:
     lived = walk(noise=False)
     told = lived.readings[1] | {"reward": 1.25}
-    assert Legged(meta()).reward(lived.readings[0], told, lived.actions[1], lived.actions[0]) == 1.25
+    assert (
+        Legged(meta()).reward(lived.readings[0], told, lived.actions[1], lived.actions[0]) == 1.25
+    )
 
 
 def test_what_it_needs_is_what_the_robot_gives() -> None:
@@ -266,7 +278,9 @@ def test_standing_still_is_standing_still() -> None:
 
 
 def test_direct_layouts_take_what_they_are_told() -> None:
-    about: Any = SimpleNamespace(observation_names=("a_m", "b_m"), action=SimpleNamespace(names=("x", "y")))
+    about: Any = SimpleNamespace(
+        observation_names=("a_m", "b_m"), action=SimpleNamespace(names=("x", "y"))
+    )
     layout = Direct(about)
     reading = {"stamp": 0.0, "seq": 1.0, "b_m": 2.0, "a_m": 1.0, "reward": 3.0, "terminated": 1.0}
     assert layout.needed() == ("stamp", "seq", "a_m", "b_m")

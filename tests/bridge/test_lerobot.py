@@ -42,10 +42,15 @@ class Bus:
 
 
 class Arm:
-    """A robot of LeRobot's shape: three servos that go where they are told, at most 10 units at a time."""
+    """A robot of LeRobot's shape: three servos that go where they are told, at most 10 units at a
+    time."""
 
     name, id = "so_arm", "left"
-    action_features: ClassVar = {"shoulder_pan.pos": float, "gripper.pos": float, "wrist.pos": float}
+    action_features: ClassVar = {
+        "shoulder_pan.pos": float,
+        "gripper.pos": float,
+        "wrist.pos": float,
+    }
     observation_features: ClassVar = {**action_features, "eye": (4, 4, 3)}
     is_calibrated = True
 
@@ -187,7 +192,10 @@ def test_faults_are_lost_links() -> None:
     ("table", "said"),
     [
         ({"pan": TABLE["pan"]}, "the policy's joints pan, grip are not the table's: pan"),
-        (TABLE | {"grip": Channel.degrees("knee.pos")}, "so_arm has no motor knee.pos; it has gripper.pos, shoulder"),
+        (
+            TABLE | {"grip": Channel.degrees("knee.pos")},
+            "so_arm has no motor knee.pos; it has gripper.pos, shoulder",
+        ),
         (TABLE | {"grip": Channel.degrees("eye")}, "no motor eye"),
     ],
 )
@@ -205,7 +213,8 @@ def test_it_must_be_calibrated() -> None:
 
 
 class Servos(threading.Thread):
-    """Six Feetech servos on a pseudo-terminal, as an arm has on its serial port; each goes where it is told at once."""
+    """Six Feetech servos on a pseudo-terminal, as an arm has on its serial port; each goes where it
+    is told at once."""
 
     goal, position, torque = 42, 56, 40
 
@@ -217,7 +226,9 @@ class Servos(threading.Thread):
         self.memory = {i: bytearray(256) for i in range(1, 7)}
         for memory in self.memory.values():
             memory[3:5] = (777).to_bytes(2, "little")  # an STS3215
-            memory[9:13] = (1024).to_bytes(2, "little") + (3072).to_bytes(2, "little")  # the calibrated range
+            memory[9:13] = (1024).to_bytes(2, "little") + (3072).to_bytes(
+                2, "little"
+            )  # the calibrated range
             memory[self.position : self.position + 2] = (2048).to_bytes(2, "little")
 
     def run(self) -> None:
@@ -257,10 +268,16 @@ def test_a_real_lerobot_arm_on_its_serial_bus(tmp_path: Path) -> None:
     servos.start()
     motors = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
     measures = {"drive_mode": 0, "homing_offset": 0, "range_min": 1024, "range_max": 3072}
-    (tmp_path / "left.json").write_text(json.dumps({m: {"id": i + 1, **measures} for i, m in enumerate(motors)}))
-    arm = so.SO101Follower(so.SO101FollowerConfig(port=servos.port, id="left", calibration_dir=tmp_path))
+    (tmp_path / "left.json").write_text(
+        json.dumps({m: {"id": i + 1, **measures} for i, m in enumerate(motors)})
+    )
+    arm = so.SO101Follower(
+        so.SO101FollowerConfig(port=servos.port, id="left", calibration_dir=tmp_path)
+    )
     joints = SimpleNamespace(joint_names=("pan", "grip"), layout="direct")
-    robot = LeRobot(arm, joints, {"pan": Channel.degrees("shoulder_pan.pos"), "grip": TABLE["grip"]})
+    robot = LeRobot(
+        arm, joints, {"pan": Channel.degrees("shoulder_pan.pos"), "grip": TABLE["grip"]}
+    )
     robot.connect()
     reading = robot.get_observation()
     assert (reading["pan.pos"], reading["grip.pos"]) == pytest.approx((0.0, 0.75), abs=2e-3)

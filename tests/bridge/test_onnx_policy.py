@@ -59,7 +59,9 @@ def test_a_trial_begins_anew(policy: Policy) -> None:
 def test_actions_are_clipped_but_the_agent_is_told_what_it_chose(exported: Exported) -> None:
     _, path = exported("rl2")
     meta, model = Meta.load(path), (path / "policy.onnx").read_bytes()
-    tight = Policy(replace(meta, action=replace(meta.action, low=(-1e-3,) * 6, high=(1e-3,) * 6)), model)
+    tight = Policy(
+        replace(meta, action=replace(meta.action, low=(-1e-3,) * 6, high=(1e-3,) * 6)), model
+    )
     free, obs = Policy(meta, model), observations(tight)
     for o in obs:
         sent, chosen = tight.act(o, 0.0, False), free.act(o, 0.0, False)
@@ -76,14 +78,18 @@ def test_what_is_returned_is_not_touched_again(policy: Policy) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
 @pytest.mark.parametrize("where", ["obs", "reward"])
 @pytest.mark.filterwarnings("ignore:overflow")
-def test_what_is_not_finite_is_refused_and_leaves_no_trace(policy: Policy, where: str, value: float) -> None:
+def test_what_is_not_finite_is_refused_and_leaves_no_trace(
+    policy: Policy, where: str, value: float
+) -> None:
     obs = observations(policy)
     whole = acted(policy, obs)
     policy.begin()
     begun = acted(policy, obs[:5])
     bad = obs[5].copy()
     bad[3] = value if where == "obs" else 0.0
-    with pytest.raises(BridgeError, match=policy.meta.observation_names[3] if where == "obs" else "the reward"):
+    with pytest.raises(
+        BridgeError, match=policy.meta.observation_names[3] if where == "obs" else "the reward"
+    ):
         policy.act(bad, value if where == "reward" else 0.1, False)
     np.testing.assert_array_equal(whole, begun + acted(policy, obs[5:]))
 
@@ -163,14 +169,18 @@ def tampered(folder: Path) -> None:
     (folder / "policy.onnx").write_bytes(data)
 
 
-def model(*nodes: onnx.NodeProto, tensors: tuple[onnx.TensorProto, ...] = (), **more: Any) -> onnx.ModelProto:
+def model(
+    *nodes: onnx.NodeProto, tensors: tuple[onnx.TensorProto, ...] = (), **more: Any
+) -> onnx.ModelProto:
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1]) for n in ("obs", "actions"))
     graph = helper.make_graph(list(nodes), "g", [x], [y], list(tensors))
     return helper.make_model(graph, ir_version=10, **more)
 
 
 def outside() -> onnx.TensorProto:
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL
+    )
     tensor.external_data.add(key="location", value="/etc/hostname")
     return tensor
 
@@ -183,19 +193,30 @@ HIDDEN = model(
         then_branch=helper.make_graph([], "t", [], [], [outside()]), else_branch=helper.make_graph([], "e", [], []),
     )
 )  # fmt: skip
-FUNCTION = helper.make_function("f", "F", ["a"], ["b"], [helper.make_node("Tanh", ["a"], ["b"])], [])
+FUNCTION = helper.make_function(
+    "f", "F", ["a"], ["b"], [helper.make_node("Tanh", ["a"], ["b"])], []
+)
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "is no policy folder: cannot read"),
     "no JSON": (lambda f: (f / "policy.json").write_text("{"), "policy.json is damaged"),
-    "not text": (lambda f: (f / "policy.json").write_bytes(b"\xff\xfe\x00"), "policy.json is damaged"),
+    "not text": (
+        lambda f: (f / "policy.json").write_bytes(b"\xff\xfe\x00"),
+        "policy.json is damaged",
+    ),
     "a list": (lambda f: (f / "policy.json").write_text("[]"), "is not metarobot's"),
-    "another's": (lambda f: tell(f, kind="run"), "is not metarobot's: it is not of kind 'metarobot-policy'"),
+    "another's": (
+        lambda f: tell(f, kind="run"),
+        "is not metarobot's: it is not of kind 'metarobot-policy'",
+    ),
     "newer": (lambda f: tell(f, format=2), "is of format 2, this metarobot reads up to 1: upgrade"),
     "format of words": (lambda f: tell(f, format="new"), "policy.json is damaged"),
     "a key is missing": (forget("limits"), "lacks 'limits': export the policy again"),
     "no context": (forget("context"), "lacks 'context'"),
     "a number for a list": (lambda f: tell(f, joint_names=3), "policy.json is damaged"),
-    "joints without gains": (lambda f: tell(f, joint_names=["hip"]), "1 joint_names, but 0 joint_stiffness"),
+    "joints without gains": (
+        lambda f: tell(f, joint_names=["hip"]),
+        "1 joint_names, but 0 joint_stiffness",
+    ),
     "a rate of nothing": (lambda f: tell(f, control_hz=0), "must be positive"),
     "an endless rate": (lambda f: tell(f, control_hz=math.inf), "must be positive"),
     "bounds without room": (
@@ -203,26 +224,46 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "names and bounds do not pair up",
     ),
     "a layout of its own": (lambda f: tell(f, layout="snake"), "layout 'snake'"),
-    "adapts somehow": (lambda f: tell(f, adapts="often"), "adapts is 'often'; it may be: acting, between, none"),
-    "outputs are missing": (lambda f: tell(f, outputs=[]), "the outputs are not the action and the context"),
+    "adapts somehow": (
+        lambda f: tell(f, adapts="often"),
+        "adapts is 'often'; it may be: acting, between, none",
+    ),
+    "outputs are missing": (
+        lambda f: tell(f, outputs=[]),
+        "the outputs are not the action and the context",
+    ),
     "fewer observations": (lambda f: tell(f, observation_names=["one"]), "obs is of shape"),
-    "other inputs": (lambda f: tell(f, inputs=[{"name": "obs", "shape": [1, 17]}]), "the model's inputs are"),
+    "other inputs": (
+        lambda f: tell(f, inputs=[{"name": "obs", "shape": [1, 17]}]),
+        "the model's inputs are",
+    ),
     "no model": (lambda f: (f / "policy.onnx").unlink(), "cannot read"),
     "a bit is wrong": (tampered, "is damaged or another policy's: not the SHA-256"),
     "empty": (lambda f: seal(f, b""), "policy.onnx: "),
     "no ONNX": (lambda f: seal(f, b"MZ" * 999), "policy.onnx: "),
     "cut off": (lambda f: seal(f, (f / "policy.onnx").read_bytes()[:-999]), "policy.onnx: "),
     "another model": (
-        lambda f: seal(f, model(helper.make_node("Tanh", ["obs"], ["actions"])).SerializeToString()),
+        lambda f: seal(
+            f, model(helper.make_node("Tanh", ["obs"], ["actions"])).SerializeToString()
+        ),
         "the model's inputs are obs",
     ),
-    "operators of others": (lambda f: seal(f, FOREIGN.SerializeToString()), "uses operators of b'com.microsoft'"),
+    "operators of others": (
+        lambda f: seal(f, FOREIGN.SerializeToString()),
+        "uses operators of b'com.microsoft'",
+    ),
     "numbers elsewhere": (
         lambda f: seal(f, model(ADD, tensors=(outside(),)).SerializeToString()),
         "keeps numbers in another file",
     ),
-    "numbers elsewhere, hidden": (lambda f: seal(f, HIDDEN.SerializeToString()), "keeps numbers in another file"),
-    "functions": (lambda f: seal(f, model(ADD, functions=[FUNCTION]).SerializeToString()), "brings functions"),
+    "numbers elsewhere, hidden": (
+        lambda f: seal(f, HIDDEN.SerializeToString()),
+        "keeps numbers in another file",
+    ),
+    "functions": (
+        lambda f: seal(f, model(ADD, functions=[FUNCTION]).SerializeToString()),
+        "brings functions",
+    ),
 }
 
 
@@ -286,7 +327,10 @@ print(policy.act([0.0] * 17, 0.0, False).shape)
 
 def test_a_robot_needs_neither_torch_nor_mujoco(exported: Exported) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BARE, str(exported("lstm")[1])], capture_output=True, text=True, check=False
+        [sys.executable, "-c", BARE, str(exported("lstm")[1])],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.stdout.strip(), done.stderr) == ("(6,)", "")
 
@@ -308,20 +352,29 @@ HEADERS = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime")
 @pytest.mark.parametrize("name", ["lstm", "maml"])
 def test_the_loop_in_cpp_gives_the_same(exported: Exported, tmp_path: Path, name: str) -> None:
     if shutil.which("g++") is None or not (HEADERS / "onnxruntime_cxx_api.h").exists():
-        pytest.skip("no g++, or no headers of onnxruntime: Debian's libonnxruntime-dev, or say ONNXRUNTIME_INCLUDE")
+        pytest.skip(
+            "no g++, or no headers of onnxruntime: Debian's libonnxruntime-dev, or say ONNXRUNTIME_INCLUDE"
+        )
     library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
     (tmp_path / "libonnxruntime.so.1").symlink_to(library)
     (tmp_path / "libonnxruntime.so").symlink_to(library)
     source, loop = str(ROOT / "docs" / "loop.cpp"), str(tmp_path / "loop")
     where = [f"-I{HEADERS}", f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}"]
-    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", source, *where, "-o", loop], check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", source, *where, "-o", loop], check=True
+    )
 
     policy, steps = Policy.load(exported(name)[1]), 350
     obs, rng = observations(policy, steps).astype(np.float32), np.random.default_rng(1)
     reward, ended = rng.normal(size=steps).astype(np.float32), rng.random(steps) < 0.02
-    lines = [f"{int(e)} {r:.9g} {' '.join(f'{x:.9g}' for x in o)}" for e, r, o in zip(ended, reward, obs, strict=True)]
+    lines = [
+        f"{int(e)} {r:.9g} {' '.join(f'{x:.9g}' for x in o)}"
+        for e, r, o in zip(ended, reward, obs, strict=True)
+    ]
     path = exported(name)[1] / "policy.onnx"
-    done = subprocess.run([loop, path, "0"], input="\n".join(lines), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [loop, path, "0"], input="\n".join(lines), capture_output=True, text=True, check=True
+    )
     told = np.array([[float(x) for x in line.split()] for line in done.stdout.splitlines()])
     np.testing.assert_allclose(told, list(by_hand(policy, ended, reward, obs)), atol=1e-8)
 

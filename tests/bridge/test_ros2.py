@@ -33,7 +33,9 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
 
 def near(far: Controller, **settings: object) -> Ros2:
     """The robot at this end of the same domain, connected."""
-    robot = Ros2(settings.pop("meta", meta()), domain=far.number, controller="fwd", timeout=10.0, **settings)
+    robot = Ros2(
+        settings.pop("meta", meta()), domain=far.number, controller="fwd", timeout=10.0, **settings
+    )
     with far.alive():
         robot.connect()
     return robot
@@ -45,26 +47,51 @@ def sees(robot: Ros2, stamp: float) -> dict[str, float]:
 
 def test_joints_are_matched_by_name(far: Controller) -> None:
     robot = near(far)
-    far.publish(100.25, position=[7.0, 8.0, 9.0], velocity=[0.7, 0.8, 0.9], effort=[70.0, 80.0, 90.0])
+    far.publish(
+        100.25, position=[7.0, 8.0, 9.0], velocity=[0.7, 0.8, 0.9], effort=[70.0, 80.0, 90.0]
+    )
     reading = sees(robot, 100.25)
     seq = reading.pop("seq")
-    expected = {"a.pos": 9.0, "b.pos": 8.0, "a.vel": 0.9, "b.vel": 0.8, "a.tau": 90.0, "b.tau": 80.0}
+    expected = {
+        "a.pos": 9.0,
+        "b.pos": 8.0,
+        "a.vel": 0.9,
+        "b.vel": 0.8,
+        "a.tau": 90.0,
+        "b.tau": 80.0,
+    }
     assert reading == {"stamp": 100.25, **expected}
     far.publish(100.5, name=["b", "a"], position=[1.0, 2.0])
     assert sees(robot, 100.5)["a.pos"] == 2.0
     assert robot.get_observation()["seq"] == seq + 1
 
 
-@given(st.permutations([f"j{k}" for k in range(5)]), st.permutations(range(8)), st.integers(0, 5), st.data())
+@given(
+    st.permutations([f"j{k}" for k in range(5)]),
+    st.permutations(range(8)),
+    st.integers(0, 5),
+    st.data(),
+)
 @settings(max_examples=50, deadline=None)
-def test_any_order_and_any_others_among_the_joints(ours: list[str], places: list[int], long: int, data: Any) -> None:
-    named = [*(f"{joint}_joint" if k < long else joint for k, joint in enumerate(ours)), "wheel", "j", "j0_link"]
+def test_any_order_and_any_others_among_the_joints(
+    ours: list[str], places: list[int], long: int, data: Any
+) -> None:
+    named = [
+        *(f"{joint}_joint" if k < long else joint for k, joint in enumerate(ours)),
+        "wheel",
+        "j",
+        "j0_link",
+    ]
     state = {named[i]: data.draw(st.floats(-9, 9)) for i in places}
     robot = Ros2(meta(ours))
     robot._names, robot._seq = (), 0
     message = JointState(head(1.5), list(state), list(state.values()), list(state.values()), [])
     reading = robot._joint_reading(JointState.deserialize(message.serialize()))
-    expected = {f"{joint}.{part}": state[named[k]] for k, joint in enumerate(ours) for part in ("pos", "vel")}
+    expected = {
+        f"{joint}.{part}": state[named[k]]
+        for k, joint in enumerate(ours)
+        for part in ("pos", "vel")
+    }
     assert reading == {"stamp": 1.5, **expected}
 
 
@@ -89,7 +116,9 @@ def test_commands_go_out_in_the_controllers_order(far: Controller) -> None:
         ({"a.pos": 0.0, "b.pos": 0.0, "c.pos": 0.0}, "c.pos"),
     ],
 )
-def test_what_the_controller_would_drop_or_die_of_is_not_sent(far: Controller, action: dict, said: str) -> None:
+def test_what_the_controller_would_drop_or_die_of_is_not_sent(
+    far: Controller, action: dict, said: str
+) -> None:
     robot = near(far)
     with pytest.raises(BridgeError, match=said):
         robot.send_action(action)
@@ -137,7 +166,11 @@ def test_damping_from_another_thread_wins_over_commands(far: Controller) -> None
     robot = near(far)
     far.publish(100.0, position=[0.0, 20.0, 10.0])
     sees(robot, 100.0)
-    threads = [threading.Thread(target=lambda: [robot.send_action({"a.pos": 0.0, "b.pos": 0.0}) for _ in range(300)])]
+    threads = [
+        threading.Thread(
+            target=lambda: [robot.send_action({"a.pos": 0.0, "b.pos": 0.0}) for _ in range(300)]
+        )
+    ]
     threads[0].start()
     time.sleep(0.01)
     robot.damp()
@@ -169,7 +202,10 @@ def test_without_what_it_needs_it_does_not_connect(far: Controller) -> None:
     ):
         with pytest.raises(BridgeError, match=said):
             problem.connect()
-    with far.alive(), pytest.raises(BridgeError, match="no joint c among the robot's: spare, b_joint, a"):
+    with (
+        far.alive(),
+        pytest.raises(BridgeError, match="no joint c among the robot's: spare, b_joint, a"),
+    ):
         Ros2(meta(["a", "c"]), **wanting | {"timeout": 10.0}).connect()
     with far.alive(position=[0.0, math.nan, 0.0]), pytest.raises(BridgeError, match="not finite"):
         Ros2(meta(), **wanting | {"timeout": 10.0}).connect()
@@ -189,14 +225,22 @@ def test_joints_that_change_are_an_error_at_once(far: Controller, other: dict) -
 def test_a_network_interface_must_be_there_and_up() -> None:
     with pytest.raises(BridgeError, match=r"no network interface 'eth77'; there are .*lo"):
         Ros2(meta(), interface="eth77").connect()
-    down = [p.parent.name for p in Path("/sys/class/net").glob("*/flags") if not int(p.read_text(), 16) & 1]
+    down = [
+        p.parent.name
+        for p in Path("/sys/class/net").glob("*/flags")
+        if not int(p.read_text(), 16) & 1
+    ]
     if down:
         with pytest.raises(BridgeError, match=f"'{down[0]}' is down; up are .*lo"):
             Ros2(meta(), interface=down[0]).connect()
 
 
 def test_a_domain_is_open_on_one_interface(far: Controller) -> None:
-    others = [p.parent.name for p in Path("/sys/class/net").glob("*/flags") if int(p.read_text(), 16) & 9 == 1]
+    others = [
+        p.parent.name
+        for p in Path("/sys/class/net").glob("*/flags")
+        if int(p.read_text(), 16) & 9 == 1
+    ]
     if not others:
         pytest.skip("no second interface is up")
     with pytest.raises(BridgeError, match=f"domain {far.number} is open on lo"):
@@ -207,7 +251,9 @@ def test_one_controller_a_robot(far: Controller) -> None:
     first = near(far)
     second = Ros2(meta(), domain=far.number, controller="fwd", timeout=10.0)
     stop = threading.Event()
-    commands = threading.Thread(target=lambda: [first.send_action({"a.pos": 1.0, "b.pos": 1.0}) for _ in beats(stop)])
+    commands = threading.Thread(
+        target=lambda: [first.send_action({"a.pos": 1.0, "b.pos": 1.0}) for _ in beats(stop)]
+    )
     with far.alive():
         commands.start()
         with pytest.raises(BridgeError, match="another controller publishes rt/fwd/commands on lo"):
@@ -276,7 +322,16 @@ def test_a_real_ros2_takes_every_command(tmp_path: Path) -> None:
     if not python.exists():
         pytest.skip("no ROS 2 is there: scripts/ros_peer.sh")
     figures = tmp_path / "figures.json"
-    script = [sys.executable, ROOT / "scripts/ros_loop.py", "--seconds", "2", "--hz", "50", "--python", python]
+    script = [
+        sys.executable,
+        ROOT / "scripts/ros_loop.py",
+        "--seconds",
+        "2",
+        "--hz",
+        "50",
+        "--python",
+        python,
+    ]
     done = subprocess.run([*script, "--json", figures], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(figures.read_text())

@@ -22,7 +22,8 @@ from metarobot.bridge.robots.unitree import JOINTS, POS_STOP, VEL_STOP, Unitree
 idl = pytest.importorskip("cyclonedds.idl")
 
 ZEROS = {go.LowCmd: 0x4B5A4880, go.LowState: 0x85F11EA6}
-"""Checksums of messages of zeros by Unitree's own library (``crc_amd64.so`` of unitree_sdk2_python)."""
+"""Checksums of messages of zeros by Unitree's own library (``crc_amd64.so`` of
+unitree_sdk2_python)."""
 ROOT = Path(__file__).parents[2]
 HEADER = b"\0\1\0\0"
 
@@ -55,7 +56,9 @@ def flat(message: Any) -> list[float]:
     if isinstance(message, list | bytes):
         return [number for part in message for number in flat(part)]
     return (
-        flat([getattr(message, name) for name in message.__annotations__]) if hasattr(message, "__idl__") else [message]
+        flat([getattr(message, name) for name in message.__annotations__])
+        if hasattr(message, "__idl__")
+        else [message]
     )
 
 
@@ -116,7 +119,8 @@ def test_what_is_no_state_is_refused(data: bytes) -> None:
 
 
 class Go2:
-    """The far end of ``unitree``: states out, commands in, in messages that cyclonedds reads field by field."""
+    """The far end of ``unitree``: states out, commands in, in messages that cyclonedds reads field
+    by field."""
 
     def __init__(self, number: int) -> None:
         self.number, self.link = number, Link("lo", number)
@@ -124,7 +128,8 @@ class Go2:
         self._commands = self.link.reader("rt/lowcmd", plain(go.LowCmd))
 
     def publish(self, stamp: float, spoilt: int = 0, **parts: list[float]) -> None:
-        """Publish a state of numbers that count up, but for its tick; ``spoilt`` is added to its checksum."""
+        """Publish a state of numbers that count up, but for its tick; ``spoilt`` is added to its
+        checksum."""
         state = [k % 100 for k in range(349)]
         state[296] = round(stamp * 1000)
         message = sealed(state)
@@ -186,7 +191,13 @@ def test_commands_carry_each_joints_gains(far: Go2) -> None:
         assert (motor.mode, motor.q, motor.dq, motor.tau) == (1, 0.25 * i, 0.0, 0.0)
         assert (motor.kp, motor.kd) == (10.0 * (12 - i), 0.5 * (12 - i))
     for motor in command.motor_cmd[12:]:
-        assert (motor.q, motor.dq, motor.tau, motor.kp, motor.kd) == (POS_STOP, VEL_STOP, 0.0, 0.0, 0.0)
+        assert (motor.q, motor.dq, motor.tau, motor.kp, motor.kd) == (
+            POS_STOP,
+            VEL_STOP,
+            0.0,
+            0.0,
+            0.0,
+        )
     assert command.crc == go.checksum(go._CMD_C.pack(*flat(command)))
 
 
@@ -194,7 +205,9 @@ def test_damping_is_the_last_word(far: Go2) -> None:
     robot = near(far)
     robot.damp()
     command = until(far.commanded)
-    assert {(m.mode, m.q, m.dq, m.tau, m.kp, m.kd) for m in command.motor_cmd[:12]} == {(1, POS_STOP, 0, 0, 0, 4.0)}
+    assert {(m.mode, m.q, m.dq, m.tau, m.kp, m.kd) for m in command.motor_cmd[:12]} == {
+        (1, POS_STOP, 0, 0, 0, 4.0)
+    }
     # as Unitree's own library seals this command
     assert command.crc == 0x205D641E
     assert robot.send_action({f"{joint}.pos": 0.0 for joint in JOINTS}) == {}
@@ -204,7 +217,9 @@ def test_damping_is_the_last_word(far: Go2) -> None:
     assert until(far.commanded).crc == 0x205D641E
 
 
-@pytest.mark.parametrize("bad", [{"FR_hip.pos": math.nan}, {"FR_hip.pos": math.inf}, {"FR_knee.pos": 0.0}])
+@pytest.mark.parametrize(
+    "bad", [{"FR_hip.pos": math.nan}, {"FR_hip.pos": math.inf}, {"FR_knee.pos": 0.0}]
+)
 def test_what_is_no_command_is_not_sent(far: Go2, bad: dict[str, float]) -> None:
     robot = near(far)
     with pytest.raises(BridgeError, match="command"):
@@ -221,7 +236,10 @@ def test_unsound_readings_are_dropped_and_counted(far: Go2) -> None:
     until(lambda: robot.get_observation() and robot.bad)
     assert (robot.bad, robot.get_observation()["stamp"]) == (1, 100.0)
     strict = Unitree(meta(JOINTS), domain=far.number, timeout=0.3)
-    with far.alive(spoilt=1), pytest.raises(BridgeError, match="with a wrong checksum and no sound one within"):
+    with (
+        far.alive(spoilt=1),
+        pytest.raises(BridgeError, match="with a wrong checksum and no sound one within"),
+    ):
         strict.connect()
     lenient = Unitree(meta(JOINTS), domain=far.number, timeout=10.0, checksums=False)
     with far.alive(spoilt=1):
@@ -229,7 +247,9 @@ def test_unsound_readings_are_dropped_and_counted(far: Go2) -> None:
 
 
 def test_a_policy_for_another_robot_is_refused() -> None:
-    with pytest.raises(BridgeError, match="a policy for the joints a, b; a Go2 has FR_hip, FR_thigh"):
+    with pytest.raises(
+        BridgeError, match="a policy for the joints a, b; a Go2 has FR_hip, FR_thigh"
+    ):
         Unitree(meta())
 
 
@@ -261,7 +281,8 @@ def test_round_trip_through_the_vendors_own_types() -> None:
         for _ in range(50):
             robot.send_action(targets)
             time.sleep(0.01)
-        # the vendor's side moves its motors to the targets, and tells the gains it was sent as speed and torque
+        # the vendor's side moves its motors to the targets, and tells the gains it was sent as
+        # speed and torque
         reading = until(lambda: (r := robot.get_observation()) and r["FR_thigh.pos"] and r)
         assert {key: reading[key] for key in targets} == targets
         assert [reading[f"{joint}.tau"] for joint in JOINTS] == [10.0 * k for k in range(1, 13)]

@@ -13,7 +13,15 @@ from helpers import run
 def test_families_says_what_varies_over_which_ranges_and_splits(capsys) -> None:
     code, out, _ = run(capsys, "families")
     assert code == 0
-    for expected in ("CheetahVel", "CheetahTerrain", "target_speed", "U[0, 3]", "payload kg", "extrapolate", "scale"):
+    for expected in (
+        "CheetahVel",
+        "CheetahTerrain",
+        "target_speed",
+        "U[0, 3]",
+        "payload kg",
+        "extrapolate",
+        "scale",
+    ):
         assert expected in out
 
 
@@ -43,7 +51,19 @@ def test_train_evaluate_plot_and_bench_from_end_to_end(capsys, tmp_path: Path) -
 def test_bench_writes_the_agreed_keys(capsys, tmp_path: Path) -> None:
     target = tmp_path / "b.json"
     assert (
-        run(capsys, "bench", "sim", "CheetahVel100", "--worlds", "8", "--seconds", "0.1", "--json", str(target))[0] == 0
+        run(
+            capsys,
+            "bench",
+            "sim",
+            "CheetahVel100",
+            "--worlds",
+            "8",
+            "--seconds",
+            "0.1",
+            "--json",
+            str(target),
+        )[0]
+        == 0
     )
     data = json.loads(target.read_text())
     assert {"steps_per_s", "engine_steps_per_s", "ratio"} <= set(data)
@@ -62,29 +82,39 @@ def test_bench_of_pearl_compares_it_with_bare_products_and_with_rl2(capsys, tmp_
     assert data["sampling_steps_per_s"] > 0 < data["sampling_ratio"]
 
 
-def test_bench_of_maml_times_its_parts_with_and_without_a_loop_over_tasks(capsys, tmp_path: Path) -> None:
+def test_bench_of_maml_times_its_parts_with_and_without_a_loop_over_tasks(
+    capsys, tmp_path: Path
+) -> None:
     target = tmp_path / "b.json"
-    code, out, _ = run(capsys, "bench", "maml", "--worlds", "40", "--seconds", "0.1", "--json", str(target))
+    code, out, _ = run(
+        capsys, "bench", "maml", "--worlds", "40", "--seconds", "0.1", "--json", str(target)
+    )
     assert code == 0
     assert "2 tasks x 20 rollouts x 100 steps" in out
     data = json.loads(target.read_text())
     for how in ("vmap", "loop"):
         parts = data[how]
-        assert parts["total_s"] == pytest.approx(parts["sampling_s"] + parts["inner_step_s"] + parts["outer_update_s"])
+        assert parts["total_s"] == pytest.approx(
+            parts["sampling_s"] + parts["inner_step_s"] + parts["outer_update_s"]
+        )
         assert 0 < parts["ratio"] < 2
     assert data["peak_memory_mb"] > 100
 
 
 def test_sinusoid_draws_its_picture_and_writes_the_errors(capsys, tmp_path: Path) -> None:
     picture, errors = tmp_path / "s.png", tmp_path / "s.json"
-    code, out, _ = run(capsys, "sinusoid", "--iterations", "30", "--out", str(picture), "--json", str(errors))
+    code, out, _ = run(
+        capsys, "sinusoid", "--iterations", "30", "--out", str(picture), "--json", str(errors)
+    )
     assert code == 0
     assert picture.stat().st_size > 10_000
     assert "MAML: mean squared error after 0, 1, … gradient steps" in out
     assert len(json.loads(errors.read_text())["errors"]["joint training"]) == 11
 
 
-def test_maml_trains_evaluates_beside_fine_tuning_and_is_filmed(capsys, runs, tmp_path: Path, gl: None) -> None:
+def test_maml_trains_evaluates_beside_fine_tuning_and_is_filmed(
+    capsys, runs, tmp_path: Path, gl: None
+) -> None:
     code, out, _ = run(capsys, "evaluate", str(runs["maml"].folder), "--tasks", "2", "--episodes", "3", "--finetune",
                        str(runs["blind"].folder), "--plot", str(tmp_path / "a.png"), "--threads", "1")  # fmt: skip
     assert code == 0
@@ -92,7 +122,10 @@ def test_maml_trains_evaluates_beside_fine_tuning_and_is_filmed(capsys, runs, tm
     assert "direction -1: " in out
     assert (tmp_path / "a.png").stat().st_size > 10_000
     film = tmp_path / "a.mp4"
-    assert run(capsys, "render", str(runs["maml"].folder), "--out", str(film), "--size", "64", "64")[0] == 0
+    assert (
+        run(capsys, "render", str(runs["maml"].folder), "--out", str(film), "--size", "64", "64")[0]
+        == 0
+    )
     assert film.stat().st_size > 1000
 
 
@@ -299,6 +332,8 @@ def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_written(tmp_path
 
 def test_a_gl_backend_that_does_not_exist_is_one_line() -> None:
     argv = [sys.executable, "-m", "metarobot.cli.main", "families"]
-    done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "MUJOCO_GL": "bogus"})
+    done = subprocess.run(
+        argv, capture_output=True, text=True, env={**os.environ, "MUJOCO_GL": "bogus"}
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: MUJOCO_GL=bogus does not work here")

@@ -52,7 +52,11 @@ def lived(agent: Any) -> Rollout:
     half = both.reward.shape[1] // 2
     assert not both.valid[:, :half].all()
     rows = {k: getattr(both, k)[:, :half] for k in (*IN_TIME, "critic_obs", "teacher_action")}
-    return replace(both, **rows, **{k: getattr(both, k)[:half] for k in ("final_obs", "final_critic_obs", "faulted")})
+    return replace(
+        both,
+        **rows,
+        **{k: getattr(both, k)[:half] for k in ("final_obs", "final_critic_obs", "faulted")},
+    )
 
 
 def recorded(book: Adaptation, episode: Rollout) -> Adaptation:
@@ -60,7 +64,9 @@ def recorded(book: Adaptation, episode: Rollout) -> Adaptation:
     for i in range(episode.reward.shape[1]):
         steps = int(episode.valid[:, i].sum())
         for t in range(steps):
-            book.step(episode.obs[t, i].numpy(), episode.action[t, i].numpy(), float(episode.reward[t, i]))
+            book.step(
+                episode.obs[t, i].numpy(), episode.action[t, i].numpy(), float(episode.reward[t, i])
+            )
         book.end(episode.final_obs[i].numpy(), failed=bool(episode.terminated[:, i].any()))
     return book
 
@@ -78,8 +84,15 @@ def log(agent: Any, episode: Rollout, **changes: Any) -> dict[str, Any]:
     return arrays | {"context_0": agent.begin(1)[0].numpy()} | changes
 
 
-def test_in_its_process_it_comes_to_what_the_agent_comes_to(run: Run, agent: Any, lived: Rollout) -> None:
-    book = Adaptation(meta(run, agent.size, len(lived.reward)), rollouts=lived.reward.shape[1], kl=WIDE, deadline_s=300)
+def test_in_its_process_it_comes_to_what_the_agent_comes_to(
+    run: Run, agent: Any, lived: Rollout
+) -> None:
+    book = Adaptation(
+        meta(run, agent.size, len(lived.reward)),
+        rollouts=lived.reward.shape[1],
+        kl=WIDE,
+        deadline_s=300,
+    )
     recorded(book, lived)
     assert book.ready
     book.start({"weights": agent.begin(1)[0].numpy()})
@@ -100,13 +113,17 @@ def test_the_divergence_is_that_of_two_gaussians(agent: Any, lived: Rollout) -> 
     (m0, s0), (m1, s1) = (agent.distribution(c[0], x) for c in (old, new))
     one, two = (torch.distributions.Normal(m, s.exp()) for m, s in ((m0, s0), (m1, s1)))
     kl = torch.distributions.kl_divergence(one, two).sum(-1).mean()
-    assert adapting.divergence(agent, old, new, lived) == pytest.approx(float(kl.detach()), rel=1e-4)
+    assert adapting.divergence(agent, old, new, lived) == pytest.approx(
+        float(kl.detach()), rel=1e-4
+    )
 
 
 def test_a_step_that_goes_too_far_is_refused(run: Run, agent: Any, lived: Rollout) -> None:
     _, kl = adapting.adapt(str(run.folder), log(agent, lived), WIDE)
     adapting.adapt(str(run.folder), log(agent, lived), kl * 1.01)
-    with pytest.raises(adapting.AdaptingError, match=rf"is a KL divergence of {kl:.3g} from the old one, more than"):
+    with pytest.raises(
+        adapting.AdaptingError, match=rf"is a KL divergence of {kl:.3g} from the old one, more than"
+    ):
         adapting.adapt(str(run.folder), log(agent, lived), kl * 0.99)
 
 
@@ -156,7 +173,10 @@ def ended(run: Run, program: str, lived: Rollout, **settings: Any) -> Outcome:
     """What is made of a process that does something else than adapting."""
     rollouts, command = lived.reward.shape[1], (sys.executable, "-I", "-S", "-c", program)
     about = meta(run, 4, len(lived.reward))
-    book = recorded(Adaptation(about, rollouts=rollouts, command=command, **{"deadline_s": 300.0} | settings), lived)
+    book = recorded(
+        Adaptation(about, rollouts=rollouts, command=command, **{"deadline_s": 300.0} | settings),
+        lived,
+    )
     book.start({"weights": np.zeros((1, 4), np.float32)})
     return outcome(book)
 

@@ -51,7 +51,13 @@ ALL = ["obs", "action_in", "reward_in", "done_in", "first_in"]
             "between",
             marks=pytest.mark.slow,
         ),
-        pytest.param("Placement-imitation", ["obs", "weights_in"], ["actions"], "none", marks=pytest.mark.slow),
+        pytest.param(
+            "Placement-imitation",
+            ["obs", "weights_in"],
+            ["actions"],
+            "none",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_each_kind_of_agent_acts_as_it_did(
@@ -80,7 +86,12 @@ def test_a_trial_by_hand_gives_the_same_actions(exported: Exported) -> None:
         sent = policy.act(obs[0].numpy(), float(reward), bool(done))
         np.testing.assert_allclose(sent, action[0].clamp(-1, 1), atol=TOLERANCE)
         step = env.step(torch.from_numpy(sent)[None])
-        obs, reward, done, first = step.obs, step.reward, (step.terminated | step.truncated).float(), torch.zeros(1)
+        obs, reward, done, first = (
+            step.obs,
+            step.reward,
+            (step.terminated | step.truncated).float(),
+            torch.zeros(1),
+        )
     for kept, tensor in zip(policy.context().values(), context, strict=True):
         np.testing.assert_allclose(kept, tensor, atol=TOLERANCE)
 
@@ -103,12 +114,17 @@ def deaf_to_boundaries(agent: Any, policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("mutate", [without_norm, without_memory, deaf_to_boundaries])
-def test_what_is_left_out_is_found(exported: Exported, mutate: Callable[[Any, Policy], None]) -> None:
+def test_what_is_left_out_is_found(
+    exported: Exported, mutate: Callable[[Any, Policy], None]
+) -> None:
     run, folder = exported("lstm")
     agent, policy = run.load_agent(), Policy.load(folder)
     check(run, policy, agent)
     mutate(agent, policy)
-    with pytest.raises(ExportError, match=r"differs from torch's by [\d.e-]+ at step \d+ of a trial, more than 1e-05"):
+    with pytest.raises(
+        ExportError,
+        match=r"differs from torch's by [\d.e-]+ at step \d+ of a trial, more than 1e-05",
+    ):
         check(run, policy, agent)
 
 
@@ -116,7 +132,9 @@ def test_a_weight_that_is_off_by_a_little_is_found(exported: Exported) -> None:
     run, folder = exported("rl2")
     model = onnx.load(folder / "policy.onnx")
     bias = next(i for i in model.graph.initializer if list(i.dims) == [6])
-    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(3e-5), bias.name))
+    bias.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(3e-5), bias.name)
+    )
     with pytest.raises(ExportError, match=r"by 3e-05 at step 0 of"):
         check(run, Policy(Meta.load(folder), model.SerializeToString()))
 
@@ -159,23 +177,39 @@ def test_a_check_that_fails_leaves_what_was_there(
 def test_a_policy_gives_way_to_a_newer_one(exported: Exported, tmp_path: Path) -> None:
     run, _ = exported("blind")
     shutil.copytree(exported("rl2")[1], tmp_path / "policy")
-    assert export(run, tmp_path / "policy", tasks=1)["agent"] == Meta.load(tmp_path / "policy").agent == "blind"
+    assert (
+        export(run, tmp_path / "policy", tasks=1)["agent"]
+        == Meta.load(tmp_path / "policy").agent
+        == "blind"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
 
 
 def test_refusals_are_one_line(
-    runs: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Run],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     for words, line in [
-        ([str(runs["oracle"].folder), "--out", str(tmp_path / "x")], "oracle is an oracle: it is shown the task"),
+        (
+            [str(runs["oracle"].folder), "--out", str(tmp_path / "x")],
+            "oracle is an oracle: it is shown the task",
+        ),
         ([str(runs["blind"].folder), "--out", str(tmp_path / "mine")], "is no policy folder"),
         ([str(runs["blind"].folder), "--out", str(tmp_path / "file")], "is no policy folder"),
         ([str(runs["blind"].folder), "--out", str(tmp_path / "file" / "x")], "cannot write"),
-        ([str(runs["blind"].folder), "--out", str(tmp_path / "x"), "--tasks", "0"], "tasks must be at least 1"),
-        ([str(runs["blind"].folder), "--out", str(tmp_path / "x"), "--robot", "a.xml"], "has no other robot"),
+        (
+            [str(runs["blind"].folder), "--out", str(tmp_path / "x"), "--tasks", "0"],
+            "tasks must be at least 1",
+        ),
+        (
+            [str(runs["blind"].folder), "--out", str(tmp_path / "x"), "--robot", "a.xml"],
+            "has no other robot",
+        ),
         (["nobody", "--out", str(tmp_path / "x")], "no run folder 'nobody'"),
     ]:
         code, _, err = command(capsys, "export", *words)
@@ -188,7 +222,9 @@ def test_refusals_are_one_line(
 def test_the_command_says_what_it_found(
     runs: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = command(capsys, "export", str(runs["blind"].folder), "--out", str(tmp_path / "p"), "--tasks", "1")
+    code, out, _ = command(
+        capsys, "export", str(runs["blind"].folder), "--out", str(tmp_path / "p"), "--tasks", "1"
+    )
     assert code == 0
     assert "of torch's over 400 steps" in out
 
@@ -201,7 +237,12 @@ def test_a_quadruped_tells_its_drives_what_it_was_trained_with() -> None:
     assert set(meta["joint_damping"]) == {0.5}
     assert meta["default_joint_pos"] == go2.POSE.tolist()
     assert set(meta["action_scale"]) == {0.25}
-    assert meta["limits"]["RL_calf"] == {"low": -2.7227, "high": -0.83776, "velocity": 15.7, "torque": 45.43}
+    assert meta["limits"]["RL_calf"] == {
+        "low": -2.7227,
+        "high": -0.83776,
+        "velocity": 15.7,
+        "torque": 45.43,
+    }
     assert (meta["control_hz"], meta["trial"], meta["layout"]) == (
         50.0,
         {"horizon": 200, "episodes": 2, "rollouts": 1},
@@ -216,12 +257,21 @@ def test_metadata_in_the_model_say_the_same_at_full_precision(exported: Exported
     _, folder = exported("maml")
     told = read_json(folder / "policy.json")
     inside = {p.key: p.value for p in onnx.load(folder / "policy.onnx").metadata_props}
-    assert {k.partition(".")[0] for k in inside} == told.keys() - {"sha256", "limits"}  # there are none
-    assert [float(x) for x in inside["context.weights.begin"].split(",")] == told["context"][0]["begin"][0]
+    assert {k.partition(".")[0] for k in inside} == told.keys() - {
+        "sha256",
+        "limits",
+    }  # there are none
+    assert [float(x) for x in inside["context.weights.begin"].split(",")] == told["context"][0][
+        "begin"
+    ][0]
     weights = np.array(told["context"][0]["begin"], np.float32)
     np.testing.assert_array_equal(weights, open_run(told["run_path"]).load_agent().begin(1)[0])
     assert inside["observation_names"].split(",") == told["observation_names"]
-    assert (inside["control_hz"], inside["trial.horizon"], inside["explores"]) == ("20.0", "100", "true")
+    assert (inside["control_hz"], inside["trial.horizon"], inside["explores"]) == (
+        "20.0",
+        "100",
+        "true",
+    )
     assert (inside["inputs.noise_in.shape"], inside["context.weights.out"]) == ("1,6", "null")
 
 
@@ -237,9 +287,15 @@ class Odd(nn.Module):
     privileged = explores = False
 
     def begin(self, worlds: int, task: Tensor | None = None) -> tuple[Tensor, ...]:
-        return torch.zeros(worlds, dtype=torch.int64), torch.full((worlds, 2), 7.0), torch.zeros(worlds, 3)
+        return (
+            torch.zeros(worlds, dtype=torch.int64),
+            torch.full((worlds, 2), 7.0),
+            torch.zeros(worlds, 3),
+        )
 
-    def act(self, percept: Percept, context: Any, noise: Tensor | None = None) -> tuple[Tensor, Any]:
+    def act(
+        self, percept: Percept, context: Any, noise: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         count, aside, total = context
         total = total + percept.obs[:, :3] * count[:, None] * 1e-3
         return torch.cat([total, total.sin()], 1), (count + 1, aside, total)
@@ -249,8 +305,12 @@ class Odd(nn.Module):
 
 
 class Whim(Odd):
-    def act(self, percept: Percept, context: Any, noise: Tensor | None = None) -> tuple[Tensor, Any]:
-        return (percept.obs[:, :6] if float(percept.obs.sum()) > 0 else percept.obs[:, 6:12]), context
+    def act(
+        self, percept: Percept, context: Any, noise: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        return (
+            percept.obs[:, :6] if float(percept.obs.sum()) > 0 else percept.obs[:, 6:12]
+        ), context
 
 
 def test_any_context_travels(exported: Exported, runs: dict[str, Run]) -> None:
@@ -258,14 +318,23 @@ def test_any_context_travels(exported: Exported, runs: dict[str, Run]) -> None:
     with torch.no_grad():
         model, meta = convert(Odd(), describe(run, Odd()))
     counter, aside, total = meta["context"]
-    assert (counter["in"], counter["out"], total["in"]) == ("context_0_in", "context_0_out", "context_2_in")
+    assert (counter["in"], counter["out"], total["in"]) == (
+        "context_0_in",
+        "context_0_out",
+        "context_2_in",
+    )
     assert (aside["in"], aside["out"], aside["begin"]) == (None, None, [[7.0, 7.0]])
     policy = Policy(Meta.parse({**meta, "sha256": ""}), model.SerializeToString())
     check(run, policy, Odd())
     assert policy.context()["context_0"] == 200
 
 
-def test_a_step_that_onnx_has_no_words_for_is_refused(exported: Exported, runs: dict[str, Run]) -> None:
-    with pytest.raises(ExportError, match="this agent's step has no ONNX form") as caught, torch.no_grad():
+def test_a_step_that_onnx_has_no_words_for_is_refused(
+    exported: Exported, runs: dict[str, Run]
+) -> None:
+    with (
+        pytest.raises(ExportError, match="this agent's step has no ONNX form") as caught,
+        torch.no_grad(),
+    ):
         convert(Whim(), describe(runs["rl2"], Whim()))
     assert "\n" not in str(caught.value)

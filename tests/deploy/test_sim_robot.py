@@ -20,7 +20,14 @@ import torch
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robots.sim_client import HOST, Kind, Sim, frame, parse
-from metarobot.deploy.sim_robot_body import SimulatedRobot, between, damped_model, product, tilted, upright
+from metarobot.deploy.sim_robot_body import (
+    SimulatedRobot,
+    between,
+    damped_model,
+    product,
+    tilted,
+    upright,
+)
 from metarobot.deploy.sim_robot_server import SimRobotServer, serve
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
@@ -130,7 +137,9 @@ def test_what_it_really_earned_is_summed_by_term() -> None:
         rewards.append(robot.reward)
     told, weights = robot.told(), robot.family.weights
     assert told["return"] == pytest.approx(sum(rewards))
-    assert sum(weights[k] * v for k, v in told["terms"].items()) == pytest.approx(sum(rewards), rel=1e-5)
+    assert sum(weights[k] * v for k, v in told["terms"].items()) == pytest.approx(
+        sum(rewards), rel=1e-5
+    )
     assert (told["world"], told["episode"], told["steps"], told["terminated"]) == (1, 0, 5, False)
 
 
@@ -167,7 +176,9 @@ def test_a_task_that_is_not_there_is_refused() -> None:
 
 def test_a_legged_robot_tells_what_its_sensors_measure() -> None:
     robot = world("QuadrupedFlat", noise=False)
-    assert not robot.obs[0, 3:30].equal(robot.family.observe(robot.env.snapshot)[0, 3:30])  # training's has noise
+    assert not robot.obs[0, 3:30].equal(
+        robot.family.observe(robot.env.snapshot)[0, 3:30]
+    )  # training's has noise
     robot.advance(robot.family.substeps)
     said = dict(zip(robot.signals.reading, robot.reading(), strict=True))
     model, state = robot.env.model(robot.tasks[0]), robot.env.state
@@ -207,7 +218,9 @@ def test_an_imu_calls_down_what_gravity_pulls_to() -> None:
     noise = np.array([0.05, -0.03, 0.02])
     wrong = (really + noise) / np.linalg.norm(really + noise)
     assert turned(tilted(seen, noise) * [1, -1, -1, -1], [0, 0, -1]) == pytest.approx(wrong)
-    assert product(between(gravity, really), np.array([1.0, 0, 0, 0])) == pytest.approx(between(gravity, really))
+    assert product(between(gravity, really), np.array([1.0, 0, 0, 0])) == pytest.approx(
+        between(gravity, really)
+    )
 
 
 def test_a_limp_robot_only_resists_motion() -> None:
@@ -217,7 +230,9 @@ def test_a_limp_robot_only_resists_motion() -> None:
     data.ctrl[:], data.qvel[6:] = 3.0, np.linspace(-1, 1, 12)
     mujoco.mj_forward(soft, data)
     assert data.actuator_force == pytest.approx(-2.0 * data.qvel[6:])
-    motors = damped_model(world("CheetahDir").env.model(families.get("CheetahDir").space.task(direction=1.0)))
+    motors = damped_model(
+        world("CheetahDir").env.model(families.get("CheetahDir").space.task(direction=1.0))
+    )
     data = mujoco.MjData(motors)
     data.ctrl[:] = 1.0
     mujoco.mj_forward(motors, data)
@@ -266,16 +281,23 @@ def test_in_lock_step_time_passes_with_each_reading_and_without_commands_it_damp
 
 
 def test_in_real_time_a_reading_comes_each_control_period_and_none_twice() -> None:
-    with served(world("QuadrupedFlat"), lockstep=False, watchdog_s=1.0) as server, driven(server) as robot:
+    with (
+        served(world("QuadrupedFlat"), lockstep=False, watchdog_s=1.0) as server,
+        driven(server) as robot,
+    ):
         robot.restart(0)
         targets, seen, began = still(robot), [], time.monotonic()
         for _ in range(50):
             seen.append(act(robot, targets))
         took = time.monotonic() - began
-    gaps = np.diff([r["stamp"] for r in seen])[1:]  # the first may lead from before the command to after it
+    gaps = np.diff([r["stamp"] for r in seen])[
+        1:
+    ]  # the first may lead from before the command to after it
     assert (gaps > -1e-9).all()
     assert gaps / 0.02 == pytest.approx((gaps / 0.02).round(), abs=1e-6)  # the robot's own periods
-    assert (gaps > 0.01).any()  # on a busy host one of the two may be held up, and readings come late
+    assert (
+        gaps > 0.01
+    ).any()  # on a busy host one of the two may be held up, and readings come late
     assert took > gaps.sum() - 0.05  # its time is not ahead of the clock
 
 
@@ -301,7 +323,10 @@ def test_a_robot_that_hears_nothing_damps_in_its_time() -> None:
 
 
 def test_damping_is_obeyed_at_once_from_another_thread() -> None:
-    with served(world("QuadrupedFlat"), lockstep=False, watchdog_s=60) as server, driven(server) as robot:
+    with (
+        served(world("QuadrupedFlat"), lockstep=False, watchdog_s=60) as server,
+        driven(server) as robot,
+    ):
         robot.restart(0)
         act(robot, still(robot))
         thread = threading.Thread(target=robot.damp)
@@ -360,7 +385,9 @@ def test_a_policy_for_another_robot_is_refused() -> None:
     with served(world("CheetahDir")) as server:
         for family in ("AntDir", "QuadrupedFlat"):
             robot = Sim(meta(family), address=f"{HOST}:{server.port}")
-            with pytest.raises(BridgeError, match=r"the policy is for .* the simulated CheetahDir has"):
+            with pytest.raises(
+                BridgeError, match=r"the policy is for .* the simulated CheetahDir has"
+            ):
                 robot.connect()
 
 

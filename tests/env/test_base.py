@@ -14,7 +14,14 @@ from metarobot.tasks.space import Param, TaskSpace
 FAMILIES = families.names()
 
 
-def small(name: str, worlds: int = 4, seed: int = 0, threads: int = 1, horizon: int | None = None, **changes) -> Env:
+def small(
+    name: str,
+    worlds: int = 4,
+    seed: int = 0,
+    threads: int = 1,
+    horizon: int | None = None,
+    **changes,
+) -> Env:
     """A few worlds of a family, each on a task of its own."""
     family = families.get(name)
     family = replace(family, horizon=horizon or family.horizon, **changes)
@@ -54,15 +61,23 @@ def test_a_step_has_the_names_and_shapes_the_family_declares(name: str) -> None:
     assert step.reward.dtype == torch.float32
     assert step.terms.keys() == family.weights.keys()
     assert all(v.shape == (n,) for v in step.terms.values())
-    assert all(x.shape == (n,) and x.dtype == torch.bool for x in (step.terminated, step.truncated, step.faulted))
-    assert env.control_hz == pytest.approx(1 / (env.sim.snapshot(0)[0].opt.timestep * family.substeps))
+    assert all(
+        x.shape == (n,) and x.dtype == torch.bool
+        for x in (step.terminated, step.truncated, step.faulted)
+    )
+    assert env.control_hz == pytest.approx(
+        1 / (env.sim.snapshot(0)[0].opt.timestep * family.substeps)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_observation_element_is_constant(name: str) -> None:
     env = small(name)
     # commands hold for an episode, some always; and who moves at random seldom grasps
-    felt = [not n.startswith("command") and n not in ("closing", "grasped") for n in env.family.observations]
+    felt = [
+        not n.startswith("command") and n not in ("closing", "grasped")
+        for n in env.family.observations
+    ]
     obs = torch.stack([s.obs for s in roll(env, 30)])[..., felt]
     assert (obs.std((0, 1)) > 1e-3).all()
     assert (obs.std(0) > 0).all()
@@ -97,7 +112,10 @@ def test_the_start_differs_from_world_to_world_and_from_episode_to_episode(name:
 def test_observations_share_no_memory(name: str) -> None:
     env = small(name, horizon=5)
     rows = actions(env, 6)
-    obs, live = env.reset(), {env.sim.bind(f).untyped_storage().data_ptr() for f in ("qpos", "qvel", "ctrl")}
+    obs, live = (
+        env.reset(),
+        {env.sim.bind(f).untyped_storage().data_ptr() for f in ("qpos", "qvel", "ctrl")},
+    )
     given = rows.clone()
     for row in rows:
         kept = obs.clone()
@@ -148,7 +166,9 @@ def test_the_batch_equals_a_serial_loop_bit_for_bit() -> None:
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
-    one, two, five = (roll(small("CheetahTerrain", worlds=5, threads=n, horizon=20), 45) for n in (1, 2, 5))
+    one, two, five = (
+        roll(small("CheetahTerrain", worlds=5, threads=n, horizon=20), 45) for n in (1, 2, 5)
+    )
     assert all(same(x, y) and same(x, z) for x, y, z in zip(one, two, five, strict=True))
 
 
@@ -157,7 +177,9 @@ def test_a_world_does_not_depend_on_how_many_others_there_are() -> None:
     tasks = family.space.sample("train", 6, 0)
     many, few = Env(family, tasks, threads=1), Env(family, tasks[:2], threads=1)
     for row in actions(many, 25):
-        assert same(many.step(row), few.step(row[:2]), slice(0, 2)) or pytest.fail("the other worlds were felt")
+        assert same(many.step(row), few.step(row[:2]), slice(0, 2)) or pytest.fail(
+            "the other worlds were felt"
+        )
 
 
 def test_actions_are_clipped_to_the_actuators_range() -> None:
@@ -206,7 +228,9 @@ def test_each_world_is_reset_on_its_own_and_shows_its_last_observation_first() -
 
 def test_an_early_end_in_one_world_is_not_felt_in_another() -> None:
     calm, falling = small("CheetahTerrain", horizon=15), small("CheetahTerrain", horizon=15)
-    falling.family = falling.family.replace(terminate=lambda s: torch.tensor([True, False, False, False]))
+    falling.family = falling.family.replace(
+        terminate=lambda s: torch.tensor([True, False, False, False])
+    )
     for a, b in zip(roll(calm, 40), roll(falling, 40), strict=True):
         assert b.terminated.tolist() == [True, False, False, False]
         assert same(a, b, [1, 2, 3])
@@ -226,7 +250,9 @@ def huge_velocity(env: Env, action: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["CheetahTerrain", "CheetahVel"])
 @pytest.mark.parametrize("harm", [nan_velocity, nan_action, huge_velocity])
-def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(harm, name, tmp_path, monkeypatch) -> None:
+def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(
+    harm, name, tmp_path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     sound, harmed = (small(name, worlds=3, horizon=10, threads=2) for _ in range(2))
     for t, row in enumerate(actions(sound, 30)):
@@ -276,7 +302,10 @@ def test_new_tasks_take_effect_at_the_reset() -> None:
 def test_some_worlds_can_be_given_new_tasks() -> None:
     family = families.get("CheetahTerrain")
     tasks = family.space.sample("train", 5, 0)
-    env, fresh = Env(family, tasks[:4], threads=1), Env(family, [tasks[0], tasks[4], *tasks[2:4]], threads=1)
+    env, fresh = (
+        Env(family, tasks[:4], threads=1),
+        Env(family, [tasks[0], tasks[4], *tasks[2:4]], threads=1),
+    )
     env.set_tasks([tasks[4]], [1])
     env.reset(0)
     for a, b in zip(roll(env, 10), roll(fresh, 10), strict=True):
@@ -286,12 +315,16 @@ def test_some_worlds_can_be_given_new_tasks() -> None:
 def test_resampling_draws_a_new_task_at_each_autoreset() -> None:
     family = replace(families.get("CheetahTerrain"), horizon=4)
     pool = family.space.sample("train", 20, 1)
-    env = Env(family, pool[:2], threads=1, resample=lambda world, episode: pool[2 * episode + world])
+    env = Env(
+        family, pool[:2], threads=1, resample=lambda world, episode: pool[2 * episode + world]
+    )
     for episode in range(1, 4):
         roll(env, 4)
         assert env.tasks == pool[2 * episode : 2 * episode + 2]
         assert env.task_values["payload"].tolist() == [t["payload"] for t in env.tasks]
-        assert [env.sim.snapshot(i)[0].body("payload").mass[0] for i in range(2)] == env.task_values["payload"].tolist()
+        assert [
+            env.sim.snapshot(i)[0].body("payload").mass[0] for i in range(2)
+        ] == env.task_values["payload"].tolist()
 
 
 def test_the_number_of_an_episode_decides_its_start() -> None:
@@ -321,7 +354,10 @@ def shifting() -> Family:
     edit = replace(edit, element="joint", name="bthigh", field="ref", index=None)
     space = TaskSpace("Shifting", (Param(name="ref", train=Uniform(0, 0.4), edits=(edit,)),))
     return replace(
-        families.get("CheetahVel"), name="Shifting", space=space, reward=families.get("CheetahTerrain").reward
+        families.get("CheetahVel"),
+        name="Shifting",
+        space=space,
+        reward=families.get("CheetahTerrain").reward,
     )
 
 
@@ -329,7 +365,9 @@ def test_each_world_starts_from_its_own_model() -> None:
     family = shifting()
     tasks = [{"ref": 0.0}, {"ref": 0.4}]
     env, swapped = Env(family, tasks, threads=1), Env(family, tasks[::-1], threads=1)
-    assert torch.allclose(env.reset(0)[:, 2] - swapped.reset(0)[:, 2], torch.tensor([-0.4, 0.4]), atol=1e-6)
+    assert torch.allclose(
+        env.reset(0)[:, 2] - swapped.reset(0)[:, 2], torch.tensor([-0.4, 0.4]), atol=1e-6
+    )
 
 
 def test_an_environment_without_tasks_is_refused() -> None:

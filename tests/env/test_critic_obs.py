@@ -109,7 +109,8 @@ def joined(name: str, world: int) -> Tensor:
 def following(seen: str, final: str, world: int) -> Tensor:
     episodes = lived().episodes
     rows = [
-        torch.cat([getattr(e, seen)[e.valid[:, world], world][1:], getattr(e, final)[world][None]]) for e in episodes
+        torch.cat([getattr(e, seen)[e.valid[:, world], world][1:], getattr(e, final)[world][None]])
+        for e in episodes
     ]
     return torch.cat(rows)
 
@@ -122,7 +123,9 @@ def test_a_sequence_keeps_what_the_critic_sees_beside_what_the_agent_sees(world:
     assert valid[:length].all()
     assert torch.equal(seq.critic_obs[:length, world], joined("critic_obs", world))
     assert torch.equal(seq.percept.obs[:length, world], joined("obs", world))
-    assert torch.equal(seq.next_critic_obs[:length, world], following("critic_obs", "final_critic_obs", world))
+    assert torch.equal(
+        seq.next_critic_obs[:length, world], following("critic_obs", "final_critic_obs", world)
+    )
     assert torch.equal(seq.next_obs[:length, world], following("obs", "final_obs", world))
 
 
@@ -154,13 +157,15 @@ def perturbed(trials: Trials, by: float) -> Trials:
         return x + by * torch.randn(x.shape, generator=noise)
 
     told = [
-        replace(e, critic_obs=other(e.critic_obs), final_critic_obs=other(e.final_critic_obs)) for e in trials.episodes
+        replace(e, critic_obs=other(e.critic_obs), final_critic_obs=other(e.final_critic_obs))
+        for e in trials.episodes
     ]
     return replace(trials, episodes=tuple(told))
 
 
 def judged(name: str, trials: Trials) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, targets, and log-probabilities of the actions, as a learner sees them, ``(step,)``."""
+    """Values, targets, and log-probabilities of the actions, as a learner sees them,
+    ``(step,)``."""
     seq = join_episodes(trials.episodes)
     _, _, value, target, _, old = learner(name)._targets(seq, trials.task)
     return value[seq.valid], target[seq.valid], old[seq.valid]
@@ -168,7 +173,11 @@ def judged(name: str, trials: Trials) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_values_depend_on_what_the_critic_sees_and_the_policy_does_not(name: str) -> None:
-    seq, ours, other = join_episodes(lived().episodes), judged(name, lived()), judged(name, perturbed(lived(), 1.0))
+    seq, ours, other = (
+        join_episodes(lived().episodes),
+        judged(name, lived()),
+        judged(name, perturbed(lived(), 1.0)),
+    )
     differ = [~torch.isclose(a, b, atol=1e-5) for a, b in zip(ours, other, strict=True)]
     fell = seq.terminated[seq.valid]
     assert differ[0].float().mean() > 0.95
@@ -181,14 +190,19 @@ def test_values_depend_on_what_the_critic_sees_and_the_policy_does_not(name: str
 def test_the_last_value_depends_on_what_the_critic_sees_last(name: str) -> None:
     final = lived().episodes[-1]
     changed = replace(final, final_critic_obs=final.final_critic_obs + 1.0)
-    ours, other = judged(name, lived()), judged(name, replace(lived(), episodes=(*lived().episodes[:-1], changed)))
+    ours, other = (
+        judged(name, lived()),
+        judged(name, replace(lived(), episodes=(*lived().episodes[:-1], changed))),
+    )
     assert torch.equal(ours[0], other[0])
     assert not torch.equal(ours[1], other[1])
 
 
 @pytest.mark.parametrize("family", [FALLING, blank(FALLING)], ids=["seeing", "blank"])
 @pytest.mark.parametrize("name", LEARNERS)
-def test_learners_learn_from_early_ends_and_with_a_critic_that_sees_more_or_not(name: str, family: Family) -> None:
+def test_learners_learn_from_early_ends_and_with_a_critic_that_sees_more_or_not(
+    name: str, family: Family
+) -> None:
     config = agents.get(name).config(**TINY)
     of = build_learner(name, config, family, 0)
     shapes = agent_dimensions(family, 2)
@@ -219,7 +233,9 @@ def exploding(rng: np.random.Generator, model: Any) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.parametrize("name", LEARNERS)
 @pytest.mark.parametrize("begin", [overturned, exploding])
-def test_falls_and_faults_at_the_first_step_are_lived_counted_and_learnt_from(name: str, begin) -> None:
+def test_falls_and_faults_at_the_first_step_are_lived_counted_and_learnt_from(
+    name: str, begin
+) -> None:
     of, family = learner(name), replace(FLAT, start=begin)
     trials = live(of.agent, family)
     lengths = torch.stack([e.valid.sum(0) for e in trials.episodes])
@@ -233,7 +249,10 @@ def test_falls_and_faults_at_the_first_step_are_lived_counted_and_learnt_from(na
         assert (trials.returns()[faulted] == 0).all()
     assert trials.steps() == lengths.sum()
     for e in trials.episodes:
-        assert all(x.isfinite().all() for x in (e.obs, e.critic_obs, e.final_obs, e.final_critic_obs, e.reward))
+        assert all(
+            x.isfinite().all()
+            for x in (e.obs, e.critic_obs, e.final_obs, e.final_critic_obs, e.reward)
+        )
     assert all(np.isfinite(v) for v in of.update(trials, 0.0, 0).values())
     assert all(bool(v.isfinite().all()) for v in of.state().values())
 
@@ -245,7 +264,10 @@ def test_a_learner_restored_goes_on_with_the_same_bits(name: str) -> None:
     other.load(whole.state())
     for each in (whole, other):
         each.update(lived(), 0.5, 1)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state().values(), other.state().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state().values(), other.state().values(), strict=True)
+    )
 
 
 def digest(folder: Path) -> str:
@@ -253,11 +275,15 @@ def digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["ppo", "rl2"])
-def test_resuming_a_quadruped_gives_the_uninterrupted_bits(tmp_path: Path, name: str, monkeypatch) -> None:
+def test_resuming_a_quadruped_gives_the_uninterrupted_bits(
+    tmp_path: Path, name: str, monkeypatch
+) -> None:
     import metarobot.training.train as module
 
     config = agents.get(name).config(**TINY)
-    settings = TrainConfig(family="QuadrupedFlat", agent=name, steps=2 * WORLDS * 200 + 1, threads=1, save_every=1)
+    settings = TrainConfig(
+        family="QuadrupedFlat", agent=name, steps=2 * WORLDS * 200 + 1, threads=1, save_every=1
+    )
     whole, broken = (start_run(settings, config, tmp_path / n) for n in ("whole", "broken"))
     assert train(whole, show=False)
     calls, real = [], module.save
@@ -276,13 +302,19 @@ def test_resuming_a_quadruped_gives_the_uninterrupted_bits(tmp_path: Path, name:
     assert train(open_run(broken.folder), resume=True, show=False)
     assert digest(broken.folder) == digest(whole.folder)
     rows = [read_metrics(r.folder / "metrics.jsonl") for r in (whole, broken)]
-    assert [r["rollout/ep_rew_mean"] for r in rows[0]] == [r["rollout/ep_rew_mean"] for r in rows[1]]
+    assert [r["rollout/ep_rew_mean"] for r in rows[0]] == [
+        r["rollout/ep_rew_mean"] for r in rows[1]
+    ]
     assert len(rows[0]) >= 2
 
 
 def test_a_run_of_a_quadruped_opens_and_acts_on_its_robot_and_on_another(tmp_path: Path) -> None:
     config = agents.get("rl2").config(**TINY)
-    run = start_run(TrainConfig(family="QuadrupedFlat", agent="rl2", steps=1, threads=1), config, tmp_path / "run")
+    run = start_run(
+        TrainConfig(family="QuadrupedFlat", agent="rl2", steps=1, threads=1),
+        config,
+        tmp_path / "run",
+    )
     assert train(run, show=False)
     spec, path = go2.go2(), tmp_path / "robot.xml"
     for thing in (*spec.sensors, *spec.sites, spec.body("payload")):
@@ -290,13 +322,19 @@ def test_a_run_of_a_quadruped_opens_and_acts_on_its_robot_and_on_another(tmp_pat
     path.write_text(spec.to_xml())
     runs = [open_run(run.folder), open_run(run.folder, str(path))]
     assert runs[1].family is not runs[0].family
-    ours, theirs = (live(r.load_agent(), replace(r.family, horizon=10), explore=False).episodes[0] for r in runs)
+    ours, theirs = (
+        live(r.load_agent(), replace(r.family, horizon=10), explore=False).episodes[0] for r in runs
+    )
     assert ours.action.isfinite().all()
     assert torch.allclose(ours.obs, theirs.obs, atol=1e-3), "a copy of the same robot"
-    with pytest.raises(MetarobotError, match=r"^no robot model 'nowhere.xml': give a path to an MJCF file, or "):
+    with pytest.raises(
+        MetarobotError, match=r"^no robot model 'nowhere.xml': give a path to an MJCF file, or "
+    ):
         live(runs[0].load_agent(), open_run(run.folder, "nowhere.xml").family)
 
 
 def test_families_of_one_robot_have_no_other() -> None:
-    with pytest.raises(MetarobotError, match=r"^CheetahVel has no other robot than its own; leave --robot out$"):
+    with pytest.raises(
+        MetarobotError, match=r"^CheetahVel has no other robot than its own; leave --robot out$"
+    ):
         family_on("CheetahVel", "robot.xml")

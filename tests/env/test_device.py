@@ -1,4 +1,5 @@
-"""That nothing of a family is tied to the CPU, seen without a GPU: torch's ``meta`` device refuses to mix."""
+"""That nothing of a family is tied to the CPU, seen without a GPU: torch's ``meta`` device refuses
+to mix."""
 
 import importlib.util
 import os
@@ -17,16 +18,21 @@ from metarobot.types import constant_like
 
 
 def elsewhere(env: Env) -> WorldState:
-    """The present moment of an environment, on a device that holds no numbers, in the float32 of a GPU."""
+    """The present moment of an environment, on a device that holds no numbers, in the float32 of a
+    GPU."""
     now = env.snapshot
 
     def moved(x: Any) -> Any:
         return x.to("meta", torch.float32 if x.is_floating_point() else x.dtype)
 
     task = {k: moved(v) for k, v in now.task.items()}
-    state = WorldState(*(moved(x) for x in now[:4]), task, moved(now.statistics), moved(now.variant))
+    state = WorldState(
+        *(moved(x) for x in now[:4]), task, moved(now.statistics), moved(now.variant)
+    )
     return (
-        state if env.family.interaction.derive is None else state._replace(derived=env.family.interaction.derive(state))
+        state
+        if env.family.interaction.derive is None
+        else state._replace(derived=env.family.interaction.derive(state))
     )
 
 
@@ -67,12 +73,19 @@ def test_a_constant_is_copied_to_a_device_once() -> None:
     assert constant_like(constant, x.double()).dtype == torch.float64
 
 
-def test_without_a_gpu_cuda_is_refused_in_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+def test_without_a_gpu_cuda_is_refused_in_a_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    code, _, err = run(capsys, "train", "CheetahVel", "--device", "cuda", "--out", str(tmp_path / "x"))
+    code, _, err = run(
+        capsys, "train", "CheetahVel", "--device", "cuda", "--out", str(tmp_path / "x")
+    )
     assert code == 2
-    assert "CUDA; use --device cpu" in err or "torch finds no CUDA device here; use --device cpu" in err
+    assert (
+        "CUDA; use --device cpu" in err
+        or "torch finds no CUDA device here; use --device cpu" in err
+    )
     assert not (tmp_path / "x").exists()
 
 
@@ -91,10 +104,15 @@ print("the same")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton"
+)
 def test_the_gpus_kernel_of_the_recurrence_equals_the_cpus_as_triton_interprets_it() -> None:
     said = subprocess.run(
-        [sys.executable, "-c", FUSED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-c", FUSED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
     assert "the same" in said.stdout, said.stderr
 
@@ -107,7 +125,9 @@ def test_the_recurrence_on_the_gpu_equals_the_cpus() -> None:
     for device in ("cpu", "cuda"):
         x, y = (v.to(device).requires_grad_() for v in (a, b))
         h = linear_scan(x, y)
-        found.append([v.cpu() for v in (h, *torch.autograd.grad((h * weight.to(device)).sum(), (x, y)))])
+        found.append(
+            [v.cpu() for v in (h, *torch.autograd.grad((h * weight.to(device)).sum(), (x, y)))]
+        )
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
@@ -115,7 +135,10 @@ def test_the_recurrence_on_the_gpu_equals_the_cpus() -> None:
 @pytest.mark.parametrize("time", [1, 2, 7, 50])
 def test_the_recurrence_equals_a_loop_over_time(time: int) -> None:
     torch.manual_seed(0)
-    a, b = torch.rand(time, 2, 3).double().requires_grad_(), torch.randn(time, 2, 3).double().requires_grad_()
+    a, b = (
+        torch.rand(time, 2, 3).double().requires_grad_(),
+        torch.randn(time, 2, 3).double().requires_grad_(),
+    )
     h, states = torch.zeros(2, 3).double(), []
     for t in range(time):
         h = a[t] * h + b[t]

@@ -20,7 +20,9 @@ from metarobot.tasks.distributions import TaskError
 from metarobot.tasks.family import families
 
 TERRAIN = replace(families.get("CheetahTerrain"), horizon=12)
-TUMBLER = families.get("CheetahVel").replace(horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12)
+TUMBLER = families.get("CheetahVel").replace(
+    horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12
+)
 """Ends at another step in each world, by failure or by time."""
 
 
@@ -49,14 +51,19 @@ def test_every_family_passes_gymnasiums_checker(name):
         check_env(gymnasium.make(f"metarobot/{name}-v0").unwrapped, skip_render_check=True)
     # observations have no bounds, and a quadruped's actions others than 1
     usual = ("infinity", "symmetric and normalized")
-    assert all(any(u in str(w.message) for u in usual) for w in caught), [str(w.message) for w in caught]
+    assert all(any(u in str(w.message) for u in usual) for w in caught), [
+        str(w.message) for w in caught
+    ]
 
 
 @pytest.mark.parametrize("name", families.names())
 def test_every_family_has_an_id_for_one_world_and_for_many(name):
     gymnasium.register_envs(metarobot)
     family = families.get(name)
-    env, many = gymnasium.make(f"metarobot:metarobot/{name}-v0"), gymnasium.make_vec(f"metarobot/{name}-v0", num_envs=4)
+    env, many = (
+        gymnasium.make(f"metarobot:metarobot/{name}-v0"),
+        gymnasium.make_vec(f"metarobot/{name}-v0", num_envs=4),
+    )
     assert isinstance(env.unwrapped, GymEnv)
     assert isinstance(many, GymVecEnv)
     for e in (env, many):
@@ -92,7 +99,9 @@ def test_the_task_is_an_option_and_is_told():
     _, reward, _, _, info = env.step(actions_for(env, 1)[0])
     assert info["task"] == task
     assert not info["faulted"]
-    assert reward == pytest.approx(sum(w * info["reward_terms"][k] for k, w in TUMBLER.weights.items()))
+    assert reward == pytest.approx(
+        sum(w * info["reward_terms"][k] for k, w in TUMBLER.weights.items())
+    )
     _, info = env.reset(options={"task": TUMBLER.space.task(**task)})
     assert info["task"] == task
     _, info = env.reset()
@@ -199,7 +208,9 @@ def test_each_world_of_many_lives_as_one_alone(family):
         task = {k: float(v[i]) for k, v in infos["task"].items() if k[0] != "_"}
         singles[i].reset(options={"task": task})
         sim = many.env.sim
-        singles[i].env.set_state(sim.bind("qpos")[i : i + 1].clone(), sim.bind("qvel")[i : i + 1].clone())
+        singles[i].env.set_state(
+            sim.bind("qpos")[i : i + 1].clone(), sim.bind("qvel")[i : i + 1].clone()
+        )
 
     for i in range(3):
         put(i)
@@ -231,7 +242,10 @@ def test_infos_have_the_layout_of_gymnasiums_own_vector_environment():
     assert ours.metadata["autoreset_mode"] is mode
 
     def layout(info):
-        return {k: layout(v) if isinstance(v, dict) else (v.dtype, v.shape) for k, v in sorted(info.items())}
+        return {
+            k: layout(v) if isinstance(v, dict) else (v.dtype, v.shape)
+            for k, v in sorted(info.items())
+        }
 
     def some_end(env):
         env.reset(seed=1)
@@ -242,7 +256,9 @@ def test_infos_have_the_layout_of_gymnasiums_own_vector_environment():
                 assert np.array_equal(infos["_final_obs"], done)
                 assert np.array_equal(infos["_final_info"], done)
                 assert np.array_equal(infos["final_info"]["_task"], done)
-                assert all((o is not None) == d for o, d in zip(infos["final_obs"], done, strict=True))
+                assert all(
+                    (o is not None) == d for o, d in zip(infos["final_obs"], done, strict=True)
+                )
                 return layout(infos)
         raise AssertionError("no step in which some worlds ended")
 
@@ -271,7 +287,11 @@ def test_many_worlds_repeat_with_their_seed_and_do_not_meddle_with_each_other():
 def test_tasks_change_at_the_autoreset_or_stay():
     task = {"target_speed": 1.0}
     env = GymVecEnv(TUMBLER, 3)
-    for options, stays in (({"task": task}, False), ({"task": [task] * 3, "resample": False}, True), (None, False)):
+    for options, stays in (
+        ({"task": task}, False),
+        ({"task": [task] * 3, "resample": False}, True),
+        (None, False),
+    ):
         _, infos = env.reset(seed=0, options=options)
         first = infos["task"]["target_speed"]
         assert (options is None) or (first == 1.0).all()
@@ -281,7 +301,9 @@ def test_tasks_change_at_the_autoreset_or_stay():
 
 
 def test_wrappers_of_gymnasium_see_whole_episodes():
-    env = gymnasium.wrappers.vector.RecordEpisodeStatistics(GymVecEnv(TUMBLER.replace(terminate=None), 3))
+    env = gymnasium.wrappers.vector.RecordEpisodeStatistics(
+        GymVecEnv(TUMBLER.replace(terminate=None), 3)
+    )
     env.reset(seed=0)
     total = np.zeros(3)
     for action in actions_for(env, 12):

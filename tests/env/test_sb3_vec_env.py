@@ -19,7 +19,9 @@ from stable_baselines3.common.monitor import Monitor
 
 from metarobot.env.sb3_vec_env import SB3VecEnv
 
-TUMBLER = families.get("CheetahVel").replace(horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12)
+TUMBLER = families.get("CheetahVel").replace(
+    horizon=12, terminate=lambda state: state.qpos[:, 2].abs() > 0.12
+)
 SHORT = TUMBLER.replace(terminate=None)
 
 
@@ -27,7 +29,9 @@ SHORT = TUMBLER.replace(terminate=None)
 def test_every_family_passes_sb3s_checker(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "We recommend you to use a symmetric and normalized Box action space")
+        warnings.filterwarnings(
+            "ignore", "We recommend you to use a symmetric and normalized Box action space"
+        )
         check_env(gymnasium.make(f"metarobot/{name}-v0").unwrapped)
 
 
@@ -36,12 +40,17 @@ def test_it_lives_what_gymnasiums_vector_environment_lives():
     ours.seed(3)
     a, (b, infos) = ours.reset(), theirs.reset(seed=3)
     assert np.array_equal(a, b)
-    assert [i["task"]["target_speed"] for i in ours.reset_infos] == infos["task"]["target_speed"].tolist()
+    assert [i["task"]["target_speed"] for i in ours.reset_infos] == infos["task"][
+        "target_speed"
+    ].tolist()
     returns, lengths, ended = np.zeros(4), np.zeros(4, int), 0
     theirs.action_space.seed(0)
     for _ in range(30):
         action = theirs.action_space.sample()
-        (a, r, done, ours_infos), (b, s, terminated, truncated, infos) = ours.step(action), theirs.step(action)
+        (a, r, done, ours_infos), (b, s, terminated, truncated, infos) = (
+            ours.step(action),
+            theirs.step(action),
+        )
         assert np.array_equal(a, b)
         assert np.array_equal(r, s)
         assert np.array_equal(done, terminated | truncated)
@@ -52,7 +61,9 @@ def test_it_lives_what_gymnasiums_vector_environment_lives():
                 ended += 1
                 assert np.array_equal(info["terminal_observation"], infos["final_obs"][i])
                 assert info["TimeLimit.truncated"] == truncated[i]
-                assert info["task"]["target_speed"] == infos["final_info"]["task"]["target_speed"][i]
+                assert (
+                    info["task"]["target_speed"] == infos["final_info"]["task"]["target_speed"][i]
+                )
                 assert info["episode"]["l"] == lengths[i]
                 assert info["episode"]["r"] == pytest.approx(returns[i])
                 returns[i] = lengths[i] = 0

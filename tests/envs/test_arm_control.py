@@ -57,7 +57,10 @@ def test_a_hand_that_opened_closes_with_the_force_asked_for_anew() -> None:
 def test_the_hand_closes_gently_until_it_meets_something_and_presses_then() -> None:
     env, forces = Env(SHAPES, [BOX], threads=1), set()
     for _ in range(60):
-        met, force = bool(env.state.statistics[0, grasp.GRIPPED]), float(env.state.statistics[0, grasp.FORCE])
+        met, force = (
+            bool(env.state.statistics[0, grasp.GRIPPED]),
+            float(env.state.statistics[0, grasp.FORCE]),
+        )
         env.step(clever(env))
         told = float(env.sim.bind("ctrl")[0, 7])
         forces.add(round(told, 9))
@@ -73,7 +76,11 @@ def test_the_hand_closes_gently_until_it_meets_something_and_presses_then() -> N
 def anywhere(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
     """Any pose of the arm, singular ones too, moving at any speed it can have."""
     qpos, qvel = SHAPES.start(rng, model)
-    qpos[:7] = rng.uniform(panda.LOW, panda.HIGH) if rng.random() < 0.8 else rng.choice([panda.LOW, panda.HIGH])
+    qpos[:7] = (
+        rng.uniform(panda.LOW, panda.HIGH)
+        if rng.random() < 0.8
+        else rng.choice([panda.LOW, panda.HIGH])
+    )
     qvel[:7] = rng.uniform(-panda.SPEED, panda.SPEED)
     return qpos, qvel
 
@@ -85,7 +92,9 @@ def flung() -> Env:
 
 @given(st.integers(0, 2**32), st.floats(0, 3), st.integers(1, 10))
 @settings(max_examples=20, deadline=None)
-def test_targets_stay_within_the_limits_of_joints_and_grip(seed: int, magnitude: float, repeat: int) -> None:
+def test_targets_stay_within_the_limits_of_joints_and_grip(
+    seed: int, magnitude: float, repeat: int
+) -> None:
     env = flung()
     env.reset(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -93,7 +102,9 @@ def test_targets_stay_within_the_limits_of_joints_and_grip(seed: int, magnitude:
     for k in range(12):
         if k % repeat == 0:
             action = magnitude * torch.randn(4, 6, generator=rng)
-        direct = SHAPES.control.targets(env.state, action.double().clamp(-1, 1), env.sim.bind("ctrl"))
+        direct = SHAPES.control.targets(
+            env.state, action.double().clamp(-1, 1), env.sim.bind("ctrl")
+        )
         step = env.step(action)
         told = env.sim.bind("ctrl")
         if not (step.terminated | step.truncated).any():
@@ -117,7 +128,8 @@ MOVES = [(axis, sign) for axis in range(3) for sign in (1, -1)]
 
 
 def moved(speed: float, steps: int) -> Tensor:
-    """How far each hand moved in each step, m, ``(move, step, 3)``: one hand along each of ``MOVES``."""
+    """How far each hand moved in each step, m, ``(move, step, 3)``: one hand along each of
+    ``MOVES``."""
     env, action = Env(FREE, [BOX] * 6, threads=1), torch.zeros(6, 6)
     tips = [Scene(env.state).tip.clone()]
     for world, (axis, sign) in enumerate(MOVES):
@@ -178,7 +190,9 @@ def test_the_hand_keeps_pointing_down(extreme: bool, repeat: int) -> None:
 @pytest.mark.parametrize("speed", [0.4, 1.0])
 def test_the_hand_reaches_every_corner_of_its_part_of_the_table(speed: float) -> None:
     env = Env(FREE, [BOX] * 8, threads=1)
-    corners = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+    corners = torch.tensor(
+        [[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]
+    )
     for _ in range(80):
         env.step(torch.cat([speed * corners, torch.zeros(8, 3)], 1))
         assert (Scene(env.state).pads == 0).all(), "the table is not touched"

@@ -23,13 +23,28 @@ THEIRS = {
 }
 PLANAR = ("WalkerParams", "HopperParams")
 SCALED = [(name, p.name) for name in PLANAR for p in families.get(name).space.params]
-FIELDS = {"mass": "body_mass", "inertia": "body_inertia", "damping": "dof_damping", "friction": "geom_friction"}
-DERIVED = {"actuator_acc0", "body_invweight0", "body_subtreemass", "cam_poscom0", "dof_M0", "dof_invweight0"}
+FIELDS = {
+    "mass": "body_mass",
+    "inertia": "body_inertia",
+    "damping": "dof_damping",
+    "friction": "geom_friction",
+}
+DERIVED = {
+    "actuator_acc0",
+    "body_invweight0",
+    "body_subtreemass",
+    "cam_poscom0",
+    "dof_M0",
+    "dof_invweight0",
+}
 
 
 def nominal(family: Family) -> dict[str, float]:
-    """Factors of one; for the ant and the humanoid x as the direction, and the edge of the disc along x as the goal."""
-    return {p.name: float(family.name in PLANAR or p.name == "goal_area") for p in family.space.params}
+    """Factors of one; for the ant and the humanoid x as the direction, and the edge of the disc
+    along x as the goal."""
+    return {
+        p.name: float(family.name in PLANAR or p.name == "goal_area") for p in family.space.params
+    }
 
 
 def state(qpos, qvel=(0.0,), action=(0.0,), sensors=(0.0, 0.0, 0.0), **task: float) -> WorldState:
@@ -76,7 +91,9 @@ def test_the_nominal_robot_moves_sees_and_earns_as_gymnasiums(name: str) -> None
         assert terminated or paid["alive"] == info["reward_survive"]
         if name in PLANAR:
             assert paid["speed"] == pytest.approx(info["reward_forward"], abs=1e-9)
-        elif name == "AntDir":  # Gymnasium's comes from body positions, which are a little older than the joints'
+        elif (
+            name == "AntDir"
+        ):  # Gymnasium's comes from body positions, which are a little older than the joints'
             assert paid["speed"] == pytest.approx((theirs.data.qpos[0] - x) / theirs.dt, abs=1e-9)
             assert paid["speed"] == pytest.approx(info["reward_forward"], abs=0.05)
         x = theirs.data.qpos[0]
@@ -87,7 +104,10 @@ def test_the_nominal_robot_moves_sees_and_earns_as_gymnasiums(name: str) -> None
 def test_joints_are_observed_under_their_own_names(name: str) -> None:
     family = families.get(name)
     model = TaskModels(family).compile(family.space.task(**nominal(family)))
-    joints = [model.joint(i).name.removesuffix("_joint") for i in range(3 if name in PLANAR else 1, model.njnt)]
+    joints = [
+        model.joint(i).name.removesuffix("_joint")
+        for i in range(3 if name in PLANAR else 1, model.njnt)
+    ]
     for unit in ("rad", "rad/s"):
         assert [o for o in family.observations if o.endswith(f"_{unit}")][-len(joints) :] == [
             f"{j}_{unit}" for j in joints
@@ -121,13 +141,17 @@ def test_the_humanoids_speed_is_its_centre_of_masss_one_substep_late() -> None:
 
 def test_the_humanoids_actions_are_rescaled_and_its_torques_are_not() -> None:
     theirs = gymnasium.make("Humanoid-v5").unwrapped.model
-    ours = TaskModels(families.get("HumanoidDir")).compile(families.get("HumanoidDir").space.sample("train", 1)[0])
+    ours = TaskModels(families.get("HumanoidDir")).compile(
+        families.get("HumanoidDir").space.sample("train", 1)[0]
+    )
     assert (ours.actuator_ctrlrange == [-1, 1]).all()
     torque = theirs.actuator_gear[:, 0] * theirs.actuator_ctrlrange[:, 1]
     assert ours.actuator_gear[:, 0] == pytest.approx(torque)
 
 
-@pytest.mark.parametrize(("name", "file"), [("WalkerParams", "walker2d_v5.xml"), ("HopperParams", "hopper.xml")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("WalkerParams", "walker2d_v5.xml"), ("HopperParams", "hopper.xml")]
+)
 def test_writing_masses_down_changes_nothing_of_the_published_model(name: str, file: str) -> None:
     family = families.get(name)
     ours = TaskModels(family).compile(family.space.task(**nominal(family)))
@@ -193,12 +217,22 @@ def test_what_reaches_the_floor_first_is_a_foot_unless_the_robot_has_fallen(name
 
 def test_an_ant_is_paid_for_its_speed_in_the_direction() -> None:
     family = families.get("AntDir")
-    for angle, speed in ((0.0, 0.6), (math.pi / 2, -0.8), (-math.pi, -0.6), (math.atan2(-0.8, 0.6), 1.0)):
-        before, after = state([1.0, 1.0, 0.5]), state([1.03, 0.96, 0.5], action=[0.5, -1.0], direction=angle)
+    for angle, speed in (
+        (0.0, 0.6),
+        (math.pi / 2, -0.8),
+        (-math.pi, -0.6),
+        (math.atan2(-0.8, 0.6), 1.0),
+    ):
+        before, after = (
+            state([1.0, 1.0, 0.5]),
+            state([1.03, 0.96, 0.5], action=[0.5, -1.0], direction=angle),
+        )
         terms = {k: float(v) for k, v in family.reward(before, after, 0.05).items()}
         assert terms == pytest.approx({"speed": speed, "control": -1.25, "alive": 1.0})
         assert family.weights == {"speed": 1.0, "control": 0.5, "alive": 1.0}
-        assert float(family.display.readout(before, after, 0.05)["onward m/s"]) == pytest.approx(speed)
+        assert float(family.display.readout(before, after, 0.05)["onward m/s"]) == pytest.approx(
+            speed
+        )
 
 
 def test_an_ant_is_paid_by_how_far_the_goal_is_along_x_and_along_y() -> None:
@@ -208,7 +242,9 @@ def test_an_ant_is_paid_by_how_far_the_goal_is_along_x_and_along_y() -> None:
     terms = {k: float(v) for k, v in family.reward(after, after, 0.05).items()}
     assert terms == pytest.approx({"distance": -3.0, "control": -1.25})
     assert family.weights == {"distance": 1.0, "control": 0.1}
-    assert float(family.display.readout(after, after, 0.05)["to goal m"]) == pytest.approx(math.hypot(1, 2))
+    assert float(family.display.readout(after, after, 0.05)["to goal m"]) == pytest.approx(
+        math.hypot(1, 2)
+    )
 
 
 def test_a_humanoid_is_paid_for_its_centre_of_mass() -> None:
@@ -243,13 +279,19 @@ def test_a_humanoid_is_paid_for_its_centre_of_mass() -> None:
         ("HopperParams", [0, 1.2, 0], [0, -100], True),
     ],
 )
-def test_an_episode_ends_where_gymnasiums_does(name: str, qpos: list[float], qvel: list[float], ends: bool) -> None:
+def test_an_episode_ends_where_gymnasiums_does(
+    name: str, qpos: list[float], qvel: list[float], ends: bool
+) -> None:
     qpos, qvel = ([float(x) for x in values] for values in (qpos, qvel))
     assert bool(families.get(name).interaction.terminate(state(qpos, qvel))[0]) is ends
 
 
 def test_an_ant_that_seeks_a_goal_never_fails() -> None:
-    env = Env(replace(families.get("AntGoal"), horizon=5), [{"goal_angle": 0.0, "goal_area": 1.0}], threads=1)
+    env = Env(
+        replace(families.get("AntGoal"), horizon=5),
+        [{"goal_angle": 0.0, "goal_area": 1.0}],
+        threads=1,
+    )
     for t in range(5):
         env.state.qpos[0, 2] = 3.0
         step = env.step(torch.zeros(1, 8))
@@ -262,10 +304,15 @@ def test_goals_are_as_likely_on_every_square_metre_of_the_disc() -> None:
     angle = np.array([t["goal_angle"] for t in tasks])
     place = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
     assert radius.max() <= 3
-    counts = np.histogram2d(*place.T, bins=[np.linspace(-2, 2, 5)] * 2)[0]  # squares of 1 m² that lie in the disc
+    counts = np.histogram2d(*place.T, bins=[np.linspace(-2, 2, 5)] * 2)[
+        0
+    ]  # squares of 1 m² that lie in the disc
     assert counts == pytest.approx(len(tasks) / (9 * math.pi), rel=0.3)
     assert place.mean(0) == pytest.approx([0, 0], abs=0.1)
-    far = [3 * math.sqrt(t["goal_area"]) for t in families.get("AntGoal").space.sample("extrapolate", 200, 0)]
+    far = [
+        3 * math.sqrt(t["goal_area"])
+        for t in families.get("AntGoal").space.sample("extrapolate", 200, 0)
+    ]
     assert 3 <= min(far) < 3.1
     assert 3.9 < max(far) <= 4
 

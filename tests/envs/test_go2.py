@@ -25,7 +25,9 @@ def robot() -> mujoco.MjModel:
     return compile_spec(go2.go2())
 
 
-def stood(model: mujoco.MjModel, seconds: float, action: float = 0.0) -> tuple[mujoco.MjData, np.ndarray]:
+def stood(
+    model: mujoco.MjModel, seconds: float, action: float = 0.0
+) -> tuple[mujoco.MjData, np.ndarray]:
     """Let a robot stand from its default pose; its trunk's height over time, m."""
     data = mujoco.MjData(model)
     data.qpos[:7], data.ctrl[:] = [0, 0, go2.HEIGHT + 0.02, 1, 0, 0, 0], action
@@ -54,7 +56,9 @@ def pose(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
 
 
 def test_joints_and_drives_are_in_the_order_of_the_robots_own_motors(robot: mujoco.MjModel) -> None:
-    names = [f"{leg}_{part}" for leg in ("FR", "FL", "RR", "RL") for part in ("hip", "thigh", "calf")]
+    names = [
+        f"{leg}_{part}" for leg in ("FR", "FL", "RR", "RL") for part in ("hip", "thigh", "calf")
+    ]
     assert list(go2.JOINTS) == names
     assert [robot.actuator(i).name for i in range(robot.nu)] == names
     assert joints(robot) == [f"{n}_joint" for n in names]
@@ -77,7 +81,9 @@ def test_limits_are_those_published(robot: mujoco.MjModel) -> None:
 
 def test_it_weighs_what_the_robot_weighs(robot: mujoco.MjModel) -> None:
     assert robot.body_mass.sum() == pytest.approx(15.2, rel=0.02)
-    assert robot.body_mass.sum() - robot.body("payload").mass[0] == pytest.approx(go2.MASS, abs=0.01)
+    assert robot.body_mass.sum() - robot.body("payload").mass[0] == pytest.approx(
+        go2.MASS, abs=0.01
+    )
     assert robot.body("payload").mass[0] == pytest.approx(1e-3)
 
 
@@ -98,7 +104,9 @@ def test_right_legs_mirror_left_ones(robot: mujoco.MjModel, leg: str, part: str)
     assert inertia(robot, right) == pytest.approx(MIRROR @ inertia(robot, left) @ MIRROR, abs=1e-7)
 
 
-def test_the_mass_matrix_is_mirrored_but_for_the_trunks_own_asymmetry(robot: mujoco.MjModel) -> None:
+def test_the_mass_matrix_is_mirrored_but_for_the_trunks_own_asymmetry(
+    robot: mujoco.MjModel,
+) -> None:
     data, full = mujoco.MjData(robot), []
     swap = [3, 4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8]
     sign = np.array([-1.0, 1.0, 1.0] * 4)
@@ -154,7 +162,9 @@ def held(robot: mujoco.MjModel, offset: float, velocity: float = 0.0) -> mujoco.
 def test_drives_pull_towards_the_pose_with_their_gains(robot: mujoco.MjModel) -> None:
     assert held(robot, 0.0).actuator_force == pytest.approx(np.zeros(12))
     assert held(robot, 0.2).actuator_force == pytest.approx(np.full(12, -0.2 * go2.STIFFNESS))
-    assert held(robot, -0.1, 3.0).actuator_force == pytest.approx(np.full(12, 0.1 * go2.STIFFNESS - 3.0 * go2.DAMPING))
+    assert held(robot, -0.1, 3.0).actuator_force == pytest.approx(
+        np.full(12, 0.1 * go2.STIFFNESS - 3.0 * go2.DAMPING)
+    )
 
 
 def test_torques_saturate(robot: mujoco.MjModel) -> None:
@@ -163,7 +173,8 @@ def test_torques_saturate(robot: mujoco.MjModel) -> None:
 
 
 def response(steps: int, delay: float, at: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """What reaches the drives, and their torques, in the steps after a step of the action to 1, held in the air."""
+    """What reaches the drives, and their torques, in the steps after a step of the action to 1,
+    held in the air."""
     spec = go2.go2()
     for name in go2.JOINTS:
         spec.actuator(name).delay = delay
@@ -179,12 +190,18 @@ def response(steps: int, delay: float, at: int = 0) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.mark.parametrize("at", [0, 37])
-@pytest.mark.parametrize(("delay", "late"), [(go2.LATENCY, 1), (0.0125, 3), (0.0199, 4), (go2.MAX_LATENCY, 8)])
+@pytest.mark.parametrize(
+    ("delay", "late"), [(go2.LATENCY, 1), (0.0125, 3), (0.0199, 4), (go2.MAX_LATENCY, 8)]
+)
 def test_an_action_arrives_late_and_lags(delay: float, late: int, at: int) -> None:
     reached, torque = response(20, delay, at)
     since = np.maximum(np.arange(1, 21) - late, 0) * go2.TIMESTEP
     assert reached == pytest.approx(np.tile(1 - np.exp(-since / go2.LAG), (12, 1)).T, abs=1e-6)
-    force = go2.STIFFNESS * go2.ACTION_SCALE * (1 - np.exp(-np.maximum(since - go2.TIMESTEP, 0) / go2.LAG))
+    force = (
+        go2.STIFFNESS
+        * go2.ACTION_SCALE
+        * (1 - np.exp(-np.maximum(since - go2.TIMESTEP, 0) / go2.LAG))
+    )
     assert torque == pytest.approx(np.tile(force, (12, 1)).T, abs=1e-6)
 
 
@@ -200,11 +217,14 @@ def test_a_delay_of_whole_steps_is_the_same_at_all_times(steps: int) -> None:
         before, data.ctrl[:] = data.act[0], action
         mujoco.mj_step(model, data)
         arrived = before + (data.act[0] - before) / (1 - math.exp(-go2.TIMESTEP / go2.LAG))
-        assert arrived == pytest.approx(sent[step - steps] if step >= steps else 0.0, abs=1e-6), step
+        assert arrived == pytest.approx(sent[step - steps] if step >= steps else 0.0, abs=1e-6), (
+            step
+        )
 
 
 def bare() -> ET.Element:
-    """Our robot as somebody else would publish it: with its own floor and drives, without what we add to a robot."""
+    """Our robot as somebody else would publish it: with its own floor and drives, without what we
+    add to a robot."""
     spec = go2.go2()
     for thing in (*spec.sensors, *spec.sites, spec.body("payload")):
         spec.delete(thing)
@@ -212,18 +232,32 @@ def bare() -> ET.Element:
 
 
 SHORT = {f"{j}_joint": j for j in go2.JOINTS}
-NAMINGS = {"joints as ours": {}, "joints without _joint": SHORT, "feet with _foot": {n: f"{n}_foot" for n in go2.LEGS}}
+NAMINGS = {
+    "joints as ours": {},
+    "joints without _joint": SHORT,
+    "feet with _foot": {n: f"{n}_foot" for n in go2.LEGS},
+}
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_another_model_is_driven_as_ours(tmp_path: Path, robot: mujoco.MjModel, naming: str) -> None:
+def test_another_model_is_driven_as_ours(
+    tmp_path: Path, robot: mujoco.MjModel, naming: str
+) -> None:
     model = compile_spec(go2.load(written(tmp_path / "robot.xml", bare(), **NAMINGS[naming])))
     assert (model.nq, model.nv, model.nu, model.na) == (robot.nq, robot.nv, robot.nu, robot.na)
     assert [j.removesuffix("_joint") for j in joints(model)] == list(go2.JOINTS)
     assert model.jnt_qposadr[model.actuator_trnid[:, 0]].tolist() == list(range(7, 19))
-    assert [model.sensor(i).name for i in range(model.nsensor)] == [robot.sensor(i).name for i in range(robot.nsensor)]
+    assert [model.sensor(i).name for i in range(model.nsensor)] == [
+        robot.sensor(i).name for i in range(robot.nsensor)
+    ]
     assert [model.actuator(i).name for i in range(model.nu)] == list(go2.JOINTS)
-    for field in ("actuator_gainprm", "actuator_biasprm", "actuator_forcerange", "actuator_delay", "body_mass"):
+    for field in (
+        "actuator_gainprm",
+        "actuator_biasprm",
+        "actuator_forcerange",
+        "actuator_delay",
+        "body_mass",
+    ):
         assert getattr(model, field) == pytest.approx(getattr(robot, field))
     ours, theirs = stood(robot, 2), stood(model, 2)
     assert theirs[1] == pytest.approx(ours[1], abs=1e-9)
@@ -244,13 +278,17 @@ def test_legs_may_come_in_any_order(tmp_path: Path, robot: mujoco.MjModel) -> No
     assert stood(model, 1)[1] == pytest.approx(stood(robot, 1)[1], abs=1e-6)
     ours, theirs = small(family_on("QuadrupedFlat")), small(family_on("QuadrupedFlat", path))
     rng = torch.Generator().manual_seed(0)
-    action = torch.randn(2, 12, generator=rng)  # one step: contacts in another order soon lead elsewhere
+    action = torch.randn(
+        2, 12, generator=rng
+    )  # one step: contacts in another order soon lead elsewhere
     x, y = (e.step(action) for e in (ours, theirs))
     assert torch.allclose(x.obs, y.obs, atol=1e-3), "joint angles are observed in their order"
     assert all(torch.allclose(x.terms[k], y.terms[k], atol=1e-3) for k in x.terms)
 
 
-def test_our_own_model_written_to_a_file_is_read_back(tmp_path: Path, robot: mujoco.MjModel) -> None:
+def test_our_own_model_written_to_a_file_is_read_back(
+    tmp_path: Path, robot: mujoco.MjModel
+) -> None:
     path = tmp_path / "ours.xml"
     path.write_text(go2.go2().to_xml())
     model = compile_spec(go2.load(str(path)))
@@ -286,11 +324,17 @@ def tied(root: ET.Element) -> None:
     [
         (tied, {}, " needs one body on a free joint, the trunk; it has 0"),
         (slid, {}, ": joint 'FL_calf_joint' is no hinge"),
-        (None, {"FR_hip_joint": "a", "RL_calf_joint": "b"}, " lacks the joints FR_hip_joint, RL_calf_joint; it has: "),
+        (
+            None,
+            {"FR_hip_joint": "a", "RL_calf_joint": "b"},
+            " lacks the joints FR_hip_joint, RL_calf_joint; it has: ",
+        ),
         (None, {"RR": "a"}, " lacks the foot geoms RR; it has: "),
     ],
 )
-def test_a_model_that_is_no_such_robot_is_told_what_it_lacks(tmp_path: Path, change, renamed, message: str) -> None:
+def test_a_model_that_is_no_such_robot_is_told_what_it_lacks(
+    tmp_path: Path, change, renamed, message: str
+) -> None:
     root = bare()
     if change:
         change(root)
@@ -306,7 +350,8 @@ def test_a_model_that_is_no_such_robot_is_told_what_it_lacks(tmp_path: Path, cha
 
 
 @pytest.mark.parametrize(
-    "text", ["", "not xml", "<mujoco><worldbody>", "<robot name='urdf'/>", "<mujoco><mjcf/></mujoco>"]
+    "text",
+    ["", "not xml", "<mujoco><worldbody>", "<robot name='urdf'/>", "<mujoco><mjcf/></mujoco>"],
 )
 def test_a_file_that_is_no_mjcf_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "robot.xml"
@@ -317,14 +362,20 @@ def test_a_file_that_is_no_mjcf_is_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere.xml", ""])
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ModelError, match=r"^no robot model .*: give a path to an MJCF file, or menagerie:unitree_go2$"):
+    with pytest.raises(
+        ModelError,
+        match=r"^no robot model .*: give a path to an MJCF file, or menagerie:unitree_go2$",
+    ):
         go2.load(str(tmp_path / name))
 
 
-@pytest.mark.skipif(find_spec("mujoco_menagerie") is not None, reason="mujoco-menagerie is installed")
+@pytest.mark.skipif(
+    find_spec("mujoco_menagerie") is not None, reason="mujoco-menagerie is installed"
+)
 def test_menagerie_without_its_package_names_the_command_that_installs_it() -> None:
     with pytest.raises(
-        ModelError, match=r"^menagerie:unitree_go2 needs a package: pip install 'metarobot\[menagerie\]'$"
+        ModelError,
+        match=r"^menagerie:unitree_go2 needs a package: pip install 'metarobot\[menagerie\]'$",
     ):
         go2.load("menagerie:unitree_go2")
 
@@ -340,4 +391,6 @@ def test_a_published_model_with_meshes_holds_the_pose() -> None:
     for _ in range(199):
         a, b = (env.step(torch.zeros(2, 12)) for env in (ours, theirs))
         assert not b.terminated.any()
-    assert torch.allclose(a.obs[:, 6:18], b.obs[:, 6:18], atol=0.15), "the same joints, in the same order"
+    assert torch.allclose(a.obs[:, 6:18], b.obs[:, 6:18], atol=0.15), (
+        "the same joints, in the same order"
+    )

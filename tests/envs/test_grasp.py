@@ -46,7 +46,8 @@ def test_the_expert_succeeds(family: Family) -> None:
 def held(name: str) -> tuple[Env, Tensor, list[StepResult], Tensor]:
     """Objects held still in the air by the expert.
 
-    The worlds, where in the hand each object was after 100 and 225 steps, all steps, and which worlds lived to the end.
+    The worlds, where in the hand each object was after 100 and 225 steps, all steps, and which
+    worlds lived to the end.
     """
     env = small(families.get(name), 16, 5, horizon=230)
     alive, steps, within = torch.ones(16, dtype=torch.bool), [], []
@@ -77,11 +78,14 @@ def test_success_comes_once_an_episode(family: Family) -> None:
     assert (first >= grasp.HOLD).all()
     for world, step in enumerate(first.tolist()):
         expected = torch.arange(1, grasp.HOLD + 1) / grasp.HOLD
-        assert lifted[step - grasp.HOLD + 1 : step + 1, world].tolist() == pytest.approx(expected.tolist())
+        assert lifted[step - grasp.HOLD + 1 : step + 1, world].tolist() == pytest.approx(
+            expected.tolist()
+        )
 
 
 def pressed(env: Env, world: int) -> tuple[float, dict[str, float]]:
-    """What the pads do to the object, by MuJoCo's contacts: the force upwards, and by pad the force into it, N."""
+    """What the pads do to the object, by MuJoCo's contacts: the force upwards, and by pad the force
+    into it, N."""
     model, data = env.sim.snapshot(world)
     upwards, into = 0.0, {"left_pad": 0.0, "right_pad": 0.0}
     for i, contact in enumerate(data.contact):
@@ -104,18 +108,31 @@ def test_friction_carries_the_weight(family: Family) -> None:
         assert upwards == pytest.approx(env.tasks[world]["mass"] * 9.81, rel=0.03)
         assert min(into.values()) >= float(need(env)[world]) / 1.02
         assert Scene(env.state).pads[world].tolist() == pytest.approx(list(into.values()), rel=0.02)
-        assert list(into.values()) == pytest.approx([float(env.state.statistics[world, grasp.FORCE])] * 2, rel=0.05)
+        assert list(into.values()) == pytest.approx(
+            [float(env.state.statistics[world, grasp.FORCE])] * 2, rel=0.05
+        )
 
 
-def lived(family: Family, multiple: float | Tensor, worlds: int = 24) -> tuple[Env, dict[str, Tensor], Tensor, Tensor]:
+def lived(
+    family: Family, multiple: float | Tensor, worlds: int = 24
+) -> tuple[Env, dict[str, Tensor], Tensor, Tensor]:
     """The expert's episodes, but with another grip: a multiple of what just holds the object.
 
-    The worlds, each term's sum over the first episode, the highest lift, m, and whether it ended early.
+    The worlds, each term's sum over the first episode, the highest lift, m, and whether it ended
+    early.
     """
-    tasks = [t for t in family.space.sample("train", 3 * worlds, 5) if t["mass"] / t["friction"] > 0.2][:worlds]
+    tasks = [
+        t for t in family.space.sample("train", 3 * worlds, 5) if t["mass"] / t["friction"] > 0.2
+    ][:worlds]
     env = Env(family, tasks, threads=1)
-    sums, top = dict.fromkeys(family.weights, torch.zeros(len(tasks)).double()), torch.zeros(len(tasks)).double()
-    alive, early = torch.ones(len(tasks), dtype=torch.bool), torch.zeros(len(tasks), dtype=torch.bool)
+    sums, top = (
+        dict.fromkeys(family.weights, torch.zeros(len(tasks)).double()),
+        torch.zeros(len(tasks)).double(),
+    )
+    alive, early = (
+        torch.ones(len(tasks), dtype=torch.bool),
+        torch.zeros(len(tasks), dtype=torch.bool),
+    )
     force = strength((need(env) * multiple).clamp(*FORCES))
     for _ in range(family.horizon):
         action = clever(env)
@@ -178,7 +195,9 @@ def test_a_dropped_object_ends_the_episode_cleanly(family: Family) -> None:
         assert step.terms["drop"][~over].tolist() == (-ended[~over].double()).tolist()
         assert (step.terms["success"] == 0).all()
         assert torch.equal(step.obs[ended], expected[1][ended])
-        assert torch.equal(env.state.statistics[ended], family.interaction.statistics.begin(env.state)[ended])
+        assert torch.equal(
+            env.state.statistics[ended], family.interaction.statistics.begin(env.state)[ended]
+        )
         assert (env.elapsed[ended] == 0).all()
         over |= ended
         if over.all():
@@ -210,7 +229,10 @@ def test_the_observation_tells_nothing_that_is_hidden(name: str) -> None:
     task = family.space.sample("train", 1, 0)[0].as_dict()
     assert len(set(family.observations)) == len(family.interaction.noise) == 19
     told = ("kind", "shape_seed", "width", "length", "height")
-    hidden = {p.name: p.train.low if task[p.name] > p.train.low else p.train.high for p in family.space.params}
+    hidden = {
+        p.name: p.train.low if task[p.name] > p.train.low else p.train.high
+        for p in family.space.params
+    }
     other = task | {k: x for k, x in hidden.items() if k not in told}
     assert {k for k in task if task[k] != other[k]} >= {"mass", "friction"}
     first = [Env(family, [t], seed=3, threads=1).reset(3) for t in (task, other)]
@@ -239,10 +261,14 @@ def test_the_observation_is_what_its_names_say() -> None:
             "closing": env.state.statistics[world, grasp.FORCE] > 0,
             "grasped": env.state.statistics[world, grasp.GRIPPED],
         }
-        assert {k: seen[k] for k in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, abs=2e-3)
+        assert {k: seen[k] for k in expected} == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, abs=2e-3
+        )
         jacobian = np.zeros((3, len(data.qvel)))
         mujoco.mj_jacSite(*env.sim.snapshot(world), jacobian, None, tip.id)
-        assert [seen[f"hand_{a}_m/s"] for a in "xyz"] == pytest.approx(jacobian @ data.qvel, abs=0.05)
+        assert [seen[f"hand_{a}_m/s"] for a in "xyz"] == pytest.approx(
+            jacobian @ data.qvel, abs=0.05
+        )
         assert seen["opening_m/s"] == pytest.approx(data.qvel[7:9].sum(), abs=0.05)
 
 

@@ -16,7 +16,15 @@ from metarobot.tasks.mujoco_models import compile_spec
 from metarobot.tasks.task_models import TaskModels
 
 SHAPES, MIX = families.get("GraspShapes"), families.get("GraspMix")
-EASY = {"kind": 0.0, "shape_seed": 7.0, "width": 0.05, "length": 1.2, "height": 0.06, "mass": 0.3, "friction": 0.7}
+EASY = {
+    "kind": 0.0,
+    "shape_seed": 7.0,
+    "width": 0.05,
+    "length": 1.2,
+    "height": 0.06,
+    "mass": 0.3,
+    "friction": 0.7,
+}
 UNBALANCED = {"centre_x": 0.4, "centre_y": -0.3}
 KINDS = range(len(objects.KINDS))
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=objects.KINDS)
@@ -30,11 +38,14 @@ def model(**task: float) -> mujoco.MjModel:
 
 
 def hull(of: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
-    """The mesh's corners, and the corners of each face of its convex hull ``(face, 3)``, as MuJoCo computed it."""
+    """The mesh's corners, and the corners of each face of its convex hull ``(face, 3)``, as MuJoCo
+    computed it."""
     start = of.mesh_graphadr[0]
     corners, faces = of.mesh_graph[start : start + 2]
     end = start + 2 + 3 * corners + 6 * faces
-    return of.mesh_vert[: of.mesh_vertnum[0]].astype(float), of.mesh_graph[end - 3 * faces : end].reshape(-1, 3)
+    return of.mesh_vert[: of.mesh_vertnum[0]].astype(float), of.mesh_graph[
+        end - 3 * faces : end
+    ].reshape(-1, 3)
 
 
 def test_a_superquadric_is_drawn_from_its_seed_alone() -> None:
@@ -43,7 +54,9 @@ def test_a_superquadric_is_drawn_from_its_seed_alone() -> None:
     for seed, points in enumerate(drawn):
         assert points.shape == (objects.POINTS, 3)
         assert (objects.superquadric(seed) == points).all()
-        assert np.abs(points).max(0).tolist() == [1, 1, 1], "it fills the cube and does not leave it"
+        assert np.abs(points).max(0).tolist() == [1, 1, 1], (
+            "it fills the cube and does not leave it"
+        )
         assert points.min(0)[2] == -1
         assert all(np.abs(points - other).max() > 1e-3 for other in drawn[:seed])
 
@@ -55,7 +68,8 @@ def test_superquadrics_range_from_round_to_boxy() -> None:
 
 
 def test_a_superquadric_is_strictly_convex() -> None:
-    """Every corner off a face lies truly beneath it, so none is lost and every face is a triangle."""
+    """Every corner off a face lies truly beneath it, so none is lost and every face is a
+    triangle."""
     for seed in range(0, 1000, 25):
         of = model(kind=5.0, shape_seed=float(seed))
         corners, faces = hull(of)
@@ -88,11 +102,29 @@ def test_a_shape_is_written_in_full_whatever_was_there_before(kind: int) -> None
     """One spec serves all tasks, one after the other."""
     spec, fresh = SHAPES.spec(), model(kind=float(kind))
     for other in (*KINDS, *reversed(KINDS)):
-        objects.shape(spec, {**EASY, "kind": float(other), "shape_seed": 3.0, "mass": 0.1, "width": 0.04, **UNBALANCED})
+        objects.shape(
+            spec,
+            {
+                **EASY,
+                "kind": float(other),
+                "shape_seed": 3.0,
+                "mass": 0.1,
+                "width": 0.04,
+                **UNBALANCED,
+            },
+        )
         compile_spec(spec)
         objects.shape(spec, {**EASY, "kind": float(kind)})
         again = compile_spec(spec)
-        for field in ("geom_type", "geom_size", "geom_pos", "geom_quat", "geom_friction", "mesh_vert", "site_pos"):
+        for field in (
+            "geom_type",
+            "geom_size",
+            "geom_pos",
+            "geom_quat",
+            "geom_friction",
+            "mesh_vert",
+            "site_pos",
+        ):
             assert (getattr(again, field) == getattr(fresh, field)).all(), field
         for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
             assert (getattr(again, field) == getattr(fresh, field)).all(), field
@@ -115,7 +147,9 @@ def test_all_kinds_live_in_one_batch() -> None:
 @each_kind
 def test_a_balanced_object_lives_in_a_batch_with_others(kind: int) -> None:
     task = {**EASY, "kind": float(kind), "room": 2.5}
-    tasks = [task | {"centre_x": x, "centre_y": y} for x, y in ((0.3, -0.2), (0.0, 0.0), (0.0, 0.1))]
+    tasks = [
+        task | {"centre_x": x, "centre_y": y} for x, y in ((0.3, -0.2), (0.0, 0.0), (0.0, 0.1))
+    ]
     for order in (tasks, tasks[::-1], tasks[1:]):
         env = Env(MIX, order, threads=1)
         assert not env.step(torch.zeros(len(order), env.act_dim)).faulted.any()
@@ -125,7 +159,9 @@ def test_a_balanced_object_lives_in_a_batch_with_others(kind: int) -> None:
 def test_an_object_weighs_what_the_task_says(kind: int) -> None:
     for mass in (0.05, 0.3, 0.8):
         for balance in ({}, UNBALANCED):
-            assert model(kind=float(kind), mass=mass, **balance).body("object").mass[0] == pytest.approx(mass, rel=1e-9)
+            assert model(kind=float(kind), mass=mass, **balance).body("object").mass[
+                0
+            ] == pytest.approx(mass, rel=1e-9)
 
 
 @each_kind
@@ -149,7 +185,8 @@ def test_what_shapes_a_task_is_part_of_its_key(kind: int) -> None:
 
 
 def nearest(of: mujoco.MjModel, height: float) -> list[float]:
-    """How far the object's contacts with the table are apart, m, with its middle so high and the arm out of the way."""
+    """How far the object's contacts with the table are apart, m, with its middle so high and the
+    arm out of the way."""
     data = mujoco.MjData(of)
     data.qpos[-7:] = [0.5, 0.3, height, 1, 0, 0, 0]
     data.qpos[:7] = 0
@@ -158,7 +195,12 @@ def nearest(of: mujoco.MjModel, height: float) -> list[float]:
     return [c.dist for c, n in zip(data.contact, names, strict=True) if n == {"object", "table"}]
 
 
-SIZES = [{}, {"height": 0.04}, {"width": 0.064, "height": 0.041}, {"width": 0.03, "length": 1.5, "height": 0.08}]
+SIZES = [
+    {},
+    {"height": 0.04},
+    {"width": 0.064, "height": 0.041},
+    {"width": 0.03, "length": 1.5, "height": 0.08},
+]
 
 
 @each_kind
@@ -181,11 +223,13 @@ def test_a_task_without_a_kind_is_a_box() -> None:
 
 @cache
 def lain() -> tuple[Env, torch.Tensor]:
-    """Objects of all kinds and sizes after a second beside a still arm, and where they had been put."""
+    """Objects of all kinds and sizes after a second beside a still arm, and where they had been
+    put."""
     rng = np.random.default_rng(0)
     drawn = SHAPES.space.sample("train", 60, 0)
     tasks = [
-        {**t.as_dict(), "kind": float(i % 6), "shape_seed": float(rng.integers(1000))} for i, t in enumerate(drawn)
+        {**t.as_dict(), "kind": float(i % 6), "shape_seed": float(rng.integers(1000))}
+        for i, t in enumerate(drawn)
     ]
     env = Env(SHAPES.replace(terminate=None), tasks, threads=1)
     put = env.state.qpos[:, -7:].clone()
@@ -205,7 +249,9 @@ def test_an_object_that_is_put_down_rests(kind: int) -> None:
         touching = [c for c in data.contact if of.geom("object").id in c.geom]
         assert touching, "it lies on the table"
         assert min(c.dist for c in touching) > -1e-3
-        assert all(c.friction[0] == env.tasks[world]["friction"] for c in touching), "the object's friction counts"
+        assert all(c.friction[0] == env.tasks[world]["friction"] for c in touching), (
+            "the object's friction counts"
+        )
 
 
 def test_objects_are_put_down_at_different_places_within_reach() -> None:
@@ -217,7 +263,11 @@ def test_objects_are_put_down_at_different_places_within_reach() -> None:
     assert yaw.std() > 0.2
 
 
-BAD = [(name, value) for name in ("width", "height", "length", "mass") for value in (0.0, -0.05, float("nan"))]
+BAD = [
+    (name, value)
+    for name in ("width", "height", "length", "mass")
+    for value in (0.0, -0.05, float("nan"))
+]
 
 
 def refused(call: Callable[[], Any], value: float) -> None:
@@ -228,7 +278,13 @@ def refused(call: Callable[[], Any], value: float) -> None:
     assert re.search(rf"(?<![\w.-]){value:g}(?![\w.])", str(error.value)), error.value
 
 
-WIDER = [("width", float("inf")), ("width", 0.081), ("length", 4.0), ("friction", 0.0), ("kind", 6.0)]
+WIDER = [
+    ("width", float("inf")),
+    ("width", 0.081),
+    ("length", 4.0),
+    ("friction", 0.0),
+    ("kind", 6.0),
+]
 """Than the hand's stroke of 0.08 m, and what else cannot be grasped."""
 
 

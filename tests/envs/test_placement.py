@@ -37,15 +37,19 @@ def otherwise(task: Task, **values: float) -> dict[str, float]:
     return {**task.as_dict(), **values}
 
 
-def presented(family: Family, tasks: Sequence[Task | dict[str, float]], seed: int = 0) -> tuple[Env, Tensor]:
-    """A world for every variant of each task, and its first observations, ``(task, variant, obs)``."""
+def presented(
+    family: Family, tasks: Sequence[Task | dict[str, float]], seed: int = 0
+) -> tuple[Env, Tensor]:
+    """A world for every variant of each task, and its first observations, ``(task, variant,
+    obs)``."""
     env = Env(family, [t for t in tasks for _ in range(CLASSES)], threads=1)
     env.reset(seed)
     return env, env.set_variant(every_variant(env.worlds)).view(len(tasks), CLASSES, -1)
 
 
 def seen(tasks: Sequence[Task | dict[str, float]]) -> Tensor:
-    """Which classes a task's objects are of, by their looks: the codes' rows, ``(task, variant)``."""
+    """Which classes a task's objects are of, by their looks: the codes' rows, ``(task,
+    variant)``."""
     _, obs = presented(FAMILY.replace(noise=()), tasks)
     gaps = torch.cdist(obs[..., CODES].double(), placement.codes())
     assert gaps.amin(-1).max() < 1e-6
@@ -78,7 +82,9 @@ def test_the_expert_succeeds(family: Family, split: str) -> None:
 def test_every_class_of_a_task_has_a_place_of_its_own_and_every_order_occurs() -> None:
     (task,) = FAMILY.space.sample("train", 1, 0)
     env, _ = presented(FAMILY, [otherwise(task, order=float(o)) for o in ORDERS])
-    where = torch.cdist(placement.belongs(env.state), placement.PLACES).view(len(ORDERS), CLASSES, -1)
+    where = torch.cdist(placement.belongs(env.state), placement.PLACES).view(
+        len(ORDERS), CLASSES, -1
+    )
     assert where.amin(-1).max() == 0
     orders = where.argmin(-1)
     assert orders.sort(1).values.tolist() == [[0, 1, 2, 3]] * 24
@@ -105,7 +111,9 @@ def test_over_episodes_all_variants_occur_as_often() -> None:
 
 
 @each_split
-def test_the_classes_of_a_task_are_four_and_what_is_in_training_is_not_in_what_is_kept_for_tests(split: str) -> None:
+def test_the_classes_of_a_task_are_four_and_what_is_in_training_is_not_in_what_is_kept_for_tests(
+    split: str,
+) -> None:
     tasks = FAMILY.space.sample(split, 100, 0)
     classes = seen(tasks)
     assert all(len(row.unique()) == CLASSES for row in classes)
@@ -114,12 +122,17 @@ def test_the_classes_of_a_task_are_four_and_what_is_in_training_is_not_in_what_i
         assert len(classes.unique()) > 250
     else:
         assert classes[classes >= placement.KNOWN].unique().numel() > 50
-        assert {tuple(t.values) for t in tasks}.isdisjoint(tuple(t.values) for t in FAMILY.space.sample("train", 100))
+        assert {tuple(t.values) for t in tasks}.isdisjoint(
+            tuple(t.values) for t in FAMILY.space.sample("train", 100)
+        )
 
 
 def test_tasks_to_extrapolate_to_share_no_class_with_training() -> None:
     """What K shots are worth is tested on classes nobody has seen."""
-    trained, kept = (set(seen(FAMILY.space.sample(s, 200, 0)).flatten().tolist()) for s in ("train", "extrapolate"))
+    trained, kept = (
+        set(seen(FAMILY.space.sample(s, 200, 0)).flatten().tolist())
+        for s in ("train", "extrapolate")
+    )
     assert trained.isdisjoint(kept)
 
 
@@ -139,7 +152,9 @@ def test_a_class_looks_the_same_wherever_it_occurs() -> None:
     alike = [first, *(otherwise(t, **{n: first[n] for n in names}) for t in others)]
     assert len({t["order"] for t in alike}) > 5
     assert len({t["width"] for t in alike}) == 12
-    plain = torch.cat([presented(FAMILY.replace(noise=()), alike, seed)[1] for seed in (0, 1)])[..., CODES]
+    plain = torch.cat([presented(FAMILY.replace(noise=()), alike, seed)[1] for seed in (0, 1)])[
+        ..., CODES
+    ]
     assert torch.equal(plain, plain[:1].expand_as(plain))
     assert torch.equal(plain[0], placement.codes()[seen([first])[0]].float())
     noisy = torch.cat([presented(FAMILY, alike, seed)[1] for seed in (0, 1)])[..., CODES]
@@ -152,7 +167,9 @@ def test_a_class_looks_the_same_wherever_it_occurs() -> None:
 @each_family
 def test_what_belongs_where_is_seen_by_those_alone_who_are_shown_it(family: Family) -> None:
     tasks = FAMILY.space.sample("train", 4, 0)
-    envs = [Env(family, [otherwise(t, order=order) for t in tasks], threads=1) for order in (0.0, 23.0)]
+    envs = [
+        Env(family, [otherwise(t, order=order) for t in tasks], threads=1) for order in (0.0, 23.0)
+    ]
     rng, lived = torch.Generator().manual_seed(0), [[env.reset(3)] for env in envs]
     for _ in range(40):
         action = wild(envs[0], rng)
@@ -173,18 +190,24 @@ def test_who_is_shown_the_place_sees_it_and_not_the_class() -> None:
     place = placement.belongs(env.state) - manipulation.CENTRE[:2]
     assert obs.shape[-1] == len(manipulation.OBSERVATIONS) + 2
     assert torch.equal(obs[..., -2:], place.float().view(6, CLASSES, 2))
-    other = [otherwise(t, **{f"class_{i}": (t[f"class_{i}"] + 4) % placement.KNOWN for i in range(4)}) for t in tasks]
+    other = [
+        otherwise(t, **{f"class_{i}": (t[f"class_{i}"] + 4) % placement.KNOWN for i in range(4)})
+        for t in tasks
+    ]
     assert torch.equal(presented(family, other)[1], obs)
     assert not torch.equal(*(presented(FAMILY, x)[1] for x in (tasks, other)))
 
 
 @cache
 def carried(order: int) -> tuple[Env, list[StepResult], list[Tensor]]:
-    """The expert in tasks of order 23, believing in another: all steps, and which worlds were in their first episode.
+    """The expert in tasks of order 23, believing in another: all steps, and which worlds were in
+    their first episode.
 
     Orders 0 and 23 put no class in the same place.
     """
-    tasks = [otherwise(t, order=23.0) for t in FAMILY.space.sample("train", 6, 1) for _ in range(CLASSES)]
+    tasks = [
+        otherwise(t, order=23.0) for t in FAMILY.space.sample("train", 6, 1) for _ in range(CLASSES)
+    ]
     env = Env(FAMILY, tasks, threads=1)
     env.reset(1)
     env.set_variant(every_variant(env.worlds))
@@ -228,8 +251,13 @@ def test_put_down_in_anothers_place_is_wrong_once_and_ends_the_episode() -> None
     assert len(steps) < FAMILY.horizon
 
 
-def test_what_is_right_is_rewarded_more_than_what_is_wrong_and_both_count_until_the_end_alone() -> None:
-    gains = [torch.stack([s.reward * a for s, a in zip(*carried(o)[1:], strict=True)]).sum(0) for o in (23, 0)]
+def test_what_is_right_is_rewarded_more_than_what_is_wrong_and_both_count_until_the_end_alone() -> (
+    None
+):
+    gains = [
+        torch.stack([s.reward * a for s, a in zip(*carried(o)[1:], strict=True)]).sum(0)
+        for o in (23, 0)
+    ]
     assert (gains[0] > gains[1] + 20).all()
     for order in (23, 0):
         _, _, awake = carried(order)
@@ -238,11 +266,14 @@ def test_what_is_right_is_rewarded_more_than_what_is_wrong_and_both_count_until_
 
 
 def played(act: str) -> tuple[Env, list[StepResult]]:
-    """Some seconds of worlds whose hand does as it likes, nothing, or the right thing without ever letting go."""
+    """Some seconds of worlds whose hand does as it likes, nothing, or the right thing without ever
+    letting go."""
     env = Env(FAMILY, FAMILY.space.sample("train", 8, 2), threads=1)
     rng, steps = torch.Generator().manual_seed(0), []
     for _ in range(FAMILY.horizon):
-        action = env.family.teaching.expert(env.state).float() if act == "hold" else torch.zeros(8, 6)
+        action = (
+            env.family.teaching.expert(env.state).float() if act == "hold" else torch.zeros(8, 6)
+        )
         if act == "hold":
             action[env.state.statistics[:, placement.AWAY] > 0, CLOSE] = 1.0
         steps.append(env.step(wild(env, rng) if act == "wild" else action))

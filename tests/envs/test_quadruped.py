@@ -23,7 +23,14 @@ NAMES = [n for n in families.names() if n.startswith("Quadruped")]
 MIX = families.get("QuadrupedMix")
 HEALTHY = dict.fromkeys(go2.JOINTS, 1.0)
 EASY = {
-    **{"command_x": 0.5, "friction": 0.8, "slope": 0.0, "roughness": 0.02, "terrain": 2.0, "terrain_seed": 0.0},
+    **{
+        "command_x": 0.5,
+        "friction": 0.8,
+        "slope": 0.0,
+        "roughness": 0.02,
+        "terrain": 2.0,
+        "terrain_seed": 0.0,
+    },
     **{"payload": 0.001, "payload_x": 0.0, "payload_y": 0.0, "latency": 0.005, **HEALTHY},
 }
 DOWN, TOLD = slice(0, 3), slice(42, 45)
@@ -35,12 +42,21 @@ def quaternion(axis: str, degrees: float) -> np.ndarray:
     return quat
 
 
-def state(quat: Sequence[float] = (1, 0, 0, 0), task: dict[str, float] | None = None, **fields: Any) -> WorldState:
+def state(
+    quat: Sequence[float] = (1, 0, 0, 0), task: dict[str, float] | None = None, **fields: Any
+) -> WorldState:
     """One world at rest in the default pose, but for what is said."""
     qpos = np.concatenate([[0, 0, go2.HEIGHT], quat, go2.POSE])
-    values = {"qpos": qpos, "qvel": np.zeros(18), "sensors": np.zeros(40), "action": np.zeros(12)} | fields
+    values = {
+        "qpos": qpos,
+        "qvel": np.zeros(18),
+        "sensors": np.zeros(40),
+        "action": np.zeros(12),
+    } | fields
     tensors = {k: torch.as_tensor(v, dtype=torch.float64)[None] for k, v in values.items()}
-    return WorldState(**tensors, task={k: torch.tensor([v], dtype=torch.float64) for k, v in (task or {}).items()})
+    return WorldState(
+        **tensors, task={k: torch.tensor([v], dtype=torch.float64) for k, v in (task or {}).items()}
+    )
 
 
 def seen(name: str, at: WorldState) -> Tensor:
@@ -61,19 +77,28 @@ def test_the_observation_is_what_its_names_say() -> None:
     expected = {f"gravity_{a}": x for a, x in zip("xyz", (0, 0, -1), strict=True)}
     expected |= {f"turn_{a}_rad/s": x for a, x in zip("xyz", qvel[3:6], strict=True)}
     for i, joint in enumerate(go2.JOINTS):
-        expected |= {f"{joint}_rad": off[i], f"{joint}_rad/s": qvel[6 + i], f"{joint}_action": action[i]}
+        expected |= {
+            f"{joint}_rad": off[i],
+            f"{joint}_rad/s": qvel[6 + i],
+            f"{joint}_action": action[i],
+        }
     expected |= {"command_x_m/s": 0.7, "command_y_m/s": 0.0, "command_turn_rad/s": -0.4}
     assert obs == pytest.approx(expected, abs=1e-6)
 
 
 HALF, MOST = 0.5, 0.75**0.5
 TILTS = [("z", 70, (0, 0, -1)), ("x", 180, (0, 0, 1)), ("y", -30, (-HALF, 0, -MOST))]
-TILTS += [("y", 30, (HALF, 0, -MOST)), ("x", 30, (0, -HALF, -MOST))]  # on its nose, on its right side
+TILTS += [
+    ("y", 30, (HALF, 0, -MOST)),
+    ("x", 30, (0, -HALF, -MOST)),
+]  # on its nose, on its right side
 
 
 @pytest.mark.parametrize(("axis", "degrees", "down"), TILTS)
 def test_a_tilted_robot_sees_gravity_in_its_own_frame(axis: str, degrees: float, down) -> None:
-    assert seen("QuadrupedFlat", state(quaternion(axis, degrees)))[DOWN].tolist() == pytest.approx(down, abs=1e-6)
+    assert seen("QuadrupedFlat", state(quaternion(axis, degrees)))[DOWN].tolist() == pytest.approx(
+        down, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("slope", [-8.0, -3.0, 0.0, 5.0, 12.0])
@@ -134,13 +159,17 @@ def test_noise_depends_on_seed_world_and_episode_alone() -> None:
         return env.restart(episode) - family.observe(env.state)
 
     calm = Env(family, tasks, threads=1)
-    falling = Env(family.replace(terminate=lambda s: torch.tensor([False, True, False])), tasks, threads=1)
+    falling = Env(
+        family.replace(terminate=lambda s: torch.tensor([False, True, False])), tasks, threads=1
+    )
     for a, b in zip(roll(calm, 20), roll(falling, 20), strict=True):
         assert torch.equal(a.obs[[0, 2]], b.obs[[0, 2]])
         assert torch.equal(a.final_obs[[0, 2]], b.final_obs[[0, 2]])
     assert torch.equal(calm.restart(9), falling.restart(9))
     other = Env(family, tasks[::-1] + tasks, threads=1)
-    assert torch.allclose(drawn(other, 5)[:3], drawn(calm, 5), atol=1e-6), "tasks and other worlds change nothing"
+    assert torch.allclose(drawn(other, 5)[:3], drawn(calm, 5), atol=1e-6), (
+        "tasks and other worlds change nothing"
+    )
     first = drawn(calm, 7)
     for seed, episode in ((0, 8), (1, 7), (0, 7)):
         calm.reset(seed)
@@ -157,7 +186,9 @@ def test_the_critic_is_shown_velocity_feet_and_command() -> None:
     for world, told in enumerate(env.critic_obs().double()):
         _, data = env.sim.snapshot(world)
         feet = np.array([data.site(f"{leg}_foot").xpos[2] for leg in go2.LEGS])
-        assert told[:3].numpy() == pytest.approx(data.qvel[:3] @ data.body("base").xmat.reshape(3, 3), abs=1e-6)
+        assert told[:3].numpy() == pytest.approx(
+            data.qvel[:3] @ data.body("base").xmat.reshape(3, 3), abs=1e-6
+        )
         assert told[3:7].numpy() == pytest.approx(data.qpos[2] - feet, abs=5e-3)
         force = env.state.sensors[world, 24:28]
         assert told[7:11].tolist() == (force > 1).tolist()
@@ -212,7 +243,9 @@ def test_a_locked_joint_does_not_move_under_the_robots_weight() -> None:
     assert moved.max(1).values.min() > 5, "the others do"
 
 
-@pytest.mark.parametrize(("mass", "x", "y"), [(4.0, 0.12, -0.06), (2.5, -0.1, 0.0), (6.0, 0.0, 0.05)])
+@pytest.mark.parametrize(
+    ("mass", "x", "y"), [(4.0, 0.12, -0.06), (2.5, -0.1, 0.0), (6.0, 0.0, 0.05)]
+)
 def test_a_load_weighs_what_it_says_where_it_says(mass: float, x: float, y: float) -> None:
     bare, loaded = model(), model(payload=mass, payload_x=x, payload_y=y)
     total = bare.body_mass.sum() - 0.001
@@ -246,13 +279,20 @@ def test_every_term_of_the_reward_is_bounded(seed: int, magnitude: float) -> Non
 
     def wild(n: int) -> Tensor:
         """Numbers of all sizes up to what MuJoCo calls a broken state."""
-        return torch.from_numpy(rng.choice([-1, 0, 1], (20, n)) * 10 ** rng.uniform(-3, magnitude, (20, n)))
+        return torch.from_numpy(
+            rng.choice([-1, 0, 1], (20, n)) * 10 ** rng.uniform(-3, magnitude, (20, n))
+        )
 
     def anything() -> WorldState:
         quat = torch.from_numpy(rng.normal(size=(20, 4)) * rng.choice([0.01, 1], (20, 4)))
         qpos = torch.cat([wild(3), quat / quat.norm(dim=1, keepdim=True), wild(12)], 1)
-        task = {k: torch.from_numpy(rng.uniform(-2, 2, 20)) for k in ("command_x", "command_turn", "slope")}
-        return WorldState(qpos, wild(18), wild(40), wild(12).clamp(-go2.ACTION_LIMIT, go2.ACTION_LIMIT), task)
+        task = {
+            k: torch.from_numpy(rng.uniform(-2, 2, 20))
+            for k in ("command_x", "command_turn", "slope")
+        }
+        return WorldState(
+            qpos, wild(18), wild(40), wild(12).clamp(-go2.ACTION_LIMIT, go2.ACTION_LIMIT), task
+        )
 
     before, after = anything(), anything()
     terms = family.reward(before, after, 0.02)
@@ -260,14 +300,23 @@ def test_every_term_of_the_reward_is_bounded(seed: int, magnitude: float) -> Non
     for name, term in terms.items():
         low, high = (0, 1) if name in ("track", "turn", "swing") else (-1, 0)
         assert ((low - 1e-12 <= term) & (term <= high + 1e-12)).all(), name
-    assert torch.cat([family.observe(after), family.teaching.critic_observe(after)], 1).isfinite().all()
+    assert (
+        torch.cat([family.observe(after), family.teaching.critic_observe(after)], 1)
+        .isfinite()
+        .all()
+    )
 
 
 def test_standing_as_commanded_earns_the_most_and_costs_nothing() -> None:
     feet = np.tile([0.0, 0.0, go2.FOOT], 4)
-    at = state(sensors=np.concatenate([feet, np.zeros(12), np.full(4, 40.0), np.zeros(12)]), task={"command_x": 0.0})
+    at = state(
+        sensors=np.concatenate([feet, np.zeros(12), np.full(4, 40.0), np.zeros(12)]),
+        task={"command_x": 0.0},
+    )
     terms = families.get("QuadrupedFlat").reward(at, at, 0.02)
-    assert {k: float(v) for k, v in terms.items()} == pytest.approx({k: float(k in ("track", "turn")) for k in terms})
+    assert {k: float(v) for k, v in terms.items()} == pytest.approx(
+        {k: float(k in ("track", "turn")) for k in terms}
+    )
 
 
 FALLS = [("x", 40, 0.3, False), ("x", -65, 0.3, True), ("y", 65, 0.3, True), ("z", 120, 0.3, False)]
@@ -275,12 +324,16 @@ FALLS += [("x", 0, quadruped.LOWEST + 0.01, False), ("x", 0, quadruped.LOWEST - 
 
 
 @pytest.mark.parametrize(("axis", "degrees", "height", "ended"), FALLS)
-def test_a_tilt_and_lying_down_are_falls(axis: str, degrees: float, height: float, ended: bool) -> None:
+def test_a_tilt_and_lying_down_are_falls(
+    axis: str, degrees: float, height: float, ended: bool
+) -> None:
     for ground in (0.0, -0.4, 3.0):
         qpos = np.concatenate([[0, 0, ground + height], quaternion(axis, degrees), go2.POSE])
         feet = np.tile([0.0, 0.0, ground], 4)
         feet[2] += 0.1
-        assert quadruped.fallen(state(qpos=qpos, sensors=np.r_[feet, np.zeros(28)])).tolist() == [ended]
+        assert quadruped.fallen(state(qpos=qpos, sensors=np.r_[feet, np.zeros(28)])).tolist() == [
+            ended
+        ]
 
 
 def overturned(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
@@ -303,8 +356,15 @@ def explosive(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[np.ndarr
     return qpos, qvel * (1e9 if model.body("payload").mass[0] > 100 else 1.0)
 
 
-ANYTHING = replace(MIX.space, params=tuple(replace(p, extrapolation=Uniform(-1e300, 1e300)) for p in MIX.space.params))
-HARM = {"speed": {"payload": 1e3}, "friction": {"friction": 1e12}, "strength": {"payload": 1e-9, "FR_thigh": 1e150}}
+ANYTHING = replace(
+    MIX.space,
+    params=tuple(replace(p, extrapolation=Uniform(-1e300, 1e300)) for p in MIX.space.params),
+)
+HARM = {
+    "speed": {"payload": 1e3},
+    "friction": {"friction": 1e12},
+    "strength": {"payload": 1e-9, "FR_thigh": 1e150},
+}
 
 
 @pytest.mark.parametrize("harm", HARM)
@@ -323,22 +383,38 @@ def test_exploding_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(harm
     assert faults > 0 or harm != "speed"
 
 
-IMPOSSIBLE = [(p.name, x) for p in MIX.space.params for x in (float("nan"), float("-inf"), -99.5, 1e9, None, "0")]
-IMPOSSIBLE += [("terrain", 1.5), ("terrain_seed", 0.5), ("FL_hip", 0.7), ("payload", 0.0), ("friction", 0.0)]
+IMPOSSIBLE = [
+    (p.name, x)
+    for p in MIX.space.params
+    for x in (float("nan"), float("-inf"), -99.5, 1e9, None, "0")
+]
+IMPOSSIBLE += [
+    ("terrain", 1.5),
+    ("terrain_seed", 0.5),
+    ("FL_hip", 0.7),
+    ("payload", 0.0),
+    ("friction", 0.0),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), IMPOSSIBLE)
 def test_impossible_values_are_refused_in_one_line(name: str, value) -> None:
-    with pytest.raises(TaskError, match=rf"^{name} = [^\n]*(is not a finite number|is outside its bounds: [^\n]*)$"):
+    with pytest.raises(
+        TaskError, match=rf"^{name} = [^\n]*(is not a finite number|is outside its bounds: [^\n]*)$"
+    ):
         Env(MIX, [{**EASY, name: value}])
 
 
 def test_ground_that_a_fast_robot_would_run_off_is_refused() -> None:
     params = [p for p in MIX.space.params if p.name != "command_x"]
     for low, high, beyond in ((0, 1.5, 1.5), (0, 1, 3)):
-        with pytest.raises(TaskError, match=r"^Fast: a terrain of 12 m does not fit a speed of [0-9.]+ m/s$"):
+        with pytest.raises(
+            TaskError, match=r"^Fast: a terrain of 12 m does not fit a speed of [0-9.]+ m/s$"
+        ):
             quadruped.quadruped("Fast", "", (quadruped.commanded(low, high, beyond), *params))
-    assert isinstance(quadruped.quadruped("Slow", "", (quadruped.commanded(0, 0.5, 0.8), *params)), Family)
+    assert isinstance(
+        quadruped.quadruped("Slow", "", (quadruped.commanded(0, 0.5, 0.8), *params)), Family
+    )
 
 
 def odd(task) -> set[str]:
@@ -366,16 +442,25 @@ def test_few_joints_break_in_training_and_never_those_spared(name: str) -> None:
 
 PARTS = Mixture((0.5, 0.5), (Uniform(0.9, 1.1), Choice((0.0,))))
 ONE = Mixture((1.0,), (Choice((1.0,)),))
-PARAMS = tuple(Param(name=n, train=t) for n, t in (("a", PARTS), ("b", PARTS), ("one", ONE), ("x", Uniform(0, 1))))
+PARAMS = tuple(
+    Param(name=n, train=t)
+    for n, t in (("a", PARTS), ("b", PARTS), ("one", ONE), ("x", Uniform(0, 1)))
+)
 BAD = {
-    "Space: 'z' is not a parameter drawn from a mixture": SparseFaults(params=("a", "z"), least=1, most=1),
+    "Space: 'z' is not a parameter drawn from a mixture": SparseFaults(
+        params=("a", "z"), least=1, most=1
+    ),
     "Space: 'y' is not a parameter drawn from a mixture": SparseFaults(
         params=("a",), least=1, most=1, extrapolation_params=("y",)
     ),
-    "Space: 'x' is not a parameter drawn from a mixture": SparseFaults(params=("a", "x"), least=1, most=1),
+    "Space: 'x' is not a parameter drawn from a mixture": SparseFaults(
+        params=("a", "x"), least=1, most=1
+    ),
     "Space: 1 to 3 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=1, most=3),
     "Space: 2 to 1 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=2, most=1),
-    "Space: -1 to 1 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=-1, most=1),
+    "Space: -1 to 1 of 2 parameters cannot depart": SparseFaults(
+        params=("a", "b"), least=-1, most=1
+    ),
     "one": SparseFaults(params=("a", "one"), least=1, most=1),  # which has nothing to depart to
 }
 
@@ -392,21 +477,35 @@ def test_a_space_is_described_written_read_back_and_encoded(name: str) -> None:
     text = space.describe()
     assert all(p.name in text for p in space.params)
     for few in space.sparse_faults:
-        assert text.index(f"{few.least} to {few.most} depart") < text.index(", ".join(few.extrapolation_params))
+        assert text.index(f"{few.least} to {few.most} depart") < text.index(
+            ", ".join(few.extrapolation_params)
+        )
     back = TaskSpace.from_json(json.loads(json.dumps(space.to_json())))
     assert back == space
     assert back.sample("extrapolate", 5, 3) == space.sample("extrapolate", 5, 3)
     others = [
         replace(
             space,
-            sparse_faults=(*space.sparse_faults[1:], *(replace(f, least=f.least + 1) for f in space.sparse_faults)),
+            sparse_faults=(
+                *space.sparse_faults[1:],
+                *(replace(f, least=f.least + 1) for f in space.sparse_faults),
+            ),
         )
     ]
-    others += [replace(space, params=tuple(replace(p, nuisance=not p.nuisance) for p in space.params))]
+    others += [
+        replace(space, params=tuple(replace(p, nuisance=not p.nuisance) for p in space.params))
+    ]
     assert sum(s.hash != space.hash for s in others) == len(others) - (not space.sparse_faults)
     tasks = space.sample("train", 200, 0)
-    seeded = [replace(t, values=tuple((n, 7.0 if n == "terrain_seed" else x) for n, x in t.values)) for t in tasks]
+    seeded = [
+        replace(t, values=tuple((n, 7.0 if n == "terrain_seed" else x) for n, x in t.values))
+        for t in tasks
+    ]
     codes = space.encode(tasks)
-    assert codes.shape == (200, space.width) == (200, len(space.params) - ("terrain_seed" in space.names))
+    assert (
+        codes.shape
+        == (200, space.width)
+        == (200, len(space.params) - ("terrain_seed" in space.names))
+    )
     assert codes.abs().max() <= 1 + 1e-6
     assert torch.equal(codes, space.encode(seeded))

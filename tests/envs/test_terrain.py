@@ -21,7 +21,9 @@ kinds, seeds, roughnesses = st.sampled_from(KINDS), st.integers(0, 2**31), st.fl
 
 @given(kinds, seeds, roughnesses)
 @settings(max_examples=40, deadline=None)
-def test_the_same_seed_gives_the_same_ground_and_another_seed_another(kind: int, seed: int, roughness: float) -> None:
+def test_the_same_seed_gives_the_same_ground_and_another_seed_another(
+    kind: int, seed: int, roughness: float
+) -> None:
     ground = terrain.heights(kind, roughness, seed)
     assert (terrain.heights(kind, roughness, seed) == ground).all()
     assert (terrain.heights(kind, roughness, seed + 1) != ground).any()
@@ -64,7 +66,12 @@ def test_the_ground_is_level_where_robots_start() -> None:
     deepest = []
     for roughness in (0.02, 0.12):
         env = Env(family, [{**t, "roughness": roughness} for t in tasks], threads=1)
-        deepest.append([min(data.contact.dist, default=0.0) for _, data in map(env.sim.snapshot, range(env.worlds))])
+        deepest.append(
+            [
+                min(data.contact.dist, default=0.0)
+                for _, data in map(env.sim.snapshot, range(env.worlds))
+            ]
+        )
     assert np.subtract(*deepest).max() < 2e-3
 
 
@@ -73,11 +80,14 @@ def level() -> mujoco.MjSpec:
 
 
 def height(model: mujoco.MjModel, x: float, y: float) -> float:
-    """Height of the floor at a place, by a ray from above; just off the point, as a ray may slip between triangles."""
+    """Height of the floor at a place, by a ray from above; just off the point, as a ray may slip
+    between triangles."""
     data, hit = mujoco.MjData(model), np.zeros(1, np.int32)
     mujoco.mj_kinematics(model, data)
     above = np.array([x + 1e-6, y + 2e-6, 2.0])
-    far = mujoco.mj_ray(model, data, above, np.array([0, 0, -1.0]), SEEN, 1, model.body("base").id, hit, None)
+    far = mujoco.mj_ray(
+        model, data, above, np.array([0, 0, -1.0]), SEEN, 1, model.body("base").id, hit, None
+    )
     assert hit[0] == model.geom("floor").id
     return 2.0 - far
 
@@ -112,7 +122,9 @@ def test_almost_level_ground_compiles_too(roughness: float) -> None:
 
 def test_the_floor_is_level_until_it_is_shaped() -> None:
     model = compile_spec(level())
-    assert all(height(model, GRID[j], GRID[i]) == pytest.approx(0, abs=1e-3) for i, j in places(0, 5))
+    assert all(
+        height(model, GRID[j], GRID[i]) == pytest.approx(0, abs=1e-3) for i, j in places(0, 5)
+    )
 
 
 @pytest.mark.parametrize("name", ["QuadrupedTerrain", "QuadrupedMix"])
@@ -132,11 +144,15 @@ def test_tasks_on_other_ground_have_other_models_and_on_the_same_the_same() -> N
     task = family.space.sample("train", 1, 0)[0].as_dict()
     env = Env(family, [task], threads=1)
     same = {**task, "command_x": 0.5}
-    others = [{**task, "terrain_seed": (task["terrain_seed"] + 1) % 100}, {**task, "roughness": 0.05}]
+    others = [
+        {**task, "terrain_seed": (task["terrain_seed"] + 1) % 100},
+        {**task, "roughness": 0.05},
+    ]
     first, again, *rest = (env.model(family.space.coerce(t)) for t in (task, same, *others))
     assert again is first
     assert all(
-        (m.hfield_data != first.hfield_data).any() or m.hfield_size[0, 2] != first.hfield_size[0, 2] for m in rest
+        (m.hfield_data != first.hfield_data).any() or m.hfield_size[0, 2] != first.hfield_size[0, 2]
+        for m in rest
     )
 
 
@@ -150,8 +166,12 @@ def test_a_ball_comes_to_rest_on_the_ground_it_is_dropped_on(kind: int) -> None:
     for k in range(8):
         x, y = rng.uniform(-4, 4, 2)
         post = spec.worldbody.add_body(name=f"post{k}", pos=[x, y, 1])
-        post.add_joint(name=f"post{k}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, 0, 1], damping=[2, 0, 0])
-        post.add_geom(name=f"post{k}", size=[go2.FOOT, 0, 0], mass=0.1, contype=2, conaffinity=1, group=3)
+        post.add_joint(
+            name=f"post{k}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, 0, 1], damping=[2, 0, 0]
+        )
+        post.add_geom(
+            name=f"post{k}", size=[go2.FOOT, 0, 0], mass=0.1, contype=2, conaffinity=1, group=3
+        )
     model = compile_spec(spec)
     data = mujoco.MjData(model)
     data.qpos[:4] = [0, 0, 5, 1]

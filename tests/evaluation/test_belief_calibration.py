@@ -22,10 +22,15 @@ TASKS = SPACE.sample("train", 120, 0)
 
 
 class Believer:
-    """Believes the truth but for an error of 0.2 and less with every episode, and says how large it thinks it is."""
+    """Believes the truth but for an error of 0.2 and less with every episode, and says how large it
+    thinks it is."""
 
     def __init__(self, seed: int = 0, claims: float = 1.0) -> None:
-        self.truth, self.claims, self.rng = SPACE.encode(TASKS), claims, torch.Generator().manual_seed(seed)
+        self.truth, self.claims, self.rng = (
+            SPACE.encode(TASKS),
+            claims,
+            torch.Generator().manual_seed(seed),
+        )
 
     def begin(self, tasks: int) -> Context:
         return (torch.zeros(tasks, 1),)
@@ -95,7 +100,12 @@ def test_parameters_that_the_encoding_leaves_out_are_left_out() -> None:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     torch.set_num_threads(1)
-    run = tiny_run(tmp_path_factory.mktemp("beliefs") / "varibad", agent="varibad", family="CheetahVel100", steps=800)
+    run = tiny_run(
+        tmp_path_factory.mktemp("beliefs") / "varibad",
+        agent="varibad",
+        family="CheetahVel100",
+        steps=800,
+    )
     return evaluate([run], Protocol(tasks=4, episodes=3, threads=1), controls=True)
 
 

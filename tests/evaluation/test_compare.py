@@ -70,7 +70,9 @@ def coarse() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, coarse: None) -> tuple[Plan, dict[str, list[Run]], dict[str, Any]]:
+def done(
+    tmp_path_factory: pytest.TempPathFactory, coarse: None
+) -> tuple[Plan, dict[str, list[Run]], dict[str, Any]]:
     asked, ticks = plan(tmp_path_factory.mktemp("plan") / "runs"), []
     runs, _ = gathered(asked)
     report = compare_runs(asked, runs, PROTOCOL, lambda: ticks.append(None))
@@ -88,14 +90,19 @@ def test_every_agent_is_trained_for_the_same_steps_and_played_on_the_same_tasks(
         alone = evaluate(runs[name], PROTOCOL)
         assert entry["returns"] == alone["returns"]
         assert [r["ci95"] for r in entry["episodes"]] == [r["ci95"] for r in alone["episodes"]]
-    assert sorted(p.name for p in asked.out.iterdir()) == sorted([*(f"CheetahDir100-{n}-0" for n in SMALL), "played"])
+    assert sorted(p.name for p in asked.out.iterdir()) == sorted(
+        [*(f"CheetahDir100-{n}-0" for n in SMALL), "played"]
+    )
 
 
 def test_fine_tuning_is_what_an_evaluation_makes_of_it(done: Any) -> None:
     _, runs, report = done
     arena = playing.Arena(runs["maml"][0].family, PROTOCOL)
     alone = playing.finetuning(runs["maml"], runs["blind"], arena)
-    for name, tuned in (("fine-tuning", "pretrained"), ("fine-tuning from scratch", "from scratch")):
+    for name, tuned in (
+        ("fine-tuning", "pretrained"),
+        ("fine-tuning from scratch", "from scratch"),
+    ):
         assert report["agents"][name]["returns"] == alone[tuned]["returns"]
         assert report["agents"][name]["explores"]
 
@@ -111,7 +118,9 @@ def test_ranks_are_by_the_last_episode_and_leave_oracles_out(done: Any) -> None:
     assert entries["blind"]["episodes"][0]["score"] == pytest.approx(0)
 
 
-def test_asked_again_nothing_is_trained_or_played(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asked_again_nothing_is_trained_or_played(
+    done: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked, runs, report = done
 
     def never(*_: object, **__: object) -> None:
@@ -120,14 +129,18 @@ def test_asked_again_nothing_is_trained_or_played(done: Any, monkeypatch: pytest
     monkeypatch.setattr(module, "train", never)
     monkeypatch.setattr(module.Arena, "play", never)
     again, said = gathered(asked)
-    assert {k: [r.folder for r in v] for k, v in again.items()} == {k: [r.folder for r in v] for k, v in runs.items()}
+    assert {k: [r.folder for r in v] for k, v in again.items()} == {
+        k: [r.folder for r in v] for k, v in runs.items()
+    }
     assert all(": found " in line for line in said)
     assert compare_runs(asked, again, PROTOCOL) == report
 
 
 def test_another_protocol_or_checkpoint_is_played_anew(done: Any, tmp_path: Path) -> None:
     asked, runs, report = done
-    other = compare_runs(asked, {"rl2": runs["rl2"]}, Protocol(tasks=2, episodes=2, seed=1, threads=1))
+    other = compare_runs(
+        asked, {"rl2": runs["rl2"]}, Protocol(tasks=2, episodes=2, seed=1, threads=1)
+    )
     assert other["agents"]["rl2"]["returns"] != report["agents"]["rl2"]["returns"]
     trained = tiny_run(tmp_path / "x", seed=5)
     more = compare_runs(asked, {"rl2": [*runs["rl2"], trained]}, PROTOCOL)["agents"]["rl2"]
@@ -135,17 +148,23 @@ def test_another_protocol_or_checkpoint_is_played_anew(done: Any, tmp_path: Path
     assert more["returns"][0] == report["agents"]["rl2"]["returns"][0] != more["returns"][1]
 
 
-def test_runs_elsewhere_are_reused_where_they_match_and_it_is_said(done: Any, tmp_path: Path) -> None:
+def test_runs_elsewhere_are_reused_where_they_match_and_it_is_said(
+    done: Any, tmp_path: Path
+) -> None:
     asked, runs, _ = done
     again, said = gathered(plan(tmp_path / "new", "rl2", "blind", reuse=(asked.out,)))
-    assert [again[k][0].folder for k in ("rl2", "blind")] == [runs[k][0].folder for k in ("rl2", "blind")]
+    assert [again[k][0].folder for k in ("rl2", "blind")] == [
+        runs[k][0].folder for k in ("rl2", "blind")
+    ]
     assert said == [f"{k}, seed 0: reused {runs[k][0].folder}" for k in ("rl2", "blind")]
     assert not (tmp_path / "new").exists()
     by_itself, _ = gathered(plan(tmp_path / "new", "rl2", reuse=(runs["rl2"][0].folder,)))
     assert by_itself["rl2"][0].folder == runs["rl2"][0].folder
 
 
-def test_another_setting_or_unfinished_is_trained_anew_and_the_setting_named(done: Any, tmp_path: Path) -> None:
+def test_another_setting_or_unfinished_is_trained_anew_and_the_setting_named(
+    done: Any, tmp_path: Path
+) -> None:
     asked, runs, _ = done
     settings = {"rl2": SMALL["rl2"] | {"epochs": 1}}
     again, said = gathered(plan(tmp_path / "new", "rl2", reuse=(asked.out,), settings=settings))
@@ -161,7 +180,9 @@ def test_another_setting_or_unfinished_is_trained_anew_and_the_setting_named(don
     assert "training in" in said[1]
 
 
-def test_a_run_of_other_settings_in_the_plans_own_place_is_put_aside_not_lost(tmp_path: Path) -> None:
+def test_a_run_of_other_settings_in_the_plans_own_place_is_put_aside_not_lost(
+    tmp_path: Path,
+) -> None:
     asked = plan(tmp_path, "blind")
     first, _ = gathered(asked)
     before = json.loads((first["blind"][0].folder / "checkpoint.json").read_text())["sha256"]
@@ -176,7 +197,10 @@ def test_a_run_of_other_settings_in_the_plans_own_place_is_put_aside_not_lost(tm
 
 def test_a_setting_that_came_later_is_the_usual_one_in_an_older_run() -> None:
     job = plan_jobs(plan(Path("x"), "rl2"))[0]
-    older = {**vars(job.train), "agent_config": {k: v for k, v in vars(job.agent).items() if k != "teach"}}
+    older = {
+        **vars(job.train),
+        "agent_config": {k: v for k, v in vars(job.agent).items() if k != "teach"},
+    }
     assert difference(older, job) == ""
     assert difference({**older, "threads": 7}, job) == ""
     assert difference({**older, "steps": 5}, job) == "steps 5, not 1600"
@@ -185,8 +209,30 @@ def test_a_setting_that_came_later_is_the_usual_one_in_an_older_run() -> None:
 def cli(out: Path, *more: str) -> list[str]:
     smaller = {"worlds": 2, "minibatches": 1, "epochs": 1, "width": 8}
     words = [f"{agent}.{k}={v}" for agent in ("rl2", "blind") for k, v in smaller.items()]
-    where = ["CheetahDir100", "--out", str(out), "--agents", "rl2", "blind", "--steps", "20e3", "--tasks", "2"]
-    return [sys.executable, "-m", "metarobot.cli.main", "compare", *where, "--threads", "1", "--set", *words, *more]
+    where = [
+        "CheetahDir100",
+        "--out",
+        str(out),
+        "--agents",
+        "rl2",
+        "blind",
+        "--steps",
+        "20e3",
+        "--tasks",
+        "2",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "metarobot.cli.main",
+        "compare",
+        *where,
+        "--threads",
+        "1",
+        "--set",
+        *words,
+        *more,
+    ]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -211,17 +257,29 @@ def test_killed_or_interrupted_it_goes_on_to_the_same_numbers(tmp_path: Path) ->
     last = subprocess.run(cli(broken), check=True, capture_output=True, text=True)
     assert "rl2, seed 0: found" in last.stderr
     assert "blind, seed 0: resumed after" in last.stderr
-    reports = [json.loads((x / "CheetahDir100-compare-test.json").read_text()) for x in (whole, broken)]
+    reports = [
+        json.loads((x / "CheetahDir100-compare-test.json").read_text()) for x in (whole, broken)
+    ]
     for name in ("rl2", "blind"):
         a, b = (r["agents"][name] for r in reports)
         assert a["returns"] == b["returns"]
         assert a["episodes"] == b["episodes"]
 
 
-def test_command_line_writes_a_table_in_three_forms_and_a_plot(done: Any, capsys: Any, tmp_path: Path) -> None:
+def test_command_line_writes_a_table_in_three_forms_and_a_plot(
+    done: Any, capsys: Any, tmp_path: Path
+) -> None:
     asked, _, report = done
     words = [f"{a}.{k}={v}" for a in SMALL for k, v in SMALL[a].items()]
-    where = ["CheetahDir100", "--out", str(asked.out), "--results", str(tmp_path / "r"), "--agents", *SMALL]
+    where = [
+        "CheetahDir100",
+        "--out",
+        str(asked.out),
+        "--results",
+        str(tmp_path / "r"),
+        "--agents",
+        *SMALL,
+    ]
     more = ["--steps", "1600", "--tasks", "2", "--threads", "1", "--set", *words]
     code, out, err = command(capsys, "compare", *where, *more)
     assert code == 0
@@ -242,21 +300,30 @@ def test_all_agents_are_compared_by_default_each_once_and_none_that_imitates() -
     names = comparable_agents()
     assert {"rl2", "maml", "promp", "blind", "oracle"} <= set(names)
     assert not {"ppo", "imitation"} & set(names)
-    assert [j.train.agent for j in plan_jobs(Plan(family="CheetahVel", out=Path("x")))] == list(names)
+    assert [j.train.agent for j in plan_jobs(Plan(family="CheetahVel", out=Path("x")))] == list(
+        names
+    )
 
 
 def test_settings_are_read_as_their_own_types() -> None:
-    read = parse_settings(["rl2.epochs=8", "rl2.lr=1e-4", "rl2.memory=gru", "maml.learn_rates=False", "rl2.steps=3e6"])
+    read = parse_settings(
+        ["rl2.epochs=8", "rl2.lr=1e-4", "rl2.memory=gru", "maml.learn_rates=False", "rl2.steps=3e6"]
+    )
     assert read == {
         "rl2": {"epochs": 8, "lr": 1e-4, "memory": "gru", "steps": 3_000_000},
         "maml": {"learn_rates": False},
     }
-    job = plan_jobs(Plan(family="CheetahVel", out=Path("x"), agents=("rl2",), settings={"rl2": read["rl2"]}))[0]
+    job = plan_jobs(
+        Plan(family="CheetahVel", out=Path("x"), agents=("rl2",), settings={"rl2": read["rl2"]})
+    )[0]
     assert (job.train.steps, job.agent.epochs) == (3_000_000, 8)
 
 
 def test_outlook_knows_each_agents_pace() -> None:
-    made = [Job(TrainConfig(family="CheetahVel", agent=a, steps=100), None) for a in ("rl2", "blind", "oracle")]
+    made = [
+        Job(TrainConfig(family="CheetahVel", agent=a, steps=100), None)
+        for a in ("rl2", "blind", "oracle")
+    ]
     outlook = PlanETA(made)
     assert outlook.steps == 300
     outlook.hear(made[0], {"time/total_timesteps": 40, "time/time_elapsed": 80.0})
@@ -282,43 +349,82 @@ def test_a_run_that_compare_trained_is_any_other_run(done: Any) -> None:
     _, runs, _ = done
     run = runs["rl2"][0]
     same = TrainConfig(family="CheetahDir100", agent="rl2", steps=1600, threads=1)
-    assert reopen_run(same, agents.get("rl2").config(**SMALL["rl2"]), run.folder).folder == open_run(run.folder).folder
+    assert (
+        reopen_run(same, agents.get("rl2").config(**SMALL["rl2"]), run.folder).folder
+        == open_run(run.folder).folder
+    )
 
 
 BAD = {
-    "unknown family": ("compare CheetahFly --out {tmp}/x", "no family called 'CheetahFly'; there are: "),
-    "unknown agent": ("compare CheetahVel --agents rl2 dqn --out {tmp}/x", "no agent called 'dqn'; there are: "),
+    "unknown family": (
+        "compare CheetahFly --out {tmp}/x",
+        "no family called 'CheetahFly'; there are: ",
+    ),
+    "unknown agent": (
+        "compare CheetahVel --agents rl2 dqn --out {tmp}/x",
+        "no agent called 'dqn'; there are: ",
+    ),
     "unknown split": ("compare CheetahVel --agents rl2 --split far --out {tmp}/x", "far"),
-    "imitation": ("compare CheetahVel --agents imitation --out {tmp}/x", "'imitation' needs --demos"),
-    "no steps": ("compare CheetahVel --agents rl2 --steps 0 --out {tmp}/x", "steps must be at least 1, not 0"),
-    "no tasks": ("compare CheetahVel --agents rl2 --tasks 0 --out {tmp}/x", "tasks must be at least 1, not 0"),
-    "no number": ("compare CheetahVel --agents rl2 --out {tmp}/x --set rl2.epochs=many", "'many' is no number"),
-    "no whole number": ("compare CheetahVel --agents rl2 --out {tmp}/x --set rl2.epochs=1.5", "1.5 is no whole number"),
+    "imitation": (
+        "compare CheetahVel --agents imitation --out {tmp}/x",
+        "'imitation' needs --demos",
+    ),
+    "no steps": (
+        "compare CheetahVel --agents rl2 --steps 0 --out {tmp}/x",
+        "steps must be at least 1, not 0",
+    ),
+    "no tasks": (
+        "compare CheetahVel --agents rl2 --tasks 0 --out {tmp}/x",
+        "tasks must be at least 1, not 0",
+    ),
+    "no number": (
+        "compare CheetahVel --agents rl2 --out {tmp}/x --set rl2.epochs=many",
+        "'many' is no number",
+    ),
+    "no whole number": (
+        "compare CheetahVel --agents rl2 --out {tmp}/x --set rl2.epochs=1.5",
+        "1.5 is no whole number",
+    ),
     "no setting": (
         "compare CheetahVel --agents rl2 --out {tmp}/x --set rl2.colour=1",
         "has no setting 'colour'; it has: ",
     ),
-    "no form": ("compare CheetahVel --agents rl2 --out {tmp}/x --set epochs=1", "write AGENT.NAME=VALUE"),
-    "setting of nobody": ("compare CheetahVel --agents rl2 --out {tmp}/x --set maml.kl=1", "which is not compared"),
-    "bad setting": ("compare CheetahVel --agents rl2 --out {tmp}/x --set rl2.epochs=0", "epochs must be at least 1"),
+    "no form": (
+        "compare CheetahVel --agents rl2 --out {tmp}/x --set epochs=1",
+        "write AGENT.NAME=VALUE",
+    ),
+    "setting of nobody": (
+        "compare CheetahVel --agents rl2 --out {tmp}/x --set maml.kl=1",
+        "which is not compared",
+    ),
+    "bad setting": (
+        "compare CheetahVel --agents rl2 --out {tmp}/x --set rl2.epochs=0",
+        "epochs must be at least 1",
+    ),
     "bad bench": ("bench agents CheetahVel --worlds 0", "worlds and seconds must be positive"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line_and_nothing_is_written(case: str, capsys: Any, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    case: str, capsys: Any, tmp_path: Path
+) -> None:
     argv, message = BAD[case]
     code, _, err = command(capsys, *(w.format(tmp=tmp_path) for w in argv.split()))
     assert code == 2
     assert message in err
-    assert [line for line in err.splitlines() if line.startswith("error: ")] == [err.splitlines()[-1]]
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        err.splitlines()[-1]
+    ]
     assert not list(tmp_path.iterdir())
 
 
 def test_bench_measures_how_fast_agents_live_against_rl2(capsys: Any, tmp_path: Path) -> None:
     target = tmp_path / "b.json"
     sizes = ["--worlds", "20", "--seconds", "0.1", "--threads", "1"]
-    code, out, _ = command(capsys, "bench", "agents", "CheetahDir100", *sizes, "--json", str(target))
+    code, out, _ = command(
+        capsys, "bench", "agents", "CheetahDir100", *sizes, "--json", str(target)
+    )
     assert code == 0
     assert "against rl2" in out
     rates = json.loads(target.read_text())["agents"]

@@ -7,7 +7,13 @@ from metarobot.errors import MetarobotError
 from metarobot.evaluation.evaluate import _swapped, evaluate
 from metarobot.evaluation.fine_tuning import STEP_SIZES
 from metarobot.evaluation.protocol import Evaluator, Protocol
-from metarobot.evaluation.statistics import adaptation_score, bootstrap_interval, iqm, summarise, worst_tenth
+from metarobot.evaluation.statistics import (
+    adaptation_score,
+    bootstrap_interval,
+    iqm,
+    summarise,
+    worst_tenth,
+)
 from metarobot.files import read_json, write_json
 
 SMALL = Protocol(tasks=4, episodes=3, threads=1)
@@ -58,9 +64,18 @@ def test_summary_holds_what_the_protocol_asks() -> None:
 
 def test_report_holds_the_agreed_keys_and_survives_json(runs, tmp_path) -> None:
     report = evaluate(
-        [runs["rl2"], runs["rl2_seed1"]], SMALL, oracle=[runs["oracle"]], blind=[runs["blind"]], controls=True
+        [runs["rl2"], runs["rl2_seed1"]],
+        SMALL,
+        oracle=[runs["oracle"]],
+        blind=[runs["blind"]],
+        controls=True,
     )
-    assert (report["family"], report["split"], report["seeds"], report["tasks"]) == ("CheetahDir100", "test", [0, 1], 4)
+    assert (report["family"], report["split"], report["seeds"], report["tasks"]) == (
+        "CheetahDir100",
+        "test",
+        [0, 1],
+        4,
+    )
     assert [r["episode"] for r in report["episodes"]] == [0, 1, 2]
     keys = {"episode", "mean", "iqm", "ci95", "worst10", "oracle", "blind", "score"}
     assert all(keys <= set(row) for row in report["episodes"])
@@ -81,7 +96,9 @@ def test_an_agent_that_is_not_shown_the_task_is_no_oracle(runs) -> None:
 
 def test_runs_of_different_families_are_not_mixed(runs, tmp_path) -> None:
     other = tiny_run(tmp_path / "vel", family="CheetahVel100", steps=400)
-    with pytest.raises(MetarobotError, match="different families cannot be compared: CheetahDir100, CheetahVel100"):
+    with pytest.raises(
+        MetarobotError, match="different families cannot be compared: CheetahDir100, CheetahVel100"
+    ):
         evaluate([runs["rl2"], other], SMALL)
 
 

@@ -18,7 +18,12 @@ from metarobot.tasks.family import families
 from metarobot.training import train as training
 from metarobot.training.collect import ExpertAgent
 from metarobot.training.config import TrainConfig
-from metarobot.training.demonstrations import Demonstrations, DemosError, read_demonstrations, record_demonstrations
+from metarobot.training.demonstrations import (
+    Demonstrations,
+    DemosError,
+    read_demonstrations,
+    record_demonstrations,
+)
 from metarobot.training.metrics_log import read_metrics
 from metarobot.training.run_folder import Run, open_run, save_checkpoint
 from metarobot.training.train import start_run, train
@@ -32,14 +37,20 @@ SMALL = {"worlds": 8, "rollouts": VARIANTS, "width": 8, "inner_steps": 1}
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Demonstrations of a family that hides the answer and of one that shows it."""
     root = tmp_path_factory.mktemp("shots")
-    record_demonstrations(PLACEMENT, root / "hidden", split="extrapolate", tasks=TASKS, shots=SHOTS, threads=1)
+    record_demonstrations(
+        PLACEMENT, root / "hidden", split="extrapolate", tasks=TASKS, shots=SHOTS, threads=1
+    )
     record_demonstrations(SHOWN, root / "shown", tasks=2, shots=SHOTS, threads=1)
     return root
 
 
-def begun(out: Path, demos: Path | str, family: str = "Placement", steps: int = 3000, **settings: Any) -> Run:
+def begun(
+    out: Path, demos: Path | str, family: str = "Placement", steps: int = 3000, **settings: Any
+) -> Run:
     config = agents.get("imitation").config(**SMALL | settings)
-    run = TrainConfig(family=family, agent="imitation", demos=str(demos), steps=steps, threads=1, save_every=1)
+    run = TrainConfig(
+        family=family, agent="imitation", demos=str(demos), steps=steps, threads=1, save_every=1
+    )
     return start_run(run, config, out)
 
 
@@ -74,9 +85,13 @@ def labelled(tasks: int = 5, shots: int = 5, steps: int = 3) -> Demonstrations:
     """Demonstrations whose first observation says which they are: task, variant, shot."""
     where = torch.cartesian_prod(*map(torch.arange, (tasks, VARIANTS, shots, steps))).float()
     obs = where.view(tasks, VARIANTS, shots, steps, 4)
-    valid = torch.arange(steps) < (2 + (torch.arange(tasks) % 2))[:, None, None, None].expand(-1, VARIANTS, shots, -1)
+    valid = torch.arange(steps) < (2 + (torch.arange(tasks) % 2))[:, None, None, None].expand(
+        -1, VARIANTS, shots, -1
+    )
     chosen = tuple(PLACEMENT.space.sample("train", tasks, 0))
-    return Demonstrations(family=PLACEMENT, split="train", tasks=chosen, obs=obs, action=-obs, valid=valid)
+    return Demonstrations(
+        family=PLACEMENT, split="train", tasks=chosen, obs=obs, action=-obs, valid=valid
+    )
 
 
 def test_support_and_query_are_other_demonstrations_of_the_same_tasks() -> None:
@@ -94,14 +109,20 @@ def test_support_and_query_are_other_demonstrations_of_the_same_tasks() -> None:
             assert shown.isdisjoint(asked)
             met |= shown
         tasks = support[:, 0, 0, 0].long().tolist()
-        expected = PLACEMENT.space.encode([demos.tasks[i] for i in tasks]).repeat_interleave(2 * VARIANTS, 0)
+        expected = PLACEMENT.space.encode([demos.tasks[i] for i in tasks]).repeat_interleave(
+            2 * VARIANTS, 0
+        )
         assert torch.equal(trials.task, expected)
     assert len(met) == 5 * VARIANTS * 5
 
 
-def test_demonstrations_are_a_rollout_in_which_a_tasks_worlds_stand_together_variant_by_variant() -> None:
+def test_demonstrations_are_a_rollout_in_which_a_tasks_worlds_stand_together_variant_by_variant() -> (
+    None
+):
     rollout = labelled().rollout([4, 1], torch.tensor([[0, 3], [2, 2]]))
-    named = [[4, v, s] for v in range(VARIANTS) for s in (0, 3)] + [[1, v, 2] for v in range(VARIANTS) for _ in (0, 0)]
+    named = [[4, v, s] for v in range(VARIANTS) for s in (0, 3)] + [
+        [1, v, 2] for v in range(VARIANTS) for _ in (0, 0)
+    ]
     for k in range(3):
         assert rollout.obs[k].tolist() == [[*n, k] for n in named]
     assert torch.equal(rollout.action, -rollout.obs)
@@ -122,7 +143,8 @@ def test_trials_are_a_function_of_the_seed() -> None:
 def test_too_few_demonstrations_for_a_trial_are_refused() -> None:
     assert labelled().trials(1, 2, [0]).episodes[0].valid.shape == (3, 2 * VARIANTS)
     with pytest.raises(
-        DemosError, match="3 demonstrations to adapt to and 3 to match need 6 of every variant; there are 5"
+        DemosError,
+        match="3 demonstrations to adapt to and 3 to match need 6 of every variant; there are 5",
     ):
         labelled().trials(1, 3, [0])
 
@@ -131,9 +153,26 @@ def test_a_report_says_what_was_measured(imitator: Run, guide: Run, demos: Demon
     ticks: list[int] = []
     how = {"reference": brief(guide, 5), "threads": 1, "tick": lambda: ticks.append(1)}
     report = few_shot(brief(imitator, 75), demos, shots=(1, 2), **how)
-    keys = {"family", "agent", "run", "steps", "split", "tasks", "chance", "shots", "expert", "reference"}
+    keys = {
+        "family",
+        "agent",
+        "run",
+        "steps",
+        "split",
+        "tasks",
+        "chance",
+        "shots",
+        "expert",
+        "reference",
+    }
     assert report.keys() == keys
-    named = {"family": "Placement", "agent": "imitation", "run": "imitator", "split": "extrapolate", "tasks": TASKS}
+    named = {
+        "family": "Placement",
+        "agent": "imitation",
+        "run": "imitator",
+        "split": "extrapolate",
+        "tasks": TASKS,
+    }
     assert {k: report[k] for k in named} == named
     assert report["chance"] == 0.25
     assert report["steps"] == 3000
@@ -150,7 +189,8 @@ def test_a_report_says_what_was_measured(imitator: Run, guide: Run, demos: Demon
 
 
 class Gifted:
-    """An agent that places what it has been shown often enough as an expert does, and does nothing about the rest."""
+    """An agent that places what it has been shown often enough as an expert does, and does nothing
+    about the rest."""
 
     imitates, privileged, explores = True, False, False
 
@@ -166,26 +206,35 @@ class Gifted:
         self.shown.append((episode.obs, episode.valid))
         return (context[0] + episode.valid.shape[1] / len(context[0]) / VARIANTS,)
 
-    def act(self, percept: Any, context: tuple[Tensor], noise: Tensor | None = None) -> tuple[Tensor, Any]:
+    def act(
+        self, percept: Any, context: tuple[Tensor], noise: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
         assert noise is None
-        knows = (context[0] >= self.needs).repeat_interleave(VARIANTS) & (self.envs[-1].state.variant != 3)
+        knows = (context[0] >= self.needs).repeat_interleave(VARIANTS) & (
+            self.envs[-1].state.variant != 3
+        )
         return ExpertAgent(self.envs[-1]).act(percept, ())[0] * knows[:, None], context
 
 
 @pytest.fixture
 def gifted(monkeypatch: pytest.MonkeyPatch) -> Gifted:
-    """It stands in for the imitator and needs two demonstrations of each variant; whoever else is asked needs none."""
+    """It stands in for the imitator and needs two demonstrations of each variant; whoever else is
+    asked needs none."""
     envs: list[Env] = []
     monkeypatch.setattr(module, "Env", lambda *x, **how: (envs.append(Env(*x, **how)), envs[-1])[1])
     agent = Gifted(envs, 2)
-    monkeypatch.setattr(Run, "load_agent", lambda run: agent if run.name == "imitator" else Gifted(envs, 0))
+    monkeypatch.setattr(
+        Run, "load_agent", lambda run: agent if run.name == "imitator" else Gifted(envs, 0)
+    )
     return agent
 
 
 def test_success_is_that_of_every_variant_after_so_many_demonstrations(
     gifted: Gifted, imitator: Run, guide: Run, demos: Demonstrations
 ) -> None:
-    report = few_shot(brief(imitator, 75), demos, shots=(2, 1), reference=brief(guide, 75), threads=1)
+    report = few_shot(
+        brief(imitator, 75), demos, shots=(2, 1), reference=brief(guide, 75), threads=1
+    )
     assert [(r["shots"], r["mean"]) for r in report["shots"]] == [(0, 0.0), (2, 0.75), (1, 0.0)]
     assert report["shots"][1]["ci95"] == [0.75, 0.75]
     assert report["reference"]["mean"] == 0.75
@@ -193,18 +242,27 @@ def test_success_is_that_of_every_variant_after_so_many_demonstrations(
     assert [valid.shape[1] for _, valid in gifted.shown] == [TASKS * VARIANTS * k for k in (2, 1)]
     for k, (obs, valid) in zip((2, 1), gifted.shown, strict=True):
         length = len(obs)
-        assert torch.equal(obs.transpose(0, 1).reshape(TASKS, VARIANTS, k, length, -1), demos.obs[:, :, :k, :length])
-        assert torch.equal(valid.T.reshape(TASKS, VARIANTS, k, length), demos.valid[:, :, :k, :length])
+        assert torch.equal(
+            obs.transpose(0, 1).reshape(TASKS, VARIANTS, k, length, -1),
+            demos.obs[:, :, :k, :length],
+        )
+        assert torch.equal(
+            valid.T.reshape(TASKS, VARIANTS, k, length), demos.valid[:, :, :k, :length]
+        )
     assert [env.family.name for env in gifted.envs] == ["Placement", "PlacementShown"]
     for env in gifted.envs:
-        assert [t.as_dict() for t in env.tasks] == [t.as_dict() for t in demos.tasks for _ in range(VARIANTS)]
+        assert [t.as_dict() for t in env.tasks] == [
+            t.as_dict() for t in demos.tasks for _ in range(VARIANTS)
+        ]
 
 
 def test_a_measurement_is_a_function_of_weights_demonstrations_and_seed(
     monkeypatch: pytest.MonkeyPatch, imitator: Run, demos: Demonstrations
 ) -> None:
     lived, real = [], module.collect
-    monkeypatch.setattr(module, "collect", lambda *x, **how: (lived.append(real(*x, **how)), lived[-1])[1])
+    monkeypatch.setattr(
+        module, "collect", lambda *x, **how: (lived.append(real(*x, **how)), lived[-1])[1]
+    )
     for seed in (0, 0, 1):
         few_shot(brief(imitator, 10), demos, shots=(1,), seed=seed, threads=1)
     none, one, expert = (lived[i].episodes[0].obs for i in range(3))
@@ -223,22 +281,34 @@ def refused(call: Callable[[], Any], message: str) -> None:
 
 
 def untrained(out: Path, agent: str, family: str) -> Run:
-    run = start_run(TrainConfig(family=family, agent=agent), agents.get(agent).config(worlds=8), out)
-    save_checkpoint(run.folder, run.learner().state(), {"iteration": 0, "steps": 0, "elapsed_s": 0.0})
+    run = start_run(
+        TrainConfig(family=family, agent=agent), agents.get(agent).config(worlds=8), out
+    )
+    save_checkpoint(
+        run.folder, run.learner().state(), {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
+    )
     return run
 
 
 def test_an_agent_that_does_not_imitate_is_refused(tmp_path: Path, demos: Demonstrations) -> None:
     run = untrained(tmp_path / "x", "blind", "Placement")
-    refused(lambda: few_shot(run, demos), "x does not imitate: its agent is 'blind'; train one as imitation")
+    refused(
+        lambda: few_shot(run, demos),
+        "x does not imitate: its agent is 'blind'; train one as imitation",
+    )
 
 
 def test_demonstrations_of_another_family_are_refused(guide: Run, demos: Demonstrations) -> None:
-    refused(lambda: few_shot(guide, demos), "demonstrations of Placement are no use to an agent of PlacementShown")
+    refused(
+        lambda: few_shot(guide, demos),
+        "demonstrations of Placement are no use to an agent of PlacementShown",
+    )
 
 
 @pytest.mark.parametrize("k", [-1, 0, 3])
-def test_numbers_of_shots_that_cannot_be_are_refused(imitator: Run, demos: Demonstrations, k: int) -> None:
+def test_numbers_of_shots_that_cannot_be_are_refused(
+    imitator: Run, demos: Demonstrations, k: int
+) -> None:
     message = f"{k} shots were asked for; the dataset holds 1 to 2 of every variant"
     refused(lambda: few_shot(brief(imitator, 3), demos, shots=(1, k), threads=1), message)
 
@@ -249,10 +319,14 @@ def test_any_agent_is_a_reference_or_is_told_in_one_line_that_it_cannot_be(
 ) -> None:
     shown = brief(untrained(tmp_path / "x", agent, "PlacementShown"), 3)
     try:
-        found = few_shot(brief(imitator, 3), demos, shots=(), reference=shown, threads=1)["reference"]
+        found = few_shot(brief(imitator, 3), demos, shots=(), reference=shown, threads=1)[
+            "reference"
+        ]
     except MetarobotError as e:
         found = str(e)
-    assert found == {"run": "x", "mean": 0.0, "ci95": [0.0, 0.0]} or (agent in found and "\n" not in found)
+    assert found == {"run": "x", "mean": 0.0, "ci95": [0.0, 0.0]} or (
+        agent in found and "\n" not in found
+    )
 
 
 def test_resuming_from_a_checkpoint_gives_the_uninterrupted_bits(
@@ -271,7 +345,10 @@ def test_resuming_from_a_checkpoint_gives_the_uninterrupted_bits(
         train(broken, show=False)
     monkeypatch.setattr(training, "save", real)
     runs = broken, imitator
-    assert [json.loads((r.folder / "checkpoint.json").read_text())["iteration"] for r in runs] == [2, 4]
+    assert [json.loads((r.folder / "checkpoint.json").read_text())["iteration"] for r in runs] == [
+        2,
+        4,
+    ]
     assert train(open_run(broken.folder), resume=True, show=False)
     digests = [json.loads((r.folder / "checkpoint.json").read_text())["sha256"] for r in runs]
     assert digests[0] == digests[1]
@@ -284,7 +361,9 @@ def rows(run: Run) -> list[dict[str, float]]:
     return read_metrics(run.folder / "metrics.jsonl")
 
 
-def test_steps_are_those_of_demonstrations_really_shown(imitator: Run, demos: Demonstrations) -> None:
+def test_steps_are_those_of_demonstrations_really_shown(
+    imitator: Run, demos: Demonstrations
+) -> None:
     counted = [demos.trials(2, 1, [0, i]).steps() for i in range(4)]
     totals = [row["time/total_timesteps"] for row in rows(imitator)]
     assert totals == [sum(counted[: i + 1]) for i in range(4)]
@@ -314,17 +393,30 @@ def test_cloning_behaviour_trains_and_gains_nothing_from_demonstrations(
 SETTINGS = "--worlds 8 --rollouts 4 --width 8 --inner-steps 1 --threads 1"
 
 
-def test_record_train_and_shots_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_record_train_and_shots_from_end_to_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     data, out, report = (tmp_path / n for n in ("data", "x", "report.json"))
     words = f"record Placement --out {data} --tasks 2 --shots 2 --seed 3 --split test --jitter 0.01 --threads 1"
     code, said, _ = run(capsys, *words.split())
     assert (code, said) == (0, f"wrote 16 demonstrations of 2 tasks to {data}\n")
     assert (read_demonstrations(data).split, read_demonstrations(data).shots) == ("test", 2)
-    command = f"train Placement --agent imitation --demos {data} --steps 1000 --out {out} {SETTINGS}"
+    command = (
+        f"train Placement --agent imitation --demos {data} --steps 1000 --out {out} {SETTINGS}"
+    )
     assert run(capsys, *command.split())[0] == 0
-    code, said, _ = run(capsys, *f"shots {out} --demos {data} --shots 2 --json {report} --threads 1".split())
+    code, said, _ = run(
+        capsys, *f"shots {out} --demos {data} --shots 2 --json {report} --threads 1".split()
+    )
     assert code == 0
-    for expected in ("Placement, 2 test tasks", "0 of each", "2 of each", "expert", "100.0 %", "by chance 25 %"):
+    for expected in (
+        "Placement, 2 test tasks",
+        "0 of each",
+        "2 of each",
+        "expert",
+        "100.0 %",
+        "by chance 25 %",
+    ):
         assert expected in said
     assert [r["shots"] for r in json.loads(report.read_text())["shots"]] == [0, 2]
 
@@ -335,18 +427,26 @@ def test_record_train_and_shots_from_end_to_end(capsys: pytest.CaptureFixture[st
 def test_what_tells_of_returns_does_not_stumble_over_a_run_without_any(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, imitator: Run, words: str
 ) -> None:
-    code, _, err = run(capsys, *(w.format(run=imitator.folder, tmp=tmp_path) for w in words.split()))
+    code, _, err = run(
+        capsys, *(w.format(run=imitator.folder, tmp=tmp_path) for w in words.split())
+    )
     assert code == 0 or (code == 2 and err.startswith("error: "))
 
 
 IMITATE = "train Placement --agent imitation --out {tmp}/a --steps 1 --threads 1"
 BAD = {
-    "no demonstrations": (IMITATE, "agent 'imitation' needs --demos, a dataset that metarobot record makes"),
+    "no demonstrations": (
+        IMITATE,
+        "agent 'imitation' needs --demos, a dataset that metarobot record makes",
+    ),
     "demonstrations for another agent": (
         "train Placement --agent maml --demos {hidden} --out {tmp}/a --steps 1",
         "agent 'maml' learns from its own trials; leave --demos out",
     ),
-    "demonstrations nowhere": (f"{IMITATE} --demos {{tmp}}/no", "/no holds no Minari dataset: it has no folder"),
+    "demonstrations nowhere": (
+        f"{IMITATE} --demos {{tmp}}/no",
+        "/no holds no Minari dataset: it has no folder",
+    ),
     "rollouts that are no whole variants": (
         f"{IMITATE} --demos {{hidden}} --worlds 6 --rollouts 6",
         "rollouts = 6 is not a multiple of 4, the variants of Placement",
@@ -360,16 +460,31 @@ BAD = {
         "of CheetahVel",
     ),
     "demonstrations of another family": (f"{IMITATE} --demos {{shown}}", "PlacementShown"),
-    "worlds that are no whole tasks": (f"{IMITATE} --demos {{hidden}} --worlds 6", "worlds = 6 is not a multiple of"),
+    "worlds that are no whole tasks": (
+        f"{IMITATE} --demos {{hidden}} --worlds 6",
+        "worlds = 6 is not a multiple of",
+    ),
     "no width": (f"{IMITATE} --demos {{hidden}} --width 0", "width must be at least 1, not 0"),
-    "no rollouts": (f"{IMITATE} --demos {{hidden}} --rollouts 0", "rollouts must be at least 1, not 0"),
-    "backward inner rates": (f"{IMITATE} --demos {{hidden}} --inner-lr -1", "inner_lr must be a finite number of at"),
-    "fewer inner steps than none": (f"{IMITATE} --demos {{hidden}} --inner-steps -1", "inner_steps must be at least"),
+    "no rollouts": (
+        f"{IMITATE} --demos {{hidden}} --rollouts 0",
+        "rollouts must be at least 1, not 0",
+    ),
+    "backward inner rates": (
+        f"{IMITATE} --demos {{hidden}} --inner-lr -1",
+        "inner_lr must be a finite number of at",
+    ),
+    "fewer inner steps than none": (
+        f"{IMITATE} --demos {{hidden}} --inner-steps -1",
+        "inner_steps must be at least",
+    ),
     "a taken place": ("record Placement --out {hidden}", "is there already; choose another place"),
     "nobody to record": ("record CheetahVel --out {tmp}/a", "CheetahVel has no scripted expert"),
     "shots of no dataset": ("shots {run} --demos {tmp}", "holds no Minari dataset"),
     "shots of no run": ("shots {tmp}/no --demos {hidden}", "no run folder"),
-    "too many shots": ("shots {run} --demos {hidden} --shots 3", "3 shots were asked for; the dataset holds 1 to 2"),
+    "too many shots": (
+        "shots {run} --demos {hidden} --shots 3",
+        "3 shots were asked for; the dataset holds 1 to 2",
+    ),
     "shots of another family": ("shots {run} --demos {shown} --shots 1", "PlacementShown"),
 }
 
@@ -379,7 +494,12 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     case: str, capsys: pytest.CaptureFixture[str], root: Path, imitator: Run, tmp_path: Path
 ) -> None:
     argv, message = BAD[case]
-    places = {"tmp": tmp_path, "run": imitator.folder, "hidden": root / "hidden", "shown": root / "shown"}
+    places = {
+        "tmp": tmp_path,
+        "run": imitator.folder,
+        "hidden": root / "hidden",
+        "shown": root / "shown",
+    }
     code, _, err = run(capsys, *(w.format(**places) for w in argv.split()))
     assert code == 2
     assert message in err

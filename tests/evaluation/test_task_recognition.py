@@ -5,7 +5,12 @@ import pytest
 import torch
 from helpers import run, tiny_run
 
-from metarobot.evaluation.task_recognition import RecognitionConfig, RecognitionError, _spaced, recognise
+from metarobot.evaluation.task_recognition import (
+    RecognitionConfig,
+    RecognitionError,
+    _spaced,
+    recognise,
+)
 from metarobot.tasks.family import families
 from metarobot.tasks.space import TaskSpace
 from metarobot.training.run_folder import Run
@@ -16,16 +21,21 @@ FAMILY = "CheetahDir100"
 @pytest.fixture(scope="module")
 def recognising(tmp_path_factory: pytest.TempPathFactory) -> Run:
     torch.set_num_threads(1)
-    return tiny_run(tmp_path_factory.mktemp("likeness") / "prototype", agent="prototype", family=FAMILY)
+    return tiny_run(
+        tmp_path_factory.mktemp("likeness") / "prototype", agent="prototype", family=FAMILY
+    )
 
 
 def quiz(**settings: object) -> RecognitionConfig:
     return RecognitionConfig(
-        **{"tasks": 4, "transitions": 20, "neighbours": 3, "support": 1, "queries": 2, "threads": 1} | settings
+        **{"tasks": 4, "transitions": 20, "neighbours": 3, "support": 1, "queries": 2, "threads": 1}
+        | settings
     )
 
 
-def test_the_report_holds_support_set_prototypes_and_neighbours_with_distances(recognising: Run) -> None:
+def test_the_report_holds_support_set_prototypes_and_neighbours_with_distances(
+    recognising: Run,
+) -> None:
     ticks: list[None] = []
     report = json.loads(json.dumps(recognise(recognising, quiz(), lambda: ticks.append(None))))
     bank = recognising.load_agent().bank
@@ -56,33 +66,47 @@ def test_a_report_is_a_function_of_run_and_quiz(recognising: Run) -> None:
 def test_tasks_may_be_spaced_evenly_where_there_is_one_parameter(recognising: Run) -> None:
     speeds = [t.as_dict()["target_speed"] for t in _spaced(families.get("CheetahVel").space, 6)]
     assert speeds == pytest.approx([0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
-    with pytest.raises(RecognitionError, match="CheetahTerrain is not one parameter drawn uniformly"):
+    with pytest.raises(
+        RecognitionError, match="CheetahTerrain is not one parameter drawn uniformly"
+    ):
         _spaced(families.get("CheetahTerrain").space, 6)
     with pytest.raises(RecognitionError, match="no even spacing"):
         recognise(recognising, quiz(even=True))
 
 
-def test_an_encoder_that_reads_the_task_recognises_all_and_finds_far_ones_new(recognising: Run) -> None:
-    """The target speed is in the reward: an encoder that hands on −(reward + speed) knows it to a few cm/s."""
+def test_an_encoder_that_reads_the_task_recognises_all_and_finds_far_ones_new(
+    recognising: Run,
+) -> None:
+    """The target speed is in the reward: an encoder that hands on −(reward + speed) knows it to a
+    few cm/s."""
 
     class Knowing(torch.nn.Module):
         def begin(self, tasks: int) -> torch.Tensor:
             return torch.zeros(tasks, 2)
 
         def evidence(self, x: torch.Tensor) -> torch.Tensor:
-            speed, effort = x[..., 8] + 0.5 * x[..., 32], 0.05 * x[..., 17:23].clamp(-1, 1).square().sum(-1)
+            speed, effort = (
+                x[..., 8] + 0.5 * x[..., 32],
+                0.05 * x[..., 17:23].clamp(-1, 1).square().sum(-1),
+            )
             return torch.stack([speed - x[..., 23] - effort, torch.ones_like(speed)], -1)
 
         def forward(self, evidence: torch.Tensor) -> torch.Tensor:
             z = evidence[..., :1] / evidence[..., 1:].clamp_min(1) / 1.5 - 1.0
             return torch.nn.functional.pad(z, (0, 7))
 
-    made = tiny_run(recognising.folder.parent / "knowing", agent="prototype", family="CheetahVel", steps=9600)
+    made = tiny_run(
+        recognising.folder.parent / "knowing", agent="prototype", family="CheetahVel", steps=9600
+    )
     agent = made.load_agent()
     agent.encoder = Knowing()
     agent.refresh()
-    known = type("Known", (Run,), {"load_agent": lambda self: agent})(made.folder, made.config, made.family)
-    near, far = (recognise(known, quiz(split=s, tasks=6, neighbours=1)) for s in ("test", "extrapolate"))
+    known = type("Known", (Run,), {"load_agent": lambda self: agent})(
+        made.folder, made.config, made.family
+    )
+    near, far = (
+        recognise(known, quiz(split=s, tasks=6, neighbours=1)) for s in ("test", "extrapolate")
+    )
     assert near["recognised"]["mean"] > 0.9
     assert near["rank_correlation"]["held_out"] > 0.95
     assert far["new"]["mean"] > near["new"]["mean"]
@@ -108,11 +132,37 @@ def test_the_command_lists_writes_and_draws(
     recognising: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, picture = tmp_path / "r.json", tmp_path / "r.png"
-    few = ["--tasks", "2", "--transitions", "20", "--queries", "1", "--support", "1", "--threads", "1"]
-    argv = [str(recognising.folder), *few, "--prototypes", "--json", str(out), "--plot", str(picture)]
+    few = [
+        "--tasks",
+        "2",
+        "--transitions",
+        "20",
+        "--queries",
+        "1",
+        "--support",
+        "1",
+        "--threads",
+        "1",
+    ]
+    argv = [
+        str(recognising.folder),
+        *few,
+        "--prototypes",
+        "--json",
+        str(out),
+        "--plot",
+        str(picture),
+    ]
     code, said, _ = run(capsys, "recognise", *argv)
     assert code == 0
-    for words in ("support set", "is most like", "direction -1", "taken for new", "rank correlation", "8 prototypes"):
+    for words in (
+        "support set",
+        "is most like",
+        "direction -1",
+        "taken for new",
+        "rank correlation",
+        "8 prototypes",
+    ):
         assert words in said
     assert json.loads(out.read_text())["transitions"] == 20
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -121,10 +171,16 @@ def test_the_command_lists_writes_and_draws(
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--transitions", "101"], "direction 1: the episode ended after 100 transitions; ask for fewer"),
+        (
+            ["--transitions", "101"],
+            "direction 1: the episode ended after 100 transitions; ask for fewer",
+        ),
         (["--transitions", "0"], "transitions must be at least 1, not 0"),
         (["--neighbours", "9"], "keeps 8 prototypes, fewer than 9 neighbours"),
-        (["--split", "interpolate"], "CheetahDir100 has no split 'interpolate'; it has: train, test"),
+        (
+            ["--split", "interpolate"],
+            "CheetahDir100 has no split 'interpolate'; it has: train, test",
+        ),
         (["--colour", "speed"], "CheetahDir100 has no parameter 'speed'; it has: direction"),
         (["--plot", "x.txt"], "its name must end in one of .png, .svg, .pdf"),
     ],
@@ -132,7 +188,9 @@ def test_the_command_lists_writes_and_draws(
 def test_what_cannot_be_asked_is_one_line(
     recognising: Run, argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = run(capsys, "recognise", str(recognising.folder), "--tasks", "1", "--threads", "1", *argv)
+    code, _, err = run(
+        capsys, "recognise", str(recognising.folder), "--tasks", "1", "--threads", "1", *argv
+    )
     assert code == 2
     assert says in err
     assert len(err.strip().splitlines()) == 1
@@ -140,5 +198,7 @@ def test_what_cannot_be_asked_is_one_line(
 
 def test_an_agent_without_prototypes_recognises_nothing(tmp_path: Path) -> None:
     blind = tiny_run(tmp_path / "blind", agent="blind")
-    with pytest.raises(RecognitionError, match="keeps no prototypes: its agent is 'blind'; train one as prototype"):
+    with pytest.raises(
+        RecognitionError, match="keeps no prototypes: its agent is 'blind'; train one as prototype"
+    ):
         recognise(blind, quiz())

@@ -62,7 +62,9 @@ def policy(agent: GradientAgent, weights: Tensor, x: Tensor) -> Independent:
 
 @pytest.mark.parametrize(("episodes", "inner_steps"), [(2, 1), (3, 1), (2, 2), (3, 2)])
 def test_the_meta_gradient_equals_finite_differences(episodes: int, inner_steps: int) -> None:
-    learner, vector, support, query = doubled("maml", episodes, inner_steps=inner_steps, inner_lr=0.05 / inner_steps)
+    learner, vector, support, query = doubled(
+        "maml", episodes, inner_steps=inner_steps, inner_lr=0.05 / inner_steps
+    )
     agent = learner.agent
     path = agent.adapt_meta_parameters(vector, support)
     assert len(path.steps) == (episodes - 1) * inner_steps
@@ -77,9 +79,13 @@ def test_the_meta_gradient_equals_finite_differences(episodes: int, inner_steps:
     for v in directions(4, agent.size):
         for side in (torch.cat([v * vector[: agent.size], 0 * v]), torch.cat([0 * v, v])):
             scale = float(gradient.norm() * side.norm())
-            assert float(gradient @ side) == pytest.approx(float(slope_along(outer, vector, side)), abs=1e-6 * scale)
+            assert float(gradient @ side) == pytest.approx(
+                float(slope_along(outer, vector, side)), abs=1e-6 * scale
+            )
             moved = agent.meta_jvp(path, side)
-            assert torch.allclose(moved, slope_along(end, vector, side), rtol=0, atol=1e-6 * float(moved.norm()))
+            assert torch.allclose(
+                moved, slope_along(end, vector, side), rtol=0, atol=1e-6 * float(moved.norm())
+            )
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
@@ -94,8 +100,12 @@ def test_adapting_is_gradient_ascent_task_by_task(inner_steps: int) -> None:
         weights = initial(agent)[i].clone()
         for _ in range(inner_steps):
             weights.requires_grad_()
-            ratio = (policy(agent, weights, batch.x[i]).log_prob(batch.action[i]) - batch.old[i]).exp()
-            (slope,) = torch.autograd.grad((batch.weight[i] * ratio * batch.advantage[i]).sum(), weights)
+            ratio = (
+                policy(agent, weights, batch.x[i]).log_prob(batch.action[i]) - batch.old[i]
+            ).exp()
+            (slope,) = torch.autograd.grad(
+                (batch.weight[i] * ratio * batch.advantage[i]).sum(), weights
+            )
             weights = (weights + rates * slope).detach()
         assert torch.allclose(together[i], weights, rtol=1e-11, atol=1e-12)
 
@@ -118,12 +128,18 @@ def test_many_tasks_at_once_equal_one_after_the_other() -> None:
         shown = InnerBatch(*(x[i : i + 1] for x in query))
         assert torch.allclose(adapted(agent, rollout)[0], after[i], rtol=1e-10, atol=1e-11)
         assert torch.allclose(
-            agent.surrogate(after[i], InnerBatch(*(x[i] for x in query))), vmap(agent.surrogate)(after, query)[i]
+            agent.surrogate(after[i], InnerBatch(*(x[i] for x in query))),
+            vmap(agent.surrogate)(after, query)[i],
         )
         assert torch.allclose(
-            per_task_gradients(agent.surrogate, short.weights, shown)[0], slope[i], rtol=1e-10, atol=1e-11
+            per_task_gradients(agent.surrogate, short.weights, shown)[0],
+            slope[i],
+            rtol=1e-10,
+            atol=1e-11,
         )
-        assert torch.allclose(agent.meta_jvp(short, agent.vector())[0], pushed[i], rtol=1e-10, atol=1e-11)
+        assert torch.allclose(
+            agent.meta_jvp(short, agent.vector())[0], pushed[i], rtol=1e-10, atol=1e-11
+        )
         for x, y in zip(short.pull(slope[i : i + 1]), pulled, strict=True):
             assert torch.allclose(x[0], y[i], rtol=1e-10, atol=1e-11)
 
@@ -149,7 +165,9 @@ def test_a_batch_holds_the_advantages_and_the_policy_that_acted() -> None:
         mask = by_task(e.valid[:, mine], 1)[0]
         share = mask.double() / mask.sum()
         raw = by_task(advantage[:, mine], 1)[0][mask]
-        assert torch.allclose(batch.advantage[i][mask], (raw - raw.mean()) / raw.std(correction=0), atol=1e-5)
+        assert torch.allclose(
+            batch.advantage[i][mask], (raw - raw.mean()) / raw.std(correction=0), atol=1e-5
+        )
         assert torch.allclose(batch.weight[i], share)
         assert not batch.advantage[i][~mask].any()
         acted = policy(agent, weights[i], by_task(agent.norm(e.obs[:, mine].double()), 1)[0])
@@ -161,11 +179,19 @@ def test_a_batch_holds_the_advantages_and_the_policy_that_acted() -> None:
 
 def test_the_divergence_is_that_of_the_policies() -> None:
     agent = build("maml").agent.double()
-    batch, moved = agent.batch(initial(agent), episode()), initial(agent) + 0.1 * directions(2, agent.size)
-    found, none = vmap(agent.divergence)(moved, batch), vmap(agent.divergence)(initial(agent), batch)
+    batch, moved = (
+        agent.batch(initial(agent), episode()),
+        initial(agent) + 0.1 * directions(2, agent.size),
+    )
+    found, none = (
+        vmap(agent.divergence)(moved, batch),
+        vmap(agent.divergence)(initial(agent), batch),
+    )
     assert torch.allclose(none, torch.zeros_like(none), atol=1e-14)
     for i in range(len(TASKS)):
-        kl = kl_divergence(policy(agent, initial(agent)[i], batch.x[i]), policy(agent, moved[i], batch.x[i]))
+        kl = kl_divergence(
+            policy(agent, initial(agent)[i], batch.x[i]), policy(agent, moved[i], batch.x[i])
+        )
         assert torch.allclose(found[i], (batch.weight[i] * kl).sum(), rtol=1e-10)
 
 
@@ -193,7 +219,9 @@ def test_thinning_keeps_one_step_in_n_and_shares_that_add_up() -> None:
     assert torch.allclose(thin.weight.sum(1), torch.ones(2))
     assert torch.allclose(thin.weight, kept / kept.sum(1, keepdim=True))
     assert torch.equal(thin.log_std, batch.log_std)
-    assert all(torch.allclose(x, y, rtol=1e-6, atol=0.0) for x, y in zip(batch.thin(1), batch, strict=True))
+    assert all(
+        torch.allclose(x, y, rtol=1e-6, atol=0.0) for x, y in zip(batch.thin(1), batch, strict=True)
+    )
 
 
 def test_thinning_takes_from_every_rollout() -> None:
@@ -214,14 +242,19 @@ def test_the_way_walked_is_the_way_adapted() -> None:
         context = agent.adapt(context, e)
     for derivative in ({}, {"derivative": first_order_derivatives}):
         assert torch.allclose(
-            agent.adapt_meta_parameters(agent.vector(), support, **derivative).weights, context[0], atol=1e-6
+            agent.adapt_meta_parameters(agent.vector(), support, **derivative).weights,
+            context[0],
+            atol=1e-6,
         )
 
 
 def test_adapting_leaves_the_context_and_the_episode_as_they_were() -> None:
     agent, e = build("maml", inner_steps=3).agent, episode()
     context = agent.begin(2)
-    before, kept = context[0].clone(), {k: v.clone() for k, v in vars(e).items() if isinstance(v, Tensor)}
+    before, kept = (
+        context[0].clone(),
+        {k: v.clone() for k, v in vars(e).items() if isinstance(v, Tensor)},
+    )
     state = {k: v.clone() for k, v in agent.state_dict().items()}
     (first,), (again,) = (agent.adapt(context, e) for _ in range(2))
     assert torch.equal(first, again)
@@ -244,9 +277,13 @@ def test_adapting_uses_nothing_but_what_was_seen_done_and_earned() -> None:
         reward=fill(padding, 100.0),
     )
     assert torch.allclose(adapted(agent, other), expected, atol=1e-7)
-    assert torch.allclose(adapted(agent, changed(e, reward=fill(padding, math.nan))), expected, atol=1e-7)
+    assert torch.allclose(
+        adapted(agent, changed(e, reward=fill(padding, math.nan))), expected, atol=1e-7
+    )
     for k in ("obs", "action", "reward"):
-        assert not torch.allclose(adapted(agent, changed(e, **{k: lambda x: x[1].mul_(-2.0)})), expected, atol=1e-5)
+        assert not torch.allclose(
+            adapted(agent, changed(e, **{k: lambda x: x[1].mul_(-2.0)})), expected, atol=1e-5
+        )
 
 
 def test_another_tasks_rollouts_change_nothing_in_this_task() -> None:
@@ -267,7 +304,9 @@ def test_another_tasks_rollouts_change_nothing_in_this_task() -> None:
 
 def test_how_long_others_live_changes_nothing_in_this_task() -> None:
     agent, e = build("maml", inner_lr=1.0).agent, episode()
-    padded = replace(e, **{k: torch.cat([x, torch.zeros_like(x[:9])]) for k in IN_TIME for x in [getattr(e, k)]})
+    padded = replace(
+        e, **{k: torch.cat([x, torch.zeros_like(x[:9])]) for k in IN_TIME for x in [getattr(e, k)]}
+    )
     assert torch.allclose(adapted(agent, padded), adapted(agent, e), atol=1e-5)
 
 
@@ -282,14 +321,19 @@ def test_small_steps_climb_the_surrogate() -> None:
 
 
 BROKEN = {
-    f"{k} {v}": {k: fill((2, 1), v)} for k in ("reward", "obs", "action") for v in (math.nan, math.inf, -math.inf)
+    f"{k} {v}": {k: fill((2, 1), v)}
+    for k in ("reward", "obs", "action")
+    for v in (math.nan, math.inf, -math.inf)
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
 def test_a_rollout_with_a_broken_number_is_not_adapted_to(broken: dict[str, Any]) -> None:
     agent = build("maml").agent
-    rollout, without = changed(episode(), **broken), changed(episode(), valid=fill((slice(None), 1), False))
+    rollout, without = (
+        changed(episode(), **broken),
+        changed(episode(), valid=fill((slice(None), 1), False)),
+    )
     assert valid_mask(rollout)[:, 1].sum() == 0
     assert torch.equal(adapted(agent, rollout), adapted(agent, without))
     assert adapted(agent, rollout).isfinite().all()
@@ -298,7 +342,11 @@ def test_a_rollout_with_a_broken_number_is_not_adapted_to(broken: dict[str, Any]
 
 def test_a_task_without_a_sound_rollout_keeps_its_weights_and_the_others_adapt() -> None:
     agent, last = build("maml").agent, (slice(None), slice(ROLLOUTS, None))
-    for change in ({"valid": fill(last, False)}, {"reward": fill(last, math.nan)}, {"reward": fill(last, 0.0)}):
+    for change in (
+        {"valid": fill(last, False)},
+        {"reward": fill(last, math.nan)},
+        {"reward": fill(last, 0.0)},
+    ):
         after = adapted(agent, changed(episode(), **change))
         assert torch.equal(after[1], initial(agent)[1])
         assert torch.allclose(after[0], adapted(agent, episode())[0], atol=1e-7)
@@ -321,14 +369,18 @@ def test_a_task_without_a_sound_rollout_keeps_its_weights_and_the_others_adapt()
         ("reptile", {"learn_rates": True}, "learn_rates"),
     ],
 )
-def test_settings_that_cannot_work_are_named(name: str, settings: dict[str, Any], words: str) -> None:
+def test_settings_that_cannot_work_are_named(
+    name: str, settings: dict[str, Any], words: str
+) -> None:
     with pytest.raises(MetarobotError, match=words) as raised:
         build(name, **settings)
     assert "\n" not in str(raised.value)
 
 
 def percept(agent: GradientAgent) -> Percept:
-    obs = torch.randn(len(TASKS) * agent.config.rollouts, 17, generator=torch.Generator().manual_seed(3))
+    obs = torch.randn(
+        len(TASKS) * agent.config.rollouts, 17, generator=torch.Generator().manual_seed(3)
+    )
     zeros = torch.zeros(len(obs))
     return Percept(obs, torch.zeros(len(obs), 6), zeros, zeros, zeros)
 
@@ -379,10 +431,14 @@ def test_another_policy_can_be_fine_tuned(width: int) -> None:
     action, _ = tuned.act(seen, context)
     assert torch.allclose(action, source.act(seen, ())[0], atol=1e-6)
     noise = torch.ones(6, 6)
-    assert torch.allclose(tuned.act(seen, context, noise)[0], source.act(seen, (), noise)[0], atol=1e-6)
+    assert torch.allclose(
+        tuned.act(seen, context, noise)[0], source.act(seen, (), noise)[0], atol=1e-6
+    )
     (after,) = tuned.adapt(context, episode())
     batch = tuned.batch(context[0], episode())
-    assert torch.allclose(after, context[0] + 0.1 * per_task_gradients(tuned.surrogate, context[0], batch), atol=1e-6)
+    assert torch.allclose(
+        after, context[0] + 0.1 * per_task_gradients(tuned.surrogate, context[0], batch), atol=1e-6
+    )
     assert not torch.allclose(after, context[0], atol=1e-3)
     assert not torch.allclose(tuned.act(seen, (after,))[0], action, atol=1e-3)
     trials = live(tuned)

@@ -37,7 +37,10 @@ def objective(weights: Tensor, points: Points) -> Tensor:
     """A small network's fit, and a wave: no two derivatives of it are equal."""
     x, y = points
     hidden = torch.tanh(x @ weights[:6].view(2, 3) + weights[6:9])
-    return -(hidden.sum(-1) * weights[9] + weights[10] - y).square().mean() + 0.3 * torch.sin(2 * weights).sum()
+    return (
+        -(hidden.sum(-1) * weights[9] + weights[10] - y).square().mean()
+        + 0.3 * torch.sin(2 * weights).sum()
+    )
 
 
 def points(seed: int) -> Points:
@@ -46,12 +49,17 @@ def points(seed: int) -> Points:
 
 START = 0.5 * numbers(TASKS, SIZE, seed=0)
 QUERY = points(9)
-RATES = {"one rate": torch.tensor(0.15, dtype=torch.float64), "rates": 0.1 + 0.05 * numbers(SIZE, seed=1).abs()}
+RATES = {
+    "one rate": torch.tensor(0.15, dtype=torch.float64),
+    "rates": 0.1 + 0.05 * numbers(SIZE, seed=1).abs(),
+}
 each_rate = pytest.mark.parametrize("rates", RATES.values(), ids=RATES.keys())
 each_length = pytest.mark.parametrize("steps", [1, 3])
 
 
-def gone(weights: Tensor, rates: Tensor, steps: int, derivative: Any = exact_derivatives) -> InnerTrajectory:
+def gone(
+    weights: Tensor, rates: Tensor, steps: int, derivative: Any = exact_derivatives
+) -> InnerTrajectory:
     return adapt_weights(objective, weights, rates, [points(i) for i in range(steps)], derivative)
 
 
@@ -70,9 +78,13 @@ def outer(weights: Tensor, rates: Tensor, steps: int) -> Tensor:
 def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
     path = gone(START, rates, steps)
     by_weights, by_rates = path.vjp(per_task_gradients(objective, path.weights, QUERY))
-    assert torch.allclose(by_weights, differences(lambda w: outer(w, rates, steps), START), rtol=1e-6, atol=1e-8)
+    assert torch.allclose(
+        by_weights, differences(lambda w: outer(w, rates, steps), START), rtol=1e-6, atol=1e-8
+    )
     many = rates.expand(SIZE)
-    assert torch.allclose(by_rates, differences(lambda r: outer(START, r, steps), many), rtol=1e-6, atol=1e-8)
+    assert torch.allclose(
+        by_rates, differences(lambda r: outer(START, r, steps), many), rtol=1e-6, atol=1e-8
+    )
     if rates.dim() == 0:
         h = 1e-5
         by_one = (outer(START, rates + h, steps) - outer(START, rates - h, steps)) / (2 * h)
@@ -81,7 +93,9 @@ def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
 
 @each_rate
 @each_length
-def test_pulling_equals_differentiating_through_the_graph_of_each_task(rates: Tensor, steps: int) -> None:
+def test_pulling_equals_differentiating_through_the_graph_of_each_task(
+    rates: Tensor, steps: int
+) -> None:
     path = gone(START, rates, steps)
     by_weights, by_rates = path.vjp(per_task_gradients(objective, path.weights, QUERY))
     for task in range(TASKS):
@@ -95,7 +109,12 @@ def test_pulling_equals_differentiating_through_the_graph_of_each_task(rates: Te
         one, two = torch.autograd.grad(end, (start, rate))
         assert torch.allclose(weights, path.weights[task], rtol=1e-12, atol=1e-12)
         assert torch.allclose(one, by_weights[task], rtol=1e-10, atol=1e-12)
-        assert torch.allclose(two, by_rates[task].sum() if rates.dim() == 0 else by_rates[task], rtol=1e-10, atol=1e-12)
+        assert torch.allclose(
+            two,
+            by_rates[task].sum() if rates.dim() == 0 else by_rates[task],
+            rtol=1e-10,
+            atol=1e-12,
+        )
 
 
 @each_rate
@@ -106,7 +125,9 @@ def test_pushing_is_the_transpose_of_pulling(rates: Tensor, steps: int) -> None:
     faster = faster[0, 0] if rates.dim() == 0 else faster[0]
     by_weights, by_rates = path.vjp(u)
     pushed = path.jvp(v, faster)
-    assert torch.allclose((pushed * u).sum(-1), (v * by_weights + faster * by_rates).sum(-1), rtol=1e-10)
+    assert torch.allclose(
+        (pushed * u).sum(-1), (v * by_weights + faster * by_rates).sum(-1), rtol=1e-10
+    )
     still = torch.zeros_like(faster)
     assert torch.allclose((path.jvp(v, still) * u).sum(-1), (v * by_weights).sum(-1), rtol=1e-10)
 
@@ -138,16 +159,24 @@ def test_many_tasks_at_once_equal_one_after_the_other(derivative: Any) -> None:
         data = [tuple(x[i : i + 1] for x in points(k)) for k in range(3)]
         alone = adapt_weights(objective, START[i : i + 1], rates, data, derivative)
         slope = grad(objective)(START[i], [x[i] for x in points(0)])
-        assert torch.allclose(per_task_gradients(objective, START, points(0))[i], slope, rtol=1e-12, atol=1e-13)
+        assert torch.allclose(
+            per_task_gradients(objective, START, points(0))[i], slope, rtol=1e-12, atol=1e-13
+        )
         assert torch.allclose(alone.weights[0], together.weights[i], rtol=1e-12, atol=1e-13)
         for one, many in zip(
-            (*alone.pull(u[i : i + 1]), alone.push(u[i : i + 1], u[0])), (*pulled, pushed), strict=True
+            (*alone.pull(u[i : i + 1]), alone.push(u[i : i + 1], u[0])),
+            (*pulled, pushed),
+            strict=True,
         ):
             assert torch.allclose(one[0], many[i], rtol=1e-11, atol=1e-12)
 
 
 def test_a_python_loop_over_tasks_gives_what_vmap_gives() -> None:
-    rates, u, one = RATES["rates"], numbers(TASKS, SIZE, seed=5), lambda w, seen: (objective(w, seen), 2 * w)
+    rates, u, one = (
+        RATES["rates"],
+        numbers(TASKS, SIZE, seed=5),
+        lambda w, seen: (objective(w, seen), 2 * w),
+    )
 
     def everything() -> list[Tensor]:
         path = gone(START, rates, 3)
@@ -163,7 +192,9 @@ def test_a_python_loop_over_tasks_gives_what_vmap_gives() -> None:
         found = everything()
         with pytest.raises(IndexError):
             vmap_tasks(lambda w: w[99])(START)
-    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(mapped, found, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-13) for a, b in zip(mapped, found, strict=True)
+    )
     with pytest.raises(ZeroDivisionError), loop_over_tasks():
         raise ZeroDivisionError
     assert all(torch.equal(a, b) for a, b in zip(mapped, everything(), strict=True))
@@ -185,7 +216,9 @@ def test_the_product_is_with_the_hessian() -> None:
     _, product = exact_derivatives(objective, START, QUERY)
     v = numbers(TASKS, SIZE, seed=5)
     for i in range(TASKS):
-        hessian = torch.autograd.functional.hessian(lambda w, i=i: objective(w, [x[i] for x in QUERY]), START[i])
+        hessian = torch.autograd.functional.hessian(
+            lambda w, i=i: objective(w, [x[i] for x in QUERY]), START[i]
+        )
         assert torch.allclose(product(v)[i], hessian @ v[i], rtol=1e-10, atol=1e-12)
 
 
@@ -204,7 +237,9 @@ def test_a_path_can_be_cut_short() -> None:
 
 def test_calling_a_module_with_other_weights_equals_setting_them() -> None:
     torch.manual_seed(0)
-    net, other = (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double() for _ in range(2))
+    net, other = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double() for _ in range(2)
+    )
     x, weights = numbers(5, 3, seed=0), nn.utils.parameters_to_vector(other.parameters()).detach()
     before = [p.clone() for p in net.parameters()]
     assert torch.equal(call_with_weights(net, weights, x), other(x))
@@ -247,20 +282,27 @@ def reward(action: Tensor) -> Tensor:
 
 
 def drawn(theta: Tensor) -> Tensor:
-    """Actions of the policy (log-deviation, mean), at the nodes of the quadrature: they move as the policy does."""
+    """Actions of the policy (log-deviation, mean), at the nodes of the quadrature: they move as the
+    policy does."""
     log_std, mean = theta
     return mean + math.sqrt(2) * log_std.exp() * NODES
 
 
 def expected(theta: Tensor) -> Tensor:
-    """E[r(a)] under the policy, its derivatives by the reparameterised actions: no likelihood ratio anywhere."""
+    """E[r(a)] under the policy, its derivatives by the reparameterised actions: no likelihood ratio
+    anywhere."""
     return (SHARES * reward(drawn(theta))).sum()
 
 
 def bandit() -> GradientAgent:
-    """An agent of one step and two weights, its log-deviation and its mean, each with its own rate."""
-    agent = GradientAgent(Dimensions(obs=1, act=1, task=1, episodes=2), InnerConfig(worlds=2, rollouts=1))
-    agent = agent.fine_tuned_from(SimpleNamespace(actor=Constant(0.4), log_std=torch.tensor([-0.5])), 1.0)
+    """An agent of one step and two weights, its log-deviation and its mean, each with its own
+    rate."""
+    agent = GradientAgent(
+        Dimensions(obs=1, act=1, task=1, episodes=2), InnerConfig(worlds=2, rollouts=1)
+    )
+    agent = agent.fine_tuned_from(
+        SimpleNamespace(actor=Constant(0.4), log_std=torch.tensor([-0.5])), 1.0
+    )
     agent.assign(agent.vector() * torch.tensor([0.3, 0.7, 1.0, 1.0]))
     return agent.double().requires_grad_()
 
@@ -275,7 +317,8 @@ def sampled(agent: GradientAgent, weights: Tensor) -> InnerBatch:
 
 
 def meta_gradient(agent: GradientAgent, inner: Any, episodes: int) -> tuple[Tensor, Tensor]:
-    """The derivative of the adapted policy's objective by rates and weights, and the adapted weights."""
+    """The derivative of the adapted policy's objective by rates and weights, and the adapted
+    weights."""
     weights, rates = agent.split(agent.vector())
     support, path = [], adapt_weights(inner, weights[None], rates, [])
     for _ in range(episodes):

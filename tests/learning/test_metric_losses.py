@@ -46,7 +46,9 @@ def directly_contrastive(z: Tensor, label: list[int]) -> float:
     flat = [(label[i], p) for i in range(len(z)) for p in z[i]]
     losses = []
     for i, (own, p) in enumerate(flat):
-        say = {j: math.exp(-float(SHARP) * gap(p, q) ** 2) for j, (_, q) in enumerate(flat) if j != i}
+        say = {
+            j: math.exp(-float(SHARP) * gap(p, q) ** 2) for j, (_, q) in enumerate(flat) if j != i
+        }
         alike = [j for j in say if flat[j][0] == own]
         losses.append(-sum(math.log(say[j] / sum(say.values())) for j in alike) / len(alike))
     return sum(losses) / len(losses)
@@ -64,30 +66,46 @@ def directly_siamese(z: Tensor, label: list[int]) -> float:
     return sum(near) / len(near) + sum(far) / len(far)
 
 
-DIRECT = {"prototypical": directly_prototypical, "contrastive": directly_contrastive, "siamese": directly_siamese}
+DIRECT = {
+    "prototypical": directly_prototypical,
+    "contrastive": directly_contrastive,
+    "siamese": directly_siamese,
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_what_their_papers_define(name: str) -> None:
     z = points()
-    assert float(LOSSES[name](z, LABEL, SHARP)) == pytest.approx(DIRECT[name](z, LABEL.tolist()), rel=1e-9)
+    assert float(LOSSES[name](z, LABEL, SHARP)) == pytest.approx(
+        DIRECT[name](z, LABEL.tolist()), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_are_low_where_tasks_stand_apart_and_do_not_mind_the_order_of_tasks(name: str) -> None:
+def test_losses_are_low_where_tasks_stand_apart_and_do_not_mind_the_order_of_tasks(
+    name: str,
+) -> None:
     centre = 5.0 * torch.eye(5, dtype=torch.float64)[:, None, :3] + torch.arange(5.0)[:, None, None]
     label = torch.arange(5)
     tidy, mixed = centre + 0.01 * points(), points()
     least = math.log(3) if name == "contrastive" else 0.0  # three others are equally alike
-    assert LOSSES[name](tidy, label, SHARP) - least < 0.01 < LOSSES[name](mixed, label, SHARP) - least
+    assert (
+        LOSSES[name](tidy, label, SHARP) - least < 0.01 < LOSSES[name](mixed, label, SHARP) - least
+    )
     order = torch.tensor([3, 1, 4, 0, 2])
-    assert torch.allclose(LOSSES[name](mixed[order], LABEL[order], SHARP), LOSSES[name](mixed, LABEL, SHARP))
+    assert torch.allclose(
+        LOSSES[name](mixed[order], LABEL[order], SHARP), LOSSES[name](mixed, LABEL, SHARP)
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_slopes_are_finite_where_all_points_are_one_and_a_single_class_is_nothing_to_tell_apart(name: str) -> None:
+def test_slopes_are_finite_where_all_points_are_one_and_a_single_class_is_nothing_to_tell_apart(
+    name: str,
+) -> None:
     z = torch.zeros(4, 2, 3, dtype=torch.float64, requires_grad=True)
-    loss = LOSSES[name](z, torch.tensor([0, 1, 2, 1]), SHARP) + distance_loss(z, torch.eye(4).double())
+    loss = LOSSES[name](z, torch.tensor([0, 1, 2, 1]), SHARP) + distance_loss(
+        z, torch.eye(4).double()
+    )
     (slope,) = torch.autograd.grad(loss, z)
     assert slope.isfinite().all()
     assert LOSSES[name](points(tasks=3), torch.zeros(3, dtype=torch.int64), SHARP).isfinite()

@@ -20,7 +20,9 @@ def loop(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack(out)
 
 
-def gates(time: int, seed: int = 0, worlds: int = 3, width: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def gates(
+    time: int, seed: int = 0, worlds: int = 3, width: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(seed)
     a = torch.rand(time, worlds, width, generator=rng, dtype=torch.float64)
     b = torch.randn(time, worlds, width, generator=rng, dtype=torch.float64)
@@ -31,7 +33,9 @@ def gates(time: int, seed: int = 0, worlds: int = 3, width: int = 2) -> tuple[to
 @settings(max_examples=60, deadline=None)
 def test_the_scan_and_its_gradient_equal_the_loop(time: int, seed: int) -> None:
     a, b = gates(time, seed)
-    weight = torch.randn(time, 3, 2, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    weight = torch.randn(
+        time, 3, 2, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64
+    )
     fast, slow = linear_scan(a, b), loop(a, b)
     assert torch.allclose(fast, slow, atol=1e-12)
     gradients = [torch.autograd.grad((h * weight).sum(), (a, b)) for h in (fast, slow)]
@@ -94,15 +98,21 @@ def test_the_linear_memory_is_born_with_many_time_scales() -> None:
 
 
 def test_an_unknown_memory_is_answered_with_those_that_exist() -> None:
-    with pytest.raises(MetarobotError, match="no memory called 'rnn'; there are: linear, gru, lstm"):
+    with pytest.raises(
+        MetarobotError, match="no memory called 'rnn'; there are: linear, gru, lstm"
+    ):
         make_memory("rnn", 1, 1)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
-def test_merged_batches_have_the_statistics_of_all_samples_at_once(sizes: list[int], seed: int) -> None:
+def test_merged_batches_have_the_statistics_of_all_samples_at_once(
+    sizes: list[int], seed: int
+) -> None:
     rng = torch.Generator().manual_seed(seed)
-    batches = [torch.randn(n, 3, generator=rng).double() * 10**i + 100 * i for i, n in enumerate(sizes)]
+    batches = [
+        torch.randn(n, 3, generator=rng).double() * 10**i + 100 * i for i, n in enumerate(sizes)
+    ]
     norm = RunningNorm(3)
     for batch in batches:
         norm.update(batch)
@@ -113,7 +123,10 @@ def test_merged_batches_have_the_statistics_of_all_samples_at_once(sizes: list[i
 
 
 def test_the_norm_makes_zero_mean_and_unit_deviation_and_clips() -> None:
-    x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 0.01]) + 50
+    x = (
+        torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0, 0.01])
+        + 50
+    )
     norm = RunningNorm(2, limit=5.0)
     assert torch.equal(norm(torch.ones(1, 2)), torch.ones(1, 2))
     norm.update(x)

@@ -67,14 +67,19 @@ def by_hand(critic: OuterCritic, e: Rollout, w: int, scale: Tensor) -> tuple[Ten
     after = torch.where(e.terminated[:n, w], 0.0, v[1:])
     delta = scale * e.reward[:n, w].double() + critic.gamma * after - v[:n]
     decay = critic.gamma * critic.lam
-    return torch.stack([sum(decay ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]), v[:n]
+    return torch.stack(
+        [sum(decay ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
+    ), v[:n]
 
 
 def test_advantages_count_the_value_after_a_time_limit_and_none_after_a_fall() -> None:
     critic, e = make(), last()
     advantage, target, explained = critic.advantage(*shown(e))
     reward = e.reward.double()
-    so_far = [sum(critic.gamma ** (t - s) * reward[s, w] for s in range(t + 1)) for t, w in e.valid.nonzero().tolist()]
+    so_far = [
+        sum(critic.gamma ** (t - s) * reward[s, w] for s in range(t + 1))
+        for t, w in e.valid.nonzero().tolist()
+    ]
     scale = 1.0 / torch.stack(so_far).std(correction=0)
     found = []
     for w, n in enumerate(e.valid.sum(0).tolist()):
@@ -98,7 +103,9 @@ def test_the_reward_scale_remembers_all_episodes() -> None:
 def test_what_was_not_lived_has_no_effect() -> None:
     critics, e, padding = [make(), make()], last(), ~last().valid
     garbled = changed(e, obs=fill(padding, 7.0), reward=fill(padding, 50.0))
-    (first, *rest), (second, *others) = (learn(c, x, 0) for c, x in zip(critics, (e, garbled), strict=True))
+    (first, *rest), (second, *others) = (
+        learn(c, x, 0) for c, x in zip(critics, (e, garbled), strict=True)
+    )
     assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
     assert same(*(c.state() for c in critics))
@@ -122,7 +129,9 @@ def test_a_restored_critic_goes_on_bit_for_bit() -> None:
     state = critic.state()
     kept = {k: v.clone() for k, v in state.items()}
     assert all(k.startswith("critic.") for k in state)
-    restored.load({"agent.net.0.weight": torch.zeros(1), "optimiser.0.step": torch.zeros(1)} | state)
+    restored.load(
+        {"agent.net.0.weight": torch.zeros(1), "optimiser.0.step": torch.zeros(1)} | state
+    )
     assert same(restored.state(), state)
     for one in (critic, restored):
         learn(one, last(), 1)
@@ -149,9 +158,13 @@ def test_the_critic_never_reaches_the_agent(name: str) -> None:
             p += 0.3 * torch.randn_like(p)
     agent, state = learner.agent, learner.state()
     assert {k.split(".")[0] for k in state} == {"agent", "critic"}
-    assert {k.removeprefix("agent.") for k in state if k.startswith("agent.")} == agent.state_dict().keys()
+    assert {
+        k.removeprefix("agent.") for k in state if k.startswith("agent.")
+    } == agent.state_dict().keys()
     assert not any("critic" in k for k in agent.state_dict())
-    assert {id(p) for p in agent.parameters()}.isdisjoint(id(p) for p in learner.critic.net.parameters())
+    assert {id(p) for p in agent.parameters()}.isdisjoint(
+        id(p) for p in learner.critic.net.parameters()
+    )
     for a, b in zip(*(live(one.agent, seed=2).episodes for one in (learner, other)), strict=True):
         assert torch.equal(a.action, b.action)
     assert torch.equal(adapted(agent, episode()), adapted(other.agent, episode()))
@@ -165,7 +178,9 @@ def test_the_query_is_judged_before_the_critic_learns_from_it() -> None:
     agent, query = learner.agent, learner.agent.batches(lived())[-1]
     judged, explained = agent.with_critic_advantages(query, lived(), learner.critic, 5)
     x = agent.norm(e.obs)
-    advantage, target, expected = alone.advantage(x, agent.norm(e.final_obs), lived().task, e, e.valid)
+    advantage, target, expected = alone.advantage(
+        x, agent.norm(e.final_obs), lived().task, e, e.valid
+    )
     alone.fit(x, lived().task, target, e.valid, 5)
     assert torch.equal(explained, expected)
     assert same(learner.critic.state(), alone.state())
@@ -175,7 +190,9 @@ def test_the_query_is_judged_before_the_critic_learns_from_it() -> None:
         standard = (raw - raw[lived_in].mean()) / raw[lived_in].std(correction=0)
         assert torch.allclose(judged.advantage[i], torch.where(lived_in, standard, 0.0), atol=1e-5)
     assert not torch.allclose(judged.advantage, query.advantage, atol=0.1)
-    assert all(a is b for a, b in zip(judged._replace(advantage=query.advantage), query, strict=True))
+    assert all(
+        a is b for a, b in zip(judged._replace(advantage=query.advantage), query, strict=True)
+    )
 
 
 @each_judged
@@ -187,15 +204,22 @@ def test_the_task_teaches_by_the_critic_alone(name: str) -> None:
             if blind:
                 torch.nn.init.zeros_(one.critic.net[0].weight[:, SHAPES.obs :])
             one.update(trials, 0.0, 0)
-        states = [{k: v for k, v in one.state().items() if k.startswith("agent.policy")} for one in learners]
+        states = [
+            {k: v for k, v in one.state().items() if k.startswith("agent.policy")}
+            for one in learners
+        ]
         assert same(*states) == blind
 
 
 @pytest.mark.parametrize("name", ["maml", "promp"])
 @pytest.mark.parametrize(
-    "last", [*EMPTY.values(), {"valid": lambda x: x.fill_(False)[0, 0].fill_(True)}], ids=[*EMPTY, "one step"]
+    "last",
+    [*EMPTY.values(), {"valid": lambda x: x.fill_(False)[0, 0].fill_(True)}],
+    ids=[*EMPTY, "one step"],
 )
-def test_a_query_with_nothing_to_compare_leaves_the_critic_as_it_was(name: str, last: dict[str, Any]) -> None:
+def test_a_query_with_nothing_to_compare_leaves_the_critic_as_it_was(
+    name: str, last: dict[str, Any]
+) -> None:
     learner = build(name)
     learner.update(lived(), 0.0, 0)
     before, (first, second) = learner.critic.state(), lived().episodes

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from metarobot.learning.returns import discounted, explained_variance, gae, linear_baseline
 
 
-def gae_by_definition(reward, value, next_value, terminated, cut, gamma: float, lam: float) -> torch.Tensor:
+def gae_by_definition(
+    reward, value, next_value, terminated, cut, gamma: float, lam: float
+) -> torch.Tensor:
     """A_t = Σ_k (γλ)^k δ_{t+k}, up to and including the first step at which the trace ends."""
     time, worlds = reward.shape
     out = torch.zeros_like(reward)
@@ -22,9 +24,17 @@ def gae_by_definition(reward, value, next_value, terminated, cut, gamma: float, 
     return out
 
 
-@given(st.integers(1, 15), st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.0, 0.2, 0.9]), st.integers(0, 2**31))
+@given(
+    st.integers(1, 15),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.2, 0.9]),
+    st.integers(0, 2**31),
+)
 @settings(max_examples=40, deadline=None)
-def test_gae_equals_its_definition(time: int, gamma: float, lam: float, ends: float, seed: int) -> None:
+def test_gae_equals_its_definition(
+    time: int, gamma: float, lam: float, ends: float, seed: int
+) -> None:
     rng = torch.Generator().manual_seed(seed)
     reward, value, next_value = torch.randn(3, time, 3, generator=rng, dtype=torch.float64)
     terminated, cut = torch.rand(2, time, 3, generator=rng) < ends
@@ -57,7 +67,9 @@ def test_with_lambda_one_the_advantage_is_the_return_above_the_value() -> None:
     end = torch.zeros(8, 4, dtype=torch.bool)
     end[-1] = True
     following = torch.cat([value[1:], value[:1]])
-    to_go = torch.stack([(0.9 ** torch.arange(8 - t, dtype=torch.float64) @ reward[t:]) for t in range(8)])
+    to_go = torch.stack(
+        [(0.9 ** torch.arange(8 - t, dtype=torch.float64) @ reward[t:]) for t in range(8)]
+    )
     assert torch.allclose(gae(reward, value, following, end, end, 0.9, 1.0), to_go - value)
 
 
@@ -65,11 +77,16 @@ def test_with_lambda_one_the_advantage_is_the_return_above_the_value() -> None:
 @settings(max_examples=30, deadline=None)
 def test_discounted_equals_the_direct_sum(time: int, gamma: float, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
-    reward, start = torch.randn(time, 2, generator=rng).double(), torch.randn(2, generator=rng).double()
+    reward, start = (
+        torch.randn(time, 2, generator=rng).double(),
+        torch.randn(2, generator=rng).double(),
+    )
     for given_start in (None, start):
         first = torch.zeros(2).double() if given_start is None else given_start
         for t, total in enumerate(discounted(reward, gamma, given_start)):
-            direct = sum(gamma ** (t - s) * reward[s] for s in range(t + 1)) + gamma ** (t + 1) * first
+            direct = (
+                sum(gamma ** (t - s) * reward[s] for s in range(t + 1)) + gamma ** (t + 1) * first
+            )
             assert torch.allclose(total, direct, atol=1e-12)
 
 
@@ -94,15 +111,27 @@ def features(x: torch.Tensor) -> np.ndarray:
     return np.concatenate([x.numpy(), x.numpy() ** 2, t, t**2, t**3, np.ones_like(t)], -1)
 
 
-def rollouts(time: int, worlds: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rollouts(
+    time: int, worlds: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Observations, returns-to-go and which steps were lived: each world some first ones."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(time, worlds, 3, generator=rng, dtype=torch.float64)
     to_go = torch.randn(time, worlds, generator=rng, dtype=torch.float64)
-    return x, to_go, torch.arange(time)[:, None] < torch.randint(1, time + 1, (worlds,), generator=rng)
+    return (
+        x,
+        to_go,
+        torch.arange(time)[:, None] < torch.randint(1, time + 1, (worlds,), generator=rng),
+    )
 
 
-@given(st.integers(1, 15), st.integers(1, 3), st.integers(1, 4), st.floats(1e-4, 1.0), st.integers(0, 2**31))
+@given(
+    st.integers(1, 15),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.floats(1e-4, 1.0),
+    st.integers(0, 2**31),
+)
 @settings(max_examples=30, deadline=None)
 def test_the_baseline_is_the_ridge_regression_of_each_task(
     time: int, tasks: int, each: int, ridge: float, seed: int
@@ -114,7 +143,9 @@ def test_the_baseline_is_the_ridge_regression_of_each_task(
         every, lived = features(x[:, mine]), valid[:, mine].numpy()
         a, b = every[lived], to_go[:, mine].numpy()[lived]
         penalty = np.sqrt(ridge * len(a)) * np.eye(a.shape[1])
-        weights, *_ = np.linalg.lstsq(np.vstack([a, penalty]), np.concatenate([b, np.zeros(len(penalty))]))
+        weights, *_ = np.linalg.lstsq(
+            np.vstack([a, penalty]), np.concatenate([b, np.zeros(len(penalty))])
+        )
         assert np.allclose(found[:, mine], every @ weights, rtol=1e-6, atol=1e-7)
 
 
@@ -145,7 +176,9 @@ def test_another_tasks_rollouts_do_not_move_the_baseline() -> None:
     after = linear_baseline(x, to_go, valid, 2)
     assert torch.allclose(after[:, :3], before[:, :3], rtol=1e-12)
     assert not after[:, 3:].any()
-    assert torch.allclose(linear_baseline(x[:, :3], to_go[:, :3], valid[:, :3], 1), before[:, :3], rtol=1e-12)
+    assert torch.allclose(
+        linear_baseline(x[:, :3], to_go[:, :3], valid[:, :3], 1), before[:, :3], rtol=1e-12
+    )
 
 
 def test_the_baseline_is_finite_where_nothing_can_be_fitted() -> None:

@@ -21,7 +21,8 @@ TRIAL = HORIZON * EPISODES
 
 
 def written(lengths: list[list[int]], first: int = 0) -> Trials:
-    """Trials whose observations say where they were made, (trial, episode, time); lengths ``(episode, trial)``."""
+    """Trials whose observations say where they were made, (trial, episode, time); lengths
+    ``(episode, trial)``."""
     worlds = len(lengths[0])
     episodes = tuple(_episode(torch.tensor(n), k, first) for k, n in enumerate(lengths))
     return Trials(episodes=episodes, task=torch.arange(float(first), first + worlds)[:, None])
@@ -62,13 +63,17 @@ def filled(trials: int, capacity: int = 6) -> TrialReplay:
 
 
 episode_lengths = st.integers(1, 4).flatmap(
-    lambda worlds: st.lists(st.lists(st.integers(1, HORIZON), min_size=worlds, max_size=worlds), min_size=3, max_size=3)
+    lambda worlds: st.lists(
+        st.lists(st.integers(1, HORIZON), min_size=worlds, max_size=worlds), min_size=3, max_size=3
+    )
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=episode_lengths, episodes=st.integers(1, EPISODES))
-def test_what_is_picked_was_lived_and_all_that_was_lived_is_picked(lengths: list[list[int]], episodes: int) -> None:
+def test_what_is_picked_was_lived_and_all_that_was_lived_is_picked(
+    lengths: list[list[int]], episodes: int
+) -> None:
     replay, worlds = TrialReplay(SHAPES, 4 * TRIAL), len(lengths[0])
     replay.add(written(lengths))
     steps = replay.steps(replay.pick(torch.arange(worlds), 400, episodes, generator()))
@@ -99,13 +104,24 @@ def test_transitions_of_real_trials_are_those_of_their_sequence() -> None:
 
     trials = collect(Random(), Env(FALLING, TASKS, threads=1), TASKS, episodes=2, seed=0)
     assert not all(e.valid.all() for e in trials.episodes)
-    replay = TrialReplay(Dimensions(obs=17, act=6, task=1, episodes=2, horizon=FALLING.horizon), 10_000)
+    replay = TrialReplay(
+        Dimensions(obs=17, act=6, task=1, episodes=2, horizon=FALLING.horizon), 10_000
+    )
     replay.add(trials)
-    steps, seq = replay.steps(replay.pick(torch.arange(2), 500, 2, generator())), join_episodes(trials.episodes)
+    steps, seq = (
+        replay.steps(replay.pick(torch.arange(2), 500, 2, generator())),
+        join_episodes(trials.episodes),
+    )
     assert seq.truncated.any() or seq.terminated.any()
     for world in range(2):
         lived = seq.valid[:, world]
-        names = (seq.percept.obs, seq.action, seq.reward[..., None], seq.terminated[..., None].float(), seq.next_obs)
+        names = (
+            seq.percept.obs,
+            seq.action,
+            seq.reward[..., None],
+            seq.terminated[..., None].float(),
+            seq.next_obs,
+        )
         truth = torch.cat([x[:, world][lived] for x in names], -1)
         found = torch.cat([x[world] if x.dim() > 2 else x[world][:, None] for x in steps], -1)
         assert torch.equal(found.unique(dim=0), truth.unique(dim=0))
@@ -166,14 +182,19 @@ def test_a_state_is_no_view_of_what_is_held() -> None:
 
 
 def test_a_replay_larger_than_memory_is_refused_with_the_number() -> None:
-    with pytest.raises(MetarobotError, match=r"a replay of 1,000,000,000,000 transitions needs .* GB .* are free"):
+    with pytest.raises(
+        MetarobotError, match=r"a replay of 1,000,000,000,000 transitions needs .* GB .* are free"
+    ):
         TrialReplay(SHAPES, 10**12)
     assert 0 < available_memory() < 10**14
 
 
 @pytest.mark.parametrize(("transitions", "at_once"), [(1, 1), (TRIAL - 1, 1), (3 * TRIAL - 1, 3)])
 def test_a_replay_smaller_than_an_iteration_is_refused(transitions: int, at_once: int) -> None:
-    with pytest.raises(MetarobotError, match=f"does not hold the {at_once} trials of an iteration, 3 x 5 transitions"):
+    with pytest.raises(
+        MetarobotError,
+        match=f"does not hold the {at_once} trials of an iteration, 3 x 5 transitions",
+    ):
         TrialReplay(SHAPES, transitions, at_once)
 
 

@@ -7,7 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metarobot.learning.trust_region import backtracking_line_search, conjugate_gradient, scale_to_kl_bound
+from metarobot.learning.trust_region import (
+    backtracking_line_search,
+    conjugate_gradient,
+    scale_to_kl_bound,
+)
 
 
 def spd(n: int, seed: int, condition: float = 100.0) -> tuple[Tensor, Tensor]:
@@ -31,7 +35,9 @@ class Counted:
 
 @given(st.integers(1, 12), st.floats(1.0, 1000.0), st.floats(1e-6, 1e6), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_conjugate_gradient_solves_positive_systems(n: int, condition: float, size: float, seed: int) -> None:
+def test_conjugate_gradient_solves_positive_systems(
+    n: int, condition: float, size: float, seed: int
+) -> None:
     a, b = spd(n, seed, condition)
     x = conjugate_gradient(Counted(a), size * b, 4 * n)
     assert (a @ x - size * b).norm() <= 1.1e-5 * size * b.norm()
@@ -82,7 +88,9 @@ def test_solving_leaves_the_right_hand_side_as_it_was() -> None:
 
 @given(st.integers(1, 8), st.floats(1e-6, 10.0), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
-def test_the_longest_step_reaches_the_bound_and_keeps_the_direction(n: int, bound: float, seed: int) -> None:
+def test_the_longest_step_reaches_the_bound_and_keeps_the_direction(
+    n: int, bound: float, seed: int
+) -> None:
     a, b = spd(n, seed)
     x = scale_to_kl_bound(b, Counted(a), bound)
     assert float(0.5 * x @ a @ x) == pytest.approx(bound, rel=1e-9)
@@ -92,13 +100,17 @@ def test_the_longest_step_reaches_the_bound_and_keeps_the_direction(n: int, boun
 @pytest.mark.parametrize("matrix", [torch.zeros(2, 2), -torch.eye(2), torch.full((2, 2), math.nan)])
 def test_without_curvature_there_is_no_longest_step(matrix: Tensor) -> None:
     assert torch.equal(scale_to_kl_bound(torch.ones(2), Counted(matrix), 0.1), torch.zeros(2))
-    assert torch.equal(scale_to_kl_bound(torch.full((2,), math.nan), Counted(torch.eye(2)), 0.1), torch.zeros(2))
+    assert torch.equal(
+        scale_to_kl_bound(torch.full((2,), math.nan), Counted(torch.eye(2)), 0.1), torch.zeros(2)
+    )
 
 
 class Tried:
     """An objective of one number that writes down where it was asked."""
 
-    def __init__(self, gain: Callable[[float], float], divergence: Callable[[float], float]) -> None:
+    def __init__(
+        self, gain: Callable[[float], float], divergence: Callable[[float], float]
+    ) -> None:
         self.gain, self.divergence = gain, divergence
         self.asked: list[float] = []
 
@@ -117,20 +129,32 @@ def test_the_line_search_takes_the_longest_step_that_gains_within_the_bound() ->
 
 
 def test_a_divergence_of_just_the_bound_is_allowed() -> None:
-    step, found = backtracking_line_search(torch.tensor([4.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3)
+    step, found = backtracking_line_search(
+        torch.tensor([4.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3
+    )
     assert step.tolist() == [1.0]
     assert found == (1.0, 1.0, True, 3)
-    _, found = backtracking_line_search(torch.tensor([1.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3)
+    _, found = backtracking_line_search(
+        torch.tensor([1.0]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.5, 3
+    )
     assert found.tries == 1
 
 
-@given(st.floats(0.1, 10), st.floats(0.2, 0.95), st.integers(1, 12), st.floats(0.01, 5), st.floats(0.1, 3))
+@given(
+    st.floats(0.1, 10),
+    st.floats(0.2, 0.95),
+    st.integers(1, 12),
+    st.floats(0.01, 5),
+    st.floats(0.1, 3),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_line_search_equals_trying_every_step(
     length: float, shrink: float, tries: int, bound: float, bend: float
 ) -> None:
     objective = Tried(lambda s: math.sin(bend * s), lambda s: s * s)
-    step, found = backtracking_line_search(torch.tensor([length], dtype=torch.float64), objective, bound, shrink, tries)
+    step, found = backtracking_line_search(
+        torch.tensor([length], dtype=torch.float64), objective, bound, shrink, tries
+    )
     steps = [torch.tensor(length, dtype=torch.float64)]
     while len(steps) < tries:
         steps.append(steps[-1] * shrink)
@@ -152,7 +176,15 @@ def test_the_line_search_equals_trying_every_step(
         Tried(lambda s: s, lambda s: math.inf),
         Tried(lambda s: math.nan, lambda s: math.nan),
     ],
-    ids=["worse", "equal", "too far", "gain NaN", "divergence NaN", "divergence infinite", "all NaN"],
+    ids=[
+        "worse",
+        "equal",
+        "too far",
+        "gain NaN",
+        "divergence NaN",
+        "divergence infinite",
+        "all NaN",
+    ],
 )
 def test_where_no_step_will_do_nothing_moves(objective: Tried) -> None:
     step, found = backtracking_line_search(torch.tensor([1.0]), objective, 1.0, 0.7, 5)
@@ -163,7 +195,9 @@ def test_where_no_step_will_do_nothing_moves(objective: Tried) -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_broken_step_is_not_taken(broken: float) -> None:
-    step, found = backtracking_line_search(torch.tensor([broken]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.7, 5)
+    step, found = backtracking_line_search(
+        torch.tensor([broken]), Tried(lambda s: s, lambda s: s * s), 1.0, 0.7, 5
+    )
     assert torch.equal(step, torch.zeros(1))
     assert not found.success
 

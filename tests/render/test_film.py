@@ -85,7 +85,9 @@ def test_episodes_of_one_task_and_tasks_differ(mp4: Path) -> None:
 def test_a_gif_plays_and_is_small(gl: None, family: Family, agent: Agent, tmp_path: Path) -> None:
     out = tmp_path / "one.gif"
     task = family.space.task(target_speed=1.0)
-    film(agent, family, [task], out=out, episodes=1, seed=0, size=PANEL, title="Mine", progress=False)
+    film(
+        agent, family, [task], out=out, episodes=1, seed=0, size=PANEL, title="Mine", progress=False
+    )
     frames = iio.imread(out)
     assert frames.ndim == 4
     assert np.abs(frames[0].astype(int) - frames[4]).max() > 40
@@ -93,7 +95,9 @@ def test_a_gif_plays_and_is_small(gl: None, family: Family, agent: Agent, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["one.gif"]
 
 
-def test_the_same_seed_films_the_same(gl: None, family: Family, agent: Agent, tmp_path: Path) -> None:
+def test_the_same_seed_films_the_same(
+    gl: None, family: Family, agent: Agent, tmp_path: Path
+) -> None:
     task = family.space.task(target_speed=1.0)
     films = [tmp_path / f"{i}.mp4" for i in range(2)]
     for out in films:
@@ -133,7 +137,9 @@ def test_drawing_leaves_the_world_as_it_was(gl: None, family: Family) -> None:
             assert torch.equal(a.obs, b.obs)
 
 
-def test_the_floor_is_under_a_robot_that_was_far_away_in_the_last_picture(gl: None, family: Family) -> None:
+def test_the_floor_is_under_a_robot_that_was_far_away_in_the_last_picture(
+    gl: None, family: Family
+) -> None:
     env = Env(family, [family.space.task(target_speed=0.0)], seed=5, threads=1)
     here = snapshot_state(env, 0)
     far = here.copy()
@@ -188,25 +194,47 @@ def test_a_folder_that_is_not_there_is_named(family: Family, agent: Agent, tmp_p
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_is_named(family: Family, agent: Agent, tmp_path: Path) -> None:
+def test_a_folder_that_may_not_be_written_is_named(
+    family: Family, agent: Agent, tmp_path: Path
+) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(VideoError, match=tmp_path.name):
         film(agent, family, [], out=tmp_path / "film.mp4", episodes=1, seed=0)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder that nobody, not even root, can write")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs a folder that nobody, not even root, can write"
+)
 def test_a_folder_that_cannot_be_written_is_named(gl: None, family: Family, agent: Agent) -> None:
     with pytest.raises(VideoError, match="/proc"):
-        film(agent, family, family.space.sample("test", 1), out=Path("/proc/x.mp4"), episodes=1, seed=0, progress=False)
+        film(
+            agent,
+            family,
+            family.space.sample("test", 1),
+            out=Path("/proc/x.mp4"),
+            episodes=1,
+            seed=0,
+            progress=False,
+        )
 
 
 def test_a_film_that_breaks_off_leaves_nothing(
     gl: None, family: Family, agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Camera, "picture", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        Camera, "picture", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
-        film(agent, family, family.space.sample("test", 1), out=tmp_path / "x.mp4", episodes=1, seed=0, progress=False)
+        film(
+            agent,
+            family,
+            family.space.sample("test", 1),
+            out=tmp_path / "x.mp4",
+            episodes=1,
+            seed=0,
+            progress=False,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -218,7 +246,9 @@ def test_without_opengl_one_line_says_what_to_install() -> None:
         "except VideoError as e: print(e)"
     )
     environment = {**os.environ, "MUJOCO_GL": "disabled"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert "apt-get install libegl1" in done.stdout

@@ -34,10 +34,13 @@ UNSUPPORTED = {
     **dict.fromkeys(("GraspMix", "GraspShapes", "Placement", "PlacementShown"), "geom_type"),
 }
 SLOW = [n for n in families.names() if n not in (*FAST, *UNSUPPORTED)]
-ONE, FIFTY = {"GraspFragile": 1e-3}, {"AntDir": 0.5, "AntGoal": 0.5, "QuadrupedMix": 0.5, "QuadrupedTerrain": 0.5}
-"""How far joint positions may be apart, rad or m, after one control step and after 50 physics steps, where that is more
-than 1e-5 and 1e-3: an ant integrated by Runge and Kutta meets the floor between steps, and of a foot's contacts with a
-height field Warp keeps four."""
+ONE, FIFTY = (
+    {"GraspFragile": 1e-3},
+    {"AntDir": 0.5, "AntGoal": 0.5, "QuadrupedMix": 0.5, "QuadrupedTerrain": 0.5},
+)
+"""How far joint positions may be apart, rad or m, after one control step and after 50 physics
+steps, where that is more than 1e-5 and 1e-3: an ant integrated by Runge and Kutta meets the floor
+between steps, and of a foot's contacts with a height field Warp keeps four."""
 
 
 @cache

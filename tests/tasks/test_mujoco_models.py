@@ -48,12 +48,27 @@ def test_set_writes_the_value() -> None:
 
 
 def test_scale_multiplies_the_nominal_value() -> None:
-    assert compiled(-0.5, op="scale", **GEAR).actuator("push").gear.tolist() == [-1.5, 0, 0, 0, 0, 0]
+    assert compiled(-0.5, op="scale", **GEAR).actuator("push").gear.tolist() == [
+        -1.5,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_add_is_added_to_the_nominal_value() -> None:
-    assert compiled(0.25, element="joint", name="slide", field="armature", op="add").dof_armature[0] == 0.75
-    assert compiled(0.25, element="body", name="ball", field="pos", index=2, op="add").body("ball").pos[2] == 1.25
+    assert (
+        compiled(0.25, element="joint", name="slide", field="armature", op="add").dof_armature[0]
+        == 0.75
+    )
+    assert (
+        compiled(0.25, element="body", name="ball", field="pos", index=2, op="add")
+        .body("ball")
+        .pos[2]
+        == 1.25
+    )
 
 
 def test_rotate_y_turns_gravity_so_that_a_positive_slope_is_uphill() -> None:
@@ -87,22 +102,49 @@ def test_a_familys_models_do_not_compound_either(name: str) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"element": "geom", "name": "flor", "field": "mass"}, "no geom called 'flor'; there are: floor, ball"),
-        ({"element": "body", "name": "bal", "field": "mass"}, "no body called 'bal'; there are: world, ball"),
-        ({"element": "joint", "name": "x", "field": "damping"}, "no joint called 'x'; there are: slide"),
-        ({"element": "actuator", "name": "x", "field": "gear"}, "no actuator called 'x'; there are: push"),
+        (
+            {"element": "geom", "name": "flor", "field": "mass"},
+            "no geom called 'flor'; there are: floor, ball",
+        ),
+        (
+            {"element": "body", "name": "bal", "field": "mass"},
+            "no body called 'bal'; there are: world, ball",
+        ),
+        (
+            {"element": "joint", "name": "x", "field": "damping"},
+            "no joint called 'x'; there are: slide",
+        ),
+        (
+            {"element": "actuator", "name": "x", "field": "gear"},
+            "no actuator called 'x'; there are: push",
+        ),
         ({"element": "site", "name": "x", "field": "pos"}, "no site called 'x'; there are: tip"),
-        ({"element": "geom", "name": "floor", "field": "frction"}, "geom 'floor' has no field 'frction'; it has: "),
+        (
+            {"element": "geom", "name": "floor", "field": "frction"},
+            "geom 'floor' has no field 'frction'; it has: ",
+        ),
         ({"element": "option", "field": "graviti"}, "option '' has no field 'graviti'; it has: "),
-        ({**FRICTION, "index": 3}, "set geom floor friction[3]: friction needs an index from 0 to 2"),
-        ({**FRICTION, "index": None}, "set geom floor friction: friction needs an index from 0 to 2"),
+        (
+            {**FRICTION, "index": 3},
+            "set geom floor friction[3]: friction needs an index from 0 to 2",
+        ),
+        (
+            {**FRICTION, "index": None},
+            "set geom floor friction: friction needs an index from 0 to 2",
+        ),
         (
             {"element": "geom", "name": "ball", "field": "mass", "index": 0},
             "set geom ball mass[0]: mass is a single number and takes no index",
         ),
         ({**GRAVITY, "index": 0}, "rotate_y option gravity[0]: only a whole 3-vector turns"),
-        ({"element": "gem", "field": "mass"}, "'gem' is not one of: geom, body, joint, actuator, site, option"),
-        ({"element": "geom", "field": "mass", "op": "sub"}, "'sub' is not one of: set, scale, add, rotate_y"),
+        (
+            {"element": "gem", "field": "mass"},
+            "'gem' is not one of: geom, body, joint, actuator, site, option",
+        ),
+        (
+            {"element": "geom", "field": "mass", "op": "sub"},
+            "'sub' is not one of: set, scale, add, rotate_y",
+        ),
     ],
 )
 def test_an_edit_of_what_is_not_there_says_what_is(edit, message: str) -> None:
@@ -149,7 +191,9 @@ def test_the_stripped_model_steps_exactly_as_the_full_one(name: str) -> None:
     task = family.space.sample("train", 1, 0)[0]
     edits = [(p.name, e) for p in family.space.params for e in p.edits]
     stripped, full = (
-        ModelFactory(family.spec, [e for _, e in edits], visual=visual).compile([task[n] for n, _ in edits])
+        ModelFactory(family.spec, [e for _, e in edits], visual=visual).compile(
+            [task[n] for n, _ in edits]
+        )
         for visual in (False, True)
     )
     textured = full.ntex > 0
@@ -195,8 +239,14 @@ def test_the_payload_is_added_to_the_published_robots_mass() -> None:
 def test_a_heavier_load_and_a_steeper_slope_are_what_they_say() -> None:
     family = families.get("CheetahTerrain")
     task = {p.name: 1.0 for p in family.space.params}
-    env = Env(family, [{**task, "payload": 0.5, "slope": 0.0}, {**task, "payload": 3.0, "slope": 4.0}], threads=1)
+    env = Env(
+        family,
+        [{**task, "payload": 0.5, "slope": 0.0}, {**task, "payload": 3.0, "slope": 4.0}],
+        threads=1,
+    )
     light, heavy = (env.model(t) for t in env.tasks)
     assert heavy.body_mass - light.body_mass == pytest.approx(np.eye(light.nbody)[-1] * 2.5)
-    assert np.degrees(np.arctan2(-heavy.opt.gravity[0], -heavy.opt.gravity[2])) == pytest.approx(4.0)
+    assert np.degrees(np.arctan2(-heavy.opt.gravity[0], -heavy.opt.gravity[2])) == pytest.approx(
+        4.0
+    )
     assert np.linalg.norm(heavy.opt.gravity) == pytest.approx(9.81)

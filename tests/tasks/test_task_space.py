@@ -36,13 +36,21 @@ def params(draw, name: str) -> Param:
     width = train.high - train.low
     hole = (train.low + 0.25 * width, train.low + 0.5 * width) if draw(st.booleans()) else None
     beyond = Uniform(train.high + 1, train.high + 2) if draw(st.booleans()) else None
-    edits = (Edit(element="geom", name="floor", field="friction", index=0),) if draw(st.booleans()) else ()
-    return Param(name=name, train=train, held_out=hole, extrapolation=beyond, edits=edits, unit="m", doc="α")
+    edits = (
+        (Edit(element="geom", name="floor", field="friction", index=0),)
+        if draw(st.booleans())
+        else ()
+    )
+    return Param(
+        name=name, train=train, held_out=hole, extrapolation=beyond, edits=edits, unit="m", doc="α"
+    )
 
 
 @st.composite
 def spaces(draw) -> TaskSpace:
-    return TaskSpace("Space", tuple(draw(params(name)) for name in "abc"[: draw(st.integers(1, 3))]))
+    return TaskSpace(
+        "Space", tuple(draw(params(name)) for name in "abc"[: draw(st.integers(1, 3))])
+    )
 
 
 @given(distributions, st.integers(0, 2**63))
@@ -53,7 +61,9 @@ def test_a_distribution_contains_what_it_draws(distribution, seed: int) -> None:
         assert distribution.low <= x <= distribution.high
 
 
-@pytest.mark.parametrize("train", [Choice((1 / 3, 2 / 3)), Uniform(1 + 1e-10, 1 + 2e-10), LogUniform(0.1, 0.1 + 1e-12)])
+@pytest.mark.parametrize(
+    "train", [Choice((1 / 3, 2 / 3)), Uniform(1 + 1e-10, 1 + 2e-10), LogUniform(0.1, 0.1 + 1e-12)]
+)
 def test_rounding_to_nine_digits_stays_within_the_bounds(train) -> None:
     space = TaskSpace("Narrow", (Param(name="x", train=train, extrapolation=Choice((5 / 3,))),))
     for task in space.sample("train", 20) + space.sample("extrapolate", 1):
@@ -89,7 +99,9 @@ def test_no_test_task_is_a_training_task(name: str) -> None:
 
 @given(spaces(), st.integers(0, 2**32))
 @settings(max_examples=50)
-def test_training_and_test_avoid_the_holes_and_interpolate_fills_them(space: TaskSpace, seed: int) -> None:
+def test_training_and_test_avoid_the_holes_and_interpolate_fills_them(
+    space: TaskSpace, seed: int
+) -> None:
     holed = [p for p in space.params if p.held_out]
     for split in ("train", "test"):
         for task in space.sample(split, 20, seed):
@@ -104,7 +116,11 @@ def test_training_and_test_avoid_the_holes_and_interpolate_fills_them(space: Tas
 
 def outside(space: TaskSpace, task) -> list[str]:
     spared = {name for few in space.sparse_faults for name in few.extrapolation_params}
-    odd = [p.name for p in space.params if p.name in spared and not p.train.parts[0].contains(task[p.name])]
+    odd = [
+        p.name
+        for p in space.params
+        if p.name in spared and not p.train.parts[0].contains(task[p.name])
+    ]
     return odd + [p.name for p in space.params if not p.train.contains(task[p.name])]
 
 
@@ -117,13 +133,17 @@ def test_extrapolate_has_exactly_one_parameter_outside(space: TaskSpace, seed: i
             assert len(outside(space, task)) == 1
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if "extrapolate" in families.get(n).space.splits])
+@pytest.mark.parametrize(
+    "name", [n for n in FAMILIES if "extrapolate" in families.get(n).space.splits]
+)
 def test_extrapolate_takes_every_parameter_out_in_turn(name: str) -> None:
     space = families.get(name).space
     found = [outside(space, t) for t in space.sample("extrapolate", 300, 0)]
     spared = {name for few in space.sparse_faults for name in few.extrapolation_params}
     assert all(len(f) == 1 or (f and spared >= set(f)) for f in found)
-    assert {n for f in found for n in f} == {p.name for p in space.params if p.extrapolation} | spared
+    assert {n for f in found for n in f} == {
+        p.name for p in space.params if p.extrapolation
+    } | spared
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
@@ -152,16 +172,59 @@ GOLDEN = TaskSpace(
     [
         (
             "train",
-            [2.50478612, 0.372910725, 1.49251024, -1.80452904, 0.391014461, -1.0, 3.34245565, 0.750718851, 1.57289099],
+            [
+                2.50478612,
+                0.372910725,
+                1.49251024,
+                -1.80452904,
+                0.391014461,
+                -1.0,
+                3.34245565,
+                0.750718851,
+                1.57289099,
+            ],
         ),
-        ("test", [-2.27573095, 0.820854578, 0.0, -4.88243589, 3.16435119, 1.31846393, -3.82970154, 2.96724546, 0.0]),
+        (
+            "test",
+            [
+                -2.27573095,
+                0.820854578,
+                0.0,
+                -4.88243589,
+                3.16435119,
+                1.31846393,
+                -3.82970154,
+                2.96724546,
+                0.0,
+            ],
+        ),
         (
             "interpolate",
-            [1.31564092, 0.307053187, 0.0, 1.31431484, 1.36102371, 0.0, 1.58088315, 0.848936641, 1.56661494],
+            [
+                1.31564092,
+                0.307053187,
+                0.0,
+                1.31431484,
+                1.36102371,
+                0.0,
+                1.58088315,
+                0.848936641,
+                1.56661494,
+            ],
         ),
         (
             "extrapolate",
-            [6.79039192, 0.836983997, 1.7854576, 7.06910097, 0.678028167, 0.0, 6.1428564, 0.783368959, 1.87138903],
+            [
+                6.79039192,
+                0.836983997,
+                1.7854576,
+                7.06910097,
+                0.678028167,
+                0.0,
+                6.1428564,
+                0.783368959,
+                1.87138903,
+            ],
         ),
     ],
 )
@@ -171,7 +234,10 @@ def test_tasks_are_the_same_on_every_machine(split: str, values: list[float]) ->
 
 def test_two_spaces_draw_different_tasks_from_the_same_ranges() -> None:
     space = TaskSpace("A", (Param(name="x", train=Uniform(0, 1)),))
-    assert space.sample("train", 3, 0)[0]["x"] != replace(space, name="B").sample("train", 3, 0)[0]["x"]
+    assert (
+        space.sample("train", 3, 0)[0]["x"]
+        != replace(space, name="B").sample("train", 3, 0)[0]["x"]
+    )
 
 
 def test_sampling_leaves_the_global_generators_alone() -> None:
@@ -192,7 +258,10 @@ def test_a_familys_space_survives_json(name: str) -> None:
 @given(spaces(), mixtures)
 @settings(max_examples=50)
 def test_any_space_survives_json(space: TaskSpace, mixture: Mixture) -> None:
-    space = replace(space, params=(*space.params, Param(name="mixed", train=mixture, extrapolation=Choice((9999.0,)))))
+    space = replace(
+        space,
+        params=(*space.params, Param(name="mixed", train=mixture, extrapolation=Choice((9999.0,)))),
+    )
     back = TaskSpace.from_json(json.loads(json.dumps(space.to_json())))
     assert back == space
     assert back.hash == space.hash
@@ -214,7 +283,9 @@ def test_a_changed_file_is_refused(change: str) -> None:
         TaskSpace.from_json(data)
 
 
-@pytest.mark.parametrize("data", [{}, {"name": "A"}, [], "text", {"name": "A", "params": [], "hash": ""}])
+@pytest.mark.parametrize(
+    "data", [{}, {"name": "A"}, [], "text", {"name": "A", "params": [], "hash": ""}]
+)
 def test_what_is_no_task_space_is_refused(data) -> None:
     with pytest.raises(TaskError, match=r"^(not a task space|the task space 'A' was changed)"):
         TaskSpace.from_json(data)
@@ -241,8 +312,14 @@ VEL, TERRAIN = families.get("CheetahVel").space, families.get("CheetahTerrain").
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (lambda: VEL.sample("trian", 1), "CheetahVel has no split 'trian'; it has: train, test, extrapolate"),
-        (lambda: VEL.sample("interpolate", 1), "CheetahVel has no split 'interpolate'; it has: train, test, extrap"),
+        (
+            lambda: VEL.sample("trian", 1),
+            "CheetahVel has no split 'trian'; it has: train, test, extrapolate",
+        ),
+        (
+            lambda: VEL.sample("interpolate", 1),
+            "CheetahVel has no split 'interpolate'; it has: train, test, extrap",
+        ),
         (lambda: VEL.sample("train", 0), "the number of tasks must be at least 1, not 0"),
         (lambda: VEL.task(speed=1), "CheetahVel has no parameter 'speed'; it has: target_speed"),
         (lambda: TERRAIN.task(friction=1), "a CheetahTerrain task needs a value for 'slope'"),
@@ -250,14 +327,25 @@ VEL, TERRAIN = families.get("CheetahVel").space, families.get("CheetahTerrain").
         (lambda: VEL.task(target_speed=float("inf")), "target_speed = inf is not a finite number"),
         (lambda: VEL.task(target_speed="1"), "target_speed = '1' is not a finite number"),
         (lambda: VEL.task(target_speed=True), "target_speed = True is not a finite number"),
-        (lambda: VEL.task(target_speed=-0.1), "target_speed = -0.1 is outside its bounds: U[0, 3], or U[3, 4] to"),
-        (lambda: VEL.coerce(TERRAIN.sample("train", 1)[0]), "that is a task of CheetahTerrain, not of CheetahVel"),
+        (
+            lambda: VEL.task(target_speed=-0.1),
+            "target_speed = -0.1 is outside its bounds: U[0, 3], or U[3, 4] to",
+        ),
+        (
+            lambda: VEL.coerce(TERRAIN.sample("train", 1)[0]),
+            "that is a task of CheetahTerrain, not of CheetahVel",
+        ),
         (lambda: VEL.coerce([1.0]), "a CheetahVel task maps target_speed to values, unlike [1.0]"),
         (lambda: LogUniform(0, 1), "a log-uniform range needs 0 < low <= high, not [0, 1]"),
         (lambda: Mixture((1.0,), ()), "a mixture needs one positive weight a part"),
-        (lambda: TaskSpace("A", (VEL.params[0], VEL.params[0])), "A has two parameters called 'target_speed'"),
         (
-            lambda: TaskSpace("A", (Param(name="x", train=Uniform(0, 1), held_out=(2, 3)),)).sample("interpolate", 1),
+            lambda: TaskSpace("A", (VEL.params[0], VEL.params[0])),
+            "A has two parameters called 'target_speed'",
+        ),
+        (
+            lambda: TaskSpace("A", (Param(name="x", train=Uniform(0, 1), held_out=(2, 3)),)).sample(
+                "interpolate", 1
+            ),
             "x: nothing can be drawn inside the hole (2, 3)",
         ),
     ],
@@ -291,8 +379,14 @@ def test_the_test_split_of_a_finite_space_is_balanced() -> None:
 
 
 def test_a_finite_space_leaves_its_hole_out() -> None:
-    space = TaskSpace("Grid", (Param(name="x", train=Choice((0.0, 1.0, 2.0)), held_out=(0.5, 1.5)),))
-    assert {t["x"] for t in space.sample("test", 4)} == {t["x"] for t in space.sample("train", 50)} == {0.0, 2.0}
+    space = TaskSpace(
+        "Grid", (Param(name="x", train=Choice((0.0, 1.0, 2.0)), held_out=(0.5, 1.5)),)
+    )
+    assert (
+        {t["x"] for t in space.sample("test", 4)}
+        == {t["x"] for t in space.sample("train", 50)}
+        == {0.0, 2.0}
+    )
     assert {t["x"] for t in space.sample("interpolate", 4)} == {1.0}
 
 
@@ -312,7 +406,9 @@ def test_the_encoding_maps_the_training_range_to_one(name: str) -> None:
 
 
 def test_a_log_uniform_parameter_is_encoded_on_a_log_scale() -> None:
-    space = TaskSpace("Log", (Param(name="x", train=LogUniform(0.25, 4)), Param(name="y", train=Choice((2.0,)))))
+    space = TaskSpace(
+        "Log", (Param(name="x", train=LogUniform(0.25, 4)), Param(name="y", train=Choice((2.0,))))
+    )
     assert space.encode([space.task(x=1, y=2)]).tolist() == [[0.0, 0.0]]
 
 

@@ -60,7 +60,9 @@ def rl2(family: Family, seed: int = 0):
     torch.manual_seed(seed)
     kind = agents.get("rl2")
     config = kind.config(width=16)
-    shapes = Dimensions(obs=len(family.observations), act=6, task=len(family.space.params), episodes=EPISODES)
+    shapes = Dimensions(
+        obs=len(family.observations), act=6, task=len(family.space.params), episodes=EPISODES
+    )
     agent = kind.build(config, shapes).agent
     with torch.no_grad():
         for p in agent.parameters():
@@ -71,7 +73,10 @@ def rl2(family: Family, seed: int = 0):
 def lived(episode: Rollout, world: int) -> dict[str, torch.Tensor]:
     """What one world lived through in one episode, without the padding."""
     rows = episode.valid[:, world]
-    parts = {k: getattr(episode, k)[rows, world] for k in ("obs", "action", "reward", "terminated", "truncated")}
+    parts = {
+        k: getattr(episode, k)[rows, world]
+        for k in ("obs", "action", "reward", "terminated", "truncated")
+    }
     whole = {k: getattr(episode, k)[world] for k in ("final_obs", "faulted")}
     return parts | whole | {k: v[world] for k, v in episode.terms.items()}
 
@@ -119,7 +124,9 @@ def test_without_exploration_the_seed_only_decides_the_start() -> None:
     trials = collect(agent, Env(family, given, threads=1), given, episodes=1, seed=1, explore=False)
     (episode,) = trials.episodes
     counted = torch.arange(12.0)[:, None, None]
-    assert torch.allclose(episode.action, torch.sin(5 * episode.obs[..., :6]) + 0.05 * counted, atol=1e-6)
+    assert torch.allclose(
+        episode.action, torch.sin(5 * episode.obs[..., :6]) + 0.05 * counted, atol=1e-6
+    )
 
 
 def test_valid_marks_the_steps_up_to_the_first_end() -> None:
@@ -145,7 +152,9 @@ def test_returns_count_lived_steps_and_equal_the_weighted_terms() -> None:
     _, trials = record(family)
     for k, e in enumerate(trials.episodes):
         for w in range(5):
-            assert trials.returns()[k, w] == pytest.approx(float(lived(e, w)["reward"].double().sum()), abs=1e-5)
+            assert trials.returns()[k, w] == pytest.approx(
+                float(lived(e, w)["reward"].double().sum()), abs=1e-5
+            )
         total = sum(weight * e.terms[name] for name, weight in family.weights.items())
         assert torch.allclose(total, trials.returns()[k], atol=1e-4)
 
@@ -177,7 +186,9 @@ def test_the_sequence_shows_the_learner_what_the_agent_was_shown(family: Family)
     seq = join_episodes(trials.episodes)
     for w in range(5):
         seen = percepts_of(agent, trials, w)
-        assert seq.valid[:, w].tolist() == [True] * len(seen) + [False] * (len(seq.valid) - len(seen))
+        assert seq.valid[:, w].tolist() == [True] * len(seen) + [False] * (
+            len(seq.valid) - len(seen)
+        )
         for t, percept in enumerate(seen):
             for name, x in percept._asdict().items():
                 assert torch.equal(getattr(seq.percept, name)[t, w], x), (t, w, name)
@@ -203,7 +214,9 @@ def test_the_sequence_equals_a_slow_reconstruction(family: Family) -> None:
                 assert seq.reward[j, w] == reward
                 assert seq.terminated[j, w] == parts["terminated"][t]
                 assert seq.truncated[j, w] == parts["truncated"][t]
-                assert torch.equal(seq.next_obs[j, w], parts["final_obs"] if last else parts["obs"][t + 1])
+                assert torch.equal(
+                    seq.next_obs[j, w], parts["final_obs"] if last else parts["obs"][t + 1]
+                )
                 j += 1
         assert not seq.valid[j:, w].any()
 
@@ -228,13 +241,17 @@ def test_another_worlds_task_changes_nothing_in_this_world(family: Family) -> No
 
 def test_how_long_others_live_changes_nothing_in_this_world() -> None:
     def end_others_after(x: float) -> Family:
-        return short(25).replace(terminate=lambda s: s.qvel[:, 0].abs() > torch.tensor([0.5, x, x, x, x]))
+        return short(25).replace(
+            terminate=lambda s: s.qvel[:, 0].abs() > torch.tensor([0.5, x, x, x, x])
+        )
 
     trials = [
         collect(Recorder(), Env(f, tasks(f), threads=1), tasks(f), episodes=EPISODES, seed=2)
         for f in (end_others_after(0.3), end_others_after(99.0))
     ]
-    assert [e.valid.shape[0] for e in trials[0].episodes] != [e.valid.shape[0] for e in trials[1].episodes]
+    assert [e.valid.shape[0] for e in trials[0].episodes] != [
+        e.valid.shape[0] for e in trials[1].episodes
+    ]
     assert same(*trials, [0])
 
 
@@ -283,7 +300,9 @@ def test_the_memory_is_cleared_between_trials() -> None:
     agent, given = rl2(family), tasks(family)
     env = Env(family, given, threads=1)
     first = collect(agent, env, given, episodes=1, seed=0)
-    assert torch.equal(first.episodes[0].action, collect(agent, env, given, episodes=1, seed=0).episodes[0].action)
+    assert torch.equal(
+        first.episodes[0].action, collect(agent, env, given, episodes=1, seed=0).episodes[0].action
+    )
     recorder = Recorder()
     for _ in range(2):
         collect(recorder, env, given, episodes=1, seed=0)
@@ -321,10 +340,17 @@ def test_every_step_can_be_watched() -> None:
     given = tasks(family)
     env = Env(family, given, threads=1)
     trials = collect(
-        Recorder(), env, given, episodes=2, seed=0, watch=lambda k, env, step: seen.append((k, step.reward.clone()))
+        Recorder(),
+        env,
+        given,
+        episodes=2,
+        seed=0,
+        watch=lambda k, env, step: seen.append((k, step.reward.clone())),
     )
     assert [k for k, _ in seen] == [0] * 12 + [1] * 12
-    assert torch.equal(torch.stack([r for _, r in seen]), torch.cat([e.reward for e in trials.episodes]))
+    assert torch.equal(
+        torch.stack([r for _, r in seen]), torch.cat([e.reward for e in trials.episodes])
+    )
 
 
 def test_a_task_of_another_family_is_refused() -> None:

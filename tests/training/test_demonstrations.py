@@ -54,7 +54,9 @@ def made(path: Path, **settings: Any) -> Made:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "collect", watched)
         usual = {"tasks": TASKS, "shots": SHOTS, "seed": 4, "threads": 1}
-        one.count = record_demonstrations(PLACEMENT.replace(expert=program), path, **usual | settings)
+        one.count = record_demonstrations(
+            PLACEMENT.replace(expert=program), path, **usual | settings
+        )
     return one
 
 
@@ -69,14 +71,17 @@ def shaken(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def won(one: Made) -> dict[Any, list[tuple[Tensor, Tensor, Tensor]]]:
-    """What was lived with success by (task, variant), in order: observations, the last one, and what was executed."""
+    """What was lived with success by (task, variant), in order: observations, the last one, and
+    what was executed."""
     found = defaultdict(list)
     for tasks, how, trials in one.lived:
         (episode,) = trials.episodes
         for i, (task, variant) in enumerate(zip(tasks, how["variant"].tolist(), strict=True)):
             if episode.terms["success"][i] == 1:
                 valid = episode.valid[:, i]
-                found[task, variant].append((episode.obs[valid, i], episode.final_obs[i], episode.action[valid, i]))
+                found[task, variant].append(
+                    (episode.obs[valid, i], episode.final_obs[i], episode.action[valid, i])
+                )
     return found
 
 
@@ -85,7 +90,12 @@ def test_what_was_recorded_is_read_back_to_the_bit(calm: Made) -> None:
     assert calm.count == TASKS * VARIANTS * SHOTS
     assert (demos.family, demos.split, demos.shots) == (PLACEMENT, "train", SHOTS)
     assert list(demos.tasks) == PLACEMENT.space.sample("train", TASKS, 4)
-    assert demos.obs.shape[:3] == demos.action.shape[:3] == demos.valid.shape[:3] == (TASKS, VARIANTS, SHOTS)
+    assert (
+        demos.obs.shape[:3]
+        == demos.action.shape[:3]
+        == demos.valid.shape[:3]
+        == (TASKS, VARIANTS, SHOTS)
+    )
     for t, task in enumerate(demos.tasks):
         for v in range(VARIANTS):
             assert len(lived[task, v]) == SHOTS
@@ -100,14 +110,20 @@ def test_what_was_recorded_is_read_back_to_the_bit(calm: Made) -> None:
 
 
 def test_minari_itself_reads_the_dataset(calm: Made) -> None:
-    dataset, demos, lived = minari.MinariDataset(calm.path / "data"), read_demonstrations(calm.path), won(calm)
+    dataset, demos, lived = (
+        minari.MinariDataset(calm.path / "data"),
+        read_demonstrations(calm.path),
+        won(calm),
+    )
     assert dataset.total_episodes == calm.count
     assert dataset.total_steps == int(demos.valid.sum())
     assert dataset.observation_space.shape == (len(PLACEMENT.observations),)
     assert dataset.action_space.shape == (6,)
     seen = defaultdict(int)
     for episode in dataset.iterate_episodes():
-        task = PLACEMENT.space.coerce(dict(zip(PLACEMENT.space.names, episode.infos["task"][0], strict=True)))
+        task = PLACEMENT.space.coerce(
+            dict(zip(PLACEMENT.space.names, episode.infos["task"][0], strict=True))
+        )
         variant = int(episode.infos["variant"][0])
         obs, last, action = lived[task, variant][seen[task, variant]]
         seen[task, variant] += 1
@@ -142,8 +158,14 @@ def test_recorded_actions_done_again_succeed_as_they_did(calm: Made) -> None:
     assert (done == 1).all()
 
 
-def test_with_jitter_what_was_asked_for_is_recorded_and_not_what_was_done(shaken: Made, calm: Made) -> None:
-    demos, still, lived = read_demonstrations(shaken.path), read_demonstrations(calm.path), won(shaken)
+def test_with_jitter_what_was_asked_for_is_recorded_and_not_what_was_done(
+    shaken: Made, calm: Made
+) -> None:
+    demos, still, lived = (
+        read_demonstrations(shaken.path),
+        read_demonstrations(calm.path),
+        won(shaken),
+    )
     assert demos.tasks == still.tasks
     off = [
         executed - demos.action[t, v, s, : len(executed)]
@@ -169,12 +191,14 @@ def test_the_same_seed_gives_the_same_dataset(calm: Made, tmp_path: Path) -> Non
     assert again.tasks == first.tasks
     for name in ("obs", "action", "valid"):
         assert torch.equal(getattr(again, name), getattr(first, name)), name
-    assert set(read_demonstrations(made(tmp_path / "other", seed=5, tasks=1, shots=1).path).tasks).isdisjoint(
-        first.tasks
-    )
+    assert set(
+        read_demonstrations(made(tmp_path / "other", seed=5, tasks=1, shots=1).path).tasks
+    ).isdisjoint(first.tasks)
 
 
-def test_many_tasks_of_a_split_are_recorded_group_by_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_many_tasks_of_a_split_are_recorded_group_by_group(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(module, "AT_ONCE", VARIANTS)
     said: list[int] = []
     one = made(tmp_path / "x", split="extrapolate", shots=1, tick=said.append)
@@ -187,26 +211,36 @@ def test_many_tasks_of_a_split_are_recorded_group_by_group(monkeypatch: pytest.M
 
 def failing(where: Callable[[WorldState], Tensor]) -> Any:
     """Placement with an expert that does nothing in some worlds."""
-    return PLACEMENT.replace(expert=lambda state: PLACEMENT.teaching.expert(state) * ~where(state)[:, None])
+    return PLACEMENT.replace(
+        expert=lambda state: PLACEMENT.teaching.expert(state) * ~where(state)[:, None]
+    )
 
 
 def test_where_the_expert_fails_it_tries_again_from_another_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seeds, real = [], module.collect
-    monkeypatch.setattr(module, "collect", lambda *x, **how: (seeds.append(how["seed"]), real(*x, **how))[1])
+    monkeypatch.setattr(
+        module, "collect", lambda *x, **how: (seeds.append(how["seed"]), real(*x, **how))[1]
+    )
     family = failing(lambda state: (state.variant < 2) & (len(seeds) == 1))
-    assert record_demonstrations(family, tmp_path / "x", tasks=1, shots=2, threads=1) == 2 * VARIANTS
+    assert (
+        record_demonstrations(family, tmp_path / "x", tasks=1, shots=2, threads=1) == 2 * VARIANTS
+    )
     assert len(set(seeds)) == len(seeds) == 2
     first = read_demonstrations(tmp_path / "x").obs[0, :, :, 0]
     assert len(first.flatten(0, 1).unique(dim=0)) == 2 * VARIANTS
 
 
-def test_a_task_in_which_the_expert_always_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_task_in_which_the_expert_always_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(module, "ATTEMPTS", 2)
     tasks = PLACEMENT.space.sample("train", 3, 0)
     family = failing(lambda state: state.task["order"] == tasks[1]["order"])
-    assert record_demonstrations(family, tmp_path / "x", tasks=3, shots=1, threads=1) == 2 * VARIANTS
+    assert (
+        record_demonstrations(family, tmp_path / "x", tasks=3, shots=1, threads=1) == 2 * VARIANTS
+    )
     assert list(read_demonstrations(tmp_path / "x").tasks) == [tasks[0], tasks[2]]
 
 
@@ -215,9 +249,15 @@ def test_an_expert_that_always_fails_is_an_error_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tasks: int
 ) -> None:
     monkeypatch.setattr(module, "ATTEMPTS", 1)
-    with pytest.raises(DemosError, match=r"the expert fails again and again in Placement: class_0 .*, order \d"):
+    with pytest.raises(
+        DemosError, match=r"the expert fails again and again in Placement: class_0 .*, order \d"
+    ):
         record_demonstrations(
-            failing(lambda state: state.variant == 2), tmp_path / "x", tasks=tasks, shots=1, threads=1
+            failing(lambda state: state.variant == 2),
+            tmp_path / "x",
+            tasks=tasks,
+            shots=1,
+            threads=1,
         )
     assert not list(tmp_path.iterdir())
 
@@ -240,14 +280,23 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_settings_that_cannot_work_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_work_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     settings = {"tasks": 1, "shots": 1, "threads": 1} | change
-    refused(lambda: record_demonstrations(PLACEMENT, tmp_path / "x", **settings), message, MetarobotError)
+    refused(
+        lambda: record_demonstrations(PLACEMENT, tmp_path / "x", **settings),
+        message,
+        MetarobotError,
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_is_taken_is_left_alone(tmp_path: Path) -> None:
-    refused(lambda: record_demonstrations(PLACEMENT, tmp_path), f"{tmp_path} is there already; choose another place")
+    refused(
+        lambda: record_demonstrations(PLACEMENT, tmp_path),
+        f"{tmp_path} is there already; choose another place",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -271,7 +320,9 @@ def test_without_minari_it_says_what_to_install_before_any_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, calm: Made
 ) -> None:
     monkeypatch.setitem(sys.modules, "minari", None)
-    monkeypatch.setattr(module, "collect", lambda *_, **__: pytest.fail("it recorded what it cannot write"))
+    monkeypatch.setattr(
+        module, "collect", lambda *_, **__: pytest.fail("it recorded what it cannot write")
+    )
     for call in (
         lambda: read_demonstrations(calm.path),
         lambda: record_demonstrations(PLACEMENT, tmp_path / "x", tasks=1, threads=1),
@@ -302,18 +353,29 @@ def test_a_write_that_is_interrupted_leaves_nothing_behind(
 def episode(variant: int, steps: int = 5, task: int = 0, **changes: float) -> dict[str, Any]:
     values = list({**PLACEMENT.space.sample("train", 2, 0)[task].as_dict(), **changes}.values())
     rng = np.random.default_rng([variant, task])
-    obs, action = (rng.standard_normal((n, w)).astype(np.float32) for n, w in ((steps + 1, 35), (steps, 6)))
+    obs, action = (
+        rng.standard_normal((n, w)).astype(np.float32) for n, w in ((steps + 1, 35), (steps, 6))
+    )
     infos = {"task": np.repeat([values], steps + 1, 0), "variant": np.full(steps + 1, variant)}
     return {"observations": obs, "actions": action, "infos": infos}
 
 
-def foreign(root: Path, episodes: list[dict[str, Any]], description: str | None = json.dumps(META)) -> Path:
+def foreign(
+    root: Path, episodes: list[dict[str, Any]], description: str | None = json.dumps(META)
+) -> Path:
     """A dataset as others make them, with Minari alone."""
     buffers = [
-        EpisodeBuffer(id=i, **e, **{k: np.zeros(len(e["actions"])) for k in ("rewards", "terminations", "truncations")})
+        EpisodeBuffer(
+            id=i,
+            **e,
+            **{k: np.zeros(len(e["actions"])) for k in ("rewards", "terminations", "truncations")},
+        )
         for i, e in enumerate(episodes)
     ]
-    spaces = {f"{k}_space": Box(-np.inf, np.inf, (n,), np.float32) for k, n in (("observation", 35), ("action", 6))}
+    spaces = {
+        f"{k}_space": Box(-np.inf, np.inf, (n,), np.float32)
+        for k, n in (("observation", 35), ("action", 6))
+    }
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no author, no Gymnasium id
         patch.setenv("MINARI_DATASETS_PATH", str(root))
@@ -331,7 +393,11 @@ def four(key: str, change: Callable[[Any], Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("description", [json.dumps(META), None, "made by hand", "5"])
 def test_others_can_bring_their_own(tmp_path: Path, description: str | None) -> None:
-    episodes = [*(episode(v, 5 + v) for v in range(VARIANTS)), *(episode(v, 3, 1) for v in (3, 1, 0, 2)), episode(2)]
+    episodes = [
+        *(episode(v, 5 + v) for v in range(VARIANTS)),
+        *(episode(v, 3, 1) for v in (3, 1, 0, 2)),
+        episode(2),
+    ]
     demos = read_demonstrations(foreign(tmp_path, episodes, description), PLACEMENT)
     assert demos.tasks == tuple(PLACEMENT.space.sample("train", 2, 0))
     assert demos.split == (META["split"] if description == json.dumps(META) else "")
@@ -354,11 +420,23 @@ DAMAGED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "lost observations": (four("observations", lambda x: x[:4]), LESS),
     "no infos": (four("infos", lambda _: None), "episode 2: infos lack 'task'; they have: nothing"),
     "no variant": (four("infos", lambda x: {"task": x["task"], "mood": x["variant"]}), MOOD),
-    "other tasks": (four("infos", lambda x: {**x, "task": x["task"][:, :3]}), "3 task values, but Placement has 1"),
-    "a task of one number": (four("infos", lambda x: {**x, "task": x["task"][:, 0]}), "episode 2: "),
+    "other tasks": (
+        four("infos", lambda x: {**x, "task": x["task"][:, :3]}),
+        "3 task values, but Placement has 1",
+    ),
+    "a task of one number": (
+        four("infos", lambda x: {**x, "task": x["task"][:, 0]}),
+        "episode 2: ",
+    ),
     "an impossible task": ([episode(v, order=77.0) for v in range(VARIANTS)], HIGH),
-    "a nan action": (four("actions", lambda x: np.where(x == x[3, 1], np.nan, x)), "episode 2: not all actions are"),
-    "an infinite view": (four("observations", lambda x: np.where(x > 1, np.inf, x)), "episode 2: not all observations"),
+    "a nan action": (
+        four("actions", lambda x: np.where(x == x[3, 1], np.nan, x)),
+        "episode 2: not all actions are",
+    ),
+    "an infinite view": (
+        four("observations", lambda x: np.where(x > 1, np.inf, x)),
+        "episode 2: not all observations",
+    ),
     "a lacking variant": (GOOD[:3], LACK),
     "a task that lacks variants": ([*GOOD, episode(1, task=1)], LACK),
     "a variant that does not exist": ([*GOOD, episode(4)], "episode 4"),
@@ -374,8 +452,13 @@ def test_demonstrations_that_nobody_can_learn_from_are_refused(tmp_path: Path, c
 
 
 @pytest.mark.parametrize(("family", "columns"), [("CheetahVel", 17), ("GraspShapes", 19)])
-def test_demonstrations_of_another_robot_are_refused(tmp_path: Path, family: str, columns: int) -> None:
-    path, message = foreign(tmp_path, GOOD, None), f"observations of {family} have {columns} columns, these are (6, 35)"
+def test_demonstrations_of_another_robot_are_refused(
+    tmp_path: Path, family: str, columns: int
+) -> None:
+    path, message = (
+        foreign(tmp_path, GOOD, None),
+        f"observations of {family} have {columns} columns, these are (6, 35)",
+    )
     refused(lambda: read_demonstrations(path, families.get(family)), message)
 
 
@@ -385,9 +468,13 @@ def test_demonstrations_that_say_they_are_of_another_family_are_refused(tmp_path
     refused(lambda: read_demonstrations(path, families.get("PlacementShown")), "PlacementShown")
 
 
-def test_demonstrations_that_do_not_say_of_which_family_they_are_need_to_be_told(tmp_path: Path) -> None:
+def test_demonstrations_that_do_not_say_of_which_family_they_are_need_to_be_told(
+    tmp_path: Path,
+) -> None:
     path = foreign(tmp_path, GOOD, None)
-    refused(lambda: read_demonstrations(path), "no family called ''; there are: AntDir", MetarobotError)
+    refused(
+        lambda: read_demonstrations(path), "no family called ''; there are: AntDir", MetarobotError
+    )
 
 
 @pytest.mark.parametrize("size", [0, 100, 0.5, 0.9])
@@ -401,7 +488,10 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, size: float) -> None:
 def test_damaged_metadata_are_one_line(tmp_path: Path, edit_json: Any) -> None:
     path = foreign(tmp_path, GOOD)
     edit_json(path / "data" / "metadata.json", "minari_version", "99.0")
-    refused(lambda: read_demonstrations(path), f"{path} is no dataset that Minari reads: The installed Minari version")
+    refused(
+        lambda: read_demonstrations(path),
+        f"{path} is no dataset that Minari reads: The installed Minari version",
+    )
     (path / "data" / "metadata.json").write_text("{")
     refused(lambda: read_demonstrations(path), f"{path} is no dataset that Minari reads: ")
 
@@ -410,5 +500,6 @@ def test_where_there_is_no_dataset_it_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file", tmp_path / "nowhere"):
         refused(
-            lambda path=path: read_demonstrations(path), f"{path} holds no Minari dataset: it has no folder called data"
+            lambda path=path: read_demonstrations(path),
+            f"{path} holds no Minari dataset: it has no folder called data",
         )

@@ -9,7 +9,13 @@ from helpers import tiny_run
 from metarobot.env.base import Env
 from metarobot.files import atomic_path, read_json
 from metarobot.training import run_folder as checkpoint
-from metarobot.training.run_folder import CheckpointError, open_run, pretrained_names, publish_agent, save_checkpoint
+from metarobot.training.run_folder import (
+    CheckpointError,
+    open_run,
+    pretrained_names,
+    publish_agent,
+    save_checkpoint,
+)
 from metarobot.types import Percept
 
 
@@ -86,7 +92,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(run: Path, harm, message: s
         ("agent", "gone", "no agent called 'gone'"),
     ],
 )
-def test_a_foreign_or_future_run_is_refused(run: Path, edit_json, key: str, value: object, message: str) -> None:
+def test_a_foreign_or_future_run_is_refused(
+    run: Path, edit_json, key: str, value: object, message: str
+) -> None:
     edit_json(run / "config.json", key, value)
     with pytest.raises(Exception, match=message):
         open_run(run)
@@ -95,7 +103,11 @@ def test_a_foreign_or_future_run_is_refused(run: Path, edit_json, key: str, valu
 def test_weights_of_another_agent_are_refused(run: Path, edit_json) -> None:
     edit_json(run / "config.json", "agent", "oracle")
     config = json.loads((run / "config.json").read_text())["agent_config"]
-    edit_json(run / "config.json", "agent_config", {k: v for k, v in config.items() if k not in ("memory", "belief")})
+    edit_json(
+        run / "config.json",
+        "agent_config",
+        {k: v for k, v in config.items() if k not in ("memory", "belief")},
+    )
     with pytest.raises(CheckpointError, match=r"holds other weights than its config\.json says"):
         open_run(run).load_agent()
 
@@ -107,14 +119,19 @@ def test_a_changed_task_space_is_refused(run: Path, edit_json) -> None:
 
 
 def test_an_unknown_folder_lists_the_agents_in_the_box() -> None:
-    with pytest.raises(CheckpointError, match="no run folder 'nowhere', and no pretrained agent; there are: "):
+    with pytest.raises(
+        CheckpointError, match="no run folder 'nowhere', and no pretrained agent; there are: "
+    ):
         open_run("nowhere")
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_new(tmp_path: Path) -> None:
     target = tmp_path / "x.json"
     target.write_text("old")
-    with pytest.raises(CheckpointError, match=r"cannot write .*x.json: No space left on device"), atomic_path(target):
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write .*x.json: No space left on device"),
+        atomic_path(target),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -19,7 +19,18 @@ from metarobot.training.metrics_log import first_reach, read_metrics
 from metarobot.training.run_folder import open_run
 from metarobot.training.train import reopen_run, start_run, train
 
-SMALL = ("--worlds", "4", "--minibatches", "2", "--epochs", "2", "--threads", "1", "--save-every", "1")
+SMALL = (
+    "--worlds",
+    "4",
+    "--minibatches",
+    "2",
+    "--epochs",
+    "2",
+    "--threads",
+    "1",
+    "--save-every",
+    "1",
+)
 
 
 def command(out: Path, steps: str, *more: str) -> list[str]:
@@ -36,15 +47,36 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path: Path) -> None:
     assert digest(a.folder) == digest(b.folder) != digest(c.folder)
 
 
-SETTINGS = {f"rl2 {m}": {"worlds": 4, "minibatches": 2, "epochs": 2, "memory": m} for m in ("linear", "gru", "lstm")}
+SETTINGS = {
+    f"rl2 {m}": {"worlds": 4, "minibatches": 2, "epochs": 2, "memory": m}
+    for m in ("linear", "gru", "lstm")
+}
 SETTINGS["varibad"] = {"worlds": 4, "minibatches": 2, "epochs": 2, "width": 16}
-SETTINGS |= {name: {"worlds": 4, "rollouts": 2, "width": 8} for name in ("maml", "promp", "reptile")}
-SETTINGS["prototype"] = {"worlds": 4, "minibatches": 2, "epochs": 2, "width": 8, "bank": 6, "lessons": 2}
-SETTINGS["pearl"] = {"worlds": 2, "width": 8, "tasks": 2, "batch": 4, "gradient_steps": 2, "replay": 1500}
+SETTINGS |= {
+    name: {"worlds": 4, "rollouts": 2, "width": 8} for name in ("maml", "promp", "reptile")
+}
+SETTINGS["prototype"] = {
+    "worlds": 4,
+    "minibatches": 2,
+    "epochs": 2,
+    "width": 8,
+    "bank": 6,
+    "lessons": 2,
+}
+SETTINGS["pearl"] = {
+    "worlds": 2,
+    "width": 8,
+    "tasks": 2,
+    "batch": 4,
+    "gradient_steps": 2,
+    "replay": 1500,
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_resuming_from_any_checkpoint_gives_the_uninterrupted_bits(tmp_path: Path, name: str) -> None:
+def test_resuming_from_any_checkpoint_gives_the_uninterrupted_bits(
+    tmp_path: Path, name: str
+) -> None:
     agent = name.split()[0]
     config = agents.get(agent).config(**SETTINGS[name])
     settings = TrainConfig(family="CheetahDir100", agent=agent, steps=3200, threads=1, save_every=1)
@@ -87,11 +119,15 @@ def test_kill_nine_and_resume_give_the_uninterrupted_bits(tmp_path: Path) -> Non
     victim.kill()
     victim.wait()
     assert json.loads((tmp_path / "killed" / "checkpoint.json").read_text())["steps"] < 16000
-    subprocess.run(command(tmp_path / "killed", "16000", "--resume"), check=True, capture_output=True)
+    subprocess.run(
+        command(tmp_path / "killed", "16000", "--resume"), check=True, capture_output=True
+    )
     assert digest(tmp_path / "whole") == digest(tmp_path / "killed")
 
 
-def test_a_run_is_resumed_for_the_steps_it_was_started_for_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_run_is_resumed_for_the_steps_it_was_started_for_unless_told_otherwise(
+    tmp_path: Path,
+) -> None:
     argv = command(tmp_path / "x", "16000")
     resumed = [a for a in argv if a not in ("--steps", "16000")] + ["--resume"]
     victim = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
@@ -111,7 +147,8 @@ def test_a_run_that_is_through_can_be_made_longer_but_not_shorter(tmp_path: Path
     run = tiny_run(tmp_path / "run")
     kind = agents.get("rl2").config(**run.config["agent_config"])
     longer = TrainConfig(
-        **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config} | {"steps": 4000}
+        **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}
+        | {"steps": 4000}
     )
     with pytest.raises(MetarobotError, match="with steps 900: it was trained with 1600"):
         reopen_run(replace(longer, steps=900), kind, run.folder)
@@ -144,10 +181,24 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path) -> None:
 def test_metrics_reach_jsonl_and_tensorboard_under_the_known_names(runs) -> None:
     folder = runs["rl2"].folder
     row = read_metrics(folder / "metrics.jsonl")[-1]
-    names = {"rollout/ep_rew_mean", "time/fps", "train/approx_kl", "train/value_loss", "train/belief_loss"}
-    names |= {"meta/pre_adapt_return", "meta/post_adapt_return", "meta/adaptation_gain", "reward/speed", "sim/faults"}
+    names = {
+        "rollout/ep_rew_mean",
+        "time/fps",
+        "train/approx_kl",
+        "train/value_loss",
+        "train/belief_loss",
+    }
+    names |= {
+        "meta/pre_adapt_return",
+        "meta/post_adapt_return",
+        "meta/adaptation_gain",
+        "reward/speed",
+        "sim/faults",
+    }
     assert names <= set(row)
-    assert row["meta/adaptation_gain"] == pytest.approx(row["meta/post_adapt_return"] - row["meta/pre_adapt_return"])
+    assert row["meta/adaptation_gain"] == pytest.approx(
+        row["meta/post_adapt_return"] - row["meta/pre_adapt_return"]
+    )
     board = EventAccumulator(str(folder))
     board.Reload()
     assert names <= set(board.Tags()["scalars"])
@@ -176,7 +227,9 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
         ({"agent": "dqn"}, "no agent called 'dqn'; there are: "),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_path: Path, change, message) -> None:
+def test_settings_that_cannot_work_are_refused_before_anything_is_written(
+    tmp_path: Path, change, message
+) -> None:
     settings = TrainConfig(**{"family": "CheetahVel", **change})
     with pytest.raises(MetarobotError, match=message):
         start_run(settings, agents.get("rl2").config(), tmp_path / "x")
@@ -188,7 +241,9 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(tmp_pa
 def test_counts_below_one_are_refused(tmp_path: Path, name: str, agent: str) -> None:
     kind = agents.get(agent)
     with pytest.raises(MetarobotError, match=f"{name} must be at least 1, not 0"):
-        start_run(TrainConfig(family="CheetahVel", agent=agent), kind.config(**{name: 0}), tmp_path / "x")
+        start_run(
+            TrainConfig(family="CheetahVel", agent=agent), kind.config(**{name: 0}), tmp_path / "x"
+        )
     assert not (tmp_path / "x").exists()
 
 

@@ -44,7 +44,9 @@ def config(steps: int = 48, sim: str = "warp", **more: Any) -> TrainConfig:
     return TrainConfig(**usual | more, steps=steps, sim=sim)
 
 
-def test_a_run_on_warp_is_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_warp_is_resumed_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = agents.get("rl2").config(**SMALL)
     said: list[str] = []
     whole = short(start_run(config(), small, tmp_path / "whole", said.append))
@@ -58,7 +60,10 @@ def test_a_run_on_warp_is_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytes
             train(broken, show=False)
     assert train(short(open_run(broken.folder)), resume=True, show=False)
     assert digest(broken.folder) == digest(whole.folder)
-    assert [row["sim/lost_contacts"] for row in read_metrics(whole.folder / "metrics.jsonl")] == [0.0, 0.0]
+    assert [row["sim/lost_contacts"] for row in read_metrics(whole.folder / "metrics.jsonl")] == [
+        0.0,
+        0.0,
+    ]
     assert whole.config["sim"] == "warp"
 
 
@@ -83,7 +88,8 @@ def test_a_run_moves_between_simulators_and_that_is_said(tmp_path: Path) -> None
 def test_tasks_with_models_of_their_own_are_dealt_from_a_pool_keyed_by_the_seed() -> None:
     family = families.get("CheetahTerrain")
     one, other = (
-        worlds.make_task_source(family, 4, 2, seed=s, sim="warp", device="cpu", pool=5, threads=1) for s in (0, 1)
+        worlds.make_task_source(family, 4, 2, seed=s, sim="warp", device="cpu", pool=5, threads=1)
+        for s in (0, 1)
     )
     dealt = [one.deal(i) for i in range(8)]
     assert len({t for tasks in dealt for t in tasks}) == 5
@@ -98,14 +104,19 @@ def test_tasks_with_models_of_their_own_are_dealt_from_a_pool_keyed_by_the_seed(
 
 def test_more_tasks_than_the_pool_holds_are_dealt_evenly() -> None:
     family = families.get("CheetahTerrain")
-    where = worlds.make_task_source(family, 7, 1, seed=0, sim="warp", device="cpu", pool=3, threads=1)
+    where = worlds.make_task_source(
+        family, 7, 1, seed=0, sim="warp", device="cpu", pool=3, threads=1
+    )
     _, counts = np.unique([str(t.values) for t in where.deal(0)], return_counts=True)
     assert sorted(counts) == [2, 2, 3]
 
 
 def test_tasks_that_share_a_model_are_drawn_as_on_the_cpu() -> None:
     family = families.get("CheetahVel")
-    sims = [worlds.make_task_source(family, 3, 1, seed=2, sim=s, device="cpu", pool=0, threads=1) for s in worlds.SIMS]
+    sims = [
+        worlds.make_task_source(family, 3, 1, seed=2, sim=s, device="cpu", pool=0, threads=1)
+        for s in worlds.SIMS
+    ]
     assert sims[0].deal(5) == sims[1].deal(5)
 
 
@@ -113,7 +124,10 @@ def test_tasks_that_share_a_model_are_drawn_as_on_the_cpu() -> None:
     ("more", "says"),
     [
         (["--sim", "bullet"], "no simulator called 'bullet'; there are: cpu, warp"),
-        (["--sim", "warp", "--agent", "sb3:ppo"], "does not collect trials on Warp; leave --sim out"),
+        (
+            ["--sim", "warp", "--agent", "sb3:ppo"],
+            "does not collect trials on Warp; leave --sim out",
+        ),
         (["--sim", "warp", "--worlds", "100000000"], r"need .* GB free: about [\d,]+ would fit"),
     ],
 )
@@ -139,14 +153,22 @@ def test_without_warp_or_a_gpu_the_cpu_is_chosen_and_why_is_said() -> None:
     assert why.startswith("physics: cpu, as Warp cannot: Warp finds no CUDA device")
 
 
-def test_memory_that_runs_out_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = start_run(TrainConfig(family="CheetahDir100", steps=800), agents.get("rl2").config(**SMALL), tmp_path / "x")
+def test_memory_that_runs_out_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = start_run(
+        TrainConfig(family="CheetahDir100", steps=800),
+        agents.get("rl2").config(**SMALL),
+        tmp_path / "x",
+    )
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
 
     monkeypatch.setattr(module, "_iterate", full)
-    with pytest.raises(MetarobotError, match=r"out of memory .CUDA out of memory.; take fewer --worlds"):
+    with pytest.raises(
+        MetarobotError, match=r"out of memory .CUDA out of memory.; take fewer --worlds"
+    ):
         train(made, show=False)
 
 
@@ -171,7 +193,9 @@ def test_a_devices_rates_and_memory_are_measured() -> None:
     report = bench_device(family, worlds=3, seconds=0.01, device="cpu")
     assert report["models"] == 3
     assert report["lost"] == {}
-    assert report["physics_steps_per_s"] == pytest.approx(report["engine_steps_per_s"] * family.substeps)
+    assert report["physics_steps_per_s"] == pytest.approx(
+        report["engine_steps_per_s"] * family.substeps
+    )
     assert report["ratio"] == pytest.approx(report["steps_per_s"] / report["engine_steps_per_s"])
     held = bench_memory(family, worlds=16, device="cpu")
     assert [row["worlds"] for row in held["rows"]] == [16]
@@ -179,7 +203,9 @@ def test_a_devices_rates_and_memory_are_measured() -> None:
     assert held["end"] == ""
 
 
-def test_memory_is_measured_to_the_end_of_it_and_the_end_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_measured_to_the_end_of_it_and_the_end_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("metarobot.env.device.free_memory", lambda _: 10_000)
     report = bench_memory(families.get("CheetahVel"), worlds=16, device="cpu")
     assert report["rows"] == []

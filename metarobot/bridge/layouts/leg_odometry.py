@@ -1,8 +1,9 @@
 """Where a legged robot's feet are and how fast its trunk moves, from its joints, IMU and feet.
 
-A leg is a hip that turns about x, then a thigh and a calf that turn about y. Leg odometry: a foot that is down stays
-where it is, so the trunk moves against it. Vectors are three floats: on four legs plain arithmetic is several times as
-fast as arrays, each of whose operations costs as much as a leg.
+A leg is a hip that turns about x, then a thigh and a calf that turn about y. Leg odometry: a foot
+that is down stays where it is, so the trunk moves against it. Vectors are three floats: on four
+legs plain arithmetic is several times as fast as arrays, each of whose operations costs as much as
+a leg.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ Numbers = Sequence[float]
 Flags = Sequence[bool]
 
 TILT, NOW = 0.2, 0.2
-"""How much is taken of the IMU's tilt, the rest follows the gyroscope; and of joint velocities, the rest is how far the
-feet went since the last reading."""
+"""How much is taken of the IMU's tilt, the rest follows the gyroscope; and of joint velocities, the
+rest is how far the feet went since the last reading."""
 TRUST = (0.3, 0.3, 0.7)
-"""How much of the trunk's velocity is taken from what the feet say, the rest from what was known: along x, y, z."""
+"""How much of the trunk's velocity is taken from what the feet say, the rest from what was known:
+along x, y, z."""
 PARTS = ("hip", "thigh", "calf", "foot")
 
 
@@ -96,7 +98,9 @@ def about_y(angle: float, v: Vector) -> Vector:
 
 
 def upward(quat: Numbers) -> Vector:
-    """Return what is up in the frame of a body whose attitude is a quaternion, w first, of whatever length but 0."""
+    """Return what is up in the frame of a body whose attitude is a quaternion, w first, of whatever
+    length but 0.
+    """
     w, x, y, z = quat
     unit = w * w + x * x + y * y + z * z
     if not unit:
@@ -120,12 +124,15 @@ class Motion(NamedTuple):
 
 
 class Odometry:
-    """Follows the trunk's motion reading by reading; takes joint velocities and tilt to be noisy, places less so.
+    """Follows the trunk's motion reading by reading; takes joint velocities and tilt to be noisy,
+    places less so.
 
     ``places`` is leg -> part -> place, m.
     """
 
-    def __init__(self, places: Mapping[str, Mapping[str, Sequence[float]]], foot_radius: float) -> None:
+    def __init__(
+        self, places: Mapping[str, Mapping[str, Sequence[float]]], foot_radius: float
+    ) -> None:
         self.legs, self.radius = [Leg(leg) for leg in places.values()], foot_radius
         self.begin()
 
@@ -138,9 +145,17 @@ class Odometry:
         self._down: Flags = [False] * len(self.legs)
 
     def follow(
-        self, angles: Sequence[Numbers], speeds: Sequence[Numbers], up: Vector, turn: Vector, down: Flags, dt: float
+        self,
+        angles: Sequence[Numbers],
+        speeds: Sequence[Numbers],
+        up: Vector,
+        turn: Vector,
+        down: Flags,
+        dt: float,
     ) -> Motion:
-        """Take in a reading: joints ``(leg, 3)``, up and turn ``(3,)``, which feet are down, s since the last one."""
+        """Take in a reading: joints ``(leg, 3)``, up and turn ``(3,)``, which feet are down, s
+        since the last one.
+        """
         moved = [leg.move(a, s) for leg, a, s in zip(self.legs, angles, speeds, strict=True)]
         place = [p for p, _ in moved]
         if self._place is None:
@@ -151,7 +166,8 @@ class Odometry:
         self._up = times(1 / math.sqrt(dot(tilted, tilted)), tilted)
         middle, moving = times(0.5, plus(turn, self._turn)), []
         for (p, flex), before in zip(moved, self._place, strict=True):
-            # each foot against the trunk: over the last period, which is what noise in places allows, and right now
+            # each foot against the trunk: over the last period, which is what noise in places
+            # allows, and right now
             past = minus(times(1 / dt, minus(p, before)), across(p, middle))
             moving.append(plus(past, times(NOW, minus(minus(flex, across(p, turn)), past))))
         still = [i for i, down_now in enumerate(down) if down_now and self._down[i]]
@@ -170,7 +186,10 @@ class Odometry:
         """Move the velocity towards what the feet that stay down say."""
         if said:
             means = (sum(along) / len(said) for along in zip(*said, strict=True))
-            x, y, z = (v + trust * (mean - v) for v, trust, mean in zip(self._velocity, TRUST, means, strict=True))
+            x, y, z = (
+                v + trust * (mean - v)
+                for v, trust, mean in zip(self._velocity, TRUST, means, strict=True)
+            )
             self._velocity = x, y, z
 
     def _motion(self, place: Sequence[Vector], moving: Sequence[Vector]) -> Motion:

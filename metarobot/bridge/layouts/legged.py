@@ -1,8 +1,10 @@
-"""A legged robot's readings as its policy's observations, actions as joint targets, and the reward it earned.
+"""A legged robot's readings as its policy's observations, actions as joint targets, and the reward
+it earned.
 
-The twin of ``metarobot.envs.quadruped`` on a robot's own signals: the same observation, and the same reward terms and
-weights, with the trunk's velocity and the feet's heights and speeds from leg odometry. On rough ground heights are over
-the lowest foot, on slopes tilt is against gravity: there terms differ from the simulator's, which knows better.
+The twin of ``metarobot.envs.quadruped`` on a robot's own signals: the same observation, and the
+same reward terms and weights, with the trunk's velocity and the feet's heights and speeds from leg
+odometry. On rough ground heights are over the lowest foot, on slopes tilt is against gravity: there
+terms differ from the simulator's, which knows better.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from metarobot.bridge.policy.metadata import Meta
 from metarobot.bridge.robot_interface import GYRO, QUAT, Reading
 
 OPERATOR = ("command.x", "command.y", "command.turn")
-"""Keys of a reading in which a robot tells its operator's command: forward and sideways, m/s, and turn, rad/s."""
+"""Keys of a reading in which a robot tells its operator's command: forward and sideways, m/s, and
+turn, rad/s."""
 GAP = 0.2
 """A longer time between two readings is taken to be this long, s."""
 
@@ -42,14 +45,17 @@ class Moment(NamedTuple):
 class Legged:
     """The layout of policies for robots of twelve joints, an IMU, and forces on their feet.
 
-    ``command`` is what the operator asks for; a reading that holds one of its own takes its place. Readings are to be
-    given in the order in which they came: each new one moves the odometry on, whichever method sees it first.
+    ``command`` is what the operator asks for; a reading that holds one of its own takes its place.
+    Readings are to be given in the order in which they came: each new one moves the odometry on,
+    whichever method sees it first.
     """
 
     def __init__(self, meta: Meta, command: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> None:
         rules = meta.reward
         if rules is None or rules.get("kind") != "quadruped":
-            raise BridgeError(f"the policy's metadata has no quadruped's reward but {rules and rules.get('kind')!r}")
+            raise BridgeError(
+                f"the policy's metadata has no quadruped's reward but {rules and rules.get('kind')!r}"
+            )
         self.command = list(command)
         self.terms: dict[str, float] = {}
         """What the last reward was made of, before weights."""
@@ -74,12 +80,16 @@ class Legged:
         self._now: tuple[float, float, Moment] | None = None
 
     def observe(self, reading: Reading, last_action: Any) -> Any:
-        """Return gravity, turn, joints off the pose, their velocities, the last action and the command, float32."""
+        """Return gravity, turn, joints off the pose, their velocities, the last action and the
+        command, float32.
+        """
         now = self._moment(reading)
         x, y, z = now.up
         off = [p - pose for p, pose in zip(now.pos, self._pose, strict=True)]
         command = now.command if self._told else (0.0, 0.0, 0.0)
-        return np.array([-x, -y, -z, *now.turn, *off, *now.vel, *_floats(last_action), *command], np.float32)
+        return np.array(
+            [-x, -y, -z, *now.turn, *off, *now.vel, *_floats(last_action), *command], np.float32
+        )
 
     def targets(self, action: Any) -> dict[str, float]:
         """Return the joints' targets, rad."""
@@ -87,13 +97,19 @@ class Legged:
         return {name: pose + scale * x for name, pose, scale, x in parts}
 
     def reward(self, before: Reading, after: Reading, action: Any, last_action: Any) -> float:
-        """Return what an action earned; what the robot is told (``reward``) counts before what it reckons."""
+        """Return what an action earned; what the robot is told (``reward``) counts before what it
+        reckons.
+        """
         self._moment(before)
         now = self._moment(after)
         if "reward" in after:
             return float(after["reward"])
-        self.terms = self._terms(now, [a - b for a, b in zip(_floats(action), _floats(last_action), strict=True)])
-        total: float = sum([weight * self.terms[name] for name, weight in self._rules["weights"].items()])
+        self.terms = self._terms(
+            now, [a - b for a, b in zip(_floats(action), _floats(last_action), strict=True)]
+        )
+        total: float = sum(
+            [weight * self.terms[name] for name, weight in self._rules["weights"].items()]
+        )
         return total
 
     def ended(self, reading: Reading) -> bool:
@@ -107,7 +123,11 @@ class Legged:
             return self._now[2]
         x = self._values(reading)
         pos, vel, force, turn = x[:12], x[12:24], x[36:40], x[44:47]
-        dt = self._dt if self._now is None else min(max(reading["stamp"] - self._now[1], self._dt / 4), GAP)
+        dt = (
+            self._dt
+            if self._now is None
+            else min(max(reading["stamp"] - self._now[1], self._dt / 4), GAP)
+        )
         up, down = upward(x[40:44]), [f > self._rules["touch"] for f in force]
         motion = self._odometry.follow(_legs(pos), _legs(vel), up, turn, down, dt)
         command = [reading[k] for k in OPERATOR] if OPERATOR[0] in reading else self.command
@@ -127,8 +147,11 @@ class Legged:
             "tilt": 10 * (1 - motion.up[2]),
             "effort": 10 / 12 * _squares(torque),
             "jerk": _squares(change) / 12,
-            "slip": 4 * sum([v * v for v, down in zip(motion.speed, now.down, strict=True) if down]),
-            "pose": 2 / 12 * _squares([p - pose for p, pose in zip(now.pos, self._pose, strict=True)]),
+            "slip": 4
+            * sum([v * v for v, down in zip(motion.speed, now.down, strict=True) if down]),
+            "pose": 2
+            / 12
+            * _squares([p - pose for p, pose in zip(now.pos, self._pose, strict=True)]),
             "limits": 10 * sum([max(abs(x) - 0.9, 0.0) for x in (*torque, *fast)]),
         }
         off = math.hypot(speed[0] - wanted[0], speed[1] - wanted[1])

@@ -13,7 +13,8 @@ from metarobot.bridge.robot_interface import Reading
 class Direct:
     """The layout of policies whose robot tells observations, reward and failure itself.
 
-    A robot that tells no reward earns 0 in every step, and an agent that learns from it learns nothing.
+    A robot that tells no reward earns 0 in every step, and an agent that learns from it learns
+    nothing.
     """
 
     def __init__(self, meta: Meta) -> None:
@@ -28,7 +29,9 @@ class Direct:
 
     def observe(self, reading: Reading, last_action: Any) -> Any:
         """Return the observations, float32."""
-        return np.fromiter(map(reading.__getitem__, self._observations), np.float32, len(self._observations))
+        return np.fromiter(
+            map(reading.__getitem__, self._observations), np.float32, len(self._observations)
+        )
 
     def targets(self, action: Any) -> dict[str, float]:
         """Return the action's elements by name."""

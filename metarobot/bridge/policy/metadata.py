@@ -1,4 +1,6 @@
-"""What a policy folder says of itself: ``policy.json``, read and checked before anything else is believed."""
+"""What a policy folder says of itself: ``policy.json``, read and checked before anything else is
+believed.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class Trial:
     horizon: int
     episodes: int
     rollouts: int = 1
-    """Episodes that an agent which adapts between them takes as one: what it learns from at once."""
+    """Episodes that an agent which adapts between them takes as one: what it learns from at
+    once."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,20 @@ class Meta:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as e:
-            raise BridgeError(f"{folder} is no policy folder: cannot read {path}: {e.strerror or e}") from e
+            raise BridgeError(
+                f"{folder} is no policy folder: cannot read {path}: {e.strerror or e}"
+            ) from e
         except ValueError as e:
             raise BridgeError(f"{path} is damaged: {e}") from e
         if not isinstance(data, dict) or data.get("kind") != KIND:
-            raise BridgeError(f"{path} is not metarobot's: it is not of kind {KIND!r}; metarobot export writes it")
+            raise BridgeError(
+                f"{path} is not metarobot's: it is not of kind {KIND!r}; metarobot export writes it"
+            )
         try:
             if data["format"] > FORMAT:
-                raise BridgeError(f"{path} is of format {data['format']}, this metarobot reads up to {FORMAT}: upgrade")
+                raise BridgeError(
+                    f"{path} is of format {data['format']}, this metarobot reads up to {FORMAT}: upgrade"
+                )
             meta = cls.parse(data)
         except KeyError as e:
             raise BridgeError(f"{path} lacks {e}: export the policy again") from e
@@ -127,21 +136,28 @@ class Meta:
         """Give the JSON its types; raise what comes of wrong ones."""
         action = data["action"]
         simple: dict[str, Any] = {k: str(data[k]) for k in WORDS}
-        simple |= {k: _tuple(data[k], str) for k in ("joint_names", "observation_names", "command_names")}
+        simple |= {
+            k: _tuple(data[k], str) for k in ("joint_names", "observation_names", "command_names")
+        }
         simple |= {k: _tuple(data[k], float) for k in PER_JOINT[:-1]}
         return cls(
             **simple,
             control_hz=float(data["control_hz"]),
             trial=Trial(**{k: int(v) for k, v in data["trial"].items()}),
-            action=Action(_tuple(action["names"], str), *(_tuple(action[k], float) for k in ("low", "high"))),
-            limits={k: Limit(**{n: float(x) for n, x in v.items()}) for k, v in data["limits"].items()},
+            action=Action(
+                _tuple(action["names"], str), *(_tuple(action[k], float) for k in ("low", "high"))
+            ),
+            limits={
+                k: Limit(**{n: float(x) for n, x in v.items()}) for k, v in data["limits"].items()
+            },
             reward=data["reward"],
             explores=bool(data["explores"]),
             noise=int(data["noise"]),
             inputs=_shapes(data["inputs"]),
             outputs=_shapes(data["outputs"]),
             context=tuple(
-                Part(c["name"], c["in"], c["out"], _tuple(c["shape"], int), c["begin"]) for c in data["context"]
+                Part(c["name"], c["in"], c["out"], _tuple(c["shape"], int), c["begin"])
+                for c in data["context"]
             ),
         )
 
@@ -153,23 +169,34 @@ class Meta:
                 return f"{joints} joint_names, but {len(getattr(self, name))} {name}"
         if set(self.limits) != set(self.joint_names):
             return f"limits are of {', '.join(self.limits)}, joint_names are {', '.join(self.joint_names)}"
-        if not len(self.action.names) == len(low) == len(high) > 0 or not all(map(_below, low, high)):
+        if not len(self.action.names) == len(low) == len(high) > 0 or not all(
+            map(_below, low, high)
+        ):
             return "the action's names and bounds do not pair up"
         if self.layout not in LAYOUTS or (self.layout == "legged" and joints != len(low)):
             return f"layout {self.layout!r} of {joints} joints and {len(low)} actions; layouts: {', '.join(LAYOUTS)}"
         written = {p.written: p.shape for p in self.context if p.written is not None}
-        if self.outputs != {"actions": (1, len(low))} | written or len({p.name for p in self.context}) < len(
-            self.context
-        ):
+        if self.outputs != {"actions": (1, len(low))} | written or len(
+            {p.name for p in self.context}
+        ) < len(self.context):
             return "the outputs are not the action and the context"
         if self.adapts not in ADAPTS:
             return f"adapts is {self.adapts!r}; it may be: {', '.join(ADAPTS)}"
         if not (0 < self.control_hz < math.inf and min(vars(self.trial).values()) > 0):
             return "control_hz, horizon, episodes and rollouts must be positive"
-        gains = (*self.joint_stiffness, *self.joint_damping, *self.default_joint_pos, *self.action_scale)
+        gains = (
+            *self.joint_stiffness,
+            *self.joint_damping,
+            *self.default_joint_pos,
+            *self.action_scale,
+        )
         if not all(map(math.isfinite, gains)):
             return "gains, default pose or action scale are not finite"
-        unsafe = [k for k, v in self.limits.items() if not (_below(v.low, v.high) and v.velocity > 0 and v.torque > 0)]
+        unsafe = [
+            k
+            for k, v in self.limits.items()
+            if not (_below(v.low, v.high) and v.velocity > 0 and v.torque > 0)
+        ]
         return f"limits of {unsafe[0]} leave it no room" if unsafe else ""
 
 

@@ -1,6 +1,8 @@
-"""A look into an ONNX file before it is given to onnxruntime: nothing in it may come from elsewhere.
+"""A look into an ONNX file before it is given to onnxruntime: nothing in it may come from
+elsewhere.
 
-Reads just enough of the protobuf wire format (onnx.proto3, IR 3 to 13), so that a robot needs no ``onnx`` package.
+Reads just enough of the protobuf wire format (onnx.proto3, IR 3 to 13), so that a robot needs no
+``onnx`` package.
 """
 
 from __future__ import annotations
@@ -35,9 +37,13 @@ def check(data: bytes) -> None:
 def _check(message: memoryview, kind: str) -> None:
     for field, value in _fields(message):
         if (kind, field) in _DOMAIN and bytes(_data(value)) not in _STANDARD:
-            raise BridgeError(f"the ONNX file uses operators of {bytes(_data(value))!r}; only standard ones are run")
+            raise BridgeError(
+                f"the ONNX file uses operators of {bytes(_data(value))!r}; only standard ones are run"
+            )
         if (kind, field) in _FUNCTIONS:
-            raise BridgeError("the ONNX file brings functions of its own; only standard operators are run")
+            raise BridgeError(
+                "the ONNX file brings functions of its own; only standard operators are run"
+            )
         if (kind, field) in _EXTERNAL and value != 0:
             raise BridgeError("the ONNX file keeps numbers in another file; a policy is one file")
         if field in _NESTED[kind]:

@@ -1,4 +1,6 @@
-"""DDS on one network interface: participants, topics and who is at their other end. The one file that opens it."""
+"""DDS on one network interface: participants, topics and who is at their other end. The one file
+that opens it.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,12 @@ try:
     from cyclonedds.topic import Topic
     from cyclonedds.util import duration
 except ImportError as missing:
-    raise BridgeError("robots on DDS need the package cyclonedds: pip install 'metarobot[deploy]'") from missing
+    raise BridgeError(
+        "robots on DDS need the package cyclonedds: pip install 'metarobot[deploy]'"
+    ) from missing
 
-# without IgnoreTypeInformation, Fast DDS, which is ROS 2's default, is heard but never matched; and the loopback
+# without IgnoreTypeInformation, Fast DDS, which is ROS 2's default, is heard but never matched; and
+# the loopback
 # interface carries no multicast, so participants there are looked for one by one
 _CONFIG = """<CycloneDDS><Domain Id="any">
   <General><Interfaces><NetworkInterface name="{interface}"/></Interfaces></General>
@@ -42,7 +47,9 @@ _domains: dict[int, _Domain] = {}
 
 
 class _Domain:
-    """A domain as this process has it open: cyclonedds allows one of a number, shared by all its participants."""
+    """A domain as this process has it open: cyclonedds allows one of a number, shared by all its
+    participants.
+    """
 
     def __init__(self, number: int, interface: str) -> None:
         self.number, self.interface, self.users = number, interface, 0
@@ -66,17 +73,23 @@ class Inbox(Generic[T]):
         except BridgeError:
             raise
         except Exception as error:
-            raise BridgeError(f"a message on {self._reader.topic.name} cannot be read: {error}") from error
+            raise BridgeError(
+                f"a message on {self._reader.topic.name} cannot be read: {error}"
+            ) from error
         return None if not samples or isinstance(samples[0], InvalidSample) else samples[0]
 
     @property
     def publishers(self) -> int:
-        """How many publish here. One that is killed is counted for 10 s more; one that leaves, no longer."""
+        """How many publish here. One that is killed is counted for 10 s more; one that leaves, no
+        longer.
+        """
         return int(self._reader.get_subscription_matched_status().current_count)
 
 
 class Outbox(Generic[T]):
-    """The way out to a topic. Writing never waits: who has not taken a message when the next one comes, misses it."""
+    """The way out to a topic. Writing never waits: who has not taken a message when the next one
+    comes, misses it.
+    """
 
     def __init__(self, writer: DataWriter[Any]) -> None:
         self._writer = writer
@@ -97,7 +110,8 @@ class Outbox(Generic[T]):
 class Link:
     """A participant in a DDS domain, on one network interface and no other.
 
-    Raises ``BridgeError`` that lists the interfaces there are, if this one is missing, down or cannot be opened.
+    Raises ``BridgeError`` that lists the interfaces there are, if this one is missing, down or
+    cannot be opened.
     """
 
     def __init__(self, interface: str, domain: int) -> None:
@@ -106,18 +120,27 @@ class Link:
         try:
             home = _domains.get(domain) or _domains.setdefault(domain, _Domain(domain, interface))
             if home.interface != interface:
-                raise BridgeError(f"domain {domain} is open on {home.interface}, so not on {interface} too")
+                raise BridgeError(
+                    f"domain {domain} is open on {home.interface}, so not on {interface} too"
+                )
             self._participant = DomainParticipant(domain)
         except DDSException as error:
-            raise BridgeError(f"cannot open DDS on {self.place}: {error} Interfaces up: {_up()}") from error
+            raise BridgeError(
+                f"cannot open DDS on {self.place}: {error} Interfaces up: {_up()}"
+            ) from error
         home.users += 1
         self.close = weakref.finalize(self, _leave, self._participant, home)
         """Leave the domain; everybody there is told. A second time does nothing."""
 
     def reader(self, topic: str, kind: type[T], foreign: bool = False) -> Inbox[T]:
         """Subscribe to a topic; ``foreign`` leaves out what this link itself publishes."""
-        policies = [Policy.History.KeepLast(1), *([Policy.IgnoreLocal.Participant] if foreign else [])]
-        return Inbox(DataReader(self._participant, Topic(self._participant, topic, kind), Qos(*policies)))
+        policies = [
+            Policy.History.KeepLast(1),
+            *([Policy.IgnoreLocal.Participant] if foreign else []),
+        ]
+        return Inbox(
+            DataReader(self._participant, Topic(self._participant, topic, kind), Qos(*policies))
+        )
 
     def writer(self, topic: str, kind: type[T]) -> Outbox[T]:
         """Publish a topic, reliably, as those ask who listen for commands."""
@@ -125,7 +148,9 @@ class Link:
         return Outbox(DataWriter(self._participant, Topic(self._participant, topic, kind), qos))
 
     def wait(self, ready: Callable[[], bool], timeout: float, missing: Callable[[], str]) -> None:
-        """Poll until something is so; ``missing`` says what was not there within ``timeout`` seconds."""
+        """Poll until something is so; ``missing`` says what was not there within ``timeout``
+        seconds.
+        """
         end = time.monotonic() + timeout
         while not ready():
             if time.monotonic() > end:
@@ -134,12 +159,15 @@ class Link:
 
 
 class Wire(Generic[S, C]):
-    """A robot's two topics: states in, commands out, by one controller alone and never again after damping.
+    """A robot's two topics: states in, commands out, by one controller alone and never again after
+    damping.
 
     A ``guard`` stands beside a controller, to damp when that one dies, and does not mind it.
     """
 
-    def __init__(self, link: Link, states: tuple[str, type[S]], commands: tuple[str, type[C]], guard: bool) -> None:
+    def __init__(
+        self, link: Link, states: tuple[str, type[S]], commands: tuple[str, type[C]], guard: bool
+    ) -> None:
         self.link, self._topics = link, (states[0], commands[0])
         self._in, self._out = link.reader(*states), link.writer(*commands)
         self._others = None if guard else link.reader(*commands, foreign=True)
@@ -147,10 +175,16 @@ class Wire(Generic[S, C]):
         self.newest, self.close = self._in.newest, link.close
 
     def wait(self, timeout: float) -> None:
-        """Wait until the robot is at both ends, and then a while for another controller's commands."""
+        """Wait until the robot is at both ends, and then a while for another controller's
+        commands.
+        """
         states, commands = self._topics
-        self.link.wait(lambda: self._in.publishers > 0, timeout, lambda: f"nobody publishes {states}")
-        self.link.wait(lambda: self._out.listeners > 0, timeout, lambda: f"nobody listens to {commands}")
+        self.link.wait(
+            lambda: self._in.publishers > 0, timeout, lambda: f"nobody publishes {states}"
+        )
+        self.link.wait(
+            lambda: self._out.listeners > 0, timeout, lambda: f"nobody listens to {commands}"
+        )
         if self._others:
             time.sleep(LISTEN)
         self.check()
@@ -159,7 +193,9 @@ class Wire(Generic[S, C]):
         """Raise ``BridgeError`` if the robot has left, or somebody else commands it."""
         states, commands = self._topics
         if self._others and self._others.newest() is not None:
-            raise BridgeError(f"another controller publishes {commands} on {self.link.place}; stop it first")
+            raise BridgeError(
+                f"another controller publishes {commands} on {self.link.place}; stop it first"
+            )
         if not self._in.publishers:
             raise BridgeError(f"link lost: nobody publishes {states} any more")
         if not self._out.listeners:
@@ -182,7 +218,8 @@ class Wire(Generic[S, C]):
 
 
 def _leave(participant: DomainParticipant, home: _Domain) -> None:
-    # __del__ by hand: left to the garbage collector, an entity in a cycle is not deleted in the library
+    # __del__ by hand: left to the garbage collector, an entity in a cycle is not deleted in the
+    # library
     participant.__del__()
     home.users -= 1
     if not home.users:

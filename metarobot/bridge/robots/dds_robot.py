@@ -14,7 +14,9 @@ C = TypeVar("C")
 
 
 class Wired(Generic[S, C]):
-    """A robot that is one wire, states in and commands out, and holds the last command when no more come."""
+    """A robot that is one wire, states in and commands out, and holds the last command when no more
+    come.
+    """
 
     name: str
     guarded = True
@@ -24,7 +26,9 @@ class Wired(Generic[S, C]):
         self._wire: Wire[S, C] | None = None
 
     def connect(self) -> None:
-        """Open the wire; wait for the robot, a while for anybody else who commands it, and for readings."""
+        """Open the wire; wait for the robot, a while for anybody else who commands it, and for
+        readings.
+        """
         self._wire = wire = self._open()
         try:
             wire.wait(self._timeout)

@@ -1,7 +1,7 @@
 """Any robot of LeRobot's kind as a robot of ours, without LeRobot: by its verbs alone.
 
-LeRobot's robots speak of motors in degrees or in hundredths of their calibrated range, a policy of joints in rad.
-A table of channels says how the two belong together.
+LeRobot's robots speak of motors in degrees or in hundredths of their calibrated range, a policy of
+joints in rad. A table of channels says how the two belong together.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ class Channel:
         return cls(key, sign * math.pi / 180, zero)
 
     @classmethod
-    def ranged(cls, key: str, low: float, high: float, span: tuple[float, float] = (-100.0, 100.0)) -> Self:
-        """Read a motor whose numbers at the ends of ``span`` stand for the angles ``low`` and ``high``, rad.
+    def ranged(
+        cls, key: str, low: float, high: float, span: tuple[float, float] = (-100.0, 100.0)
+    ) -> Self:
+        """Read a motor whose numbers at the ends of ``span`` stand for the angles ``low`` and
+        ``high``, rad.
 
         A gripper's span is (0, 100) in LeRobot.
         """
@@ -73,13 +76,14 @@ class Channel:
 class LeRobot:
     """A LeRobot robot driven in rad by a policy's joint names.
 
-    table: a channel for each joint of the policy; motors without one are left alone.
-    limp: what makes the robot limp, ``robot.bus.disable_torque`` if it has that. Without either, ``damp`` commands each
-    motor to where it is, and it stays there, stiff.
+    table: a channel for each joint of the policy; motors without one are left alone. limp: what
+    makes the robot limp, ``robot.bus.disable_torque`` if it has that. Without either, ``damp``
+    commands each motor to where it is, and it stays there, stiff.
 
-    LeRobot measures no speeds and keeps no clock: speeds are differences between readings, the stamp is when a reading
-    came back. Reading takes as long as the bus does, a few ms for six servos. A second process cannot have the same
-    port, so nothing damps the robot if this one is killed: its motors then hold their last goals.
+    LeRobot measures no speeds and keeps no clock: speeds are differences between readings, the
+    stamp is when a reading came back. Reading takes as long as the bus does, a few ms for six
+    servos. A second process cannot have the same port, so nothing damps the robot if this one is
+    killed: its motors then hold their last goals.
     """
 
     name = "lerobot"
@@ -94,10 +98,14 @@ class LeRobot:
     ) -> None:
         if table.keys() != set(meta.joint_names):
             ours, theirs = ", ".join(meta.joint_names), ", ".join(table)
-            raise BridgeError(f"the policy's joints {ours or 'none'} are not the table's: {theirs or 'none'}")
+            raise BridgeError(
+                f"the policy's joints {ours or 'none'} are not the table's: {theirs or 'none'}"
+            )
         features = robot.observation_features.keys() & robot.action_features.keys()
         if unknown := [channel.key for channel in table.values() if channel.key not in features]:
-            raise BridgeError(f"{robot.name} has no motor {', '.join(unknown)}; it has {', '.join(sorted(features))}")
+            raise BridgeError(
+                f"{robot.name} has no motor {', '.join(unknown)}; it has {', '.join(sorted(features))}"
+            )
         self.identity = f"lerobot {robot.name} {getattr(robot, 'id', None) or ''}".rstrip()
         self._robot, self._table = robot, {joint: table[joint] for joint in meta.joint_names}
         self._keys = [f"{joint}.pos" for joint in self._table]
@@ -105,7 +113,9 @@ class LeRobot:
         self._connected = self._damped = False
 
     def connect(self) -> None:
-        """Open the robot and read it once; it must be calibrated, for calibrating moves it and asks questions."""
+        """Open the robot and read it once; it must be calibrated, for calibrating moves it and asks
+        questions.
+        """
         _tried(lambda: self._robot.connect(calibrate=False))
         self._connected, self._damped = True, False
         self._angles, self._stamp, self._seq = [math.nan] * len(self._table), 0.0, 0
@@ -116,12 +126,17 @@ class LeRobot:
         self.get_observation()
 
     def get_observation(self) -> dict[str, float]:
-        """Read all motors now; speeds are 0 on the first reading. After ``damp``, which has the bus, it is the last."""
+        """Read all motors now; speeds are 0 on the first reading. After ``damp``, which has the
+        bus, it is the last.
+        """
         if self._damped:
             return dict(self._reading)
         angles, stamp = _tried(self._read), time.monotonic()
         passed = stamp - self._stamp
-        speeds = [(new - old) / passed if self._seq else 0.0 for new, old in zip(angles, self._angles, strict=True)]
+        speeds = [
+            (new - old) / passed if self._seq else 0.0
+            for new, old in zip(angles, self._angles, strict=True)
+        ]
         self._angles, self._stamp, self._seq = angles, stamp, self._seq + 1
         velocities = zip((f"{joint}.vel" for joint in self._table), speeds, strict=True)
         self._reading = {
@@ -133,7 +148,9 @@ class LeRobot:
         return dict(self._reading)
 
     def send_action(self, action: Command) -> dict[str, float]:
-        """Command the motors; return what LeRobot says it really sent. After ``damp`` nothing is sent."""
+        """Command the motors; return what LeRobot says it really sent. After ``damp`` nothing is
+        sent.
+        """
         targets = checked(action, self._keys)
         if self._damped:
             return {}
@@ -144,7 +161,9 @@ class LeRobot:
         return sent
 
     def damp(self) -> None:
-        """Switch the motors' torque off; try again for a while if another thread is using the bus."""
+        """Switch the motors' torque off; try again for a while if another thread is using the
+        bus.
+        """
         self._damped = True
         if not self._connected:
             return
@@ -172,7 +191,10 @@ class LeRobot:
     def _send(self, targets: list[float]) -> dict[str, float]:
         if not all(map(math.isfinite, targets)):
             raise BridgeError(f"targets that are not finite, and are not sent: {targets}")
-        goals = {c.key: (q - c.zero) / c.scale for c, q in zip(self._table.values(), targets, strict=True)}
+        goals = {
+            c.key: (q - c.zero) / c.scale
+            for c, q in zip(self._table.values(), targets, strict=True)
+        }
         sent = _tried(lambda: self._robot.send_action(goals))
         channels = zip(self._keys, self._table.values(), strict=True)
         return {key: c.zero + c.scale * float(sent[c.key]) for key, c in channels if c.key in sent}

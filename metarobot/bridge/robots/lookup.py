@@ -30,11 +30,18 @@ LAYOUTS = {
 
 
 def make(spec: str, meta: Meta, **settings: Any) -> Robot:
-    """Make a robot, not connected yet; ``settings`` are the arguments of its class after the metadata."""
-    kind = _find(ROBOTS.get(spec, spec), f"there is no robot {spec!r}; robots: {', '.join(ROBOTS)}, or module:Class")
+    """Make a robot, not connected yet; ``settings`` are the arguments of its class after the
+    metadata.
+    """
+    kind = _find(
+        ROBOTS.get(spec, spec),
+        f"there is no robot {spec!r}; robots: {', '.join(ROBOTS)}, or module:Class",
+    )
     known = [p.name for p in signature(kind).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := [k for k in settings if k not in known]:
-        raise BridgeError(f"robot {spec} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+        raise BridgeError(
+            f"robot {spec} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}"
+        )
     try:
         robot: Robot = kind(meta, **settings)
     except (TypeError, ValueError, AttributeError) as e:
@@ -83,7 +90,9 @@ def rate(meta: Meta, hz: float, any_rate: bool) -> float:
 
 @contextmanager
 def alone(identity: str) -> Iterator[None]:
-    """Hold the one place at a robot's controls on this machine; raise if another controller has it."""
+    """Hold the one place at a robot's controls on this machine; raise if another controller has
+    it.
+    """
     folder = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     path = folder / f"metarobot-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.lock"
     try:
@@ -95,7 +104,9 @@ def alone(identity: str) -> Iterator[None]:
     except OSError:
         other = os.read(file, 32).decode(errors="replace").strip()
         os.close(file)
-        raise BridgeError(f"{identity} has a controller already: process {other or '?'}; stop that first") from None
+        raise BridgeError(
+            f"{identity} has a controller already: process {other or '?'}; stop that first"
+        ) from None
     try:
         os.ftruncate(file, 0)
         os.write(file, str(os.getpid()).encode())
@@ -105,7 +116,9 @@ def alone(identity: str) -> Iterator[None]:
 
 
 def settings(words: Mapping[str, str]) -> dict[str, Any]:
-    """Give settings from a command line their types: numbers, true and false, else text; ``a.b`` is ``b`` of ``a``."""
+    """Give settings from a command line their types: numbers, true and false, else text; ``a.b`` is
+    ``b`` of ``a``.
+    """
     typed: dict[str, Any] = {}
     for key, value in words.items():
         name, _, part = key.partition(".")

@@ -1,4 +1,6 @@
-"""The ROS 2 messages of the bridge, as ROS 2's own DDS names them (common_interfaces 5, Apache-2.0)."""
+"""The ROS 2 messages of the bridge, as ROS 2's own DDS names them (common_interfaces 5,
+Apache-2.0).
+"""
 # annotations are evaluated here: cyclonedds makes its types of them
 
 from dataclasses import dataclass

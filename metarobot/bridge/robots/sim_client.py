@@ -1,7 +1,9 @@
-"""The simulated robot as the controller sees it: a process of its own that answers over UDP on this machine.
+"""The simulated robot as the controller sees it: a process of its own that answers over UDP on this
+machine.
 
-The frames are defined here, for both ends. All numbers are little-endian: a header (magic, kind, number), then float64s
-or JSON. The process is ``metarobot.deploy.sim_robot_server``; started by this client unless an address is given.
+The frames are defined here, for both ends. All numbers are little-endian: a header (magic, kind,
+number), then float64s or JSON. The process is ``metarobot.deploy.sim_robot_server``; started by
+this client unless an address is given.
 """
 
 from __future__ import annotations
@@ -38,15 +40,18 @@ class Kind(IntEnum):
     """What a frame is. Its number counts commands, or readings, so that late ones are known."""
 
     HELLO = 1
-    """A controller asks to drive the robot; answered by INFO (JSON), or REFUSED (JSON) if another one does."""
+    """A controller asks to drive the robot; answered by INFO (JSON), or REFUSED (JSON) if another
+    one does."""
     INFO = 2
     COMMAND = 3
     """One float64 an element of the action, in the order INFO names them."""
     RESTART = 4
-    """Number of the request, world, episode: the robot is put at that start; readings say which request they follow."""
+    """Number of the request, world, episode: the robot is put at that start; readings say which
+    request they follow."""
     DAMP = 5
     READING = 6
-    """Stamp, number of the last command taken, number of the last restart, then the values in INFO's order."""
+    """Stamp, number of the last command taken, number of the last restart, then the values in
+    INFO's order."""
     REPORT = 7
     """Asked without payload, from any address; answered with JSON."""
     REFUSED = 8
@@ -60,7 +65,11 @@ def frame(kind: Kind, number: int, values: Any = None) -> bytes:
     head = HEAD.pack(MAGIC, kind, number)
     if values is None:
         return head
-    return head + (json.dumps(values).encode() if isinstance(values, dict) else np.asarray(values, "<f8").tobytes())
+    return head + (
+        json.dumps(values).encode()
+        if isinstance(values, dict)
+        else np.asarray(values, "<f8").tobytes()
+    )
 
 
 def parse(data: bytes) -> tuple[Kind, int, bytes] | None:
@@ -74,11 +83,13 @@ def parse(data: bytes) -> tuple[Kind, int, bytes] | None:
 
 
 class Sim:
-    """A robot in MuJoCo, in real time or in lock-step: then its time goes on by one control period a reading.
+    """A robot in MuJoCo, in real time or in lock-step: then its time goes on by one control period
+    a reading.
 
-    After ``restart`` it is held where the episode begins until the first command: its time starts with that. In real
-    time ``await_reading`` is for controllers that would keep step with it, whatever their phase. Settings are
-    those of ``python -m metarobot.deploy.sim_robot_server``; ``task`` may be words, ``a=1,b=2``.
+    After ``restart`` it is held where the episode begins until the first command: its time starts
+    with that. In real time ``await_reading`` is for controllers that would keep step with it,
+    whatever their phase. Settings are those of ``python -m metarobot.deploy.sim_robot_server``;
+    ``task`` may be words, ``a=1,b=2``.
     """
 
     name = "sim"
@@ -101,8 +112,15 @@ class Sim:
         address: str = "",
     ) -> None:
         self.meta, self.address, self.world = meta, address, 0
-        words = task.split(",") if isinstance(task, str) else [f"{k}={v!r}" for k, v in task.items()]
-        numbers = {"tasks": int(tasks), "seed": int(seed), "watchdog-s": watchdog_s, "publish-hz": publish_hz}
+        words = (
+            task.split(",") if isinstance(task, str) else [f"{k}={v!r}" for k, v in task.items()]
+        )
+        numbers = {
+            "tasks": int(tasks),
+            "seed": int(seed),
+            "watchdog-s": watchdog_s,
+            "publish-hz": publish_hz,
+        }
         self._arguments = [
             *(family or meta.family, "--split", split, "--until-eof"),
             *(word for name, x in numbers.items() for word in (f"--{name}", str(x))),
@@ -142,7 +160,9 @@ class Sim:
             raise
 
     def await_reading(self) -> None:
-        """In real time, wait for a reading that was not handed out, not much longer than a control period."""
+        """In real time, wait for a reading that was not handed out, not much longer than a control
+        period.
+        """
         self._drain()
         if not self.info["lockstep"] and self._latest["seq"] == self._seen:
             self._hear(WAIT * self.info["control_s"])
@@ -172,7 +192,9 @@ class Sim:
         self._ask(Kind.RESTART, lambda: self._answers[1] == self._restarts, values)
 
     def trial(self, world: int) -> None:
-        """Choose the task, by its number, of the trial that the next restart begins; after the last comes the first."""
+        """Choose the task, by its number, of the trial that the next restart begins; after the last
+        comes the first.
+        """
         self.world = world
 
     def damp(self) -> None:
@@ -181,7 +203,9 @@ class Sim:
             self._send(frame(Kind.DAMP, 0))
 
     def report(self) -> dict[str, Any]:
-        """Return what the robot counted: commands taken and refused, delays, and what the episode really earned."""
+        """Return what the robot counted: commands taken and refused, delays, and what the episode
+        really earned.
+        """
         self._report: dict[str, Any] = {}
         self._ask(Kind.REPORT, lambda: bool(self._report))
         return self._report
@@ -206,7 +230,9 @@ class Sim:
         if self.address:
             host, _, port = self.address.rpartition(":")
             if not port.isdecimal() or not 0 < int(port) < 65536:
-                raise BridgeError(f"{self.address!r} is not the address of a simulated robot: give host:port")
+                raise BridgeError(
+                    f"{self.address!r} is not the address of a simulated robot: give host:port"
+                )
             return host or HOST, int(port)
         return HOST, self._start()
 
@@ -230,7 +256,11 @@ class Sim:
 
     def _check(self) -> None:
         """Refuse a robot that the policy was not made for."""
-        wanted = [f"{j}.pos" for j in self.meta.joint_names] if self.info["legged"] else self.meta.observation_names
+        wanted = (
+            [f"{j}.pos" for j in self.meta.joint_names]
+            if self.info["legged"]
+            else self.meta.observation_names
+        )
         there = self.info["command"] if self.info["legged"] else self.info["reading"][: len(wanted)]
         if list(wanted) != list(there):
             raise BridgeError(

@@ -1,8 +1,9 @@
 """Unitree's Go2 by its low-level messages, over DDS and without Unitree's SDK.
 
-In: ``rt/lowstate``, what fails its checksum is dropped and counted. Out: ``rt/lowcmd``, target angle and gains of each
-motor. The robot's own walking service must have been stopped (in the app, or by the SDK's motion switcher): it
-publishes the same commands, and ``connect`` refuses while it does.
+In: ``rt/lowstate``, what fails its checksum is dropped and counted. Out: ``rt/lowcmd``, target
+angle and gains of each motor. The robot's own walking service must have been stopped (in the app,
+or by the SDK's motion switcher): it publishes the same commands, and ``connect`` refuses while it
+does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ JOINTS = tuple(f"{leg}_{part}" for leg in LEGS for part in ("hip", "thigh", "cal
 """The motors, in the order of the messages."""
 
 POS_STOP, VEL_STOP = 2.146e9, 16000.0
-"""Targets that mean: do not control the position, the speed (``PosStopF``, ``VelStopF`` of the SDK)."""
+"""Targets that mean: do not control the position, the speed (``PosStopF``, ``VelStopF`` of the
+SDK)."""
 
 # low level; then frame, serial number, version and bandwidth
 _HEAD = [0xFE, 0xEF, 0xFF, 0, 0, 0, 0, 0, 0]
@@ -41,13 +43,12 @@ _HEADER, _IMU, _MOTOR, _FEET, _TICK = 9, 14, 12, 288, 296
 class Unitree(Wired["LowState", "LowCmd"]):
     """A Go2, whose motors are position drives with the policy's gains.
 
-    interface, domain: network interface on the robot's net (its computers are 192.168.123.x), and DDS domain.
-    damping: N·m·s/rad, what each motor brakes with after ``damp``.
-    foot_zero, foot_scale: what a foot's sensor says in the air, and N for a unit more of it; the sensor itself says
-    numbers without a unit.
-    checksums: whether readings must have a right checksum; some simulators send none.
-    timeout: s, how long ``connect`` waits.
-    guard: whether it stands beside a controller, to damp when that one dies; else another one is not suffered.
+    interface, domain: network interface on the robot's net (its computers are 192.168.123.x), and
+    DDS domain. damping: N·m·s/rad, what each motor brakes with after ``damp``. foot_zero,
+    foot_scale: what a foot's sensor says in the air, and N for a unit more of it; the sensor itself
+    says numbers without a unit. checksums: whether readings must have a right checksum; some
+    simulators send none. timeout: s, how long ``connect`` waits. guard: whether it stands beside a
+    controller, to damp when that one dies; else another one is not suffered.
     """
 
     name = "unitree"
@@ -66,7 +67,9 @@ class Unitree(Wired["LowState", "LowCmd"]):
         guard: bool = False,
     ) -> None:
         if sorted(meta.joint_names) != sorted(JOINTS):
-            raise BridgeError(f"a policy for the joints {', '.join(meta.joint_names)}; a Go2 has {', '.join(JOINTS)}")
+            raise BridgeError(
+                f"a policy for the joints {', '.join(meta.joint_names)}; a Go2 has {', '.join(JOINTS)}"
+            )
         super().__init__(interface, domain, timeout)
         self.identity = f"unitree go2 on {interface}, domain {domain}"
         self.bad = 0
@@ -74,7 +77,12 @@ class Unitree(Wired["LowState", "LowCmd"]):
         gains = zip(meta.joint_stiffness, meta.joint_damping, strict=True)
         by_joint = dict(zip(meta.joint_names, gains, strict=True))
         self._gains = [by_joint[joint] for joint in JOINTS]
-        self._foot, self._damping, self._checksums, self._guard = (foot_zero, foot_scale), damping, checksums, guard
+        self._foot, self._damping, self._checksums, self._guard = (
+            (foot_zero, foot_scale),
+            damping,
+            checksums,
+            guard,
+        )
 
     def _open(self) -> Wire[LowState, LowCmd]:
         from metarobot.bridge.robots import dds
@@ -88,23 +96,38 @@ class Unitree(Wired["LowState", "LowCmd"]):
         wire.link.wait(lambda: bool(self._take()), self._timeout, self._silent)
 
     def _silent(self) -> str:
-        return f"{self.bad} readings with a wrong checksum and no sound one" if self.bad else "nothing on rt/lowstate"
+        return (
+            f"{self.bad} readings with a wrong checksum and no sound one"
+            if self.bad
+            else "nothing on rt/lowstate"
+        )
 
     def get_observation(self) -> dict[str, float]:
-        """Return the newest sound reading; ``stamp`` is the robot's tick, ``seq`` the same in ms."""
+        """Return the newest sound reading; ``stamp`` is the robot's tick, ``seq`` the same in
+        ms.
+        """
         self._connected().check()
         return dict(self._take())
 
     def send_action(self, action: Command) -> dict[str, float]:
-        """Send the joints' targets with their gains; return none when ``damp`` has been called: none is sent."""
+        """Send the joints' targets with their gains; return none when ``damp`` has been called:
+        none is sent.
+        """
         targets = checked(action, _POSITIONS)
-        motors = [(_ON, q, 0.0, 0.0, kp, kd, 0, 0, 0) for q, (kp, kd) in zip(targets, self._gains, strict=True)]
+        motors = [
+            (_ON, q, 0.0, 0.0, kp, kd, 0, 0, 0)
+            for q, (kp, kd) in zip(targets, self._gains, strict=True)
+        ]
         return dict(action) if self._connected().send(_message(motors)) else {}
 
     def damp(self) -> None:
-        """Let every motor brake its speed and hold no position; motors keep the last command they got."""
+        """Let every motor brake its speed and hold no position; motors keep the last command they
+        got.
+        """
         if self._wire is not None:
-            self._wire.damp(_message([(_ON, POS_STOP, 0.0, 0.0, 0.0, self._damping, 0, 0, 0)] * len(JOINTS)))
+            self._wire.damp(
+                _message([(_ON, POS_STOP, 0.0, 0.0, 0.0, self._damping, 0, 0, 0)] * len(JOINTS))
+            )
 
     def _take(self) -> dict[str, float]:
         """Read what is new; return the newest sound reading."""
@@ -126,7 +149,9 @@ def _reading(numbers: Sequence[float], foot_zero: float, foot_scale: float) -> d
     for i, joint in enumerate(JOINTS):
         _, q, dq, _, tau = numbers[_HEADER + _IMU + i * _MOTOR :][:5]
         reading |= {f"{joint}.pos": q, f"{joint}.vel": dq, f"{joint}.tau": tau}
-    return reading | {f"{leg}.force": foot_scale * (numbers[_FEET + i] - foot_zero) for i, leg in enumerate(LEGS)}
+    return reading | {
+        f"{leg}.force": foot_scale * (numbers[_FEET + i] - foot_zero) for i, leg in enumerate(LEGS)
+    }
 
 
 def _message(motors: Sequence[Sequence[float]]) -> LowCmd:

@@ -1,9 +1,10 @@
-"""Unitree's Go2 messages: their fields, how they lie on the wire and in the robot's memory, and their checksum.
+"""Unitree's Go2 messages: their fields, how they lie on the wire and in the robot's memory, and
+their checksum.
 
-Fields, names and layout are those of Unitree's SDK2 (``unitree_go/msg/*.idl``, BSD-3). All sizes are fixed, so a
-message is a ``struct`` of numbers, in two layouts that differ in padding alone: on the wire every number is aligned to
-its own size, and a C compiler pads nested structures besides. One ``unpack`` and the checksum take 45 µs; cyclonedds
-reads the fields one by one, in 850 µs.
+Fields, names and layout are those of Unitree's SDK2 (``unitree_go/msg/*.idl``, BSD-3). All sizes
+are fixed, so a message is a ``struct`` of numbers, in two layouts that differ in padding alone: on
+the wire every number is aligned to its own size, and a C compiler pads nested structures besides.
+One ``unpack`` and the checksum take 45 µs; cyclonedds reads the fields one by one, in 850 µs.
 """
 # annotations are evaluated here: cyclonedds makes its types of them
 
@@ -34,10 +35,12 @@ _MIRROR = bytes(int(f"{b:08b}"[::-1], 2) for b in range(256))
 
 
 def checksum(message: bytes) -> int:
-    """Return the CRC-32 of a message in C's layout, whose last word is the place of the checksum itself.
+    """Return the CRC-32 of a message in C's layout, whose last word is the place of the checksum
+    itself.
 
-    Polynomial 0x04C11DB7, begun from 0xFFFFFFFF, over little-endian words from their highest bit down. ``zlib`` counts
-    bits from the lowest up, so what it is fed is mirrored, and its answer too.
+    Polynomial 0x04C11DB7, begun from 0xFFFFFFFF, over little-endian words from their highest bit
+    down. ``zlib`` counts bits from the lowest up, so what it is fed is mirrored, and its answer
+    too.
     """
     words = np.frombuffer(message, "<u4")[:-1].byteswap().tobytes()
     mirrored = zlib.crc32(words.translate(_MIRROR)) ^ 0xFFFFFFFF
@@ -93,7 +96,9 @@ class LowCmd(IdlStruct, typename="unitree_go.msg.dds_.LowCmd_"):
         *body, _ = numbers
         self.numbers = [*body, checksum(_CMD_C.pack(*body, 0))]
 
-    def serialize(self, buffer: Any = None, endianness: Any = None, use_version_2: Any = None) -> bytes:
+    def serialize(
+        self, buffer: Any = None, endianness: Any = None, use_version_2: Any = None
+    ) -> bytes:
         """Return the message as it goes over the wire."""
         return _LITTLE_ENDIAN + _CMD_WIRE.pack(*self.numbers)
 
@@ -183,7 +188,9 @@ class LowState(IdlStruct, typename="unitree_go.msg.dds_.LowState_"):
         """Read a message off the wire."""
         # bit 0 of the header's second byte says little-endian
         if not data[1] & 1 or len(data) < 4 + _STATE_WIRE.size:
-            raise BridgeError(f"a LowState of {len(data)} bytes with the header {data[:4].hex()}: not a Go2's")
+            raise BridgeError(
+                f"a LowState of {len(data)} bytes with the header {data[:4].hex()}: not a Go2's"
+            )
         return cls(_STATE_WIRE.unpack_from(data, 4))
 
     @property

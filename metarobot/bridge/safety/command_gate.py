@@ -1,10 +1,11 @@
-"""The one way from the controller to the drives, which closes for good; and the thread that closes it.
+"""The one way from the controller to the drives, which closes for good; and the thread that closes
+it.
 
-Two things keep it open: readings that are new, and commands that are sent. Each must come within the **patience**, two
-control periods + 10 ms, of the last one; else the robot is damped, whatever the loop is doing: waiting for a policy
-that never returns, or for a driver, or for a lost link. Counted on the wire, damping follows the last good reading
-within three control periods + 20 ms (a reading waits up to a period until the loop looks), and the last command within
-two + 20 ms.
+Two things keep it open: readings that are new, and commands that are sent. Each must come within
+the **patience**, two control periods + 10 ms, of the last one; else the robot is damped, whatever
+the loop is doing: waiting for a policy that never returns, or for a driver, or for a lost link.
+Counted on the wire, damping follows the last good reading within three control periods + 20 ms (a
+reading waits up to a period until the loop looks), and the last command within two + 20 ms.
 """
 
 from __future__ import annotations
@@ -30,19 +31,27 @@ class DampedError(BridgeError):
 
 
 def patience(period: float) -> float:
-    """Return how long nothing new may come or go before the robot is damped, s: two control periods + 10 ms."""
+    """Return how long nothing new may come or go before the robot is damped, s: two control periods
+    + 10 ms.
+    """
     return 2 * period + 0.01
 
 
 def bounds(period: float) -> tuple[float, float]:
-    """Return within what time damping follows the last good reading, and the last command, on the wire, s."""
+    """Return within what time damping follows the last good reading, and the last command, on the
+    wire, s.
+    """
     return 3 * period + 0.02, 2 * period + 0.02
 
 
 class Gate:
-    """Sends commands while all is well, and damping once it is not; never a command after damping."""
+    """Sends commands while all is well, and damping once it is not; never a command after
+    damping.
+    """
 
-    def __init__(self, robot: Robot, clock: Clock, period: float, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, robot: Robot, clock: Clock, period: float, beat: Callable[[], None] = lambda: None
+    ) -> None:
         self.robot, self.clock, self.patience = robot, clock, patience(period)
         self.reason = ""
         """Why the robot was damped; nothing as long as it is not."""
@@ -74,7 +83,9 @@ class Gate:
         return min(self._reading_due, self._command_due)
 
     def send(self, command: Command) -> dict[str, float]:
-        """Send a command; raise ``DampedError`` instead if it comes too late or the gate has closed."""
+        """Send a command; raise ``DampedError`` instead if it comes too late or the gate has
+        closed.
+        """
         self.check()
         with self._lock:
             if not self.reason:
@@ -108,14 +119,20 @@ class Gate:
                 self._lock.release()
 
     def _limp(self) -> None:
-        with suppress(BridgeError, OSError):  # a link that is lost takes no damping: the robot's own watchdog must
+        with suppress(
+            BridgeError, OSError
+        ):  # a link that is lost takes no damping: the robot's own watchdog must
             self.robot.damp()
 
 
 class Watch:
-    """The thread that watches a gate, and files for a sign to stop: descriptor -> reason, or none to go on."""
+    """The thread that watches a gate, and files for a sign to stop: descriptor -> reason, or none
+    to go on.
+    """
 
-    def __init__(self, gate: Gate, signs: Iterable[tuple[int, Callable[[bytes], str]]] = ()) -> None:
+    def __init__(
+        self, gate: Gate, signs: Iterable[tuple[int, Callable[[bytes], str]]] = ()
+    ) -> None:
         self.gate, self._signs = gate, dict(signs)
         self.hung: Callable[[], None] = lambda: None
         """Called once when the loop has not noticed damping for ``hang`` seconds."""
@@ -134,7 +151,9 @@ class Watch:
             os.close(end)
 
     def _run(self) -> None:
-        """Sleep until the patience ends at the earliest, then look whether it has; once damped, damp on."""
+        """Sleep until the patience ends at the earliest, then look whether it has; once damped,
+        damp on.
+        """
         while not self.gate.reason:
             left = min(max(self.gate.due - self.gate.clock.now(), 0.0) + 1e-4, 0.05)
             if self._ended(left):

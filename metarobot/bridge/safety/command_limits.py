@@ -1,7 +1,9 @@
-"""What every command passes before it leaves: whatever comes in, what goes out is finite and within limits.
+"""What every command passes before it leaves: whatever comes in, what goes out is finite and within
+limits.
 
-Each limit is an interval for a joint's target; a command is moved into their intersection, and where that is empty, or
-anything is not a number, nothing goes out and the robot is damped. A drive's torque is
+Each limit is an interval for a joint's target; a command is moved into their intersection, and
+where that is empty, or anything is not a number, nothing goes out and the robot is damped. A
+drive's torque is
 
     τ = kp (target − q) − kd q̇
 
@@ -26,7 +28,8 @@ _BITS = 1 << np.arange(len(KINDS))
 
 
 ABSURD = 1e9
-"""No angles, velocities or commands of a robot are this large: such numbers are as good as infinite."""
+"""No angles, velocities or commands of a robot are this large: such numbers are as good as
+infinite."""
 
 
 class UnsafeError(BridgeError):
@@ -36,10 +39,10 @@ class UnsafeError(BridgeError):
 class Filter:
     """Moves commands into their limits, and counts per joint what had to be moved.
 
-    Position: the joint's range. Velocity: a joint that is faster than its limit is not driven on. Torque: what the
-    drive would give now stays under its limit. Rate: a target moves at most ``rate`` times as fast as its joint may,
-    except where the other limits make it. ``kp`` and ``kd`` are the drives' gains; commands without drives (``direct``)
-    have a range only.
+    Position: the joint's range. Velocity: a joint that is faster than its limit is not driven on.
+    Torque: what the drive would give now stays under its limit. Rate: a target moves at most
+    ``rate`` times as fast as its joint may, except where the other limits make it. ``kp`` and
+    ``kd`` are the drives' gains; commands without drives (``direct``) have a range only.
     """
 
     def __init__(self, meta: Meta, period: float, rate: float = 2.0) -> None:
@@ -69,16 +72,21 @@ class Filter:
         self._lower, self._upper, self._centre, self._hold = (np.zeros(n) for _ in range(4))
 
     def begin(self, at: Array | None = None) -> None:
-        """Forget the last command; ``at`` is where the targets stand, from which they move at their rate."""
+        """Forget the last command; ``at`` is where the targets stand, from which they move at their
+        rate.
+        """
         self._last[:] = np.nan if at is None else at
 
     def __call__(self, target: Array, pos: Array, vel: Array) -> Array:
-        """Return what may be sent for ``target``, ``(joint,)``, at joint angles ``pos`` and velocities ``vel``.
+        """Return what may be sent for ``target``, ``(joint,)``, at joint angles ``pos`` and
+        velocities ``vel``.
 
-        The array belongs to the filter. Raises ``UnsafeError`` for what is not finite, and where limits contradict
-        each other, as they do for a joint that reads far outside its range.
+        The array belongs to the filter. Raises ``UnsafeError`` for what is not finite, and where
+        limits contradict each other, as they do for a joint that reads far outside its range.
         """
-        if not math.hypot(*target.tolist(), *pos.tolist(), *vel.tolist()) < ABSURD:  # so for NaN too
+        if (
+            not math.hypot(*target.tolist(), *pos.tolist(), *vel.tolist()) < ABSURD
+        ):  # so for NaN too
             raise UnsafeError("a target, joint angle or velocity is not finite")
         out, low, high = self.out, self._lower, self._upper
         out[:] = target
@@ -96,11 +104,15 @@ class Filter:
         np.subtract(self._centre, self._reach, out=low)
         np.add(self._centre, self._reach, out=high)
         self._into(low, high, 2)
-        if self.hit[1:3].any():  # position may have given way: then the limits contradict each other
+        if self.hit[
+            1:3
+        ].any():  # position may have given way: then the limits contradict each other
             outside = (out < self.low) | (out > self.high)
             if outside.any():
                 joint = self.joints[int(np.argmax(outside))]
-                raise UnsafeError(f"joint {joint} is so far outside its range, or so fast, that no target is safe")
+                raise UnsafeError(
+                    f"joint {joint} is so far outside its range, or so fast, that no target is safe"
+                )
         self._last[:] = out
         self.counts += self.hit
         return out
@@ -112,7 +124,11 @@ class Filter:
     def report(self) -> dict[str, dict[str, int]]:
         """Return joint -> kind of limit -> how many commands it moved, of those it moved."""
         rows = zip(self.joints, self.counts.T.tolist(), strict=True)
-        return {joint: {k: n for k, n in zip(KINDS, row, strict=True) if n} for joint, row in rows if any(row)}
+        return {
+            joint: {k: n for k, n in zip(KINDS, row, strict=True) if n}
+            for joint, row in rows
+            if any(row)
+        }
 
     def _into(self, low: Array, high: Array, kind: int) -> None:
         """Move the command into an interval and note where; an end that is NaN is no end."""
@@ -124,7 +140,9 @@ class Filter:
 
 
 def blend(start: Array, end: Array, progress: float, out: Array) -> Array:
-    """Go from ``start`` to ``end`` with rest at both ends, ``progress`` in [0, 1]: s = p² (3 − 2 p)."""
+    """Go from ``start`` to ``end`` with rest at both ends, ``progress`` in [0, 1]: s = p² (3 − 2
+    p).
+    """
     p = min(max(progress, 0.0), 1.0)
     np.subtract(end, start, out=out)
     out *= p * p * (3 - 2 * p)

@@ -1,7 +1,8 @@
 """The emergency stop: any key, SIGINT, SIGTERM and SIGHUP, whatever the loop is doing.
 
-Python's own signal handlers wait until the loop lets them; a byte written by the interpreter's C handler does not, and
-the thread that watches the gate reads it. So a policy that never returns is stopped too.
+Python's own signal handlers wait until the loop lets them; a byte written by the interpreter's C
+handler does not, and the thread that watches the gate reads it. So a policy that never returns is
+stopped too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Signs(NamedTuple):
 
 @contextmanager
 def signs(keys: bool = True) -> Iterator[Signs]:
-    """Lend the files that a ``Watch`` is to look at; terminal and signal handlers are what they were afterwards."""
+    """Lend the files that a ``Watch`` is to look at; terminal and signal handlers are what they
+    were afterwards.
+    """
     terminal = sys.stdin.fileno() if keys and sys.stdin is not None and sys.stdin.isatty() else -1
     before = termios.tcgetattr(terminal) if terminal >= 0 else []
 
@@ -45,7 +48,9 @@ def signs(keys: bool = True) -> Iterator[Signs]:
         if threading.current_thread() is threading.main_thread():
             found.append(stack.enter_context(_signals()))
         if terminal >= 0:
-            tty.setcbreak(terminal, termios.TCSANOW)  # keys come one by one and unseen; Ctrl-C is still a signal
+            tty.setcbreak(
+                terminal, termios.TCSANOW
+            )  # keys come one by one and unseen; Ctrl-C is still a signal
             found.append((terminal, lambda data: "a key was pressed"))
         yield Signs(found, restore)
 

@@ -1,8 +1,9 @@
 """The guard: a process beside the controller that damps a robot when the controller dies or hangs.
 
-For robots that go on with the last command for ever. It is connected as the controller is, sends nothing as long as it
-hears a beat with every command, and is told when all is over. ``kill -9`` of the controller ends the pipe at once.
-Such a robot's class takes a setting ``guard``, true in this process: there it must bear another controller beside it.
+For robots that go on with the last command for ever. It is connected as the controller is, sends
+nothing as long as it hears a beat with every command, and is told when all is over. ``kill -9`` of
+the controller ends the pipe at once. Such a robot's class takes a setting ``guard``, true in this
+process: there it must bear another controller beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def guarding(folder: str, spec: str, settings: dict[str, Any], period: float) ->
         ready, _, _ = select.select([child.process.stdout], [], [], START_S)
         said = child.process.stdout.readline() if ready else b""
         if said != READY:
-            raise BridgeError(f"the guard does not start: {said.decode(errors='replace').strip() or 'it says nothing'}")
+            raise BridgeError(
+                f"the guard does not start: {said.decode(errors='replace').strip() or 'it says nothing'}"
+            )
         yield lambda: _beat(child)
     finally:
         child.send(OVER)
@@ -52,7 +55,9 @@ def _beat(child: Child) -> None:
 
 
 def watch(robot: Robot, source: int, limit: float) -> bool:
-    """Return true once the controller has said that all is over; false when it died or its beat stopped."""
+    """Return true once the controller has said that all is over; false when it died or its beat
+    stopped.
+    """
     beating = False
     while True:
         ready, _, _ = select.select([source], [], [], limit if beating else None)

@@ -1,4 +1,6 @@
-"""What is believed of a robot's readings: complete, finite, newer than the last, and on a clock that does not jump."""
+"""What is believed of a robot's readings: complete, finite, newer than the last, and on a clock
+that does not jump.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,15 @@ class Readings:
         self._gone = math.nan
 
     def forget(self) -> None:
-        """Begin anew, as after the robot was restarted: the next one has none before it, but a higher number."""
+        """Begin anew, as after the robot was restarted: the next one has none before it, but a
+        higher number.
+        """
         self._gone = self.latest.get("seq", math.nan)
         self.latest = {}
 
     def take(self, reading: Reading, now: float) -> bool:
-        """Take in what the robot said; return whether it is new. What is older than the latest is not believed.
+        """Take in what the robot said; return whether it is new. What is older than the latest is
+        not believed.
 
         Raises ``ReadingError`` for what is missing or not finite, and for a clock that jumped.
         """
@@ -50,7 +55,10 @@ class Readings:
                 return False
             self.latest, self._heard, self._offset = reading, now, now - reading["stamp"]
             return True
-        ahead, further = reading["stamp"] - self.latest["stamp"], reading["seq"] - self.latest["seq"]
+        ahead, further = (
+            reading["stamp"] - self.latest["stamp"],
+            reading["seq"] - self.latest["seq"],
+        )
         if ahead < -JUMP:
             raise ReadingError(f"the robot's clock went back by {-ahead:.3g} s")
         if ahead <= 0 or further <= 0:
@@ -59,7 +67,11 @@ class Readings:
             return False
         behind, drift = now - reading["stamp"] - self._offset, DRIFT * (now - self._heard)
         if abs(behind) > JUMP:
-            how = "ahead of this machine's" if behind < 0 else "behind, or its readings are on their way for long"
+            how = (
+                "ahead of this machine's"
+                if behind < 0
+                else "behind, or its readings are on their way for long"
+            )
             raise ReadingError(f"the robot's clock is suddenly {abs(behind):.3g} s {how}")
         self._offset += min(max(behind, -drift), drift)
         self.latest, self._heard = reading, now
@@ -71,7 +83,9 @@ class Readings:
             total = sum(self._values(reading)) + sum([reading.get(key, 0.0) for key in TOLD])
         except KeyError:
             missing = [key for key in self._needed if key not in reading]
-            raise ReadingError(f"the robot's reading lacks {_few(missing)}; it has {_few(list(reading))}") from None
+            raise ReadingError(
+                f"the robot's reading lacks {_few(missing)}; it has {_few(list(reading))}"
+            ) from None
         except TypeError:
             total = math.nan
         if not math.isfinite(total):

@@ -1,7 +1,8 @@
 """Processes beside the loop, and the pipe to them that never makes the loop wait.
 
-What would hold the interpreter (writing a log, drawing a panel), and what must outlive it (the guard), is done in a
-process of its own. A frame is a kind, a length and so many bytes; a frame that finds the pipe full is dropped.
+What would hold the interpreter (writing a log, drawing a panel), and what must outlive it (the
+guard), is done in a process of its own. A frame is a kind, a length and so many bytes; a frame that
+finds the pipe full is dropped.
 """
 
 from __future__ import annotations
@@ -22,13 +23,22 @@ ROOM = 1 << 20
 
 
 class Child:
-    """A module of ours run in a process of its own, which survives Ctrl-C and ends when the pipe does."""
+    """A module of ours run in a process of its own, which survives Ctrl-C and ends when the pipe
+    does.
+    """
 
-    def __init__(self, module: str, *arguments: str, keep: tuple[int, ...] = (), answers: bool = False) -> None:
+    def __init__(
+        self, module: str, *arguments: str, keep: tuple[int, ...] = (), answers: bool = False
+    ) -> None:
         command = [sys.executable, "-m", f"metarobot.bridge.{module}", *arguments]
         out = subprocess.PIPE if answers else None
         self.process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=out, pass_fds=keep, start_new_session=True, bufsize=0
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            pass_fds=keep,
+            start_new_session=True,
+            bufsize=0,
         )
         assert self.process.stdin is not None
         self._pipe = self.process.stdin.fileno()

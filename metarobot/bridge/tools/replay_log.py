@@ -40,7 +40,12 @@ def replay(path: Path, policy: Policy, tolerance: float = 1e-5) -> Replay:
             same = content["policy"] == meta.sha256
         elif topic == log.EVENT:
             if content["what"] == "adapted" and content["context"]:
-                policy.adopt({name: np.array(array, np.float32) for name, array in content["context"].items()})
+                policy.adopt(
+                    {
+                        name: np.array(array, np.float32)
+                        for name, array in content["context"].items()
+                    }
+                )
         elif content["action"][:1] not in ([], [None]):
             if content["trial"] != trial:
                 trial = content["trial"]
@@ -60,7 +65,9 @@ def _difference(policy: Policy, tick: dict[str, Any]) -> Any:
     meta = policy.meta
     for name, wanted in (("obs", len(meta.observation_names)), ("action", len(meta.action.names))):
         if len(tick[name]) != wanted:
-            raise BridgeError(f"the log is of another policy: {len(tick[name])} numbers of {name}, not {wanted}")
+            raise BridgeError(
+                f"the log is of another policy: {len(tick[name])} numbers of {name}, not {wanted}"
+            )
     noise = _array(tick["noise"]) if meta.noise else None
     policy.act(_array(tick["obs"]), tick["reward"], bool(tick["done"]), noise)
     return np.abs(policy.chosen.astype(np.float64) - np.array(tick["action"]))

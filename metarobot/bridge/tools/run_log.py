@@ -1,7 +1,7 @@
 """The log of a run: every tick as JSON in an MCAP file, which Foxglove and PlotJuggler read too.
 
-The loop hands each tick to a process that writes; it never waits for it. A log is readable up to its last chunk, half a
-second or so, if the writer is killed, and whole if only the controller is.
+The loop hands each tick to a process that writes; it never waits for it. A log is readable up to
+its last chunk, half a second or so, if the writer is killed, and whole if only the controller is.
 """
 
 from __future__ import annotations
@@ -30,12 +30,27 @@ _FLAT = {"type": "object"}
 _TICK = {
     "type": "object",
     "properties": {
-        "reading": {"type": "object", "description": "what the robot said, null where it said no number"},
-        "obs": {"type": "array", "items": {"type": "number"}, "description": "what the policy was shown"},
-        "action": {"type": "array", "items": {"type": "number"}, "description": "what it chose, before any clip"},
+        "reading": {
+            "type": "object",
+            "description": "what the robot said, null where it said no number",
+        },
+        "obs": {
+            "type": "array",
+            "items": {"type": "number"},
+            "description": "what the policy was shown",
+        },
+        "action": {
+            "type": "array",
+            "items": {"type": "number"},
+            "description": "what it chose, before any clip",
+        },
         "asked": {"type": "object", "description": "the command the action stands for"},
         "sent": {"type": "object", "description": "what the robot's driver says it sent"},
-        "limited": {"type": "array", "items": {"type": "number"}, "description": "bits: position, velocity, ..."},
+        "limited": {
+            "type": "array",
+            "items": {"type": "number"},
+            "description": "bits: position, velocity, ...",
+        },
     },
 }
 
@@ -56,7 +71,9 @@ class Row:
 
 
 class Log:
-    """Writes an MCAP file through a process of its own; ``dropped`` counts ticks that it could not keep up with."""
+    """Writes an MCAP file through a process of its own; ``dropped`` counts ticks that it could not
+    keep up with.
+    """
 
     def __init__(self, path: Path, row: Row, about: Mapping[str, str]) -> None:
         if importlib.util.find_spec("mcap") is None:
@@ -103,7 +120,11 @@ def write(source: BinaryIO, target: BinaryIO) -> None:
     writer.start(profile="", library="metarobot")
     channels = {
         topic: writer.register_channel(
-            topic, "json", writer.register_schema(f"metarobot{topic.replace('/', '.')}", "jsonschema", _schema(schema))
+            topic,
+            "json",
+            writer.register_schema(
+                f"metarobot{topic.replace('/', '.')}", "jsonschema", _schema(schema)
+            ),
         )
         for topic, schema in ((TICK, _TICK), (EVENT, _FLAT))
     }
@@ -145,7 +166,9 @@ def _named(groups: Mapping[str, Sequence[str]], row: NDArray[np.float64]) -> byt
 
 
 def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a log: (``/tick``, ``/event`` or ``policy``, content), up to where it ends or was cut off."""
+    """Read a log: (``/tick``, ``/event`` or ``policy``, content), up to where it ends or was cut
+    off.
+    """
     from mcap.exceptions import McapError
     from mcap.records import Channel, Message, Metadata
     from mcap.stream_reader import StreamReader

@@ -1,6 +1,8 @@
-"""What a run shows while it lasts: a panel in the terminal where rich is installed, else a line now and then.
+"""What a run shows while it lasts: a panel in the terminal where rich is installed, else a line now
+and then.
 
-Drawing takes milliseconds of the interpreter, so a process of its own does it; the loop only says where things stand.
+Drawing takes milliseconds of the interpreter, so a process of its own does it; the loop only says
+where things stand.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from metarobot.bridge.tools.child_process import Child, frames
 
 STATUS, LINE = b"S", b"L"
 LINE_S = 5.0
-COLOURS = {"idle": "white", "ready": "yellow", "running": "green", "damping": "red", "stopped": "red"}
+COLOURS = {
+    "idle": "white",
+    "ready": "yellow",
+    "running": "green",
+    "damping": "red",
+    "stopped": "red",
+}
 BAR = 20
 NICE = 10
 FEW = 6
@@ -28,12 +36,16 @@ FEW = 6
 
 
 class Screen:
-    """Shows status and lines through a process of its own if there is a terminal and rich, else plainly."""
+    """Shows status and lines through a process of its own if there is a terminal and rich, else
+    plainly.
+    """
 
     def __init__(self, title: str, plain: bool = False) -> None:
         live = not plain and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
         self._child = Child("panel", title) if live else None
-        if self._child is not None:  # drawing waits when the robot, or the loop, wants the processor
+        if (
+            self._child is not None
+        ):  # drawing waits when the robot, or the loop, wants the processor
             os.setpriority(os.PRIO_PROCESS, self._child.process.pid, NICE)
         self._said = -float("inf")
 
@@ -78,7 +90,9 @@ def line(status: dict[str, Any]) -> str:
 
 
 def main(title: str) -> None:
-    """Draw what comes on standard input until it ends; give the terminal back as it was even if nobody else can."""
+    """Draw what comes on standard input until it ends; give the terminal back as it was even if
+    nobody else can.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -90,7 +104,9 @@ def main(title: str) -> None:
         with Live(console=console, auto_refresh=False, transient=False) as live:
             for kind, payload in frames(sys.stdin.buffer):
                 if kind == LINE:
-                    live.console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {payload.decode()}", highlight=False)
+                    live.console.print(
+                        f"[dim]{time.strftime('%H:%M:%S')}[/] {payload.decode()}", highlight=False
+                    )
                 else:
                     live.update(draw(title, json.loads(payload)), refresh=True)
     finally:
@@ -105,7 +121,9 @@ def draw(title: str, status: dict[str, Any]) -> Any:
     from rich.text import Text
 
     colour = COLOURS[status["state"]]
-    state = Text.assemble((f" {status['state'].upper()} ", f"bold black on {colour}"), "  ", _where(status))
+    state = Text.assemble(
+        (f" {status['state'].upper()} ", f"bold black on {colour}"), "  ", _where(status)
+    )
     if status["reason"]:
         state.append(f"  {status['reason']}", style=colour)
     body = Group(state, Text(), _facts(status))
@@ -115,7 +133,9 @@ def draw(title: str, status: dict[str, Any]) -> Any:
 
 def _where(status: dict[str, Any]) -> str:
     left = f", {status['left_s']:.0f} s left" if 0 <= status["left_s"] < float("inf") else ""
-    return f"trial {status['trial'] + 1}, episode {status['episode'] + 1}, step {status['step']}{left}"
+    return (
+        f"trial {status['trial'] + 1}, episode {status['episode'] + 1}, step {status['step']}{left}"
+    )
 
 
 def _facts(status: dict[str, Any]) -> Any:
@@ -138,7 +158,10 @@ def _facts(status: dict[str, Any]) -> Any:
     )
     table.add_row("return", _returns(status))
     table.add_row("limits hit", _limits(status["limited"], pace["ticks"]))
-    table.add_row("readings", f"{readings['repeated']} repeated, {readings['disordered']} of them out of order")
+    table.add_row(
+        "readings",
+        f"{readings['repeated']} repeated, {readings['disordered']} of them out of order",
+    )
     if status["dropped"]:
         table.add_row("log", f"[yellow]{status['dropped']} steps lost: the disk is too slow[/]")
     if status["adapting"] or status["adapted"]:
@@ -150,7 +173,11 @@ def _facts(status: dict[str, Any]) -> Any:
 def _returns(status: dict[str, Any]) -> str:
     done = [" → ".join(f"{value:.1f}" for value in trial) for trial in status["returns"] if trial]
     now = f"[bold]{status['return']:.1f}[/] so far"
-    return "\n".join([*done[:-1], " → ".join([*done[-1:], now])] if status["returns"][-1:] != [[]] else [*done, now])
+    return "\n".join(
+        [*done[:-1], " → ".join([*done[-1:], now])]
+        if status["returns"][-1:] != [[]]
+        else [*done, now]
+    )
 
 
 def _limits(limited: dict[str, dict[str, int]], ticks: int) -> str:
@@ -160,7 +187,10 @@ def _limits(limited: dict[str, dict[str, int]], ticks: int) -> str:
     for joint, kinds in worst[:FEW]:
         share = min(max(kinds.values()) / max(ticks, 1), 1.0)
         bar = "█" * max(round(BAR * share), 1)
-        lines.append(f"{joint:<10} [yellow]{bar:<{BAR}}[/] " + ", ".join(f"{k} {n}" for k, n in kinds.items()))
+        lines.append(
+            f"{joint:<10} [yellow]{bar:<{BAR}}[/] "
+            + ", ".join(f"{k} {n}" for k, n in kinds.items())
+        )
     more = [f"and {len(worst) - FEW} more joints"] if len(worst) > FEW else []
     return "\n".join([*lines, *more]) or "none"
 
