@@ -27,6 +27,7 @@ from metarobot.tasks.family import (
     Family,
     Hardware,
     Interaction,
+    LeggedSensors,
     Teaching,
     WorldState,
 )
@@ -437,6 +438,14 @@ def hardware(robot: str, hidden: bool) -> Hardware:
     return Hardware(
         **go2.drives(compiled),
         commands=() if hidden else OBSERVATIONS[-3:],
+        sensors=LeggedSensors(
+            gravity=OBSERVATIONS[:3],
+            gyro=OBSERVATIONS[3:6],
+            joint_position=OBSERVATIONS[6:18],
+            joint_velocity=OBSERVATIONS[18:30],
+            joint_torque=tuple(f"{joint}_torque" for joint in go2.JOINTS),
+            foot_force={leg: f"{leg}_touch" for leg in go2.LEGS},
+        ),
         reward={"kind": "quadruped", "legs": go2.legs(compiled), **measures, "upright": UPRIGHT},
     )
 

@@ -68,6 +68,28 @@ class EpisodeStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeggedSensors:
+    """What a legged robot measures itself, as names of the family's observations and MJCF sensors.
+
+    The simulated robot of ``metarobot.deploy`` publishes these, so it needs no knowledge of any
+    particular robot. Joints are in the order of ``Hardware.joints``.
+    """
+
+    gravity: tuple[str, ...]
+    """Observations: direction of gravity in the trunk's frame, x, y, z."""
+    gyro: tuple[str, ...]
+    """Observations: angular velocity in the trunk's frame, x, y, z, rad/s."""
+    joint_position: tuple[str, ...]
+    """Observations: one a joint, rad, from the default pose."""
+    joint_velocity: tuple[str, ...]
+    """Observations: one a joint, rad/s."""
+    joint_torque: tuple[str, ...]
+    """Sensors of the model: one a joint, N·m."""
+    foot_force: Mapping[str, str]
+    """Leg -> the model's sensor of the force on its foot, N."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """What drives the real robot must be told; one value a joint, in the order of the action."""
 
@@ -88,6 +110,8 @@ class Hardware:
     """Highest torque, N·m."""
     commands: tuple[str, ...] = ()
     """Observations that an operator sets."""
+    sensors: LeggedSensors | None = None
+    """What a legged robot measures; the simulated robot needs it."""
     reward: Mapping[str, Any] = field(default_factory=dict)
     """What a robot needs to compute its reward from its own signals, as JSON data with a ``kind``;
     nothing if it cannot."""
