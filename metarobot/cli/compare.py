@@ -86,7 +86,7 @@ def compare(
     with bar() as progress:
         task = progress.add_task("playing", total=count_plays(runs, protocol))
         report = compare_runs(plan, runs, protocol, lambda: progress.advance(task))
-    tables.comparison(report)
+    print(tables.comparison_table(report))
     _write(report, (out if results is None else results) / f"{family}-compare-{split}")
 
 
@@ -98,7 +98,7 @@ def _write(report: dict[str, Any], stem: Path) -> None:
     write_json(stem.with_suffix(".json"), report)
     with atomic_path(stem.with_suffix(".md")) as temporary:
         temporary.write_text(tables.comparison_markdown(report))
-    plot.comparison(report, stem.with_suffix(".png"))
+    plot.plot_comparison(report, stem.with_suffix(".png"))
     print(f"wrote {stem}.md, .json and .png")
 
 

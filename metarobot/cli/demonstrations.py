@@ -98,7 +98,7 @@ def shots(
             threads=threads,
             tick=lambda: progress.advance(task),
         )
-    tables.shots(report)
+    print(tables.few_shot_table(report))
     if json is not None:
         from metarobot.files import write_json
 

@@ -122,13 +122,13 @@ def evaluate(
         report = measure(
             agents, protocol, **baselines, controls=controls, tick=lambda: progress.advance(task)
         )
-    tables.evaluation(report)
+    print(tables.evaluation_table(report))
     if json is not None:
         from metarobot.files import write_json
 
         write_json(json, report)
     if plot is not None:
-        drawing.adaptation(report, plot)
+        drawing.plot_evaluation(report, plot)
 
 
 def render(
@@ -195,7 +195,7 @@ def sinusoid(
         seed: Draws everything.
         json: Where to write the errors.
     """
-    from metarobot.evaluation.plots import check_suffix, regression
+    from metarobot.evaluation.plots import check_suffix, plot_regression
     from metarobot.evaluation.sinusoid_example import SinusoidConfig, compare
     from metarobot.files import write_json
 
@@ -219,7 +219,7 @@ def sinusoid(
         print(
             f"{name}: mean squared error after 0, 1, … gradient steps: {', '.join(f'{e:.3f}' for e in errors)}"
         )
-    regression(result.x, result.truth, result.seen, result.curves, result.errors, out)
+    plot_regression(result.x, result.truth, result.seen, result.curves, result.errors, out)
     if json is not None:
         write_json(json, {"iterations": config.iterations, "seed": seed, "errors": result.errors})
     print(f"wrote {out}")
@@ -241,14 +241,16 @@ def plot(
             first came this high.
         at: Also print that return after so many seconds of training, and the steps it took.
     """
-    from metarobot.evaluation.plots import learning
-    from metarobot.evaluation.tables import milestones
+    from metarobot.evaluation.plots import plot_learning_curves
+    from metarobot.evaluation.tables import milestone_lines
     from metarobot.training.metrics_log import read_metrics
     from metarobot.training.run_folder import open_run
 
     opened = [open_run(r) for r in runs]
-    learning(opened, out)
-    milestones({r.name: read_metrics(r.folder / "metrics.jsonl") for r in opened}, reach, at)
+    plot_learning_curves(opened, out)
+    milestones = milestone_lines({r.name: read_metrics(r.folder / "metrics.jsonl") for r in opened}, reach, at)
+    if milestones:
+        print(milestones)
     print(f"wrote {out}")
 
 

@@ -66,10 +66,10 @@ def recognise(
     with bar() as progress:
         task = progress.add_task("playing", total=support + queries)
         report = measure(opened, quiz, tick=lambda: progress.advance(task))
-    tables.likeness(report, prototypes)
+    print(tables.recognition_table(report, prototypes))
     if json is not None:
         from metarobot.files import write_json
 
         write_json(json, report)
     if plot is not None:
-        drawing.likeness(report, colour, plot)
+        drawing.plot_recognition(report, colour, plot)

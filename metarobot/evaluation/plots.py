@@ -1,6 +1,4 @@
-"""Pictures of figures: adaptation curves of an evaluation, learning curves of runs. The only room
-with matplotlib.
-"""
+"""Plots of reports and learning curves; only this module imports matplotlib's figures."""
 
 from __future__ import annotations
 
@@ -16,89 +14,99 @@ from metarobot.files import atomic_path
 from metarobot.training.metrics_log import read_metrics
 from metarobot.training.run_folder import CheckpointError, Run
 
-AGENT, ORACLE, BLIND, GREY = "#1f6feb", "#2da44e", "#8c959f", "#57606a"
-TUNED = ("#bc4c00", "#d4a72c")
+AGENT_COLOUR = "#1f6feb"
+ORACLE_COLOUR = "#2da44e"
+BLIND_COLOUR = "#8c959f"
+CONTROL_COLOUR = "#57606a"
+FINE_TUNED_COLOURS = ("#bc4c00", "#d4a72c")
+
 SUFFIXES = (".png", ".svg", ".pdf")
+"""Files that can be drawn to."""
+
+FIGURE_HEIGHT_IN = 4.2
 
 
-def adaptation(report: dict[str, Any], path: Path) -> None:
-    """Plot return against episodes of experience, with 95 % bands, beside the baselines and
-    controls it holds.
+def plot_evaluation(report: Mapping[str, Any], path: Path) -> None:
+    """Plot return against episodes of experience, with 95 % bands, baselines and controls.
 
-    Beside it, for agents that have them, how far beliefs about the task are off, and whether they
-    are calibrated.
+    Agents that infer a posterior get two more panels: the errors of their beliefs about the task,
+    and whether these beliefs are calibrated.
     """
     beliefs = report.get("beliefs")
-    figure = _figure(width=15.0 if beliefs else 8.0)
-    axes, *others = figure.subplots(1, 3 if beliefs else 1, squeeze=False)[0]
+    figure = _new_figure(width_in=15.0 if beliefs else 8.0)
+    axes, *belief_axes = figure.subplots(1, 3 if beliefs else 1, squeeze=False)[0]
+
     rows = report["episodes"]
-    x = [r["episode"] for r in rows]
-    for name, colour in (("oracle", ORACLE), ("blind", BLIND)):
+    episodes = [row["episode"] for row in rows]
+
+    for name, colour in (("oracle", ORACLE_COLOUR), ("blind", BLIND_COLOUR)):
         if name in rows[0]:
-            axes.plot(x, [r[name] for r in rows], "--", color=colour, label=name, lw=2)
-            _band(axes, x, [r[f"{name}_ci95"] for r in rows], colour)
+            means = [row[name] for row in rows]
+            axes.plot(episodes, means, "--", color=colour, label=name, lw=2)
+            _draw_band(axes, episodes, [row[f"{name}_ci95"] for row in rows], colour)
+
     for (name, control), marker in zip(report.get("controls", {}).items(), "x+", strict=False):
-        axes.plot(
-            x,
-            [r["mean"] for r in control],
-            ":",
-            marker=marker,
-            color=GREY,
-            label=f"context {name}",
-            lw=1.5,
-        )
-    for (name, baseline), colour in zip(report.get("finetuning", {}).items(), TUNED, strict=False):
-        tuned = baseline["episodes"]
-        axes.plot(
-            x,
-            [r["mean"] for r in tuned],
-            "-s",
-            color=colour,
-            label=f"fine-tuned, {name}",
-            lw=1.5,
-            ms=4,
-        )
-        _band(axes, x, [r["ci95"] for r in tuned], colour)
-    axes.plot(x, [r["mean"] for r in rows], "-o", color=AGENT, label=report["agent"], lw=2.5)
-    _band(axes, x, [r["ci95"] for r in rows], AGENT)
-    axes.set_xticks(
-        x,
-        [f"{r['episode']}\nscore {r['score']:.2f}" if "score" in r else r["episode"] for r in rows],
-    )
+        means = [row["mean"] for row in control]
+        label = f"context {name}"
+        axes.plot(episodes, means, ":", marker=marker, color=CONTROL_COLOUR, label=label, lw=1.5)
+
+    baselines = report.get("finetuning", {}).items()
+    for (name, baseline), colour in zip(baselines, FINE_TUNED_COLOURS, strict=False):
+        means = [row["mean"] for row in baseline["episodes"]]
+        bounds = [row["ci95"] for row in baseline["episodes"]]
+        label = f"fine-tuned, {name}"
+        axes.plot(episodes, means, "-s", color=colour, label=label, lw=1.5, ms=4)
+        _draw_band(axes, episodes, bounds, colour)
+
+    # The agent itself comes last, on top of everything else.
+    means = [row["mean"] for row in rows]
+    axes.plot(episodes, means, "-o", color=AGENT_COLOUR, label=report["agent"], lw=2.5)
+    _draw_band(axes, episodes, [row["ci95"] for row in rows], AGENT_COLOUR)
+
+    labels = []
+    for row in rows:
+        score = f"\nscore {row['score']:.2f}" if "score" in row else ""
+        labels.append(f"{row['episode']}{score}")
+    axes.set_xticks(episodes, labels)
     axes.margins(x=0.15, y=0.15)
+
     rollouts = report.get("rollouts", 1)
-    each = f" ({rollouts} rollouts each)" if rollouts > 1 else ""
-    axes.set_xlabel(f"episodes of experience in the task{each}")
+    rollout_note = f" ({rollouts} rollouts each)" if rollouts > 1 else ""
+    axes.set_xlabel(f"episodes of experience in the task{rollout_note}")
     axes.set_ylabel("return of the next episode")
+
     seeds = len(report["seeds"])
     noun = "seed" if seeds == 1 else "seeds"
     axes.set_title(
         f"{report['family']}, {report['tasks']} {report['split']} tasks, {seeds} training {noun}",
         loc="left",
     )
+
     if beliefs:
         axes.legend(frameon=False, fontsize=8)
-        _errors(others[0], beliefs)
-        _calibration(others[1], beliefs)
+        _draw_belief_errors(belief_axes[0], beliefs)
+        _draw_calibration(belief_axes[1], beliefs)
     else:
         figure.legend(frameon=False, loc="outside right upper")
-    _write(figure, path)
+    _save_figure(figure, path)
 
 
-def _errors(axes: Any, beliefs: Mapping[str, Any]) -> None:
-    """Plot how far the belief about each parameter is off, and the posterior's deviation, against
-    experience.
-    """
+def _draw_belief_errors(axes: Any, beliefs: Mapping[str, Any]) -> None:
+    """Draw the RMSE of the belief about each parameter, and the posterior's deviation."""
     rows = beliefs["episodes"]
-    x = [r["episode"] for r in rows]
-    axes.plot(
-        x, [r["deviation"] for r in rows], "--", color=GREY, label="posterior's deviation", lw=2
-    )
-    _band(axes, x, [r["deviation_ci95"] for r in rows], GREY)
+    episodes = [row["episode"] for row in rows]
+
+    deviations = [row["deviation"] for row in rows]
+    label = "posterior's deviation"
+    axes.plot(episodes, deviations, "--", color=CONTROL_COLOUR, label=label, lw=2)
+    _draw_band(axes, episodes, [row["deviation_ci95"] for row in rows], CONTROL_COLOUR)
+
     for i, name in enumerate(beliefs["parameters"]):
-        (line,) = axes.plot(x, [r["rmse"][i] for r in rows], "-o", label=name, ms=4)
-        _band(axes, x, [r["rmse_ci95"][i] for r in rows], line.get_color())
-    axes.set_xticks(x)
+        errors = [row["rmse"][i] for row in rows]
+        (line,) = axes.plot(episodes, errors, "-o", label=name, ms=4)
+        _draw_band(axes, episodes, [row["rmse_ci95"][i] for row in rows], line.get_color())
+
+    axes.set_xticks(episodes)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("episodes of experience in the task")
     axes.set_ylabel("RMSE, training range = [−1, 1]")
@@ -106,25 +114,20 @@ def _errors(axes: Any, beliefs: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
-def _calibration(axes: Any, beliefs: Mapping[str, Any]) -> None:
-    """Plot how often central intervals of beliefs hold the truth against how often they say they
-    do.
-    """
-    axes.plot([0, 1], [0, 1], ":", color=GREY, label="calibrated")
+def _draw_calibration(axes: Any, beliefs: Mapping[str, Any]) -> None:
+    """Draw the coverage of the beliefs' central intervals against their nominal level."""
+    axes.plot([0, 1], [0, 1], ":", color=CONTROL_COLOUR, label="calibrated")
+
     rows = beliefs["episodes"]
-    for k in sorted({0, len(rows) - 1}):
-        held, bounds = rows[k]["coverage_all"], rows[k]["coverage_all_ci95"]
-        x = [float(level) for level in held]
-        colour = AGENT if k else BLIND
-        axes.plot(
-            x,
-            list(held.values()),
-            "-o",
-            color=colour,
-            label=f"after {rows[k]['episode']} episodes",
-            ms=4,
-        )
-        _band(axes, x, list(bounds.values()), colour)
+    first_and_last = sorted({0, len(rows) - 1})
+    for k in first_and_last:
+        coverage = rows[k]["coverage_all"]
+        levels = [float(level) for level in coverage]
+        colour = AGENT_COLOUR if k > 0 else BLIND_COLOUR
+        label = f"after {rows[k]['episode']} episodes"
+        axes.plot(levels, list(coverage.values()), "-o", color=colour, label=label, ms=4)
+        _draw_band(axes, levels, list(rows[k]["coverage_all_ci95"].values()), colour)
+
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_xlabel("central interval of the belief")
@@ -133,37 +136,41 @@ def _calibration(axes: Any, beliefs: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def comparison(report: Mapping[str, Any], path: Path) -> None:
-    """Plot return against episodes of experience for every agent compared, with 95 % intervals,
-    best first.
-    """
-    figure = _figure(width=9.0)
+def plot_comparison(report: Mapping[str, Any], path: Path) -> None:
+    """Plot return against episodes of experience for every agent compared, best first."""
+    figure = _new_figure(width_in=9.0)
     axes = figure.subplots()
     colours = iter(colormaps["tab20"].colors)  # type: ignore[attr-defined]
-    known = {"oracle": ORACLE, "blind": BLIND}
-    agents = sorted(report["agents"].items(), key=lambda x: -x[1]["episodes"][-1]["mean"])
+    reference_colours = {"oracle": ORACLE_COLOUR, "blind": BLIND_COLOUR}
+    agents = sorted(report["agents"].items(), key=lambda item: -item[1]["episodes"][-1]["mean"])
+
     for i, (name, entry) in enumerate(agents):
-        rows, colour = entry["episodes"], known.get(name) or next(colours)
-        # side by side, so that intervals can be told apart
-        x = [r["episode"] + 0.02 * (i - len(agents) / 2) for r in rows]
-        means = [r["mean"] for r in rows]
-        bounds = [[abs(r["ci95"][side] - r["mean"]) for r in rows] for side in (0, 1)]
-        dashed = "--" if name in known or entry["privileged"] else "-"
+        rows = entry["episodes"]
+        colour = reference_colours.get(name) or next(colours)
+        # Agents stand a little apart, so that overlapping intervals can be told from each other.
+        shift = 0.02 * (i - len(agents) / 2)
+        x = [row["episode"] + shift for row in rows]
+        means = [row["mean"] for row in rows]
+        below = [abs(row["ci95"][0] - row["mean"]) for row in rows]
+        above = [abs(row["ci95"][1] - row["mean"]) for row in rows]
+        dashed = name in reference_colours or entry["privileged"]
         axes.errorbar(
             x,
             means,
-            bounds,
-            fmt=f"{dashed}o",
+            [below, above],
+            fmt="--o" if dashed else "-o",
             color=colour,
             label=f"{name}  {means[-1]:.0f}",
             capsize=2,
             ms=4,
         )
+
     axes.set_xticks(range(len(agents[0][1]["episodes"])))
     axes.set_xlabel("episodes of experience in the task")
     axes.set_ylabel("return of the next episode")
     axes.grid(axis="y", alpha=0.25)
-    seeds = ", ".join(map(str, report["seeds"]))
+
+    seeds = ", ".join(str(seed) for seed in report["seeds"])
     axes.set_title(
         f"{report['family']}, {report['tasks']} {report['split']} tasks, training seeds {seeds}",
         loc="left",
@@ -171,115 +178,125 @@ def comparison(report: Mapping[str, Any], path: Path) -> None:
     figure.legend(
         frameon=False, loc="outside right upper", title="return of the last episode", fontsize=8
     )
-    _write(figure, path)
+    _save_figure(figure, path)
 
 
-def learning(runs: Sequence[Run], path: Path) -> None:
-    """Plot the return of the trial's last episode, with exploration noise, over wall time and over
-    steps.
+def plot_learning_curves(runs: Sequence[Run], path: Path) -> None:
+    """Plot the return of a trial's last episode over wall time and over environment steps.
+
+    These are returns with exploration noise, as training logs them.
+
+    Raises:
+        CheckpointError: A run that logs no returns, or a file that is no picture.
     """
-    for run in runs:
-        if any(
-            "meta/post_adapt_return" not in r for r in read_metrics(run.folder / "metrics.jsonl")
-        ):
+    metrics = {run.folder: read_metrics(run.folder / "metrics.jsonl") for run in runs}
+    for folder, rows in metrics.items():
+        if any("meta/post_adapt_return" not in row for row in rows):
             raise CheckpointError(
-                f"{run.folder} has no returns to plot: it learned from demonstrations"
+                f"{folder} has no returns to plot: it learned from demonstrations"
             )
-    figure = _figure(width=10.0)
-    for axes, key, unit, scale in zip(
-        figure.subplots(1, 2, sharey=True),
-        ("time/time_elapsed", "time/total_timesteps"),
-        ("training time (minutes)", "environment steps (millions)"),
-        (60.0, 1e6),
-        strict=True,
-    ):
+
+    figure = _new_figure(width_in=10.0)
+    time_axes, step_axes = figure.subplots(1, 2, sharey=True)
+    panels = (
+        (time_axes, "time/time_elapsed", 60.0, "training time (minutes)"),
+        (step_axes, "time/total_timesteps", 1e6, "environment steps (millions)"),
+    )
+    for axes, key, unit, label in panels:
         for run in runs:
-            rows = read_metrics(run.folder / "metrics.jsonl")
-            axes.plot(
-                [r[key] / scale for r in rows],
-                [r["meta/post_adapt_return"] for r in rows],
-                lw=1.2,
-                label=run.name,
-            )
-        axes.set_xlabel(unit)
+            rows = metrics[run.folder]
+            x = [row[key] / unit for row in rows]
+            returns = [row["meta/post_adapt_return"] for row in rows]
+            axes.plot(x, returns, lw=1.2, label=run.name)
+        axes.set_xlabel(label)
         axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("return of the trial's last episode")
-    figure.axes[0].legend(frameon=False)
-    _write(figure, path)
+
+    time_axes.set_ylabel("return of the trial's last episode")
+    time_axes.legend(frameon=False)
+    _save_figure(figure, path)
 
 
-def regression(
+def plot_regression(
     x: Any, truth: Any, seen: Any, curves: Mapping[str, Any], errors: Mapping[str, Any], path: Path
 ) -> None:
-    """Plot what networks make of a function of which a few points are seen, and their errors over
-    gradient steps.
+    """Plot how networks fit a function from a few of its points, and their errors.
 
-    ``x``, ``truth`` ``(point,)``; ``seen``: x and y of the points seen; ``curves``: name ->
-    predictions ``(step, point)``; ``errors``: name -> mean squared errors ``(step,)``.
+    Args:
+        x: Points at which the function is drawn, ``(point,)``.
+        truth: The function there, ``(point,)``.
+        seen: x and y of the points that networks are fitted to.
+        curves: Network -> its predictions after each gradient step, ``(step, point)``.
+        errors: Network -> mean squared error on new tasks after each gradient step, ``(step,)``.
+        path: Picture to write.
     """
-    figure = _figure(width=12.0)
-    *left, right = figure.subplots(1, len(curves) + 1)
-    for axes, (name, steps) in zip(left, curves.items(), strict=True):
-        axes.plot(x, truth, color=GREY, lw=1, label="truth")
-        for step, style in ((0, ":"), (1, "-"), (len(steps) - 1, "--")):
-            colour = BLIND if step == 0 else AGENT
-            axes.plot(
-                x,
-                steps[step],
-                style,
-                color=colour,
-                label=f"{step} gradient steps" if step != 1 else "1 step",
-            )
-        axes.plot(*seen, "^", color=TUNED[0], ms=6, label="points seen")
+    figure = _new_figure(width_in=12.0)
+    *curve_axes, error_axes = figure.subplots(1, len(curves) + 1)
+
+    for axes, (name, predictions) in zip(curve_axes, curves.items(), strict=True):
+        axes.plot(x, truth, color=CONTROL_COLOUR, lw=1, label="truth")
+        last_step = len(predictions) - 1
+        for step, style in ((0, ":"), (1, "-"), (last_step, "--")):
+            colour = BLIND_COLOUR if step == 0 else AGENT_COLOUR
+            label = "1 step" if step == 1 else f"{step} gradient steps"
+            axes.plot(x, predictions[step], style, color=colour, label=label)
+        axes.plot(*seen, "^", color=FINE_TUNED_COLOURS[0], ms=6, label="points seen")
         axes.set_title(name, loc="left")
         axes.set_ylim(-8, 6)
         axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower left")
-    for (name, error), colour in zip(errors.items(), (AGENT, TUNED[0]), strict=True):
-        right.semilogy(range(len(error)), error, "-o", color=colour, label=name, ms=4)
-    right.set_xlabel("gradient steps on the points seen")
-    right.set_title("mean squared error on new tasks", loc="left")
-    right.legend(frameon=False)
-    _write(figure, path)
+
+    error_colours = (AGENT_COLOUR, FINE_TUNED_COLOURS[0])
+    for (name, error), colour in zip(errors.items(), error_colours, strict=True):
+        error_axes.semilogy(range(len(error)), error, "-o", color=colour, label=name, ms=4)
+    error_axes.set_xlabel("gradient steps on the points seen")
+    error_axes.set_title("mean squared error on new tasks", loc="left")
+    error_axes.legend(frameon=False)
+    _save_figure(figure, path)
 
 
-def likeness(report: Mapping[str, Any], colour: str, path: Path) -> None:
-    """Plot prototypes and held-out tasks in the plane in which prototypes vary most, coloured by
-    one parameter.
+def plot_recognition(report: Mapping[str, Any], colour_parameter: str, path: Path) -> None:
+    """Plot embeddings of training and held-out tasks, coloured by one task parameter.
+
+    The plane is that of the two directions in which the prototypes vary most.
     """
-    figure = _figure(width=8.0)
+    figure = _new_figure(width_in=8.0)
     axes = figure.subplots()
-    known = [r for r in report["held_out"] if not r["new"]]
-    new = [r for r in report["held_out"] if r["new"]]
-    every = [r["task"][colour] for r in (*report["prototypes"], *report["held_out"])]
-    scale: dict[str, Any] = {"cmap": "viridis", "vmin": min(every), "vmax": max(every)}
-    styles: tuple[tuple[Any, dict[str, Any]], ...] = (
-        (
-            report["prototypes"],
-            {"label": "prototypes of training tasks", "s": 18, "alpha": 0.6, "lw": 0},
-        ),
-        (
-            known,
-            {
-                "label": f"{report['split']} tasks, known",
-                "marker": "o",
-                "s": 70,
-                "edgecolors": "black",
-            },
-        ),
-        (
-            new,
-            {
-                "label": f"{report['split']} tasks, new",
-                "marker": "X",
-                "s": 90,
-                "edgecolors": TUNED[0],
-            },
-        ),
+
+    known = [row for row in report["held_out"] if not row["new"]]
+    unknown = [row for row in report["held_out"] if row["new"]]
+    everything = [*report["prototypes"], *report["held_out"]]
+    values = [row["task"][colour_parameter] for row in everything]
+    scale: dict[str, Any] = {"cmap": "viridis", "vmin": min(values), "vmax": max(values)}
+
+    prototype_style: dict[str, Any] = {
+        "label": "prototypes of training tasks",
+        "s": 18,
+        "alpha": 0.6,
+        "lw": 0,
+    }
+    known_style: dict[str, Any] = {
+        "label": f"{report['split']} tasks, known",
+        "marker": "o",
+        "s": 70,
+        "edgecolors": "black",
+    }
+    unknown_style: dict[str, Any] = {
+        "label": f"{report['split']} tasks, unknown",
+        "marker": "X",
+        "s": 90,
+        "edgecolors": FINE_TUNED_COLOURS[0],
+    }
+    groups = (
+        (report["prototypes"], prototype_style),
+        (known, known_style),
+        (unknown, unknown_style),
     )
-    for rows, style in styles:
-        x, y = zip(*(r["xy"] for r in rows), strict=True) if rows else ((), ())
-        drawn = axes.scatter(x, y, c=[r["task"][colour] for r in rows], **scale, **style)
-    figure.colorbar(drawn, ax=axes, label=colour.replace("_", " "))
+    for rows, style in groups:
+        x = [row["xy"][0] for row in rows]
+        y = [row["xy"][1] for row in rows]
+        colours = [row["task"][colour_parameter] for row in rows]
+        points = axes.scatter(x, y, c=colours, **scale, **style)
+
+    figure.colorbar(points, ax=axes, label=colour_parameter.replace("_", " "))
     axes.set_aspect("equal", "datalim")
     axes.set_xlabel("first principal direction of the prototypes")
     axes.set_ylabel("second")
@@ -287,30 +304,33 @@ def likeness(report: Mapping[str, Any], colour: str, path: Path) -> None:
         f"{report['family']}: embeddings of {report['transitions']} transitions", loc="left"
     )
     axes.legend(frameon=False, fontsize=8)
-    _write(figure, path)
+    _save_figure(figure, path)
 
 
 def check_suffix(path: Path) -> None:
-    """Raise for a file that is no picture."""
+    """Raise ``CheckpointError`` for a file that cannot be drawn to."""
     if path.suffix not in SUFFIXES:
         raise CheckpointError(
             f"cannot plot to {str(path)!r}: its name must end in one of {', '.join(SUFFIXES)}"
         )
 
 
-def _figure(width: float = 6.4) -> Figure:
-    figure = Figure(figsize=(width, 4.2), dpi=150, layout="constrained")
+def _new_figure(width_in: float) -> Figure:
+    figure = Figure(figsize=(width_in, FIGURE_HEIGHT_IN), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _band(axes: Any, x: Sequence[float], bounds: Sequence[Sequence[float]], colour: str) -> None:
-    axes.fill_between(
-        x, [b[0] for b in bounds], [b[1] for b in bounds], color=colour, alpha=0.18, lw=0
-    )
+def _draw_band(
+    axes: Any, x: Sequence[float], bounds: Sequence[Sequence[float]], colour: str
+) -> None:
+    """Draw a band between lower and upper bounds, one pair for each ``x``."""
+    low = [pair[0] for pair in bounds]
+    high = [pair[1] for pair in bounds]
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def _save_figure(figure: Figure, path: Path) -> None:
     check_suffix(path)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,7 @@
-"""Reports as tables for a terminal."""
+"""Text tables of reports, as the terminal shows them.
+
+Every function takes a report's JSON data and returns text; printing is left to the caller.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,38 @@ from rich.table import Table
 
 from metarobot.training.metrics_log import first_reach
 
+WIDE_TABLE_WIDTH = 124
+"""Narrowest width at which wide tables are rendered, characters."""
+SMALL_TABLE_WIDTH = 80
+"""Narrowest width at which small tables are rendered, characters."""
 
-def evaluation(report: dict[str, Any]) -> None:
-    """Print an evaluation as a table."""
+MILESTONE_WINDOW = 10
+"""Iterations that a return after so many seconds of training is averaged over."""
+
+
+def render_table(table: Table, least_width: int) -> str:
+    """Render a table to text, as wide as the terminal but not narrower than ``least_width``."""
+    terminal_width = Console().width
+    console = Console(width=max(terminal_width, least_width), force_jupyter=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
+
+
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """Return an evaluation as a table: one row an episode, then baselines, success and beliefs."""
     rows = report["episodes"]
-    title = f"{report['family']}, {report['tasks']} {report['split']} tasks, training seeds {report['seeds']}"
+    references = [name for name in ("blind", "oracle", "score") if name in rows[0]]
+
+    title = (
+        f"{report['family']}, {report['tasks']} {report['split']} tasks, "
+        f"training seeds {report['seeds']}"
+    )
     if report["rollouts"] > 1:
         title += f", {report['rollouts']} rollouts an episode"
+
     table = Table(title=title, title_justify="left")
-    extra = [k for k in ("blind", "oracle", "score") if k in rows[0]]
-    for column in (
+    columns = [
         "episodes seen",
         "mean",
         "95 % interval",
@@ -27,298 +52,300 @@ def evaluation(report: dict[str, Any]) -> None:
         "worst 10 %",
         "gain",
         "95 % interval",
-        *extra,
-    ):
+        *references,
+    ]
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for r in rows:
-        more = [f"{r[k]:.2f}" if k == "score" else f"{r[k]:.1f}" for k in extra]
-        table.add_row(str(r["episode"]), *_cells(r), *more)
+
+    for row in rows:
+        reference_cells = []
+        for name in references:
+            digits = 2 if name == "score" else 1
+            reference_cells.append(f"{row[name]:.{digits}f}")
+        table.add_row(str(row["episode"]), *_return_cells(row), *reference_cells)
+
+    # Baselines and controls have no references of their own: those cells stay empty.
+    empty = [""] * len(references)
     for name, baseline in report.get("finetuning", {}).items():
-        for r in baseline["episodes"]:
-            table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
+        for row in baseline["episodes"]:
+            table.add_row(f"{row['episode']}, {name}", *_return_cells(row), *empty, style="dim")
     for name, control in report.get("controls", {}).items():
-        for r in control[1:]:
-            table.add_row(f"{r['episode']}, {name}", *_cells(r), *[""] * len(extra), style="dim")
-    Console(width=max(Console().width, 124)).print(table)
-    if "worth" in rows[-1]:
-        print(
-            f"oracle over blind, task by task: {rows[-1]['worth']:+.1f} (95 %: {_interval(rows[-1]['worth_ci95'])})"
-        )
+        # The first episode is played before the context is changed, and equals the agent's own.
+        for row in control[1:]:
+            table.add_row(f"{row['episode']}, {name}", *_return_cells(row), *empty, style="dim")
+
+    parts = [render_table(table, WIDE_TABLE_WIDTH)]
+
+    last = rows[-1]
+    if "worth" in last:
+        interval = _interval(last["worth_ci95"])
+        parts.append(f"oracle over blind, task by task: {last['worth']:+.1f} (95 %: {interval})")
+
     for name, rates in report.get("success", {}).items():
-        said = " → ".join(f"{100 * r['mean']:.1f} %" for r in rates)
-        low, high = (100 * x for x in rates[-1]["ci95"])
-        print(
-            f"success, {report['agent'] if name == 'agent' else name}: {said} (95 %: {low:.1f}…{high:.1f})"
-        )
+        player = report["agent"] if name == "agent" else name
+        percentages = " → ".join(f"{100 * rate['mean']:.1f} %" for rate in rates)
+        low, high = rates[-1]["ci95"]
+        parts.append(f"success, {player}: {percentages} (95 %: {100 * low:.1f}…{100 * high:.1f})")
+
     for name, returns in report["kinds"].items():
-        print(f"{name}: {' → '.join(f'{r:.1f}' for r in returns)}")
+        means = " → ".join(f"{value:.1f}" for value in returns)
+        parts.append(f"{name}: {means}")
+
     if "beliefs" in report:
-        _beliefs(report["beliefs"])
+        parts.append(_belief_table(report["beliefs"]))
+    return "\n".join(parts)
 
 
-def _beliefs(report: Mapping[str, Any]) -> None:
-    """Print how far beliefs about the task are off, and how often their central intervals hold the
-    truth.
-    """
-    rows, names = report["episodes"], report["parameters"]
+def _belief_table(beliefs: Mapping[str, Any]) -> str:
+    """Return the errors of beliefs about the task, and the coverage of their central intervals."""
+    rows = beliefs["episodes"]
     last = rows[-1]
     table = Table(
         title="beliefs after 0, 1, … episodes, each training range mapped to [−1, 1]",
         title_justify="left",
     )
-    inside = [f"{100 * float(level):g} % interval holds" for level in last["coverage"]]
-    for column in ("parameter", "RMSE", "95 % interval", *inside):
+    coverage_columns = [f"{100 * float(level):g} % interval holds" for level in last["coverage"]]
+    for column in ("parameter", "RMSE", "95 % interval", *coverage_columns):
         table.add_column(column, justify="right", no_wrap=True)
-    for i, name in enumerate(names):
+
+    for i, name in enumerate(beliefs["parameters"]):
+        errors = " → ".join(f"{row['rmse'][i]:.2f}" for row in rows)
         low, high = last["rmse_ci95"][i]
-        errors = " → ".join(f"{r['rmse'][i]:.2f}" for r in rows)
-        table.add_row(
-            name,
-            errors,
-            f"{low:.2f}…{high:.2f}",
-            *(f"{100 * x[i]:.0f} %" for x in last["coverage"].values()),
-        )
-    every = [
-        (100 * x, [100 * b for b in last["coverage_all_ci95"][k]])
-        for k, x in last["coverage_all"].items()
-    ]
-    table.add_row("all", "", "", *(f"{x:.0f} % ({low:.0f}…{high:.0f})" for x, (low, high) in every))
-    Console(width=max(Console().width, 124)).print(table)
-    deviations = " → ".join(f"{r['deviation']:.3f}" for r in rows)
+        coverage = [f"{100 * shares[i]:.0f} %" for shares in last["coverage"].values()]
+        table.add_row(name, errors, f"{low:.2f}…{high:.2f}", *coverage)
+
+    overall = []
+    for level, share in last["coverage_all"].items():
+        low, high = last["coverage_all_ci95"][level]
+        overall.append(f"{100 * share:.0f} % ({100 * low:.0f}…{100 * high:.0f})")
+    table.add_row("all", "", "", *overall)
+
+    deviations = " → ".join(f"{row['deviation']:.3f}" for row in rows)
     low, high = last["deviation_ci95"]
-    print(
+    summary = (
         f"deviation of the posterior over latent tasks: {deviations} (95 %: {low:.3f}…{high:.3f})"
     )
+    return f"{render_table(table, WIDE_TABLE_WIDTH)}\n{summary}"
 
 
-def _cells(r: dict[str, Any]) -> tuple[str, ...]:
-    gain = (f"{r['gain']:+.1f}", _interval(r["gain_ci95"])) if "gain" in r else ("", "")
-    return f"{r['mean']:.1f}", _interval(r["ci95"]), f"{r['iqm']:.1f}", f"{r['worst10']:.1f}", *gain
+def _return_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the cells of one episode's statistics: mean, interval, IQM, worst tenth, gain."""
+    gain = ""
+    gain_interval = ""
+    if "gain" in row:
+        gain = f"{row['gain']:+.1f}"
+        gain_interval = _interval(row["gain_ci95"])
+    return (
+        f"{row['mean']:.1f}",
+        _interval(row["ci95"]),
+        f"{row['iqm']:.1f}",
+        f"{row['worst10']:.1f}",
+        gain,
+        gain_interval,
+    )
 
 
 def _interval(bounds: Sequence[float]) -> str:
     return f"{bounds[0]:.1f}…{bounds[1]:.1f}"
 
 
-def shots(report: Mapping[str, Any]) -> None:
-    """Print how few-shot imitation did."""
+def few_shot_table(report: Mapping[str, Any]) -> str:
+    """Return a few-shot imitation report as a table: one row for each number of demonstrations."""
     table = Table(
-        title=f"{report['family']}, {report['tasks']} {report['split']} tasks", title_justify="left"
+        title=f"{report['family']}, {report['tasks']} {report['split']} tasks",
+        title_justify="left",
     )
     for column in ("demonstrations", "success", "95 % interval", "of the reference"):
         table.add_column(column, justify="right", no_wrap=True)
-    rows = [(f"{r['shots']} of each", r) for r in report["shots"]]
-    rows += [(k, report[k]) for k in ("reference", "expert") if k in report]
-    for name, r in rows:
-        low, high = (100 * x for x in r["ci95"])
-        share = f"{r['of_reference']:.2f}" if "of_reference" in r else ""
-        table.add_row(name, f"{100 * r['mean']:.1f} %", f"{low:.1f}…{high:.1f}", share)
-    Console(width=max(Console().width, 80)).print(table)
-    print(f"by chance {100 * report['chance']:.0f} %")
+
+    rows = [(f"{row['shots']} of each", row) for row in report["shots"]]
+    rows += [(name, report[name]) for name in ("reference", "expert") if name in report]
+    for name, row in rows:
+        low, high = row["ci95"]
+        share = f"{row['of_reference']:.2f}" if "of_reference" in row else ""
+        table.add_row(
+            name,
+            f"{100 * row['mean']:.1f} %",
+            f"{100 * low:.1f}…{100 * high:.1f}",
+            share,
+        )
+    return f"{render_table(table, SMALL_TABLE_WIDTH)}\nby chance {100 * report['chance']:.0f} %"
 
 
-def likeness(report: Mapping[str, Any], prototypes: bool) -> None:
-    """Print what each task is most like, and how well tasks were told apart; the support set if
-    asked.
+def recognition_table(report: Mapping[str, Any], prototypes: bool = False) -> str:
+    """Return the nearest training tasks of each held-out task, and the recognition rates.
+
+    Args:
+        report: What ``recognise`` returned.
+        prototypes: Whether to list all prototypes of training tasks first.
     """
+    parts = []
     if prototypes:
-        _listing(report["prototypes"])
-    title = f"{report['family']}, {report['tasks']} {report['split']} tasks by {report['transitions']} transitions"
-    table = Table(title=title, title_justify="left")
+        parts.append(_prototype_table(report["prototypes"]))
+
+    table = Table(
+        title=(
+            f"{report['family']}, {report['tasks']} {report['split']} tasks "
+            f"by {report['transitions']} transitions"
+        ),
+        title_justify="left",
+    )
     for column in ("task", "", "is most like, of the training tasks", "at"):
         table.add_column(column)
-    for r in report["held_out"]:
-        for i, n in enumerate(r["neighbours"]):
-            mine = (_values(r["task"]), "new" if r["new"] else "known") if i == 0 else ("", "")
+    for held_out in report["held_out"]:
+        neighbours = held_out["neighbours"]
+        for i, neighbour in enumerate(neighbours):
+            # The task itself stands on the first of its neighbours' rows.
+            task = _task_values(held_out["task"]) if i == 0 else ""
+            verdict = ("unknown" if held_out["new"] else "known") if i == 0 else ""
             table.add_row(
-                *mine,
-                _values(n["task"]),
-                f"{n['distance']:.3f}",
-                end_section=n is r["neighbours"][-1],
+                task,
+                verdict,
+                _task_values(neighbour["task"]),
+                f"{neighbour['distance']:.3f}",
+                end_section=i == len(neighbours) - 1,
             )
-    Console(width=max(Console().width, 124)).print(table)
-    print(f"{len(report['prototypes'])} prototypes; known within {report['threshold']:.3f} of one")
-    rates = (
-        ("recognised among themselves", report["recognised"]),
-        ("taken for new", report["new"]),
+    parts.append(render_table(table, WIDE_TABLE_WIDTH))
+
+    parts.append(
+        f"{len(report['prototypes'])} prototypes; known within {report['threshold']:.3f} of one"
     )
-    for name, r in rates:
-        low, high = (100 * x for x in r["ci95"])
-        print(
-            f"{name}: {100 * r['mean']:.1f} % (95 %: {low:.1f}…{high:.1f}) of {report['queries']} episodes each"
+    rates = {
+        "recognised among themselves": report["recognised"],
+        "judged unknown": report["new"],
+    }
+    for name, rate in rates.items():
+        low, high = rate["ci95"]
+        parts.append(
+            f"{name}: {100 * rate['mean']:.1f} % (95 %: {100 * low:.1f}…{100 * high:.1f}) "
+            f"of {report['queries']} episodes each"
         )
-    print(f"by chance {100 * report['chance']:.1f} % would be recognised")
+    parts.append(f"by chance {100 * report['chance']:.1f} % would be recognised")
+
     ranks = report["rank_correlation"]
-    print(
+    parts.append(
         "rank correlation of distances with those of the tasks: "
         f"prototypes {ranks['prototypes']:.3f}, these tasks to them {ranks['held_out']:.3f}"
     )
+    return "\n".join(parts)
 
 
-def _listing(prototypes: Sequence[Mapping[str, Any]]) -> None:
-    """Print the support set."""
+def _prototype_table(prototypes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the support set: every prototype, and how close its windows lie to it."""
     table = Table(title="support set", title_justify="left")
     for column in ("prototype of", "transitions", "its windows lie within"):
         table.add_column(column)
-    for p in prototypes:
-        table.add_row(_values(p["task"]), str(p["transitions"]), f"{p['within']:.3f}")
-    Console(width=max(Console().width, 124)).print(table)
-
-
-def _values(task: Mapping[str, float]) -> str:
-    return ", ".join(f"{k} {v:.3g}" for k, v in task.items())
-
-
-def maml(report: dict[str, Any]) -> None:
-    """Print the times of MAML's parts as a table."""
-    title = f"{report['family']}, {report['tasks']} tasks x {report['rollouts']} rollouts x {report['horizon']} steps"
-    table = Table(title=f"{title}, seconds", title_justify="left")
-    for column in (
-        "tasks mapped by",
-        "sampling",
-        "inner step",
-        "outer update",
-        "total",
-        "sampling against engine",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for how in ("vmap", "loop"):
-        r = report[how]
-        times = (f"{r[k]:.2f}" for k in ("sampling_s", "inner_step_s", "outer_update_s", "total_s"))
+    for prototype in prototypes:
         table.add_row(
-            how,
-            *times,
-            f"{r['sampling_steps_per_s']:,.0f} / {r['engine_steps_per_s']:,.0f} = {r['ratio']:.2f}",
+            _task_values(prototype["task"]),
+            str(prototype["transitions"]),
+            f"{prototype['within']:.3f}",
         )
-    Console(width=max(Console().width, 124)).print(table)
-    print(f"peak memory {report['peak_memory_mb']:,.0f} MB; median of {report['rounds']} rounds")
+    return render_table(table, WIDE_TABLE_WIDTH)
 
 
-def sim(report: Mapping[str, Any]) -> None:
-    """Print what ``metarobot bench sim`` found."""
-    print(
-        f"{report['family']}, {report['worlds']} worlds: {report['steps_per_s']:,.0f} control steps/s; "
-        f"bare engine {report['engine_steps_per_s']:,.0f}; ratio {report['ratio']:.3f}"
-    )
+def _task_values(task: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in task.items())
 
 
-def physics(report: Mapping[str, Any]) -> None:
-    """Print what ``metarobot bench sim --sim warp`` found beside."""
-    print(
-        f"{report['physics_steps_per_s']:,.0f} physics steps/s, {report['models']:,} models, on {report['device']}"
-    )
-    print(f"lost contacts: {report['lost'] or 'none'}")
-
-
-def memory(report: Mapping[str, Any]) -> None:
-    """Print what ``metarobot bench memory`` found."""
-    for row in report["rows"]:
-        said = ", ".join(
-            f"{k.removesuffix('_gb')} {v:.3f} GB" for k, v in row.items() if k != "worlds"
-        )
-        print(f"{report['family']}, {row['worlds']:,.0f} worlds: {said}")
-    print(f"ended at {report['end']}" if report["end"] else "it did not end there")
-
-
-def pearl(report: Mapping[str, Any]) -> None:
-    """Print what ``metarobot bench pearl`` found."""
-    print(
-        f"{report['family']}, {report['threads']} threads: {report['gradient_steps_per_s']:,.1f} gradient steps/s, "
-        f"{report['states_per_s']:,.0f} states/s; bare matrix products {report['products_per_s']:,.1f}; "
-        f"ratio {report['ratio']:.2f}"
-    )
-    print(
-        f"sampling, {report['worlds']} worlds: {report['sampling_steps_per_s']:,.0f} steps/s; "
-        f"rl2 {report['rl2_sampling_steps_per_s']:,.0f}; ratio {report['sampling_ratio']:.2f}"
-    )
-
-
-def milestones(
+def milestone_lines(
     runs: Mapping[str, list[dict[str, Any]]], reach: Iterable[float], at: Iterable[float]
-) -> None:
-    """Print when each run first reached the returns ``reach``, and its return ``at`` so many
-    seconds.
+) -> str:
+    """Return when each run first reached some returns, and its return after some times.
+
+    Args:
+        runs: Name -> rows of its ``metrics.jsonl``.
+        reach: Returns of a trial's last episode.
+        at: Seconds of training.
     """
+    lines = []
     for name, rows in runs.items():
         for level in reach:
             row = first_reach(rows, level)
-            when = (
-                "never"
-                if row is None
-                else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
+            when = "never"
+            if row is not None:
+                when = f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,} steps"
+            lines.append(f"{name} reached {level:g}: {when}")
+
+        for seconds in at:
+            so_far = [row for row in rows if row["time/time_elapsed"] <= seconds]
+            recent = so_far[-MILESTONE_WINDOW:]
+            if not recent:
+                continue
+            mean = sum(row["meta/post_adapt_return"] for row in recent) / len(recent)
+            steps = recent[-1]["time/total_timesteps"]
+            lines.append(
+                f"{name} after {seconds:g} s: {mean:.1f}, {steps:,} steps, "
+                f"{steps / seconds:,.0f} steps/s"
             )
-            print(f"{name} reached {level:g}: {when}")
-        for second in at:
-            lived = [r for r in rows if r["time/time_elapsed"] <= second][-10:]
-            if lived:
-                mean = sum(r["meta/post_adapt_return"] for r in lived) / len(lived)
-                steps = lived[-1]["time/total_timesteps"]
-                print(
-                    f"{name} after {second:g} s: {mean:.1f}, {steps:,} steps, {steps / second:,.0f} steps/s"
-                )
+    return "\n".join(lines)
 
 
-def _compared(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of a comparison, best first, oracles at the end."""
-    agents = sorted(report["agents"].items(), key=lambda x: x[1].get("rank", len(report["agents"])))
-    shown = len(agents[0][1]["episodes"])
-    header = ["rank", "agent", *(f"after {k} episode{'' if k == 1 else 's'}" for k in range(shown))]
-    scored = all("score" in entry["episodes"][-1] for _, entry in agents)
-    header += ["worst 10 %", *(["score"] if scored else []), "steps", "wall time", "seeds"]
-    rows = []
-    for name, entry in agents:
-        last = entry["episodes"][-1]
-        notes = [f"{entry['rollouts']} rollouts"] if entry["rollouts"] > 1 else []
-        notes += ["with noise"] if entry["explores"] else []
-        cells = [str(entry.get("rank", "–")), name + (f" ({', '.join(notes)})" if notes else "")]
-        cells += [f"{r['mean']:.1f} ({_interval(r['ci95'])})" for r in entry["episodes"]]
-        cells += [f"{last['worst10']:.1f}", *([f"{last['score']:.2f}"] if scored else [])]
-        steps, seconds = (sum(entry[k]) / len(entry[k]) for k in ("steps", "wall_s"))
-        rows.append(
-            [
-                *cells,
-                f"{steps / 1e6:.3g} M",
-                f"{seconds:,.0f} s",
-                ", ".join(map(str, entry["seeds"])),
-            ]
-        )
-    return header, rows
-
-
-def _compared_title(report: Mapping[str, Any]) -> str:
-    return f"{report['family']}, {report['tasks']} {report['split']} tasks: mean return and its 95 % interval"
-
-
-def comparison(report: Mapping[str, Any]) -> None:
-    """Print a comparison as a table."""
-    header, rows = _compared(report)
-    table = Table(title=_compared_title(report), title_justify="left")
+def comparison_table(report: Mapping[str, Any]) -> str:
+    """Return a comparison as a table, best agent first and privileged agents last."""
+    header, rows = _comparison_cells(report)
+    table = Table(title=_comparison_title(report), title_justify="left")
     for i, column in enumerate(header):
         table.add_column(column, justify="left" if i == 1 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row, style="dim" if row[0] == "–" else None)
-    Console(
-        width=max(
-            Console().width, 100 + 24 * len(report["agents"][rows[0][1].split(" (")[0]]["episodes"])
-        )
-    ).print(table)
+
+    episode_columns = sum(column.startswith("after ") for column in header)
+    return render_table(table, 100 + 24 * episode_columns)
 
 
 def comparison_markdown(report: Mapping[str, Any]) -> str:
-    """Write a comparison as a table in Markdown."""
-    header, rows = _compared(report)
-    lines = [header, ["---:" if i != 1 else "---" for i in range(len(header))], *rows]
-    return "\n".join(
-        [_compared_title(report), "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    """Return a comparison as a table in Markdown."""
+    header, rows = _comparison_cells(report)
+    alignment = ["---:"] * len(header)
+    alignment[1] = "---"
+    lines = [_comparison_title(report), ""]
+    lines += [f"| {' | '.join(cells)} |" for cells in (header, alignment, *rows)]
+    return "\n".join([*lines, ""])
+
+
+def _comparison_title(report: Mapping[str, Any]) -> str:
+    return (
+        f"{report['family']}, {report['tasks']} {report['split']} tasks: "
+        "mean return and its 95 % interval"
     )
 
 
-def sampling(report: Mapping[str, Any]) -> None:
-    """Print how fast agents live their trials."""
-    title = f"{report['family']}: environment steps a second while collecting, median of {report['rounds']} rounds"
-    table = Table(title=title, title_justify="left")
-    for column in ("agent", "worlds", "steps/s", "against rl2"):
-        table.add_column(column, justify="left" if column == "agent" else "right", no_wrap=True)
-    for name, r in sorted(report["agents"].items(), key=lambda x: -x[1]["ratio"]):
-        table.add_row(name, str(r["worlds"]), f"{r['steps_per_s']:,.0f}", f"{r['ratio']:.2f}")
-    Console(width=max(Console().width, 80)).print(table)
+def _comparison_cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a comparison; privileged agents have no rank."""
+    last_rank = len(report["agents"])
+    agents = sorted(report["agents"].items(), key=lambda item: item[1].get("rank", last_rank))
+    episodes = len(agents[0][1]["episodes"])
+    scored = all("score" in entry["episodes"][-1] for _, entry in agents)
+
+    header = ["rank", "agent"]
+    header += [f"after {k} episode{'' if k == 1 else 's'}" for k in range(episodes)]
+    header.append("worst 10 %")
+    if scored:
+        header.append("score")
+    header += ["steps", "wall time", "seeds"]
+
+    rows = []
+    for name, entry in agents:
+        notes = []
+        if entry["rollouts"] > 1:
+            notes.append(f"{entry['rollouts']} rollouts")
+        if entry["explores"]:
+            notes.append("with noise")
+
+        cells = [str(entry.get("rank", "–"))]
+        cells.append(f"{name} ({', '.join(notes)})" if notes else name)
+        cells += [f"{row['mean']:.1f} ({_interval(row['ci95'])})" for row in entry["episodes"]]
+
+        last = entry["episodes"][-1]
+        cells.append(f"{last['worst10']:.1f}")
+        if scored:
+            cells.append(f"{last['score']:.2f}")
+
+        # Training costs are averaged over the seeds.
+        steps = sum(entry["steps"]) / len(entry["steps"])
+        wall_s = sum(entry["wall_s"]) / len(entry["wall_s"])
+        cells += [f"{steps / 1e6:.3g} M", f"{wall_s:,.0f} s"]
+        cells.append(", ".join(str(seed) for seed in entry["seeds"]))
+        rows.append(cells)
+    return header, rows

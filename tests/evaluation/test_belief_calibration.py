@@ -120,14 +120,13 @@ def test_an_evaluation_reports_beliefs_and_survives_json(report, tmp_path: Path)
     assert read_json(tmp_path / "x.json") == report
 
 
-def test_beliefs_reach_table_and_picture(report, tmp_path: Path, capsys) -> None:
-    tables.evaluation(report)
-    said = capsys.readouterr().out
+def test_beliefs_reach_table_and_picture(report, tmp_path: Path) -> None:
+    said = tables.evaluation_table(report)
     assert "speed" in said
     assert "95 % interval holds" in said
     assert "deviation of the posterior over latent tasks: 1.000 → " in said
-    plot.adaptation(report, tmp_path / "with.png")
-    plot.adaptation({k: v for k, v in report.items() if k != "beliefs"}, tmp_path / "without.png")
+    plot.plot_evaluation(report, tmp_path / "with.png")
+    plot.plot_evaluation({k: v for k, v in report.items() if k != "beliefs"}, tmp_path / "without.png")
     assert (tmp_path / "with.png").stat().st_size > (tmp_path / "without.png").stat().st_size
 
 

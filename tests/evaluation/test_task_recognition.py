@@ -159,7 +159,7 @@ def test_the_command_lists_writes_and_draws(
         "support set",
         "is most like",
         "direction -1",
-        "taken for new",
+        "judged unknown",
         "rank correlation",
         "8 prototypes",
     ):
