@@ -7,31 +7,37 @@ world, ...)``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from metarobot.errors import MetarobotError as MetarobotError
+from metarobot.lazy import lazy_module
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
 
 Floats = NDArray[np.float64]
 
 
-_COPIES: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_COPIES: dict[tuple[int, torch.dtype, torch.device], tuple[object, Tensor]] = {}
 
 
-def constant_like(constant: Tensor, x: Tensor) -> Tensor:
-    """Return a constant of a module with the dtype and on the device of ``x``; it is copied there
-    once.
+def constant_like(constant: Tensor | NDArray[Any], x: Tensor) -> Tensor:
+    """Return a module's constant with the dtype and on the device of ``x``.
+
+    ``constant`` is a tensor or an array that lives as long as the program. It is converted once for
+    each dtype and device; later calls return the same tensor, which must not be written to.
     """
-    if constant.dtype == x.dtype and constant.device == x.device:
-        return constant
     key = (id(constant), x.dtype, x.device)
     if key not in _COPIES:
-        _COPIES[key] = constant.to(x)
-    return _COPIES[key]
+        # the constant itself is kept beside its copy, so that no other object can get its id
+        _COPIES[key] = (constant, torch.as_tensor(constant).to(x))
+    return _COPIES[key][1]
 
 
 class Percept(NamedTuple):
@@ -95,7 +101,7 @@ class Rollout:
     def to(self, device: str) -> Rollout:
         """Move to a device."""
         moved: dict[str, Any] = {
-            k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)
+            k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)
         }
         return Rollout(**moved, terms={k: v.to(device) for k, v in self.terms.items()})
 
