@@ -1,9 +1,10 @@
-"""The root of all errors that a user can mend; it needs no package, so that the robot side has it
-too.
+"""The base class of all errors that a user can correct.
+
+It imports nothing, so that the robot side can use it too.
 """
 
 from __future__ import annotations
 
 
 class MetarobotError(Exception):
-    """A mistake the user can mend: one line that names the bad value and what would be right."""
+    """A mistake that the user can correct: one line names the bad value and what would be right."""

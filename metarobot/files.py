@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON."""
+"""Files and folders that are written whole or not at all, and JSON."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from metarobot.errors import MetarobotError
 
+FILE_MODE = 0o644
+
 
 class FileError(MetarobotError):
     """A file that cannot be read or written, or is damaged."""
@@ -19,8 +21,13 @@ class FileError(MetarobotError):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; it takes its place if the block succeeds and vanishes
-    if it does not.
+    """Yield a temporary path that replaces ``path`` if the block succeeds and is deleted if not.
+
+    The temporary file stands beside ``path``, whose folder is made if it is missing, and has the
+    same suffix.
+
+    Raises:
+        FileError: The operating system refuses to write.
     """
     temporary = path
     try:
@@ -30,8 +37,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         )
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o644)
+        temporary.chmod(FILE_MODE)
+
         yield temporary
+
+        # Without this, a power cut after the rename could leave an empty file.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -42,35 +52,49 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``folder`` if the block succeeds, else is deleted.
+
+    Raises:
+        FileError: The operating system refuses to write.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+
+            yield new
+
+            # What was there before goes into the temporary folder, and is deleted with it.
+            if folder.exists():
+                folder.rename(Path(temporary) / "old")
+            new.rename(folder)
+    except OSError as e:
+        raise FileError(f"cannot write {folder}: {e.strerror or e}") from e
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
+    """Write JSON atomically.
+
+    Raises:
+        FileError: The operating system refuses to write.
+    """
+    text = json.dumps(data, indent=1, ensure_ascii=False)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(text + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, or say in one line why not."""
+    """Read JSON.
+
+    Raises:
+        FileError: The file cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except OSError as e:
         raise FileError(f"cannot read {path}: {e.strerror or e}") from e
     except ValueError as e:
         raise FileError(f"{path} is damaged: {e}") from e
-
-
-@contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``out``; it takes its place if the block succeeds and vanishes
-    if it does not.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
-            yield new
-            if out.exists():
-                out.rename(Path(temporary) / "old")
-            new.rename(out)
-    except OSError as e:
-        raise FileError(f"cannot write {out}: {e.strerror or e}") from e

@@ -1,5 +1,6 @@
-"""Names -> families and agents. Other packages join by entry points, as our own ``envs`` and
-``agents`` do.
+"""Registries of families and agents by name.
+
+Other packages add theirs through entry points, as our own ``envs`` and ``agents`` do.
 """
 
 from __future__ import annotations
@@ -12,67 +13,77 @@ from typing import Generic, TypeVar
 
 from metarobot.errors import MetarobotError
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class RegistryError(MetarobotError):
-    """A name that nothing is registered under, one that is taken, or a thing that does not load."""
+    """A name that is unknown or taken, or an item that does not load."""
 
 
 @dataclass
-class Registry(Generic[T]):
-    """Named things of one kind: each entry point of the group names one, which is imported when it
-    is first asked for.
+class Registry(Generic[Item]):
+    """Named items of one kind, found through the entry points of a group.
 
-    So the names are known before anything is imported, and a package that does not load harms no
-    other.
+    An item is imported when it is first asked for. So the names are known before anything is
+    imported, and a package that does not load harms no other.
     """
 
     kind: str
+    """What the items are called in messages."""
     group: str
-    _things: dict[str, T] = field(default_factory=dict)
+    """Name of the entry point group."""
+    _items: dict[str, Item] = field(default_factory=dict)
 
-    def register(self, name: str, thing: T) -> T:
-        """Add a thing at run time, under a name that must be free."""
-        if name in self._things or name in self._entries:
+    def register(self, name: str, item: Item) -> Item:
+        """Add an item at run time and return it.
+
+        Raises:
+            RegistryError: The name is taken.
+        """
+        if name in self._items or name in self._entries:
             raise RegistryError(f"a {self.kind} called {name!r} is registered already")
-        self._things[name] = thing
-        return thing
+        self._items[name] = item
+        return item
 
     def names(self) -> list[str]:
-        """List what exists."""
-        return sorted({*self._things, *self._entries})
+        """Return all names, sorted."""
+        return sorted({*self._items, *self._entries})
 
-    def get(self, name: str) -> T:
-        """Return the thing of that name, or raise with the names that exist."""
-        if name not in self._things:
+    def get(self, name: str) -> Item:
+        """Return the item of that name.
+
+        Raises:
+            RegistryError: There is none, or it does not load; the message lists what exists.
+        """
+        if name not in self._items:
             if name not in self._entries:
-                raise RegistryError(
-                    f"no {self.kind} called {name!r}; there are: {', '.join(self.names())}"
-                )
-            self._things[name] = self._load(self._entries[name])
-        return self._things[name]
+                existing = ", ".join(self.names())
+                raise RegistryError(f"no {self.kind} called {name!r}; there are: {existing}")
+            self._items[name] = self._load(self._entries[name])
+        return self._items[name]
 
     @cached_property
     def _entries(self) -> Mapping[str, EntryPoint]:
         entries: dict[str, EntryPoint] = {}
         for entry in entry_points(group=self.group):
             if entry.name in entries:
-                raise RegistryError(
-                    f"two {self.group} are called {entry.name!r}: {entries[entry.name].value}, {entry.value}"
-                )
+                places = f"{entries[entry.name].value}, {entry.value}"
+                raise RegistryError(f"two {self.group} are called {entry.name!r}: {places}")
             entries[entry.name] = entry
         return entries
 
-    def _load(self, entry: EntryPoint) -> T:
+    def _load(self, entry: EntryPoint) -> Item:
         try:
-            thing: T = entry.load()
+            item: Item = entry.load()
         except (ImportError, AttributeError) as e:
             raise RegistryError(
                 f"the {self.kind} {entry.name!r} does not load from {entry.value}: {e}"
             ) from e
-        if getattr(thing, "name", entry.name) != entry.name:
+
+        own_name = getattr(item, "name", entry.name)
+        if own_name != entry.name:
             raise RegistryError(
-                f"{entry.value} is a {self.kind} called otherwise than its entry point {entry.name!r}"
+                f"the {self.kind} of {entry.value} is called {own_name!r}, but its entry point "
+                f"{entry.name!r}"
             )
-        return thing
+        return item

@@ -1,1 +1,1 @@
-"""Collecting trials, training, run folders."""
+"""Meta-training: collecting trials, the training loop, run folders, metrics and demonstrations."""

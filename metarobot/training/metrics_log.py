@@ -1,5 +1,6 @@
-"""What training says while it runs: a progress bar, ``metrics.jsonl`` and TensorBoard, under SB3's
-names and ours.
+"""Metrics of a training: a progress bar, ``metrics.jsonl`` and TensorBoard.
+
+Names are Stable-Baselines3's where it has them, and ours.
 """
 
 from __future__ import annotations
@@ -20,34 +21,45 @@ from metarobot.files import atomic_path
 from metarobot.training.run_folder import CheckpointError
 
 LINE_EVERY_S = 20.0
+"""Seconds between two lines where standard error is no terminal."""
 
 
 def summary_line(metrics: dict[str, float]) -> str:
-    """Say the return of each episode of the trial, or the error left by who imitates, and the
-    speed.
-    """
+    """Return one iteration in a line: its speed, and returns or imitation errors."""
+    speed = f"{metrics['time/fps']:,.0f} steps/s"
     if "train/loss_before" in metrics:
         error = f"{metrics['train/loss_before']:.4f} → {metrics['train/loss']:.4f}"
-        return f"{metrics['time/fps']:,.0f} steps/s  error {error}"
+        return f"{speed}  error {error}"
     episodes = [v for k, v in sorted(metrics.items()) if k.startswith("meta/return_episode_")]
     returns = " → ".join(f"{v:.1f}" for v in episodes)
-    return f"{metrics['time/fps']:,.0f} steps/s  return {returns}"
+    return f"{speed}  return {returns}"
 
 
 class MetricsLog:
-    """Writes each iteration's metrics everywhere; closes, or is left, cleanly."""
+    """Writes the metrics of each iteration everywhere; a context manager."""
 
     def __init__(
         self, folder: Path, total: int, done: int, iteration: int, *, show: bool = True
     ) -> None:
+        """Open the log of a run folder.
+
+        Args:
+            folder: The run folder.
+            total: Environment steps of the whole training.
+            done: Steps collected before, where TensorBoard's curves go on.
+            iteration: Iterations before; rows of later ones are dropped.
+            show: Whether to show progress on standard error.
+        """
         self.path = folder / "metrics.jsonl"
         drop_rows_after(self.path, iteration)
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=done)
+
         console = Console(stderr=True)
-        self._live = show and console.is_terminal
-        self._lines = show and not console.is_terminal
-        self._last_line = 0.0
+        shows_bar = show and console.is_terminal
+        self._shows_lines = show and not console.is_terminal
+        self._last_line_s = 0.0
+        self._total = total
         self._bar = Progress(
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} steps"),
             BarColumn(None),
@@ -56,9 +68,9 @@ class MetricsLog:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
-            disable=not self._live,
+            disable=not shows_bar,
         )
-        self._task = self._bar.add_task("", total=total, completed=done)
+        self._bar_task = self._bar.add_task("", total=total, completed=done)
 
     def __enter__(self) -> MetricsLog:
         self._bar.start()
@@ -68,13 +80,18 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        with suppress(OSError):  # a full disk has been reported by the write that met it
+        # A full disk was reported by the write that met it.
+        with suppress(OSError):
             self._file.close()
         with suppress(OSError):
             self._board.close()
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Take in one iteration."""
+        """Write the metrics of one iteration.
+
+        Raises:
+            CheckpointError: The operating system refuses to write.
+        """
         steps = int(metrics["time/total_timesteps"])
         try:
             self._file.write(json.dumps(metrics) + "\n")
@@ -83,45 +100,54 @@ class MetricsLog:
                 self._board.add_scalar(name, value, steps)
         except OSError as e:
             raise CheckpointError(f"cannot write {self.path}: {e.strerror or e}") from e
-        self._bar.update(self._task, completed=steps, description=summary_line(metrics))
-        if self._lines and time.monotonic() - self._last_line > LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            total = self._bar.tasks[0].total or 1
-            left = metrics["time/time_elapsed"] * (total / steps - 1)
-            print(
-                f"{steps:,}/{total:,.0f} steps  {summary_line(metrics)}  ETA {left:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+
+        self._bar.update(self._bar_task, completed=steps, description=summary_line(metrics))
+        if self._shows_lines and time.monotonic() - self._last_line_s > LINE_EVERY_S:
+            self._last_line_s = time.monotonic()
+            self._print_line(steps, metrics)
+
+    def _print_line(self, steps: int, metrics: dict[str, float]) -> None:
+        left_s = metrics["time/time_elapsed"] * (self._total / steps - 1)
+        print(
+            f"{steps:,}/{self._total:,.0f} steps  {summary_line(metrics)}  ETA {left_s:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """Read the rows of a ``metrics.jsonl``, one an iteration.
+
+    A last line that was cut short by a kill is left out; no file gives no rows.
+    """
     rows: list[dict[str, float]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    if not path.exists():
+        return rows
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
     return rows
 
 
 def first_reach(
     rows: list[dict[str, float]], level: float, window: int = 10
 ) -> dict[str, float] | None:
-    """Return the first row at which the last episode's return, averaged over ``window`` rows, is at
-    least ``level``.
+    """Return the first row at which the moving average of the last episode's return is ``level``.
+
+    The average is over ``window`` rows. None if it never comes so high.
     """
-    for i in range(window, len(rows) + 1):
-        recent = rows[i - window : i]
-        if sum(r["meta/post_adapt_return"] for r in recent) / window >= level:
+    for end in range(window, len(rows) + 1):
+        recent = rows[end - window : end]
+        total = sum(row["meta/post_adapt_return"] for row in recent)
+        if total / window >= level:
             return recent[-1]
     return None
 
 
 def drop_rows_after(path: Path, iteration: int) -> None:
-    """Drop rows written after the checkpoint that training continues from."""
-    rows = [r for r in read_metrics(path) if r["time/iterations"] <= iteration]
+    """Drop rows that were written after the checkpoint from which training continues."""
+    rows = [row for row in read_metrics(path) if row["time/iterations"] <= iteration]
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

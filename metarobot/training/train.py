@@ -1,19 +1,18 @@
 """Meta-training: sample tasks, collect trials, update, log, save; resumable bit for bit.
 
 Every iteration's tasks, starts, noise and minibatches are keyed by (seed, iteration), so the state
-of a run is its learner and two counters: what a checkpoint holds is all there is.
+of a training is its learner and three counters, and a checkpoint holds all of it.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,74 +22,261 @@ import numpy as np
 import torch
 
 import metarobot
+from metarobot.bounds import check_bounds
 from metarobot.env import factory
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.learning.agent_interface import Learner, TrainingStep, agents
+from metarobot.learning.agent_interface import (
+    Learner,
+    ReservesMemory,
+    TrainingStep,
+    WarmStarts,
+    agents,
+    is_memoryless,
+)
 from metarobot.learning.optimiser_state import move_to_device
 from metarobot.resources import keep_freed_memory, restored_torch_threads
 from metarobot.tasks.family import Family, family_on
-from metarobot.training import task_sampling as worlds
 from metarobot.training.collect import collect
-from metarobot.training.config import CHANGEABLE_ON_RESUME, TrainConfig, check_config
+from metarobot.training.config import (
+    CHANGEABLE_ON_RESUME,
+    TrainConfig,
+    check_config,
+    needs_teacher,
+    resolve_paths,
+    rollouts_of,
+)
 from metarobot.training.demonstrations import read_demonstrations
 from metarobot.training.metrics_log import MetricsLog
 from metarobot.training.run_folder import (
     CheckpointError,
     Run,
     build_learner,
+    change_run,
+    check_unused,
     create_run,
-    extend_run,
     open_run,
     save_checkpoint,
 )
+from metarobot.training.task_sampling import TaskSource, make_task_source
 from metarobot.types import Trials
+
+Metrics = dict[str, float]
+TrialSource = Callable[[int], Trials]
+"""Iteration -> the trials that it learns from."""
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A signal stopped a training; everything is saved, and it can be resumed."""
+
+
+@dataclass
+class Counters:
+    """How far a training has come."""
+
+    iteration: int = 0
+    steps: int = 0
+    """Collected environment steps."""
+    elapsed_s: float = 0.0
+
+
+@dataclass
+class Training:
+    """A training with its run folder, learner and worlds, ready to run."""
+
+    run: Run
+    learner: Learner
+    iterate: TrainingStep
+    counters: Counters
+
+    def train(
+        self, *, show: bool = True, tick: Callable[[Metrics], None] = lambda metrics: None
+    ) -> bool:
+        """Train until the steps are done.
+
+        Args:
+            show: Whether to show progress on standard error.
+            tick: Called with the metrics of each iteration.
+
+        Returns:
+            Whether it is done; False if a signal stopped it, with everything saved.
+        """
+        config = self.run.train_config
+        counters = self.counters
+        keep_freed_memory()
+        with (
+            MetricsLog(
+                self.run.folder, config.steps, counters.steps, counters.iteration, show=show
+            ) as log,
+            deferred_signals() as signals,
+            restored_torch_threads(),
+            out_of_memory_errors(),
+        ):
+            while counters.steps < config.steps and not signals:
+                metrics = self._run_iteration()
+                log.write(metrics)
+                tick(metrics)
+
+                is_due = counters.iteration % config.save_every == 0
+                is_done = counters.steps >= config.steps
+                if is_due or is_done or signals:
+                    save_checkpoint(self.run.folder, self.learner.state(), asdict(counters))
+        return counters.steps >= config.steps
+
+    def _run_iteration(self) -> Metrics:
+        """Collect and learn once; advance the counters and return the metrics."""
+        config = self.run.train_config
+        counters = self.counters
+
+        began_s = time.monotonic()
+        steps, metrics = self.iterate(
+            counters.iteration,
+            counters.steps / config.steps,
+            _iteration_seed(config.seed, counters.iteration),
+        )
+        took_s = time.monotonic() - began_s
+
+        counters.iteration += 1
+        counters.steps += steps
+        counters.elapsed_s += took_s
+        return {
+            **metrics,
+            "time/fps": steps / took_s,
+            "time/iterations": counters.iteration,
+            "time/total_timesteps": counters.steps,
+            "time/time_elapsed": counters.elapsed_s,
+        }
+
+
+def start_training(
+    config: TrainConfig,
+    agent_config: Any,
+    out: Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> Training:
+    """Check settings, build learner and worlds, and write the folder of a new run.
+
+    Nothing is written if anything does not fit.
+
+    Args:
+        config: What to train, and where.
+        agent_config: The agent's own settings.
+        out: Run folder to write.
+        say: Called with a line on what simulates, where there is a choice.
+
+    Raises:
+        MetarobotError: A setting that cannot work, or a folder that holds a run or cannot be
+            written.
+    """
+    config = resolve_paths(config)
+    check_config(config)
+    check_bounds(agent_config)
+    check_unused(out)
+    family = family_on(config.family, config.robot)
+    config = choose_simulator(config, family, agent_config, say)
+
+    with out_of_memory_errors():
+        worlds = _build_worlds(family, config, agent_config)
+        if worlds is not None and needs_teacher(agent_config):
+            worlds.env.teacher_action()  # raises if the family has no teacher
+        learner = _build_learner_on_device(family, config, agent_config, worlds)
+        _initialise(learner, family, config)
+        iterate = _build_iteration(learner, family, config, agent_config, worlds)
+
+    about = {"versions": _versions(), "machine": _machine()}
+    run = create_run(out, config, agent_config, about)
+    return Training(run, learner, iterate, Counters())
+
+
+def open_training(run: Run) -> Training:
+    """Build learner and worlds of a run, to train on from its checkpoint if it has one.
+
+    Raises:
+        MetarobotError: A setting that does not work on this machine, or a damaged checkpoint.
+    """
+    config = run.train_config
+    agent_config = run.agent_config
+    check_config(config)
+
+    with out_of_memory_errors():
+        worlds = _build_worlds(run.family, config, agent_config)
+        learner = _build_learner_on_device(run.family, config, agent_config, worlds)
+        if (run.folder / "checkpoint.json").exists():
+            counters = _restore(run, learner)
+        else:
+            _initialise(learner, run.family, config)
+            counters = Counters()
+        iterate = _build_iteration(learner, run.family, config, agent_config, worlds)
+    return Training(run, learner, iterate, counters)
 
 
 def start_run(
-    config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None
+    config: TrainConfig,
+    agent_config: Any,
+    out: Path,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Run:
-    """Make the run folder of a new training; ``say`` is told in a line what simulates, where there
-    is a choice.
+    """Make the run folder of a training that is trained later; see ``start_training``."""
+    return start_training(config, agent_config, out, say).run
+
+
+def reopen_run(
+    config: TrainConfig,
+    agent_config: Any,
+    out: Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """Open a run to continue it, with more steps, or on another device or simulator.
+
+    A setting that has its default value is taken to be not given. A run that is made longer takes
+    up its schedules where they now stand.
+
+    Args:
+        config: What to train; family, agent and steps must be those of the run, or more steps.
+        agent_config: The agent's own settings.
+        out: The run folder.
+        say: Called with a line if the run moves to another device or simulator.
+
+    Raises:
+        MetarobotError: A setting that differs from what the run was started with.
     """
-    if config.robot and Path(config.robot).exists():
-        config = replace(config, robot=str(Path(config.robot).resolve()))
-    if config.demos:
-        config = replace(config, demos=str(Path(config.demos).resolve()))
-    check_config(config)
-    for name, value in asdict(agent_config).items():
-        least = 0 if name in ("inner_steps", "guess") else 1
-        if type(value) is int and value < least:
-            raise MetarobotError(f"{name} must be at least {least}, not {value}")
-        if type(value) is float and not 0 <= value < math.inf:
-            raise MetarobotError(f"{name} must be a finite number of at least 0, not {value}")
-    versions = {
-        "metarobot": metarobot.__version__,
-        "mujoco": mujoco.__version__,
-        "torch": torch.__version__,
-    }
-    versions |= {"numpy": np.__version__, "python": platform.python_version()}
-    plain = {
-        **asdict(config),
-        "agent_config": asdict(agent_config),
-        "versions": versions,
-        "machine": _machine(),
-    }
-    family = family_on(config.family, config.robot)
-    config = _simulated(config, family, agent_config, say)
-    plain |= {"sim": config.sim}
-    if getattr(agent_config, "teach", 0) > 0:
-        Env(family, family.space.sample("train", 1)).teacher_action()
-    _begin(build_learner(config.agent, agent_config, family, config.seed), family, config)
-    if config.demos:
-        _imitated(family, agent_config.worlds, agent_config.rollouts, config)(0)
-    return create_run(out, plain)
+    run = open_run(out)
+    config = resolve_paths(config)
+    before = run.train_config
+    _check_unchanged(out, config, agent_config, run)
+
+    changes: dict[str, Any] = {}
+    if config.device != before.device or config.sim not in ("", before.sim):
+        check_config(config)
+        now = choose_simulator(config, run.family, agent_config, say)
+        changes = {name: getattr(now, name) for name in CHANGEABLE_ON_RESUME}
+        say(
+            f"goes on with {now.sim} physics and learning on {now.device}, after {before.sim} "
+            f"physics and learning on {before.device}: other roundings"
+        )
+    if config.steps > before.steps:
+        changes["steps"] = config.steps
+    return change_run(run, changes) if changes else run
 
 
-def _simulated(
+def train(
+    run: Run,
+    *,
+    show: bool = True,
+    tick: Callable[[Metrics], None] = lambda metrics: None,
+) -> bool:
+    """Train a run from its checkpoint, or from the start; see ``Training.train``."""
+    return open_training(run).train(show=show, tick=tick)
+
+
+def choose_simulator(
     config: TrainConfig, family: Family, agent_config: Any, say: Callable[[str], None]
 ) -> TrainConfig:
-    """Fill in what simulates, and raise if it cannot have so many worlds."""
+    """Fill in what simulates.
+
+    Raises:
+        MetarobotError: It cannot have so many worlds, or does not run here.
+    """
     if config.demos or agents.get(config.agent).fit is not None:
         return replace(config, sim="cpu")
     sim, why = factory.choose_simulator(family, config.sim, config.device)
@@ -100,228 +286,176 @@ def _simulated(
     return replace(config, sim=sim)
 
 
-def _begin(learner: Learner, family: Family, config: TrainConfig) -> None:
-    """Let an untrained learner take the memory it needs, and begin as the policy of ``config.init``
-    acts, if given.
-    """
-    getattr(learner, "reserve_memory", lambda: None)()
+def _check_unchanged(out: Path, config: TrainConfig, agent_config: Any, run: Run) -> None:
+    """Check that a run is continued with the settings it was started with."""
+    default_train = TrainConfig(family="")
+    default_agent = agents.get(config.agent).config()
+    compared = (
+        (config, run.train_config, default_train),
+        (agent_config, run.agent_config, default_agent),
+    )
+    for asked, held, default in compared:
+        for field in fields(asked):
+            name = field.name
+            value = getattr(asked, name)
+            before = getattr(held, name, None)
+            if name in CHANGEABLE_ON_RESUME or value == before:
+                continue
+            if name == "steps" and asked is config and value > before:
+                continue
+            is_required = asked is config and name in ("family", "agent", "steps")
+            if is_required or value != getattr(default, name):
+                raise MetarobotError(
+                    f"cannot resume {out} with {name} {value!r}: it was trained with {before!r}"
+                )
+
+
+def _build_worlds(family: Family, config: TrainConfig, agent_config: Any) -> TaskSource | None:
+    """Build the worlds that trials are collected in; None for an agent that needs none."""
+    if config.demos or agents.get(config.agent).fit is not None:
+        return None
+    return make_task_source(
+        family,
+        agent_config.worlds,
+        rollouts_of(agent_config),
+        seed=config.seed,
+        sim=config.sim,
+        device=config.device,
+        pool=config.pool,
+        threads=_thread_count(config),
+    )
+
+
+def _build_learner_on_device(
+    family: Family, config: TrainConfig, agent_config: Any, worlds: TaskSource | None
+) -> Learner:
+    env: Env | None = None if worlds is None else worlds.env
+    learner = build_learner(config.agent, agent_config, family, config.seed, env)
+    move_to_device(learner, config.device)
+    return learner
+
+
+def _initialise(learner: Learner, family: Family, config: TrainConfig) -> None:
+    """Let an untrained learner reserve memory, and start from the policy of ``config.init``."""
+    if isinstance(learner, ReservesMemory):
+        learner.reserve_memory()
     if not config.init:
         return
-    source, warm_start = open_run(config.init), getattr(learner, "warm_start", None)
-    if source.agent not in ("ppo", "blind"):
+
+    source = open_run(config.init)
+    policy = source.load_agent()
+    if not is_memoryless(policy):
         raise MetarobotError(
-            f"init needs a policy trained as ppo or blind; {config.init} was trained as {source.agent}"
+            f"init needs a policy trained as ppo or blind; {config.init} was trained as "
+            f"{source.agent}"
         )
-    if warm_start is None:
+    if not isinstance(learner, WarmStarts):
         raise MetarobotError(
             f"agent {config.agent!r} cannot begin as another policy; rl2, ppo, blind and oracle can"
         )
     if source.family.observations != family.observations:
         raise MetarobotError(
-            f"init: {source.family.name}, which {config.init} knows, is observed otherwise than {family.name}"
+            f"init: {source.family.name}, which {config.init} knows, is observed otherwise than "
+            f"{family.name}"
         )
-    warm_start(source.load_agent())
+    learner.warm_start(policy)
 
 
-def reopen_run(
-    config: TrainConfig, agent_config: Any, out: Path, say: Callable[[str], None] = lambda _: None
-) -> Run:
-    """Open a run to continue it, refusing settings other than those it was started with, but for
-    more steps.
+def _build_iteration(
+    learner: Learner,
+    family: Family,
+    config: TrainConfig,
+    agent_config: Any,
+    worlds: TaskSource | None,
+) -> TrainingStep:
+    """Return the function that gets trials and learns from them once."""
+    threads = _thread_count(config)
+    fit = agents.get(config.agent).fit
+    if fit is not None:
+        return fit(learner, family, threads)
 
-    A run that is made longer takes up its schedules where they now stand. It may move to another
-    device or simulator, which ``say`` is told in a line.
-    """
-    run = open_run(out)
-    asked = {**asdict(config), **{f"agent_config.{k}": v for k, v in asdict(agent_config).items()}}
-    usual = {
-        **asdict(TrainConfig(family="")),
-        **{f"agent_config.{k}": v for k, v in _defaults(config.agent).items()},
-    }
-    held = {**run.config, **{f"agent_config.{k}": v for k, v in run.config["agent_config"].items()}}
-    for name, value in asked.items():
-        if name in CHANGEABLE_ON_RESUME:
-            continue
-        required = name in ("family", "agent", "steps")
-        longer = name == "steps" and int(value) > int(held["steps"])
-        if value != held.get(name) and not longer and (required or value != usual.get(name)):
-            shown = name.removeprefix("agent_config.")
-            raise MetarobotError(
-                f"cannot resume {out} with {shown} {value!r}: it was trained with {held.get(name)!r}"
-            )
-    before: dict[str, Any] = {"device": "cpu", "sim": "cpu", **run.config}
-    moved: dict[str, Any] = {}
-    if config.device != before["device"] or config.sim not in ("", before["sim"]):
-        check_config(config)
-        now = asdict(_simulated(config, run.family, agent_config, say))
-        moved = {k: now[k] for k in CHANGEABLE_ON_RESUME}
-        so_far = f"{before['sim']} physics and learning on {before['device']}"
-        say(
-            f"goes on with {now['sim']} physics and learning on {now['device']}, after {so_far}: other roundings"
-        )
-    if config.steps > run.config["steps"]:
-        moved["steps"] = config.steps
-    return extend_run(run, moved) if moved else run
-
-
-@contextmanager
-def out_of_memory_errors() -> Iterator[None]:
-    """Say in a line that a device's memory is not enough for what is learned from."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        why = str(e).partition(". ")[0]
-        raise MetarobotError(
-            f"out of memory ({why}); take fewer --worlds, or more --minibatches"
-        ) from e
-
-
-@out_of_memory_errors()
-def train(
-    run: Run,
-    *,
-    resume: bool = False,
-    show: bool = True,
-    tick: Callable[[dict[str, float]], None] = lambda _: None,
-) -> bool:
-    """Train until the steps are done; return False if a signal stopped it first, with everything
-    saved.
-
-    ``tick`` is given the metrics of each iteration.
-    """
-    learner, config = (
-        run.learner(),
-        TrainConfig(
-            **{
-                "sim": "cpu",
-                **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config},
-            }
-        ),
-    )
-    check_config(config)
-    move_to_device(learner, config.device)
-    counters: dict[str, Any] = {"iteration": 0, "steps": 0, "elapsed_s": 0.0}
-    if resume and (run.folder / "checkpoint.json").exists():
-        counters = _restore(run, learner)
+    get_trials: TrialSource
+    describe: Callable[[Trials], Metrics]
+    if worlds is None:
+        get_trials = _demonstration_source(family, config, agent_config)
+        describe = _no_metrics
     else:
-        _begin(learner, run.family, config)
-    keep_freed_memory()
-    threads = config.threads or len(os.sched_getaffinity(0))
-    fit = agents.get(run.agent).fit
-    iterate = (
-        _collected(run, learner, config, threads)
-        if fit is None
-        else fit(learner, run.family, threads)
-    )
-    with (
-        MetricsLog(
-            run.folder, config.steps, counters["steps"], counters["iteration"], show=show
-        ) as log,
-        deferred_signals() as stopped,
-        restored_torch_threads(),
-    ):
-        while counters["steps"] < config.steps and not stopped:
-            metrics = _iterate(run, iterate, counters)
-            log.write(metrics)
-            tick(metrics)
-            if (
-                counters["iteration"] % config.save_every == 0
-                or stopped
-                or counters["steps"] >= config.steps
-            ):
-                save_checkpoint(run.folder, learner.state(), counters)
-    return bool(counters["steps"] >= config.steps)
+        get_trials = _collecting_source(learner, config, agent_config, worlds)
+        describe = _collection_metrics(worlds)
 
-
-def _lived(run: Run, learner: Learner, where: worlds.TaskSource) -> Callable[[int], Trials]:
-    """Return a function that lets the agent live the trials of an iteration."""
-    config, env = run.config["agent_config"], where.env
-    usual = {
-        "episodes": config["episodes"],
-        "rollouts": run.rollouts,
-        "record_teacher": config.get("teach", 0) > 0,
-    }
-
-    def live(i: int) -> Trials:
-        agent = learner.agent.to(env.device)
-        return collect(agent, env, where.deal(i), seed=_seed(run, i), **usual)
-
-    return live
-
-
-def _imitated(
-    family: Family, worlds: int, rollouts: int, config: TrainConfig
-) -> Callable[[int], Trials]:
-    """Return a function that draws the demonstrations of an iteration."""
-    demos, variants = read_demonstrations(Path(config.demos), family), family.interaction.variants
-    if rollouts % variants:
-        raise MetarobotError(
-            f"rollouts = {rollouts} is not a multiple of {variants}, the variants of {family.name}"
-        )
-    return lambda i: demos.trials(worlds // rollouts, rollouts // variants, [config.seed, i])
-
-
-def _seed(run: Run, i: int) -> int:
-    return int(np.random.SeedSequence([run.config["seed"], i]).generate_state(1)[0])
-
-
-def _collected(run: Run, learner: Learner, config: TrainConfig, threads: int) -> TrainingStep:
-    """Return a function that gets trials and learns from them once."""
-    sizes = run.config["agent_config"].get("worlds", 0), run.rollouts
-    lost: Callable[[], dict[str, float]] = dict
-    if config.demos:
-        live = _imitated(run.family, *sizes, config)
-    else:
-        where: dict[str, Any] = {k: getattr(config, k) for k in ("sim", "device", "pool")} | {
-            "threads": threads
-        }
-        lived_in = worlds.make_task_source(run.family, *sizes, seed=config.seed, **where)
-        live, lost = _lived(run, learner, lived_in), lived_in.lost
-
-    def iterate(i: int, progress: float, seed: int) -> tuple[int, dict[str, float]]:
-        began = time.monotonic()
-        # torch's worker threads would spin against the physics threads: one is faster while
-        # collecting
+    def iterate(i: int, progress: float, seed: int) -> tuple[int, Metrics]:
+        began_s = time.monotonic()
+        # Torch's worker threads would spin against the physics threads: one is faster here.
         torch.set_num_threads(1)
-        trials = live(i)
-        lived = trials.steps()  # which waits for the device
-        collected = time.monotonic()
+        trials = get_trials(i)
+        steps = trials.steps()  # waits for the device, so the clock is read after it
+        collected_s = time.monotonic()
+
         torch.set_num_threads(threads)
         learner.agent.to(config.device)
         metrics = learner.update(trials.to(config.device), progress, seed)
+        learned_s = time.monotonic()
+
         speed = {
-            "time/collect_fps": lived / (collected - began),
-            "time/learn_fps": lived / (time.monotonic() - collected),
+            "time/collect_fps": steps / (collected_s - began_s),
+            "time/learn_fps": steps / (learned_s - collected_s),
         }
-        return lived, {
-            **({} if config.demos else rollout_metrics(trials)),
-            **lost(),
-            **metrics,
-            **speed,
-        }
+        return steps, {**describe(trials), **metrics, **speed}
 
     return iterate
 
 
-def _iterate(run: Run, iterate: TrainingStep, counters: dict[str, Any]) -> dict[str, float]:
-    """Go through one iteration; advance the counters and return the metrics."""
-    began, i = time.monotonic(), counters["iteration"]
-    lived, metrics = iterate(i, counters["steps"] / run.config["steps"], _seed(run, i))
-    took = time.monotonic() - began
-    counters["iteration"] += 1
-    counters["steps"] += lived
-    counters["elapsed_s"] += took
-    speed = {
-        "time/fps": lived / took,
-        "time/iterations": counters["iteration"],
-        "time/total_timesteps": counters["steps"],
-        "time/time_elapsed": counters["elapsed_s"],
-    }
-    return {**metrics, **speed}
+def _collecting_source(
+    learner: Learner, config: TrainConfig, agent_config: Any, worlds: TaskSource
+) -> TrialSource:
+    """Return a function that lets the agent collect the trials of an iteration."""
+
+    def get_trials(i: int) -> Trials:
+        return collect(
+            learner.agent.to(worlds.env.device),
+            worlds.env,
+            worlds.deal(i),
+            episodes=agent_config.episodes,
+            rollouts=rollouts_of(agent_config),
+            seed=_iteration_seed(config.seed, i),
+            record_teacher=needs_teacher(agent_config),
+        )
+
+    return get_trials
 
 
-def rollout_metrics(trials: Trials) -> dict[str, float]:
-    """Summarise trials: returns by episode, adaptation gain, reward terms and broken episodes."""
+def _demonstration_source(family: Family, config: TrainConfig, agent_config: Any) -> TrialSource:
+    """Return a function that draws the demonstrations of an iteration.
+
+    Raises:
+        MetarobotError: A dataset that cannot be read, or holds too few demonstrations.
+    """
+    demos = read_demonstrations(Path(config.demos), family)
+    rollouts = rollouts_of(agent_config)
+    variants = family.interaction.variants
+    if rollouts % variants:
+        raise MetarobotError(
+            f"rollouts = {rollouts} is not a multiple of {variants}, the variants of {family.name}"
+        )
+    tasks = agent_config.worlds // rollouts
+
+    def get_trials(i: int) -> Trials:
+        return demos.trials(tasks, rollouts // variants, [config.seed, i])
+
+    get_trials(0)
+    return get_trials
+
+
+def _collection_metrics(worlds: TaskSource) -> Callable[[Trials], Metrics]:
+    return lambda trials: {**rollout_metrics(trials), **worlds.lost()}
+
+
+def _no_metrics(trials: Trials) -> Metrics:
+    return {}
+
+
+def rollout_metrics(trials: Trials) -> Metrics:
+    """Return the metrics of trials: returns, adaptation gain, reward terms, broken episodes."""
     returns = trials.returns().mean(1)
     metrics = {
         "rollout/ep_rew_mean": float(returns.mean()),
@@ -331,19 +465,20 @@ def rollout_metrics(trials: Trials) -> dict[str, float]:
         "meta/adaptation_gain": float(returns[-1] - returns[0]),
         "sim/faults": float(trials.faults()),
     }
-    metrics |= {f"meta/return_episode_{k + 1}": float(r) for k, r in enumerate(returns)}
+    for k, episode_return in enumerate(returns, start=1):
+        metrics[f"meta/return_episode_{k}"] = float(episode_return)
     for name in trials.episodes[0].terms:
-        metrics[f"reward/{name}"] = float(
-            torch.stack([e.terms[name].mean() for e in trials.episodes]).mean()
-        )
+        episode_means = torch.stack([e.terms[name].mean() for e in trials.episodes])
+        metrics[f"reward/{name}"] = float(episode_means.mean())
     return metrics
 
 
-def _restore(run: Run, learner: Learner) -> dict[str, Any]:
-    tensors, counters = run.checkpoint()
+def _restore(run: Run, learner: Learner) -> Counters:
+    """Restore a learner from a run's checkpoint and return its counters."""
+    tensors, saved = run.checkpoint()
     try:
         learner.load(tensors)
-        return {k: counters[k] for k in ("iteration", "steps", "elapsed_s")}
+        return Counters(**{field.name: saved[field.name] for field in fields(Counters)})
     except (KeyError, RuntimeError, ValueError) as e:
         raise CheckpointError(
             f"{run.folder} holds no checkpoint to continue from: {' '.join(str(e).split())}"
@@ -351,37 +486,69 @@ def _restore(run: Run, learner: Learner) -> dict[str, Any]:
 
 
 @contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that an iteration ends before training stops; a
-    second one is final.
+def out_of_memory_errors() -> Iterator[None]:
+    """Turn torch's error about a device's memory into one line.
+
+    Raises:
+        MetarobotError: The device has too little memory.
     """
-    stopped: list[int] = []
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        why = str(e).partition(". ")[0]
+        raise MetarobotError(
+            f"out of memory ({why}); take fewer --worlds, or more --minibatches"
+        ) from e
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that an iteration ends before training stops.
+
+    The second one raises KeyboardInterrupt.
+    """
+    received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if stopped:
+        if received:
             raise KeyboardInterrupt
-        stopped.append(number)
+        received.append(number)
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield stopped
+    except ValueError:  # not the main thread, which alone receives signals
+        yield received
         return
     try:
-        yield stopped
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _iteration_seed(seed: int, i: int) -> int:
+    return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
+
+
+def _thread_count(config: TrainConfig) -> int:
+    return config.threads or len(os.sched_getaffinity(0))
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "metarobot": metarobot.__version__,
+        "mujoco": mujoco.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def _machine() -> str:
-    """Name the processor and the number of cores that may be used."""
+    """Return the processor's name and the number of cores that may be used."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {len(os.sched_getaffinity(0))} cores"
+                processor = line.partition(":")[2].strip()
+                return f"{processor}, {len(os.sched_getaffinity(0))} cores"
     return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _defaults(agent: str) -> dict[str, Any]:
-    return asdict(agents.get(agent).config())
