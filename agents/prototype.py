@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig, PPOSettings
+from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig
+from metarobot.learning.ppo_core import DistilledPPOSettings as PPOSettings
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.metric_losses import (

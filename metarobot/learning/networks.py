@@ -1,4 +1,4 @@
-"""Networks: normalisers, perceptrons, and three memories under one interface."""
+"""Building blocks of networks: running normalisation, perceptrons and Gaussian log-probabilities."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from metarobot.errors import MetarobotError
 
 
 class RunningNorm(nn.Module):
-    """Normalise features by their running mean and deviation; buffers, so checkpoints and exports
-    carry them.
+    """Normalise features by their running mean and standard deviation.
 
-    Merges batches by Chan et al. (1979). Accumulates in float64, applies in float32, clips to
+    The statistics are buffers, so checkpoints and exported policies carry them. Batches are merged
+    by Chan et al. (1979), accumulated in float64 and applied in float32. Outputs are clipped to
     ±``limit``.
     """
 
     count: Tensor
+    """Number of samples so far."""
     mean: Tensor
     m2: Tensor
+    """Sum of squared deviations from the mean."""
     shift: Tensor
+    """The mean, in float32."""
     scale: Tensor
+    """One over the standard deviation, in float32."""
 
     def __init__(self, features: int, limit: float = 10.0) -> None:
         super().__init__()
@@ -37,32 +41,42 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in samples ``(sample, feature)``."""
+        """Merge samples ``(sample, feature)`` into the statistics."""
         x = x.double()
-        n, mean = len(x), x.mean(0)
-        total, gap = self.count + n, mean - self.mean
-        self.m2 += (x - mean).square().sum(0) + gap.square() * self.count * n / total
-        self.mean += gap * n / total
+        samples = len(x)
+        mean = x.mean(0)
+        total = self.count + samples
+        delta = mean - self.mean
+
+        # M2 = M2_a + M2_b + δ² n_a n_b / n,   μ = μ_a + δ n_b / n   (Chan et al. 1979)
+        batch_m2 = (x - mean).square().sum(0)
+        self.m2 += batch_m2 + delta.square() * self.count * samples / total
+        self.mean += delta * samples / total
         self.count.fill_(total)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.m2 / self.count).clamp_min(1e-8).rsqrt())
 
     @torch.no_grad()
     def copy_from(self, other: RunningNorm) -> None:
-        """Take over what another has seen of the first features; the rest begin with mean 0 and
-        deviation 1.
-        """
-        n = len(other.mean)
+        """Copy the statistics of the first features; the rest start with mean 0 and deviation 1."""
+        features = len(other.mean)
         self.count.copy_(other.count)
+        # a sum of squares equal to the count is a deviation of 1
         self.m2.copy_(other.count)
-        for mine, theirs in ((self.mean, other.mean), (self.m2, other.m2)):
-            mine[:n] = theirs
+        self.mean[:features] = other.mean
+        self.m2[:features] = other.m2
         self.shift.copy_(self.mean)
         self.scale.copy_((self.m2 / self.count.clamp_min(1)).clamp_min(1e-8).rsqrt())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(..., feature)``."""
         return ((x - self.shift) * self.scale).clamp(-self.limit, self.limit)
+
+
+def normalise_leading(norm: RunningNorm, x: Tensor) -> Tensor:
+    """Normalise the first features of ``x`` ``(..., feature)``, as many as ``norm`` has."""
+    features = norm.mean.shape[0]
+    return torch.cat([norm(x[..., :features]), x[..., features:]], -1)
 
 
 def mlp(
@@ -72,21 +86,28 @@ def mlp(
     gain: float = 1.0,
     activation: Callable[[], nn.Module] = nn.Tanh,
 ) -> nn.Sequential:
-    """Build a perceptron with orthogonal weights and zero biases; ``gain`` scales the last
-    layer.
+    """Build a perceptron with orthogonal weights and zero biases.
+
+    Args:
+        inputs: Number of inputs.
+        hidden: Width of each hidden layer.
+        outputs: Number of outputs.
+        gain: Gain of the last layer's weights; hidden layers have √2.
+        activation: Makes the activation after each hidden layer.
     """
     sizes = (inputs, *hidden, outputs)
+    last = len(sizes) - 2
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(pairwise(sizes)):
-        last = i == len(sizes) - 2
-        layers.append(orthogonal(nn.Linear(a, b), gain if last else math.sqrt(2)))
-        if not last:
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        layer = nn.Linear(fan_in, fan_out)
+        layers.append(orthogonal(layer, gain if i == last else math.sqrt(2)))
+        if i != last:
             layers.append(activation())
     return nn.Sequential(*layers)
 
 
 def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
-    """Set orthogonal weights of the given gain and a zero bias."""
+    """Set orthogonal weights of the given gain and a zero bias; return the layer."""
     nn.init.orthogonal_(layer.weight, gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -94,14 +115,18 @@ def orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
 
 
 def linears(net: nn.Sequential) -> list[nn.Linear]:
-    """List the linear layers of a perceptron."""
+    """Return the linear layers of a perceptron, in order."""
     return [layer for layer in net if isinstance(layer, nn.Linear)]
 
 
 @torch.no_grad()
 def copy_into_larger(layer: nn.Linear, other: nn.Linear) -> None:
-    """Make a layer's first outputs those of a smaller one; inputs that the smaller one lacks are
-    silent there.
+    """Make the first outputs of a layer equal to those of a smaller one.
+
+    Inputs that the smaller layer does not have get zero weights to these outputs.
+
+    Raises:
+        MetarobotError: ``other`` has more inputs or outputs than ``layer``.
     """
     rows, columns = other.weight.shape
     if rows > layer.weight.shape[0] or columns > layer.weight.shape[1]:
@@ -114,20 +139,12 @@ def copy_into_larger(layer: nn.Linear, other: nn.Linear) -> None:
         layer.bias[:rows] = other.bias
 
 
-def distillation_loss(mean: Tensor, teacher_action: Tensor) -> Tensor:
-    """Squared error of the mean action to what is record_teacher, where anything is, meaned over
-    the action axis.
-    """
-    return (
-        torch.where(teacher_action.isnan(), 0.0, mean - teacher_action.nan_to_num())
-        .square()
-        .mean(-1)
-    )
-
-
 def log_prob(mean: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
-    """Log-density of ``action`` under a diagonal Gaussian, summed over the action axis."""
+    """Return the log-density of ``action`` under a diagonal Gaussian, summed over actuators.
+
+    ``mean`` and ``action`` are ``(..., act)``, ``log_std`` is ``(act,)``; the result is ``(...,)``.
+    """
+    # ln π(a|s) = −½ Σ ((a − μ) / σ)² − Σ ln σ − ½ n ln 2π
     z = (action - mean) * torch.exp(-log_std)
-    return (
-        -0.5 * z.square().sum(-1) - log_std.sum(-1) - 0.5 * math.log(2 * math.pi) * action.shape[-1]
-    )
+    normaliser = 0.5 * math.log(2 * math.pi) * action.shape[-1]
+    return -0.5 * z.square().sum(-1) - log_std.sum(-1) - normaliser

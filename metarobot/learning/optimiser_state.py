@@ -7,45 +7,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarobot.learning.agent_interface import Stateful
+
 
 def flatten_state(optimiser: torch.optim.Optimizer, **modules: nn.Module) -> dict[str, Tensor]:
-    """Flatten modules and an Adam optimiser's moments into named tensors, copies of what they hold
-    now.
+    """Return copies of modules and of an Adam optimiser's moments as flat named tensors.
+
+    Names are ``<module>.<parameter or buffer>`` and ``optimiser.<index>.<moment>``.
     """
-    flat = {
-        f"{name}.{k}": v.detach().clone()
-        for name, m in modules.items()
-        for k, v in m.state_dict().items()
-    }
-    for i, moments in optimiser.state_dict()["state"].items():
-        flat |= {f"optimiser.{i}.{k}": v.clone() for k, v in moments.items()}
+    flat = {}
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            flat[f"{name}.{key}"] = value.detach().clone()
+    for index, moments in optimiser.state_dict()["state"].items():
+        for key, value in moments.items():
+            flat[f"optimiser.{index}.{key}"] = value.clone()
     return flat
 
 
 def restore_state(
     flat: dict[str, Tensor], optimiser: torch.optim.Optimizer, **modules: nn.Module
 ) -> None:
-    """Restore exactly what ``pack`` flattened."""
-    for name, m in modules.items():
-        m.load_state_dict(
-            {k.removeprefix(f"{name}."): v for k, v in flat.items() if k.startswith(f"{name}.")}
-        )
+    """Restore modules and optimiser from what ``flatten_state`` returned."""
+    for name, module in modules.items():
+        module.load_state_dict(with_prefix(flat, f"{name}."))
+
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        if key.startswith("optimiser."):
-            _, i, k = key.split(".")
-            moments.setdefault(int(i), {})[k] = value.clone()
+    for name, value in with_prefix(flat, "optimiser.").items():
+        index, key = name.split(".")
+        moments.setdefault(int(index), {})[key] = value.clone()
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
-def move_to_device(learner: Any, device: str) -> None:
-    """Put all modules that a learner holds on a device, those of critics and learners within it
-    too.
+def with_prefix(flat: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose name begins with ``prefix``, named without it."""
+    return {
+        name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)
+    }
 
-    Before ``load``: an optimiser's moments go where the weights are.
+
+def move_to_device(learner: Any, device: str) -> None:
+    """Move all modules that a learner holds to a device, those of critics and learners in it too.
+
+    Call it before ``load``: an optimiser's moments go where the weights are.
     """
     for held in vars(learner).values():
         if isinstance(held, nn.Module):
             held.to(device)
-        elif hasattr(held, "load") and hasattr(held, "state"):
+        elif isinstance(held, Stateful):
             move_to_device(held, device)
