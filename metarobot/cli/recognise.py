@@ -51,12 +51,12 @@ def recognise(
     """
     from metarobot.evaluation import plots as drawing
     from metarobot.evaluation import tables
-    from metarobot.evaluation.task_recognition import RecognitionConfig, parameter
+    from metarobot.evaluation.task_recognition import RecognitionConfig, check_parameter
     from metarobot.evaluation.task_recognition import recognise as measure
     from metarobot.training import run_folder as checkpoint
 
     opened = checkpoint.open_run(run)
-    colour = parameter(opened.family.space, colour)
+    colour = check_parameter(opened.family.space, colour)
     if plot is not None:
         drawing.check_suffix(plot)
     lived = {"tasks": tasks, "transitions": transitions, "support": support, "queries": queries}

@@ -1,22 +1,20 @@
-"""What agents with a posterior believe: how it tightens with experience, and whether it is
-calibrated.
+"""Beliefs about the task: how they tighten with experience, and whether they are calibrated.
 
-Such an agent has ``posterior(context)``, mean and variance of its latent task, and
-``belief(context)``, those of the task's encoding, in which the training range of every parameter is
-[−1, 1].
+Only agents that infer a posterior (``InfersPosterior``) have beliefs. A belief is a Gaussian over
+the task's encoding, in which the training range of every parameter is [−1, 1].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from metarobot.evaluation.statistics import bootstrap_interval
-from metarobot.learning.agent_interface import Context
+from metarobot.learning.agent_interface import Context, InfersPosterior
 from metarobot.tasks.space import Task, TaskSpace
 from metarobot.types import Floats
 
@@ -24,75 +22,94 @@ LEVELS = (0.5, 0.8, 0.95)
 """Central intervals of a belief whose coverage is counted."""
 
 
+class BeliefSample(NamedTuple):
+    """The beliefs of one agent about all tasks, after some episodes."""
+
+    latent_deviation: Floats
+    """Standard deviation of the posterior, averaged over its latent dimensions, ``(task,)``."""
+    error: Floats
+    """Mean of the belief minus the task's encoding, ``(task, parameter)``."""
+    deviation: Floats
+    """Standard deviation of the belief, ``(task, parameter)``."""
+
+
 class BeliefRecorder:
-    """Writes down what agents, one a training seed, believe of their tasks after 0 … K−1 episodes
-    of experience.
-    """
+    """Records what agents believe of their tasks after 0 … K−1 episodes of experience."""
 
     def __init__(self, space: TaskSpace, tasks: Sequence[Task]) -> None:
-        self._truth = space.encode(tasks)
-        self._names = [p.name for p in space.params if not p.nuisance]
-        self._seeds: list[list[tuple[Floats, Floats, Floats]]] = []
+        self._encoded_tasks = space.encode(tasks)
+        # The encoding leaves nuisance parameters out.
+        self._parameters = [param.name for param in space.params if not param.nuisance]
+        self._samples: list[list[BeliefSample]] = []
+        """Agent, one a training seed -> episode -> beliefs."""
 
-    def watch(self, agent: Any) -> Callable[[Context], Context]:
-        """Return what is to be called with the agent's context after every episode; it hands it on
-        as it is.
+    def watch(self, agent: object) -> Callable[[Context], Context]:
+        """Return a function to call with the agent's contexts after every episode.
+
+        It returns the context unchanged. Agents without a posterior are not recorded.
         """
-        if not hasattr(agent, "posterior"):
+        if not isinstance(agent, InfersPosterior):
             return lambda context: context
-        pages: list[tuple[Floats, Floats, Floats]] = []
-        self._seeds.append(pages)
+        samples: list[BeliefSample] = []
+        self._samples.append(samples)
 
         @torch.no_grad()
-        def note(context: Context) -> Context:
-            mean, var = agent.belief(context)
-            latent = agent.posterior(context)[1].sqrt().mean(1)
-            pages.append(
-                tuple(x.double().numpy() for x in (latent, mean - self._truth, var.sqrt()))
+        def record(context: Context) -> Context:
+            _, latent_variance = agent.posterior(context)
+            mean, variance = agent.belief(context)
+            error = mean.cpu() - self._encoded_tasks
+            samples.append(
+                BeliefSample(
+                    latent_deviation=latent_variance.sqrt().mean(1).double().cpu().numpy(),
+                    error=error.double().numpy(),
+                    deviation=variance.sqrt().double().cpu().numpy(),
+                )
             )
             return context
 
-        note(agent.begin(len(self._truth)))
-        return note
+        record(agent.begin(len(self._encoded_tasks)))  # type: ignore[attr-defined]
+        return record
 
     def report(self) -> dict[str, Any]:
-        """Summarise what was written down, episode by episode; nothing if no agent had a belief."""
-        if not self._seeds:
+        """Summarise the beliefs episode by episode; empty if no agent had any."""
+        if not self._samples:
             return {}
-        # (seed, episode, task, ...) each
-        latent, error, spread = (
-            np.stack([[page[i] for page in pages] for pages in self._seeds]) for i in range(3)
-        )
-        episodes = range(latent.shape[1])
-        return {
-            "parameters": self._names,
-            "episodes": [
-                {"episode": k, **_row(latent[:, k], error[:, k], spread[:, k])} for k in episodes
-            ],
-        }
+        episodes = len(self._samples[0])
+        rows = []
+        for k in range(episodes):
+            of_episode = [samples[k] for samples in self._samples]
+            rows.append({"episode": k, **_summarise_beliefs(of_episode)})
+        return {"parameters": self._parameters, "episodes": rows}
 
 
-def _row(latent: Floats, error: Floats, spread: Floats) -> dict[str, Any]:
-    """Summarise one episode: latent deviations ``(seed, task)``, errors and deviations ``(seed,
-    task, parameter)``.
-    """
-    inside = {
-        level: np.abs(error) <= spread * NormalDist().inv_cdf(0.5 + level / 2) for level in LEVELS
+def _summarise_beliefs(samples: Sequence[BeliefSample]) -> dict[str, Any]:
+    """Summarise the beliefs after one number of episodes, one sample a training seed."""
+    latent_deviation = np.stack([sample.latent_deviation for sample in samples])
+    error = np.stack([sample.error for sample in samples])
+    deviation = np.stack([sample.deviation for sample in samples])
+
+    squared_error = error**2
+    parameters = range(error.shape[-1])
+    row: dict[str, Any] = {
+        "deviation": float(latent_deviation.mean()),
+        "deviation_ci95": bootstrap_interval(latent_deviation, np.mean),
+        "rmse": [_root_mean(squared_error[..., i]) for i in parameters],
+        "rmse_ci95": [bootstrap_interval(squared_error[..., i], _root_mean) for i in parameters],
+        "coverage": {},
+        "coverage_all": {},
+        "coverage_all_ci95": {},
     }
-    squared = np.moveaxis(error**2, -1, 0)
-    return {
-        "deviation": float(latent.mean()),
-        "deviation_ci95": bootstrap_interval(latent, np.mean),
-        "rmse": [_root(x) for x in squared],
-        "rmse_ci95": [bootstrap_interval(x, _root) for x in squared],
-        "coverage": {f"{level:g}": inside[level].mean((0, 1)).tolist() for level in LEVELS},
-        "coverage_all": {f"{level:g}": float(inside[level].mean()) for level in LEVELS},
-        # parameters of one task are resampled together
-        "coverage_all_ci95": {
-            f"{level:g}": bootstrap_interval(inside[level].mean(-1), np.mean) for level in LEVELS
-        },
-    }
+    for level in LEVELS:
+        # The central interval of a Gaussian: |error| <= z σ with z = Φ⁻¹((1 + level) / 2)
+        z = NormalDist().inv_cdf(0.5 + level / 2)
+        inside = np.abs(error) <= deviation * z
+        key = f"{level:g}"
+        row["coverage"][key] = inside.mean(axis=(0, 1)).tolist()
+        row["coverage_all"][key] = float(inside.mean())
+        # The parameters of one task are resampled together.
+        row["coverage_all_ci95"][key] = bootstrap_interval(inside.mean(axis=-1), np.mean)
+    return row
 
 
-def _root(squared: Floats) -> float:
+def _root_mean(squared: Floats) -> float:
     return float(np.sqrt(squared.mean()))

@@ -1,9 +1,8 @@
-"""Comparison: every agent on one family at equal steps and seeds, found or trained, and all played
-on the same tasks.
+"""Comparison: every agent on one family at equal steps and seeds, all played on the same tasks.
 
-A plan that was stopped goes on when it is called again: finished runs are found, the one that was
-stopped is resumed, and what has been played is kept beside the runs, by the checkpoint's SHA-256
-and the protocol.
+Runs are found or trained. A plan that was stopped goes on when it is called again: finished runs
+are found, the one that was stopped is resumed, and what has been played is kept beside the runs,
+under the checkpoint's SHA-256 and the protocol.
 """
 
 from __future__ import annotations
@@ -12,30 +11,40 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.evaluate import count_trials
-from metarobot.evaluation.fine_tuning import fine_tune
+from metarobot.evaluation.fine_tuning import count_fine_tuning_trials, fine_tune
 from metarobot.evaluation.protocol import Evaluator, Protocol
-from metarobot.evaluation.statistics import adaptation_score, summarise
+from metarobot.evaluation.statistics import (
+    LOWER_REFERENCE,
+    UPPER_REFERENCE,
+    adaptation_score,
+    summarise,
+)
 from metarobot.files import read_json, write_json
-from metarobot.learning.agent_interface import agents, comparable_agents
+from metarobot.learning.agent_interface import (
+    FineTunes,
+    agents,
+    comparable_agents,
+    is_memoryless,
+)
 from metarobot.tasks.family import families
 from metarobot.training.config import TrainConfig, check_config
 from metarobot.training.metrics_log import read_metrics
 from metarobot.training.run_folder import CheckpointError, Run, collected_steps, open_run
-from metarobot.training.train import start_run, train
+from metarobot.training.train import open_training, start_training
 from metarobot.types import Floats
 
-TUNED = {"pretrained": "fine-tuning", "from scratch": "fine-tuning from scratch"}
-"""Policies that are fine-tuned -> what the comparison calls them."""
-INDIFFERENT = ("device", "sim", "threads", "save_every")
-"""Settings of a training that a run may differ in and still be the same experiment."""
+FINE_TUNED_NAMES = {"pretrained": "fine-tuning", "from scratch": "fine-tuning from scratch"}
+"""Weights that are fine-tuned from -> what the comparison calls them."""
+IRRELEVANT_SETTINGS = ("device", "sim", "threads", "save_every")
+"""Settings of a training in which a run may differ and still be the same experiment."""
+MOST_OLD_RUNS = 1000
+"""Runs of other settings that may be moved aside in one folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +52,7 @@ class Plan:
     """What to compare, and where."""
 
     family: str
+    """Task family."""
     out: Path
     """Folder of the runs, FAMILY-AGENT-SEED each."""
     agents: tuple[str, ...] = ()
@@ -50,17 +60,20 @@ class Plan:
     steps: int = 2_000_000
     """Environment steps that each trains for, unless ``settings`` say otherwise."""
     seeds: tuple[int, ...] = (0,)
+    """Training seeds of each agent."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Agent -> setting of its own, or ``steps`` -> value."""
     reuse: tuple[Path, ...] = ()
     """Run folders, and folders of run folders, where finished runs may be found."""
     threads: int = 0
+    """CPU threads; 0 takes all there are."""
 
 
 class Job(NamedTuple):
     """One run of a plan."""
 
     train: TrainConfig
+    """How it is trained."""
     agent: Any
     """The agent's own configuration."""
 
@@ -71,49 +84,58 @@ class Job(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What a message calls it."""
+        """Name of the run in messages."""
         return f"{self.train.agent}, seed {self.train.seed}"
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Read settings written as AGENT.NAME=VALUE: agent -> name -> value."""
+    """Read settings written as AGENT.NAME=VALUE; return agent -> name -> value.
+
+    Raises:
+        MetarobotError: Another form, an unknown setting, or a value of another type.
+    """
     settings: dict[str, dict[str, Any]] = {}
     for word in words:
-        key, is_one, text = word.partition("=")
+        key, equals, text = word.partition("=")
         agent, dot, name = key.rpartition(".")
-        if not (is_one and dot):
+        if not (equals and dot):
             raise MetarobotError(
                 f"{word!r} is no setting: write AGENT.NAME=VALUE, as in rl2.epochs=8"
             )
-        usual = {"steps": 1, **asdict(agents.get(agent).config())}
-        if name not in usual:
+        defaults = {"steps": 1, **asdict(agents.get(agent).config())}
+        if name not in defaults:
             raise MetarobotError(
-                f"agent {agent!r} has no setting {name!r}; it has: {', '.join(usual)}"
+                f"agent {agent!r} has no setting {name!r}; it has: {', '.join(defaults)}"
             )
-        settings.setdefault(agent, {})[name] = _read(word, text, usual[name])
+        settings.setdefault(agent, {})[name] = _parse_value(word, text, defaults[name])
     return settings
 
 
-def _read(word: str, text: str, usual: Any) -> Any:
-    """Read a value as the type of the usual one."""
-    if isinstance(usual, bool):
+def _parse_value(word: str, text: str, default: Any) -> Any:
+    """Read a value as the type of the setting's default."""
+    if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             raise MetarobotError(f"{word!r}: write true or false")
         return text.lower() == "true"
-    if not isinstance(usual, int | float):
+    if not isinstance(default, int | float):
         return text
+
     try:
-        value = float(text)
+        value = float(text)  # whole numbers may be written as 3e6
     except ValueError:
         raise MetarobotError(f"{word!r}: {text!r} is no number") from None
-    if isinstance(usual, int) and value != int(value):
+    if not isinstance(default, int):
+        return value
+    if value != int(value):
         raise MetarobotError(f"{word!r}: {text} is no whole number")
-    return int(value) if isinstance(usual, int) else value
+    return int(value)
 
 
 def plan_jobs(plan: Plan) -> list[Job]:
-    """List the runs of a plan, agent by agent; raise for what cannot work before anything is
-    trained.
+    """List the runs of a plan, agent by agent.
+
+    Raises:
+        MetarobotError: Whatever cannot work, before anything is trained.
     """
     families.get(plan.family)
     names = plan.agents or comparable_agents()
@@ -122,166 +144,188 @@ def plan_jobs(plan: Plan) -> list[Job]:
     for agent in plan.settings:
         if agent not in names:
             raise MetarobotError(
-                f"settings are given for {agent!r}, which is not compared; compared: {', '.join(names)}"
+                f"settings are given for {agent!r}, which is not compared; "
+                f"compared: {', '.join(names)}"
             )
-    made = []
-    for name in dict.fromkeys(names):
-        own = dict(plan.settings.get(name, {}))
-        steps = own.pop("steps", plan.steps)
-        config = agents.get(name).config(**own)
+
+    jobs = []
+    for name in dict.fromkeys(names):  # each once, in this order
+        settings = dict(plan.settings.get(name, {}))
+        steps = settings.pop("steps", plan.steps)
+        agent_config = agents.get(name).config(**settings)
         for seed in dict.fromkeys(plan.seeds):
-            job = Job(
-                TrainConfig(
-                    family=plan.family, agent=name, steps=steps, seed=seed, threads=plan.threads
-                ),
-                config,
+            train_config = TrainConfig(
+                family=plan.family, agent=name, steps=steps, seed=seed, threads=plan.threads
             )
-            check_config(job.train)
-            made.append(job)
-    return made
+            check_config(train_config)
+            jobs.append(Job(train_config, agent_config))
+    return jobs
 
 
 def difference(config: Mapping[str, Any], job: Job) -> str:
-    """Say in which setting a run's configuration differs from a job's; nothing if it is the same
-    experiment.
+    """Say in which setting a run's config.json differs from a job's; empty if in none that matters.
+
+    A setting that an older run does not hold is taken to have its default.
     """
-    usual = asdict(TrainConfig(family="")), asdict(agents.get(job.train.agent).config())
-    sides = (config, asdict(job.train)), (config["agent_config"], asdict(job.agent))
-    for defaults, (held, asked) in zip(usual, sides, strict=True):
-        for name, value in json.loads(json.dumps(asked)).items():
-            here = held.get(name, defaults[name])
-            if name not in INDIFFERENT and here != value:
-                return f"{name} {here!r}, not {value!r}"
+    train_defaults = asdict(TrainConfig(family=""))
+    agent_defaults = asdict(agents.get(job.train.agent).config())
+    sides = (
+        (config, asdict(job.train), train_defaults),
+        (config["agent_config"], asdict(job.agent), agent_defaults),
+    )
+    for run_settings, job_settings, defaults in sides:
+        # What was read from JSON is compared with what JSON makes of the job's settings.
+        for name, wanted in json.loads(json.dumps(job_settings)).items():
+            held = run_settings.get(name, defaults[name])
+            if name not in IRRELEVANT_SETTINGS and held != wanted:
+                return f"{name} {held!r}, not {wanted!r}"
     return ""
 
 
 class PlanETA:
-    """What is left of a plan, from each agent's own pace."""
+    """Estimates what is left of a plan, from each agent's own pace."""
 
-    def __init__(self, planned: Sequence[Job]) -> None:
-        self.left = {job.name: (job.train.agent, job.train.steps) for job in planned}
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.left = {job.name: (job.train.agent, job.train.steps) for job in jobs}
+        """Run -> its agent, and the steps it has left."""
         self.pace: dict[str, float] = {}
         """Agent -> seconds a step."""
 
-    def hear(self, job: Job, metrics: Mapping[str, float]) -> None:
-        """Take in where a run stands."""
+    def update(self, job: Job, metrics: Mapping[str, float]) -> None:
+        """Update the estimate with the metrics of a run's last iteration."""
         steps = int(metrics["time/total_timesteps"])
-        self.left[job.name] = job.train.agent, max(0, job.train.steps - steps)
+        self.left[job.name] = (job.train.agent, max(0, job.train.steps - steps))
         self.pace[job.train.agent] = metrics["time/time_elapsed"] / steps
 
     @property
     def steps(self) -> int:
-        """Steps that are left."""
+        """Environment steps that are left."""
         return sum(steps for _, steps in self.left.values())
 
     @property
     def seconds(self) -> float:
-        """Seconds that are left; an agent not measured yet is taken to be as slow as the others on
-        average.
-        """
-        usual = float(np.mean(list(self.pace.values()))) if self.pace else float("nan")
-        return sum(
-            steps * self.pace.get(agent, usual) for agent, steps in self.left.values() if steps
-        )
+        """Seconds that are left; agents not measured yet are taken to be as slow as the average."""
+        average = float(np.mean(list(self.pace.values()))) if self.pace else float("nan")
+        seconds = 0.0
+        for agent, steps in self.left.values():
+            if steps:
+                seconds += steps * self.pace.get(agent, average)
+        return seconds
 
 
 def train_plan(
     plan: Plan,
     protocol: Protocol,
-    say: Callable[[str], None],
+    report_line: Callable[[str], None],
     watch: Callable[[Job, Mapping[str, float], PlanETA], None],
 ) -> dict[str, list[Run]]:
-    """Find or train every run of a plan: agent -> its runs, one a seed; nothing if a signal stopped
-    it, all saved.
+    """Find or train every run of a plan.
 
-    What the protocol asks for is checked before, not after hours of training.
+    Args:
+        plan: What to train.
+        protocol: What will be played; its split is checked now, not after hours of training.
+        report_line: Called with a line of text for what is found, resumed or trained, and why.
+        watch: Called after each iteration of a training.
 
-    ``say`` is told in a line what is found, resumed and trained, and why; ``watch`` is called after
-    each iteration.
+    Returns:
+        Agent -> its runs, one a seed; empty if a signal stopped the training, everything saved.
     """
-    planned = plan_jobs(plan)
+    jobs = plan_jobs(plan)
     families.get(plan.family).space.sample(protocol.split, 1)
-    outlook, found = PlanETA(planned), {}
-    for job in planned:
-        if run := _found(job, plan, say):
-            found[job.name] = run
-            outlook.hear(job, last_metrics(run))
-    gathered: dict[str, list[Run]] = {}
-    for job in planned:
-        run = found.get(job.name) or _trained(job, plan, say, partial(_heard, job, outlook, watch))
+
+    eta = PlanETA(jobs)
+    finished: dict[str, Run] = {}
+    for job in jobs:
+        run = _find_finished_run(job, plan, report_line)
+        if run is not None:
+            finished[job.name] = run
+            eta.update(job, last_metrics(run))
+
+    runs: dict[str, list[Run]] = {}
+    for job in jobs:
+        run = finished.get(job.name)
+        if run is None:
+
+            def tick(metrics: Mapping[str, float], job: Job = job) -> None:
+                eta.update(job, metrics)
+                watch(job, metrics, eta)
+
+            run = _train_job(job, plan, report_line, tick)
         if run is None:
             return {}
-        gathered.setdefault(job.train.agent, []).append(run)
-    return gathered
+        runs.setdefault(job.train.agent, []).append(run)
+    return runs
 
 
-def _heard(
-    job: Job, outlook: PlanETA, watch: Callable[..., None], metrics: Mapping[str, float]
-) -> None:
-    outlook.hear(job, metrics)
-    watch(job, metrics, outlook)
-
-
-def _found(job: Job, plan: Plan, say: Callable[[str], None]) -> Run | None:
-    """Find a finished run of the same experiment, in the plan's own folder or where others may be
-    reused.
-    """
-    own = plan.out / job.name
-    for folder, config in _configs([own, *plan.reuse]):
-        if [config.get(k) for k in ("family", "agent", "seed")] != [
-            job.train.family,
-            job.train.agent,
-            job.train.seed,
-        ]:
+def _find_finished_run(job: Job, plan: Plan, report_line: Callable[[str], None]) -> Run | None:
+    """Find a finished run of a job, in the plan's own folder or where others may be reused."""
+    own_folder = plan.out / job.name
+    for folder, config in _read_configs([own_folder, *plan.reuse]):
+        identity = (config.get("family"), config.get("agent"), config.get("seed"))
+        if identity != (job.train.family, job.train.agent, job.train.seed):
             continue
         differs = difference(config, job)
         if differs:
-            say(f"{job.title}: {folder} is another experiment: {differs}")
+            report_line(f"{job.title}: {folder} is another experiment: {differs}")
         elif collected_steps(folder) < job.train.steps:
-            if folder != own:
-                say(f"{job.title}: {folder} is not finished")
+            if folder != own_folder:
+                report_line(f"{job.title}: {folder} is not finished")
         else:
-            say(f"{job.title}: {'found' if folder == own else 'reused'} {folder}")
+            report_line(f"{job.title}: {'found' if folder == own_folder else 'reused'} {folder}")
             return open_run(folder)
     return None
 
 
-def _configs(folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Read the configurations of run folders, and of those in folders of them."""
+def _read_configs(folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Read the configurations of run folders, and of those in folders of run folders."""
     for folder in folders:
-        for path in [folder] if (folder / "config.json").exists() else sorted(folder.glob("*")):
-            if (path / "config.json").exists():
-                config = read_json(path / "config.json")
-                if isinstance(config, dict) and config.get("kind") == "metarobot-run":
-                    yield path, config
+        is_run = (folder / "config.json").exists()
+        candidates = [folder] if is_run else sorted(folder.glob("*"))
+        for candidate in candidates:
+            if not (candidate / "config.json").exists():
+                continue
+            config = read_json(candidate / "config.json")
+            if isinstance(config, dict) and config.get("kind") == "metarobot-run":
+                yield candidate, config
 
 
-def _trained(
-    job: Job, plan: Plan, say: Callable[[str], None], tick: Callable[[Mapping[str, float]], None]
+def _train_job(
+    job: Job,
+    plan: Plan,
+    report_line: Callable[[str], None],
+    tick: Callable[[Mapping[str, float]], None],
 ) -> Run | None:
-    """Train a run, going on where it was stopped; None if it is stopped now."""
+    """Train a run, going on where it was stopped; return None if it is stopped now."""
     folder = plan.out / job.name
-    if (folder / "config.json").exists() and difference(read_json(folder / "config.json"), job):
-        aside = next(
-            p
-            for i in range(1, 1000)
-            if not (p := folder.with_name(f"{folder.name}.old{i}")).exists()
-        )
-        folder.rename(aside)
-        say(f"{job.title}: what was in {folder} is in {aside} now")
+    config_file = folder / "config.json"
+    if config_file.exists() and difference(read_json(config_file), job):
+        old = _unused_name(folder)
+        folder.rename(old)
+        report_line(f"{job.title}: what was in {folder} is in {old} now")
+
     done = collected_steps(folder)
-    say(f"{job.title}: {f'resumed after {done:,} steps' if done else 'training'} in {folder}")
-    run = (
-        open_run(folder)
-        if (folder / "config.json").exists()
-        else start_run(job.train, job.agent, folder)
-    )
+    doing = f"resumed after {done:,} steps" if done else "training"
+    report_line(f"{job.title}: {doing} in {folder}")
+    if config_file.exists():
+        training = open_training(open_run(folder))
+    else:
+        training = start_training(job.train, job.agent, folder)
     try:
-        return run if train(run, resume=bool(done), show=False, tick=tick) else None
+        finished = training.train(show=False, tick=tick)
     except CheckpointError:
         raise
     except MetarobotError as e:
         raise MetarobotError(f"{job.title}: {e}") from e
+    return training.run if finished else None
+
+
+def _unused_name(folder: Path) -> Path:
+    """Return FOLDER.old1, or the first such name that is not taken."""
+    for i in range(1, MOST_OLD_RUNS):
+        old = folder.with_name(f"{folder.name}.old{i}")
+        if not old.exists():
+            return old
+    raise MetarobotError(f"{folder.parent} holds {MOST_OLD_RUNS - 1} old runs of {folder.name}")
 
 
 def last_metrics(run: Run) -> Mapping[str, float]:
@@ -289,19 +333,19 @@ def last_metrics(run: Run) -> Mapping[str, float]:
     rows = read_metrics(run.folder / "metrics.jsonl")
     if rows:
         return rows[-1]
-    card = read_json(run.folder / "card.json") if (run.folder / "card.json").exists() else {}
+    card_file = run.folder / "card.json"
+    card = read_json(card_file) if card_file.exists() else {}
     return {"time/total_timesteps": run.steps, "time/time_elapsed": float(card.get("wall_s", 0.0))}
 
 
 def count_plays(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> int:
-    """Count the trials that measuring plays, if nothing has been played before."""
-    method, policy = _tunable(runs, protocol)
-    tuned = (
-        count_trials(len(runs[method]), 0, 0, len(runs[policy]), False, False)
-        if method and policy
-        else 0
-    )
-    return sum(map(len, runs.values())) + tuned - (len(runs[method]) if tuned else 0)
+    """Count the trials that ``compare_runs`` plays, if nothing has been played before."""
+    plays = sum(len(group) for group in runs.values())
+    pair = _fine_tuning_pair(runs, protocol)
+    if pair is not None:
+        # As many untrained policies are fine-tuned as the method has runs.
+        plays += count_fine_tuning_trials(len(runs[pair.policy]) + len(runs[pair.method]))
+    return plays
 
 
 def compare_runs(
@@ -310,116 +354,163 @@ def compare_runs(
     protocol: Protocol,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Play the protocol with every agent, and return the comparison as JSON data; ``tick`` is
-    called after each trial.
+    """Play the protocol with every agent, and return the comparison as JSON data.
 
     If a policy without memory and an agent that adapts by gradient steps are among them, the policy
     is also fine-tuned as that agent adapts.
+
+    Args:
+        plan: Names the family, and the folder where returns are kept.
+        runs: Agent -> its runs, one a training seed.
+        protocol: What is played.
+        tick: Called after each trial that is played; ``count_plays`` says how many these are.
     """
-    arena, cache = Evaluator(families.get(plan.family), protocol, tick), plan.out / "played"
-    entries = {name: _entry(group, _returns(arena, group, cache)) for name, group in runs.items()}
-    for name, policy, returns in _tuned(arena, runs, cache):
-        entries[name] = {**_entry(runs[policy], returns), "explores": True}
-    _rank(entries)
+    evaluator = Evaluator(families.get(plan.family), protocol, tick)
+    cache = plan.out / "played"
+
+    entries = {}
+    for name, group in runs.items():
+        entries[name] = _agent_entry(group, _play_runs(evaluator, group, cache))
+
+    pair = _fine_tuning_pair(runs, protocol)
+    if pair is not None:
+        method_runs = runs[pair.method]
+        policy_runs = runs[pair.policy]
+        tuned_returns = _play_fine_tuned(evaluator, method_runs, policy_runs, cache)
+        for name, returns in zip(FINE_TUNED_NAMES.values(), tuned_returns, strict=True):
+            # The policy itself needs no exploration noise; the method that tunes it does.
+            entries[name] = {**_agent_entry(policy_runs, returns), "explores": True}
+
+    _add_ranks(entries)
+    _add_scores(entries)
+    seeds = {run.train_config.seed for group in runs.values() for run in group}
     return {
         "family": plan.family,
         "split": protocol.split,
-        "tasks": len(arena.tasks),
-        "seeds": sorted({int(r.config["seed"]) for group in runs.values() for r in group}),
-        "task_values": [t.as_dict() for t in arena.tasks],
-        "space": arena.family.space.hash,
+        "tasks": len(evaluator.tasks),
+        "seeds": sorted(seeds),
+        "task_values": [task.as_dict() for task in evaluator.tasks],
+        "space": evaluator.family.space.hash,
         "agents": entries,
     }
 
 
-def _entry(runs: Sequence[Run], returns: Floats) -> dict[str, Any]:
-    """Describe an agent that earned ``returns`` ``(run, episode, task)``."""
-    metrics = [last_metrics(r) for r in runs]
+def _agent_entry(runs: Sequence[Run], returns: Floats) -> dict[str, Any]:
+    """Describe an agent and its returns ``(run, episode, task)``."""
+    metrics = [last_metrics(run) for run in runs]
     agent = runs[0].load_agent()
+    episodes = returns.shape[1]
     return {
-        "runs": [r.name for r in runs],
-        "seeds": [int(r.config["seed"]) for r in runs],
-        "steps": [int(m["time/total_timesteps"]) for m in metrics],
-        "wall_s": [round(float(m["time/time_elapsed"]), 1) for m in metrics],
+        "runs": [run.name for run in runs],
+        "seeds": [run.train_config.seed for run in runs],
+        "steps": [int(row["time/total_timesteps"]) for row in metrics],
+        "wall_s": [round(float(row["time/time_elapsed"]), 1) for row in metrics],
         "rollouts": runs[0].rollouts,
         "explores": bool(agent.explores),
         "privileged": bool(agent.privileged),
         "agent_config": runs[0].config["agent_config"],
-        "episodes": [{"episode": k, **summarise(returns[:, k])} for k in range(returns.shape[1])],
+        "episodes": [{"episode": k, **summarise(returns[:, k])} for k in range(episodes)],
         "returns": returns.round(3).tolist(),
     }
 
 
-def _rank(entries: dict[str, dict[str, Any]]) -> None:
-    """Rank by the return of the last episode, oracles left out; with oracle and blind there, add
-    the score.
+def _add_ranks(entries: Mapping[str, dict[str, Any]]) -> None:
+    """Rank agents by the mean return of the last episode; privileged ones have no rank."""
+    contestants = [entry for entry in entries.values() if not entry["privileged"]]
+    contestants.sort(key=lambda entry: -entry["episodes"][-1]["mean"])
+    for rank, entry in enumerate(contestants, start=1):
+        entry["rank"] = rank
+
+
+def _add_scores(entries: Mapping[str, dict[str, Any]]) -> None:
+    """Add the adaptation score to every episode, if both references were compared.
+
+    The references are those two agents, not any privileged or memoryless one: a report's score must
+    mean the same whatever else is compared.
     """
-    ranked = sorted(
-        (e for e in entries.values() if not e["privileged"]),
-        key=lambda e: -e["episodes"][-1]["mean"],
-    )
-    for place, entry in enumerate(ranked, 1):
-        entry["rank"] = place
-    if not {"oracle", "blind"} <= entries.keys():
+    if UPPER_REFERENCE not in entries or LOWER_REFERENCE not in entries:
         return
-    upper, lower = (np.array(entries[k]["returns"]) for k in ("oracle", "blind"))
+    upper = np.array(entries[UPPER_REFERENCE]["returns"])
+    lower = np.array(entries[LOWER_REFERENCE]["returns"])
     for entry in entries.values():
         returns = np.array(entry["returns"])
         for k, row in enumerate(entry["episodes"]):
-            row |= adaptation_score(returns[:, k], upper[:, k], lower[:, k])
+            row.update(adaptation_score(returns[:, k], upper[:, k], lower[:, k]))
 
 
-def _returns(arena: Evaluator, runs: Sequence[Run], cache: Path) -> Floats:
-    """Play with every run, or read what it earned before, ``(run, episode, task)``."""
+def _play_runs(evaluator: Evaluator, runs: Sequence[Run], cache: Path) -> Floats:
+    """Play with every run, or read what it earned before: ``(run, episode, task)``."""
+    returns = []
+    for run in runs:
 
-    def play(run: Run) -> Floats:
-        return arena.play(run.load_agent(), run.rollouts).returns
+        def play(run: Run = run) -> Floats:
+            return evaluator.play(run.load_agent(), run.rollouts).returns
 
-    return np.stack([_kept(cache, arena, [run], partial(play, run)) for run in runs])
-
-
-def _tuned(
-    arena: Evaluator, runs: Mapping[str, Sequence[Run]], cache: Path
-) -> Iterator[tuple[str, str, Floats]]:
-    """Fine-tune a policy without memory as an agent does that adapts by gradient: name, whose
-    policy, returns.
-    """
-    method, policy = _tunable(runs, arena.protocol)
-    if not (method and policy):
-        return
-    group = [*runs[method], *runs[policy]]
-
-    def tuned() -> Floats:
-        found = fine_tune(runs[method], runs[policy], arena)
-        return np.array([found[k]["returns"] for k in TUNED])
-
-    for name, returns in zip(TUNED.values(), _kept(cache, arena, group, tuned), strict=True):
-        yield name, policy, returns
+        returns.append(_play_once(cache, evaluator, [run], play))
+    return np.stack(returns)
 
 
-def _tunable(runs: Mapping[str, Sequence[Run]], protocol: Protocol) -> tuple[str, str]:
-    """Name an agent that adapts by gradient steps and a policy without memory, empty where there is
-    none.
-    """
-    method = next(
-        (k for k, group in runs.items() if hasattr(group[0].learner().agent, "fine_tuned_from")), ""
-    )
-    policy = next((k for k in ("blind", "ppo") if k in runs), "")
-    return (method, policy) if protocol.episodes > 1 else ("", "")
+class FineTuningPair(NamedTuple):
+    """An agent that adapts by gradient steps, and a policy to fine-tune as it does."""
+
+    method: str
+    policy: str
 
 
-def _kept(cache: Path, arena: Evaluator, runs: Sequence[Run], play: Callable[[], Floats]) -> Floats:
-    """Return what ``play`` does, kept in a file named after the checkpoints and the protocol."""
-    protocol = {k: v for k, v in asdict(arena.protocol).items() if k != "threads"}
-    weights = [read_json(r.folder / "checkpoint.json")["sha256"] for r in runs]
+def _fine_tuning_pair(
+    runs: Mapping[str, Sequence[Run]], protocol: Protocol
+) -> FineTuningPair | None:
+    """Choose what to fine-tune, and how; None if there is no such pair among the agents."""
+    if protocol.episodes < 2:
+        return None
+    untrained = {name: group[0].learner().agent for name, group in runs.items()}
+    methods = [name for name, agent in untrained.items() if isinstance(agent, FineTunes)]
+    policies = [name for name, agent in untrained.items() if is_memoryless(agent)]
+    if not methods or not policies:
+        return None
+    # Several policies are the same algorithm: the first by name, in whichever order they are asked.
+    return FineTuningPair(method=methods[0], policy=min(policies))
+
+
+def _play_fine_tuned(
+    evaluator: Evaluator, method_runs: Sequence[Run], policy_runs: Sequence[Run], cache: Path
+) -> Floats:
+    """Play with fine-tuned policies: ``(pretrained or from scratch, run, episode, task)``."""
+
+    def play() -> Floats:
+        tuned = fine_tune(method_runs, policy_runs, evaluator)
+        return np.array([tuned[name]["returns"] for name in FINE_TUNED_NAMES])
+
+    return _play_once(cache, evaluator, [*method_runs, *policy_runs], play)
+
+
+def _play_once(
+    cache: Path, evaluator: Evaluator, runs: Sequence[Run], play: Callable[[], Floats]
+) -> Floats:
+    """Return what ``play`` returns, kept in a file under the checkpoints and the protocol."""
     key = [
-        arena.family.name,
-        arena.family.space.hash,
-        protocol,
-        weights,
-        [r.rollouts for r in runs],
+        evaluator.family.name,
+        evaluator.family.space.hash,
+        _protocol_key(evaluator.protocol),
+        [read_json(run.folder / "checkpoint.json")["sha256"] for run in runs],
+        [run.rollouts for run in runs],
     ]
-    path = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    path = cache / f"{digest[:16]}.json"
     if not path.exists():
         write_json(path, {"key": key, "returns": play().tolist()})
     return np.array(read_json(path)["returns"])
+
+
+def _protocol_key(protocol: Protocol) -> dict[str, Any]:
+    """Return the settings of a protocol that the returns depend on.
+
+    Threads do not change them. The CPU is not named, so that returns kept before there was another
+    simulator are still found.
+    """
+    key = asdict(protocol)
+    del key["threads"]
+    if protocol.sim == "cpu":
+        del key["sim"]
+        del key["device"]
+    return key

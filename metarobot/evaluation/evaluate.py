@@ -1,32 +1,40 @@
-"""Evaluation: return after 0 … K−1 episodes on tasks of a split, with intervals, beside oracle and
-blind.
+"""Evaluation: return after 0 … K−1 episodes on tasks of a split, beside references and controls.
 
 Statistics follow Agarwal et al. (2021): means and interquartile means with stratified bootstrap
-intervals, the training seeds being the strata. Nothing reaches an agent but its own episodes of the
-task it is tested on.
+intervals, the training seeds being the strata. An agent learns of the task it is tested on from
+nothing but its own episodes there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.belief_calibration import BeliefRecorder
-from metarobot.evaluation.fine_tuning import STEP_SIZES, fine_tune
-from metarobot.evaluation.protocol import Evaluator, Protocol, stack_played
-from metarobot.evaluation.statistics import adaptation_score, bootstrap_interval, episode_rows
-from metarobot.learning.agent_interface import Agent, Context
+from metarobot.evaluation.context_controls import CONTROLS, play_control
+from metarobot.evaluation.fine_tuning import count_fine_tuning_trials, fine_tune
+from metarobot.evaluation.protocol import Evaluator, PlayedReturns, Protocol, stack_played
+from metarobot.evaluation.statistics import (
+    LOWER_REFERENCE,
+    UPPER_REFERENCE,
+    adaptation_score,
+    bootstrap_interval,
+    episode_rows,
+    success_rows,
+)
+from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
 from metarobot.training.collect import ExpertAgent
 from metarobot.training.run_folder import Run
 from metarobot.types import Floats
 
-CONTROLS = ("cleared", "swapped")
+EXPERT_REFERENCE = "expert"
+"""Name, in reports, of the family's scripted expert."""
+MOST_TASK_KINDS = 4
+"""Returns are also averaged over equal tasks where there are at most so many different ones."""
 
 
 def evaluate(
@@ -39,51 +47,71 @@ def evaluate(
     controls: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Play the protocol with each run (one a training seed) and the baselines; return the report as
-    JSON data.
+    """Play the protocol with runs and references, and return the report as JSON data.
 
-    ``finetune`` names policies to fine-tune as the first run's agent adapts: see ``finetuning``.
-    ``tick`` is called after each of the ``trials`` that are played.
+    Args:
+        runs: The agent, one run a training seed.
+        protocol: What is played.
+        oracle: Runs of the upper reference, which is shown the task.
+        blind: Runs of the lower reference, which cannot adapt.
+        finetune: Policies to fine-tune as the first run's agent adapts: see ``fine_tune``.
+        controls: Whether to play with cleared and with swapped contexts too.
+        tick: Called after each trial that is played; ``count_trials`` says how many these are.
+
+    Raises:
+        MetarobotError: Runs of different families, or an oracle that is not shown the task.
     """
-    family = _one_family([*runs, *oracle, *blind, *finetune])
-    if any(not r.load_agent().privileged for r in oracle):
-        raise MetarobotError(
-            f"{oracle[0].folder} is not an oracle: its agent is not shown the task"
-        )
-    arena = Evaluator(family, protocol, tick)
-    book = BeliefRecorder(family.space, arena.tasks)
-    returns, success = arena.play_all(runs, book.watch)
+    family = _common_family([*runs, *oracle, *blind, *finetune])
+    for run in oracle:
+        if not run.load_agent().privileged:
+            raise MetarobotError(
+                f"{oracle[0].folder} is not an oracle: its agent is not shown the task"
+            )
+
+    evaluator = Evaluator(family, protocol, tick)
+    beliefs = BeliefRecorder(family.space, evaluator.tasks)
+    returns, success = evaluator.play_all(runs, beliefs.watch)
+
     report: dict[str, Any] = {
         "family": family.name,
         "split": protocol.split,
         "agent": runs[0].agent,
-        "runs": [r.name for r in runs],
-        "seeds": [int(r.config["seed"]) for r in runs],
-        "steps": [r.steps for r in runs],
-        "tasks": len(arena.tasks),
+        "runs": [run.name for run in runs],
+        "seeds": [run.train_config.seed for run in runs],
+        "steps": [run.steps for run in runs],
+        "tasks": len(evaluator.tasks),
         "rollouts": runs[0].rollouts,
         "quiet": protocol.quiet,
-        "task_values": [t.as_dict() for t in arena.tasks],
+        "task_values": [task.as_dict() for task in evaluator.tasks],
         "space": family.space.hash,
         "episodes": episode_rows(returns),
-        "kinds": _kinds(arena.tasks, returns),
+        "kinds": _returns_by_task_kind(evaluator.tasks, returns),
         "returns": returns.round(3).tolist(),
     }
-    if beliefs := book.report():
-        report["beliefs"] = beliefs
-    references = {k: arena.play_all(v) for k, v in (("oracle", oracle), ("blind", blind)) if v}
+    belief_report = beliefs.report()
+    if belief_report:
+        report["beliefs"] = belief_report
+
+    references: dict[str, PlayedReturns] = {}
+    if oracle:
+        references[UPPER_REFERENCE] = evaluator.play_all(oracle)
+    if blind:
+        references[LOWER_REFERENCE] = evaluator.play_all(blind)
     if family.teaching.expert is not None:
-        references["expert"] = stack_played([arena.play(ExpertAgent(arena.env()))])
+        expert = ExpertAgent(evaluator.env())
+        references[EXPERT_REFERENCE] = stack_played([evaluator.play(expert)])
+
     if success is not None:
-        report["success"] = {
-            "agent": _rates(success),
-            **{k: _rates(v.success) for k, v in references.items()},
-        }
-    _beside(report["episodes"], returns, {k: v.returns for k, v in references.items()})
+        report["success"] = {"agent": success_rows(success)}
+        for name, played in references.items():
+            rates = [] if played.success is None else success_rows(played.success)
+            report["success"][name] = rates
+
+    _add_references(report["episodes"], returns, references)
     if finetune:
-        report["finetuning"] = fine_tune(runs, finetune, arena)
+        report["finetuning"] = fine_tune(runs, finetune, evaluator)
     if controls:
-        report["controls"] = {c: _control(c, runs, arena) for c in CONTROLS}
+        report["controls"] = {name: play_control(name, runs, evaluator) for name in CONTROLS}
     return report
 
 
@@ -91,105 +119,92 @@ def count_trials(
     runs: int, oracle: int, blind: int, finetune: int, controls: bool, expert: bool
 ) -> int:
     """Count the trials that an evaluation of so many runs of each sort plays."""
-    tuned = (len(STEP_SIZES) + 1) * (finetune + runs) if finetune else 0
-    return runs + oracle + blind + expert + tuned + controls * len(CONTROLS) * runs
+    trials = runs + oracle + blind
+    if expert:
+        trials += 1
+    if finetune:
+        # As many untrained policies are fine-tuned as there are runs.
+        trials += count_fine_tuning_trials(finetune + runs)
+    if controls:
+        trials += len(CONTROLS) * runs
+    return trials
 
 
-def _beside(rows: list[dict[str, Any]], returns: Floats, references: Mapping[str, Floats]) -> None:
-    """Add to each episode's row what the references earned, and with oracle and blind the score."""
+def _add_references(
+    rows: list[dict[str, Any]], returns: Floats, references: Mapping[str, PlayedReturns]
+) -> None:
+    """Add the references' returns to each episode's row, and the score where it is defined."""
+    scored = UPPER_REFERENCE in references and LOWER_REFERENCE in references
     for k, row in enumerate(rows):
-        for name, values in references.items():
-            row[name] = float(values[:, k].mean())
-            row[f"{name}_ci95"] = bootstrap_interval(values[:, k], np.mean)
-        if {"oracle", "blind"} <= references.keys():
-            upper, lower = (references[x][:, k] for x in ("oracle", "blind"))
-            worth = upper.mean(0, keepdims=True) - lower.mean(0, keepdims=True)
-            row |= adaptation_score(returns[:, k], upper, lower)
-            row |= {"worth": float(worth.mean()), "worth_ci95": bootstrap_interval(worth, np.mean)}
+        for name, played in references.items():
+            values = played.returns[:, k]
+            row[name] = float(values.mean())
+            row[f"{name}_ci95"] = bootstrap_interval(values, np.mean)
+
+        if scored:
+            upper = references[UPPER_REFERENCE].returns[:, k]
+            lower = references[LOWER_REFERENCE].returns[:, k]
+            row.update(adaptation_score(returns[:, k], upper, lower))
+            # What knowing the task is worth, task by task.
+            worth = upper.mean(axis=0, keepdims=True) - lower.mean(axis=0, keepdims=True)
+            row["worth"] = float(worth.mean())
+            row["worth_ci95"] = bootstrap_interval(worth, np.mean)
 
 
-def _rates(success: Floats | None) -> list[dict[str, Any]]:
-    """Return the success rate of each episode, with its interval."""
-    rates = [] if success is None else [success[:, k] for k in range(success.shape[1])]
-    return [{"mean": float(x.mean()), "ci95": bootstrap_interval(x, np.mean)} for x in rates]
+def _returns_by_task_kind(tasks: Sequence[Task], returns: Floats) -> dict[str, list[float]]:
+    """Average returns ``(run, episode, task)`` over equal tasks, if there are few different ones.
 
-
-def _kinds(tasks: Sequence[Task], returns: Floats, most: int = 4) -> dict[str, list[float]]:
-    """Average returns over the tasks that are alike, episode by episode, where there are few kinds
-    of task.
+    Returns:
+        Parameter values in words -> mean return of each episode; empty for many different tasks.
     """
-    names = [", ".join(f"{k} {v:g}" for k, v in t.as_dict().items()) for t in tasks]
+    names = []
+    for task in tasks:
+        names.append(", ".join(f"{name} {value:g}" for name, value in task.as_dict().items()))
     kinds = sorted(set(names))
-    rows = {k: np.array([name == k for name in names]) for k in kinds}
-    return (
-        {k: returns[:, :, row].mean((0, 2)).tolist() for k, row in rows.items()}
-        if len(kinds) <= most
-        else {}
-    )
+    if len(kinds) > MOST_TASK_KINDS:
+        return {}
 
-
-def _control(control: str, runs: Sequence[Run], arena: Evaluator) -> list[dict[str, Any]]:
-    """Play with the context tampered with between episodes: ``cleared``, or ``swapped`` for another
-    task's.
-
-    An agent that lives on its context falls back to its first episode when cleared, and below when
-    swapped.
-    """
-    returns = []
-    for run in runs:
-        agent = run.load_agent()
-        tamper = (
-            partial(_cleared, agent) if control == "cleared" else partial(_swapped, arena.tasks)
-        )
-        returns.append(arena.play(agent, run.rollouts, tamper).returns)
-    return episode_rows(np.stack(returns))
-
-
-def _cleared(agent: Agent, context: Context) -> Context:
-    if agent.privileged or not context:
-        return context
-    return agent.begin(len(context[0]))
-
-
-def _swapped(tasks: Sequence[Task], context: Context) -> Context:
-    """Hand each task the context of the next task that is another."""
-    n = len(tasks)
-    other = [
-        next((j % n for j in range(i + 1, i + n) if tasks[j % n] != tasks[i]), i) for i in range(n)
-    ]
-    return tuple(x[torch.tensor(other)] for x in context)
+    means = {}
+    for kind in kinds:
+        of_this_kind = np.array([name == kind for name in names])
+        means[kind] = returns[:, :, of_this_kind].mean(axis=(0, 2)).tolist()
+    return means
 
 
 def card_results(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of a report what an agent's card says: split, tasks, and the means of each episode, or
-    number of shots.
+    """Return the part of a report that goes on an agent's card: its means.
+
+    Takes a report of ``evaluate`` or of ``few_shot``.
     """
+    results: dict[str, Any] = {"split": report["split"], "tasks": report["tasks"]}
     if "shots" in report:
-        means = {k: round(report[k]["mean"], 4) for k in ("reference", "expert") if k in report}
-        shots = {str(r["shots"]): round(r["mean"], 4) for r in report["shots"]}
-        return {
-            "split": report["split"],
-            "tasks": report["tasks"],
-            "success_after_shots": shots,
-            **means,
+        results["success_after_shots"] = {
+            str(row["shots"]): round(row["mean"], 4) for row in report["shots"]
         }
-    kept = ("mean", "ci95", "oracle", "blind", "score")
-    rows = [{k: np.round(r[k], 2).tolist() for k in kept if k in r} for r in report["episodes"]]
-    won = {k: [round(r["mean"], 4) for r in v] for k, v in report.get("success", {}).items()}
-    return {
-        "split": report["split"],
-        "tasks": report["tasks"],
-        "episodes": rows,
-        **({"success": won} if won else {}),
-    }
+        for name in ("reference", "expert"):
+            if name in report:
+                results[name] = round(report[name]["mean"], 4)
+        return results
+
+    kept = ("mean", "ci95", UPPER_REFERENCE, LOWER_REFERENCE, "score")
+    results["episodes"] = []
+    for row in report["episodes"]:
+        rounded = {key: np.round(row[key], 2).tolist() for key in kept if key in row}
+        results["episodes"].append(rounded)
+
+    success = report.get("success", {})
+    if success:
+        results["success"] = {
+            name: [round(row["mean"], 4) for row in rows] for name, rows in success.items()
+        }
+    return results
 
 
-def _one_family(runs: Sequence[Run]) -> Any:
+def _common_family(runs: Sequence[Run]) -> Family:
+    """Return the family that all runs were trained on; raise if there are several."""
     if not runs:
         raise MetarobotError("evaluation needs at least one run")
-    names = {r.family.name for r in runs}
+    names = sorted({run.family.name for run in runs})
     if len(names) > 1:
-        raise MetarobotError(
-            f"runs of different families cannot be compared: {', '.join(sorted(names))}"
-        )
+        raise MetarobotError(f"runs of different families cannot be compared: {', '.join(names)}")
     return runs[0].family

@@ -1,6 +1,4 @@
-"""K-shot imitation measured: adapt to K demonstrations of every variant, then do each variant and
-see what succeeds.
-"""
+"""K-shot imitation: success of every variant of a task after K demonstrations of each variant."""
 
 from __future__ import annotations
 
@@ -9,31 +7,40 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from metarobot.env.base import Env
+from metarobot.env.factory import make_env
 from metarobot.evaluation.statistics import bootstrap_interval
-from metarobot.learning.agent_interface import Agent, Context
+from metarobot.learning.agent_interface import Agent, Context, agents
 from metarobot.training.collect import ExpertAgent, collect
 from metarobot.training.demonstrations import Demonstrations, DemosError
 from metarobot.training.run_folder import Run
-from metarobot.types import Floats
+from metarobot.types import Floats, Percept, Rollout
 
 
-class _Primed:
-    """An agent whose trials begin with a context that it already has."""
+class AdaptedAgent:
+    """An agent whose trials begin with a context that it has adapted already."""
 
-    def __init__(self, agent: Any, context: Context) -> None:
-        self.privileged, self.explores, self.act, self.adapt = (
-            False,
-            agent.explores,
-            agent.act,
-            agent.adapt,
-        )
+    privileged = False
+
+    def __init__(self, agent: Agent, context: Context) -> None:
+        self.explores = agent.explores
+        self._agent = agent
         self._context = context
 
-    def begin(self, worlds: int, task: Any = None) -> Context:
-        """Return what has been learned."""
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Return the adapted context."""
         return self._context
+
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """Act as the agent does."""
+        return self._agent.act(percept, context, noise)
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Adapt as the agent does."""
+        return self._agent.adapt(context, episode)
 
 
 def few_shot(
@@ -44,16 +51,86 @@ def few_shot(
     reference: Run | None = None,
     seed: int = 0,
     threads: int = 0,
+    sim: str = "cpu",
+    device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return the share of episodes that succeed after each number of shots, with intervals over
-    tasks, as JSON data.
+    """Measure the success rate after each number of demonstrations, with intervals over tasks.
 
-    ``reference`` is of a family with the same tasks whose agent is shown the answer; it adapts to
-    nothing. The expert plays too. ``chance``: one variant's answer in so many.
+    The family's expert plays too. ``chance`` in the report is the rate of an agent that guesses:
+    one in as many as there are variants.
+
+    Args:
+        run: A run of an agent that imitates.
+        demos: Demonstrations of the tasks to be tested in.
+        shots: Numbers of demonstrations of every variant to adapt to.
+        reference: A run of a family with the same tasks whose policy is shown the answer and adapts
+            to nothing.
+        seed: Seed of the starts.
+        threads: Physics threads on the CPU; 0 takes all there are.
+        sim: Simulator, ``cpu`` or ``warp``.
+        device: Where Warp simulates, ``cpu`` or ``cuda``.
+        tick: Called after each number of demonstrations; none at all is the first.
+
+    Returns:
+        The report as JSON data.
+
+    Raises:
+        DemosError: A run that does not imitate, or demonstrations that do not fit it.
     """
+    _check_run(run, demos, shots)
     agent = run.load_agent()
-    if not getattr(agent, "imitates", False):
+    stage = _VariantStage(run, demos, seed=seed, threads=threads, sim=sim, device=device)
+    stage.move_agent(agent)
+    tasks = range(len(demos.tasks))
+
+    rows = []
+    for count in (0, *shots):
+        context = agent.begin(len(tasks))
+        if count > 0:
+            # The first ``count`` demonstrations of every variant of each task.
+            chosen = torch.arange(count).expand(len(tasks), count)
+            demonstrations = demos.rollout(tasks, chosen).to(str(stage.env.device))
+            context = agent.adapt(context, demonstrations)
+        success = stage.success(AdaptedAgent(agent, context))
+        rows.append({"shots": count, **success})
+        tick()
+
+    report: dict[str, Any] = {
+        "family": run.family.name,
+        "agent": run.agent,
+        "run": run.name,
+        "steps": run.train_config.steps,
+        "split": demos.split,
+        "tasks": len(tasks),
+        "chance": 1 / run.family.interaction.variants,
+        "shots": rows,
+        "expert": stage.success(ExpertAgent(stage.env)),
+    }
+    if reference is None:
+        return report
+
+    reference_stage = _VariantStage(
+        reference, demos, seed=seed, threads=threads, sim=sim, device=device
+    )
+    policy = reference.load_agent()
+    reference_stage.move_agent(policy)
+    # An agent that imitates has a context, its weights, but does not change it while it acts.
+    remembers = bool(policy.begin(1)) and not agents.get(reference.agent).imitates
+    if policy.privileged or remembers:
+        raise DemosError(
+            f"{reference.folder} is no reference: {reference.agent} is told the task, or remembers"
+        )
+    success = reference_stage.success(AdaptedAgent(policy, policy.begin(len(tasks))))
+    report["reference"] = {"run": reference.name, **success}
+    for row in rows:
+        row["of_reference"] = row["mean"] / max(success["mean"], 1e-9)
+    return report
+
+
+def _check_run(run: Run, demos: Demonstrations, shots: Sequence[int]) -> None:
+    """Raise ``DemosError`` for a run and demonstrations that do not fit together."""
+    if not agents.get(run.agent).imitates:
         raise DemosError(
             f"{run.folder} does not imitate: its agent is {run.agent!r}; train one as imitation"
         )
@@ -61,62 +138,38 @@ def few_shot(
         raise DemosError(
             f"demonstrations of {demos.family.name} are no use to an agent of {run.family.name}"
         )
-    for k in shots:
-        if not 1 <= k <= demos.shots:
+    for count in shots:
+        if not 1 <= count <= demos.shots:
             raise DemosError(
-                f"{k} shots were asked for; the dataset holds 1 to {demos.shots} of every variant"
+                f"{count} shots were asked for; the dataset holds 1 to {demos.shots} "
+                "of every variant"
             )
-    tasks = range(len(demos.tasks))
-    scene = _Stage(run, demos, seed, threads)
-    rows = []
-    for k in (0, *shots):
-        context = agent.begin(len(tasks))
-        if k:
-            context = agent.adapt(
-                context, demos.rollout(tasks, torch.arange(k).expand(len(tasks), k))
-            )
-        rows.append({"shots": k, **scene.success(_Primed(agent, context))})
-        tick()
-    report: dict[str, Any] = {
-        "family": run.family.name,
-        "agent": run.agent,
-        "run": run.name,
-        "steps": int(run.config["steps"]),
-        "split": demos.split,
-        "tasks": len(tasks),
-        "chance": 1 / run.family.interaction.variants,
-        "shots": rows,
-        "expert": scene.success(ExpertAgent(scene.env)),
-    }
-    if reference is not None:
-        shown = _Stage(reference, demos, seed, threads)
-        policy = reference.load_agent()
-        if policy.privileged or (policy.begin(1) and not getattr(policy, "imitates", False)):
-            raise DemosError(
-                f"{reference.folder} is no reference: {reference.agent} is told the task, or remembers"
-            )
-        report["reference"] = {
-            "run": reference.name,
-            **shown.success(_Primed(policy, policy.begin(len(tasks)))),
-        }
-        for row in rows:
-            row["of_reference"] = row["mean"] / max(report["reference"]["mean"], 1e-9)
-    return report
 
 
-class _Stage:
-    """Worlds of one family in the tasks of demonstrations, one for every variant."""
+class _VariantStage:
+    """An environment with one world for every variant of every demonstrated task."""
 
-    def __init__(self, run: Run, demos: Demonstrations, seed: int, threads: int) -> None:
-        self.tasks = [run.family.space.coerce(t.as_dict()) for t in demos.tasks]
-        self.variants, self.seed = run.family.interaction.variants, seed
-        self.env = Env(
-            run.family, [t for t in self.tasks for _ in range(self.variants)], threads=threads
+    def __init__(
+        self, run: Run, demos: Demonstrations, *, seed: int, threads: int, sim: str, device: str
+    ) -> None:
+        self.seed = seed
+        self.variants = run.family.interaction.variants
+        self.tasks = [run.family.space.coerce(task.as_dict()) for task in demos.tasks]
+        self.env = make_env(
+            run.family,
+            [task for task in self.tasks for _ in range(self.variants)],
+            sim=sim,
+            device=device,
+            threads=threads,
         )
 
+    def move_agent(self, agent: Agent) -> None:
+        """Move an agent's weights to the environment's device."""
+        if isinstance(agent, torch.nn.Module):
+            agent.to(self.env.device)
+
     def success(self, agent: Agent) -> dict[str, Any]:
-        """Return how often every variant of every task succeeds, with the interval over tasks."""
-        variant = torch.arange(self.variants).repeat(len(self.tasks))
+        """Return the success rate over variants and tasks, with its interval over tasks."""
         trials = collect(
             agent,
             self.env,
@@ -125,13 +178,8 @@ class _Stage:
             seed=self.seed,
             rollouts=self.variants,
             explore=False,
-            variant=variant,
+            variant=torch.arange(self.variants).repeat(len(self.tasks)),
         )
-        won: Floats = (
-            trials.totals("success")
-            .view(1, len(self.tasks), self.variants)
-            .mean(2)
-            .double()
-            .numpy()
-        )
-        return {"mean": float(won.mean()), "ci95": bootstrap_interval(won, np.mean)}
+        by_variant = trials.totals("success").view(1, len(self.tasks), self.variants)
+        rates: Floats = by_variant.mean(2).double().cpu().numpy()
+        return {"mean": float(rates.mean()), "ci95": bootstrap_interval(rates, np.mean)}

@@ -1,73 +1,94 @@
-"""Transfer learning as a reference: policies adapted by gradient steps from other initial
-weights.
-"""
+"""Transfer learning as a baseline: policies that adapt by gradient steps from other weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.protocol import Evaluator, stack_played
 from metarobot.evaluation.statistics import episode_rows
+from metarobot.learning.agent_interface import FineTunes, is_memoryless
 from metarobot.training.run_folder import Run
 from metarobot.types import Floats
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Step sizes tried for fine-tuning."""
+"""Step sizes tried on training tasks."""
 
 
-def fine_tune(runs: Sequence[Run], pretrained: Sequence[Run], arena: Evaluator) -> dict[str, Any]:
-    """Adapt from other initial weights as the runs do: those of pretrained policies, and untrained
-    ones.
+def count_fine_tuning_trials(policies: int) -> int:
+    """Count the trials played to fine-tune so many policies: each step size, then the best."""
+    return (len(STEP_SIZES) + 1) * policies
 
-    The same episodes, the same gradient steps; the step size of each is the best of ``RATES`` on
-    training tasks.
+
+def fine_tune(
+    runs: Sequence[Run], pretrained: Sequence[Run], evaluator: Evaluator
+) -> dict[str, Any]:
+    """Adapt as the runs do, but from the weights of pretrained and of untrained policies.
+
+    They meet the same episodes and take the same gradient steps. The step size of each is that of
+    ``STEP_SIZES`` which earns most on training tasks.
+
+    Returns:
+        ``pretrained`` and ``from scratch`` -> its step size and its returns, as JSON data.
+
+    Raises:
+        MetarobotError: The runs do not adapt by gradient steps, or the policies have a memory.
     """
-    if arena.protocol.episodes < 2:
+    if evaluator.protocol.episodes < 2:
         raise MetarobotError(
             "fine-tuning needs at least 2 episodes: one to adapt to, one to show it"
         )
     method = runs[0].load_agent()
-    if not hasattr(method, "fine_tuned_from"):
+    if not isinstance(method, FineTunes):
         raise MetarobotError(
             f"agent {runs[0].agent!r} has no gradient steps to fine-tune with; maml, for one, has"
         )
-    fresh = [r.learner().agent.policy for r in runs]
-    policies = {"pretrained": [r.load_agent() for r in pretrained], "from scratch": fresh}
-    if any(p.privileged or not hasattr(p, "actor") or p.begin(1) for p in policies["pretrained"]):
+
+    trained_policies = [run.load_agent() for run in pretrained]
+    if not all(is_memoryless(policy) for policy in trained_policies):
         raise MetarobotError(
             f"{pretrained[0].folder} holds no policy to fine-tune: take one trained as ppo or blind"
         )
-    practice = Evaluator(
-        arena.family,
-        replace(arena.protocol, split="train", seed=arena.protocol.seed + 1),
-        arena.tick,
-    )
+    untrained_policies = [run.learner().agent.policy for run in runs]
+    rollouts = runs[0].rollouts
+
+    # Step sizes are chosen on training tasks, other ones than any that count.
+    tuning_protocol = replace(evaluator.protocol, split="train", seed=evaluator.protocol.seed + 1)
+    tuning_evaluator = Evaluator(evaluator.family, tuning_protocol, evaluator.tick)
+
     report = {}
-    for name, group in policies.items():
-        best = max(STEP_SIZES, key=partial(_adapted, practice, method, group, runs[0].rollouts))
-        returns = _tuned(arena, method, group, runs[0].rollouts, best)
+    for name, policies in (
+        ("pretrained", trained_policies),
+        ("from scratch", untrained_policies),
+    ):
+
+        def return_after_adapting(step_size: float, policies: Sequence[Any] = policies) -> float:
+            """Return the mean over all episodes after the first, on training tasks."""
+            returns = _play_tuned(tuning_evaluator, method, policies, rollouts, step_size)
+            return float(returns[:, 1:].mean())
+
+        best_step_size = max(STEP_SIZES, key=return_after_adapting)
+        returns = _play_tuned(evaluator, method, policies, rollouts, best_step_size)
         report[name] = {
-            "inner_lr": best,
+            "inner_lr": best_step_size,
             "episodes": episode_rows(returns),
             "returns": returns.round(3).tolist(),
         }
     return report
 
 
-def _tuned(
-    arena: Evaluator, method: Any, policies: Sequence[Any], rollouts: int, rate: float
+def _play_tuned(
+    evaluator: Evaluator,
+    method: FineTunes,
+    policies: Sequence[Any],
+    rollouts: int,
+    step_size: float,
 ) -> Floats:
-    return stack_played(
-        arena.play(method.fine_tuned_from(p, rate), rollouts) for p in policies
-    ).returns
-
-
-def _adapted(
-    arena: Evaluator, method: Any, policies: Sequence[Any], rollouts: int, rate: float
-) -> float:
-    """Return what is earned after the first episode, over all later ones."""
-    return float(_tuned(arena, method, policies, rollouts, rate)[:, 1:].mean())
+    """Play with each policy fine-tuned; return ``(policy, episode, task)``."""
+    played = []
+    for policy in policies:
+        agent = method.fine_tuned_from(policy, step_size)
+        played.append(evaluator.play(agent, rollouts))
+    return stack_played(played).returns

@@ -1,4 +1,4 @@
-"""What is played: the same tasks, starts and episodes for every agent that is compared."""
+"""The evaluation protocol: the same tasks, starts and episodes for every agent compared."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from metarobot.env.base import Env
+from metarobot.env.factory import make_env
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Agent, Context
 from metarobot.tasks.family import Family
@@ -16,106 +19,135 @@ from metarobot.training.collect import collect
 from metarobot.training.run_folder import Run
 from metarobot.types import Floats
 
-ContextChange = Callable[[Context], Context]
+ContextHook = Callable[[Context], Context]
+"""Called with the contexts after every episode; returns those to go on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is played: the same for every agent that is compared."""
+    """What is played, the same for every agent that is compared."""
 
     split: str = "test"
+    """Split that tasks are drawn from."""
     tasks: int = 40
-    """Number of tasks drawn from the split."""
+    """Number of tasks."""
     episodes: int = 2
-    """Episodes K a task."""
+    """Episodes K of each task."""
     seed: int = 0
-    """Draws tasks and starts; every agent meets the same."""
+    """Seed of tasks and starts; every agent meets the same."""
     quiet: bool = False
     """Play the last episode, which nothing adapts to, without exploration noise."""
     threads: int = 0
+    """Physics threads on the CPU; 0 takes all there are."""
+    sim: str = "cpu"
+    """Simulator, ``cpu`` (MuJoCo) or ``warp`` (MuJoCo Warp)."""
+    device: str = "cpu"
+    """Where Warp simulates, ``cpu`` or ``cuda``."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "episodes"):
-            if getattr(self, name) < 1:
-                raise MetarobotError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value < 1:
+                raise MetarobotError(f"{name} must be at least 1, not {value}")
 
 
 class PlayedReturns(NamedTuple):
-    """What was earned, means over rollouts."""
+    """Results of playing a protocol, averaged over the rollouts of a task."""
 
     returns: Floats
-    """Of each episode in each task, ``(episode, task)``."""
+    """Return of each episode in each task, ``(episode, task)``."""
     success: Floats | None
-    """The share of episodes that succeeded, of the same shape; None where a family does not say
-    what success is."""
+    """Share of episodes that succeeded, of the same shape; None if the family defines none."""
 
 
 class Evaluator:
-    """The tasks of a protocol, and worlds to play them in; ``tick`` is called after each trial
-    played.
-    """
+    """The tasks of a protocol, and environments to play them in."""
 
     def __init__(
         self, family: Family, protocol: Protocol, tick: Callable[[], None] = lambda: None
     ) -> None:
-        self.family, self.protocol, self.tick = family, protocol, tick
+        """Draw the tasks; ``tick`` is called after each trial that is played."""
+        self.family = family
+        self.protocol = protocol
+        self.tick = tick
         self.tasks = family.space.sample(protocol.split, protocol.tasks, protocol.seed)
         self._envs: dict[int, Env] = {}
 
     def env(self, rollouts: int = 1) -> Env:
-        """Return worlds to play in, so many for each task."""
+        """Return an environment with ``rollouts`` worlds of each task, which stand together."""
         if rollouts not in self._envs:
-            worlds = [task for task in self.tasks for _ in range(rollouts)]
-            self._envs[rollouts] = Env(self.family, worlds, threads=self.protocol.threads)
+            self._envs[rollouts] = make_env(
+                self.family,
+                [task for task in self.tasks for _ in range(rollouts)],
+                sim=self.protocol.sim,
+                device=self.protocol.device,
+                threads=self.protocol.threads,
+            )
         return self._envs[rollouts]
 
     def play(
-        self, agent: Agent, rollouts: int = 1, between: ContextChange = lambda context: context
+        self, agent: Agent, rollouts: int = 1, between: ContextHook = lambda context: context
     ) -> PlayedReturns:
-        """Live the protocol's episodes in every task.
+        """Play the protocol's episodes in every task.
 
-        Only an agent that cannot adapt without exploration noise acts with it.
+        Only an agent that needs its exploration noise to adapt acts with it.
+
+        Args:
+            agent: Who plays; a module is moved to the environment's device.
+            rollouts: Worlds of each task whose episodes the agent adapts to together.
+            between: What happens to the contexts after each episode.
         """
-        adapted = self.protocol.episodes - 1
+        env = self.env(rollouts)
+        if isinstance(agent, torch.nn.Module):
+            agent.to(env.device)
+
+        episodes = self.protocol.episodes
+        explore = [agent.explores] * episodes
+        if self.protocol.quiet:
+            explore[-1] = False
+
         trials = collect(
             agent,
-            self.env(rollouts),
+            env,
             self.tasks,
-            episodes=self.protocol.episodes,
+            episodes=episodes,
             seed=self.protocol.seed,
             rollouts=rollouts,
-            explore=[agent.explores] * adapted + [agent.explores and not self.protocol.quiet],
+            explore=explore,
             between=between,
         )
         self.tick()
-        shape = (self.protocol.episodes, len(self.tasks), rollouts)
-        won = (
-            trials.totals("success").view(shape).mean(2)
-            if "success" in self.family.weights
-            else None
-        )
-        return PlayedReturns(
-            trials.returns().double().view(shape).mean(2).numpy(),
-            None if won is None else won.double().numpy(),
-        )
+
+        def task_means(values: Tensor) -> Tensor:
+            """Average ``(episode, world)`` over the rollouts of each task."""
+            return values.view(episodes, len(self.tasks), rollouts).mean(2).double().cpu()
+
+        # Returns are summed in float64 before they are averaged, success rates after.
+        returns = task_means(trials.returns().double()).numpy()
+        success = None
+        if "success" in self.family.weights:
+            success = task_means(trials.totals("success")).numpy()
+        return PlayedReturns(returns, success)
 
     def play_all(
         self,
         runs: Sequence[Run],
-        watch: Callable[[Agent], ContextChange] = lambda agent: lambda x: x,
+        watch: Callable[[Agent], ContextHook] = lambda agent: lambda context: context,
     ) -> PlayedReturns:
-        """Play with every run: arrays ``(run, episode, task)``; ``watch`` returns what is shown an
-        agent's contexts.
+        """Play with every run and return arrays ``(run, episode, task)``.
+
+        ``watch`` takes an agent and returns what is to be called with its contexts.
         """
-
-        def played(run: Run) -> PlayedReturns:
+        played = []
+        for run in runs:
             agent = run.load_agent()
-            return self.play(agent, run.rollouts, watch(agent))
-
-        return stack_played(played(r) for r in runs)
+            played.append(self.play(agent, run.rollouts, watch(agent)))
+        return stack_played(played)
 
 
 def stack_played(played: Iterable[PlayedReturns]) -> PlayedReturns:
-    """Stack what several agents played."""
-    returns, success = zip(*played, strict=True)
-    return PlayedReturns(np.stack(returns), None if success[0] is None else np.stack(success))
+    """Stack the results of several runs along a new first axis."""
+    results = list(played)
+    returns = np.stack([result.returns for result in results])
+    rates = [result.success for result in results if result.success is not None]
+    return PlayedReturns(returns, np.stack(rates) if rates else None)

@@ -1,5 +1,6 @@
-"""Statistics of what several training seeds got in many tasks, with bootstrap intervals (Agarwal et
-al. 2021).
+"""Statistics over training seeds and tasks, with bootstrap intervals (Agarwal et al. 2021).
+
+Arrays of returns are ``(run, task)`` or ``(run, episode, task)``: one run a training seed.
 """
 
 from __future__ import annotations
@@ -12,34 +13,51 @@ import numpy as np
 from metarobot.types import Floats
 
 RESAMPLES = 2000
+"""Bootstrap resamples of an interval."""
+CONFIDENCE = 0.95
+"""Level of every interval that a report calls ``ci95``."""
+BOOTSTRAP_SEED = 0
+"""Seed of the resampling: the same returns give the same interval."""
+
+UPPER_REFERENCE = "oracle"
+"""Name, in reports, of the reference that is shown the task."""
+LOWER_REFERENCE = "blind"
+"""Name, in reports, of the reference that cannot adapt."""
 
 
 def iqm(x: Floats) -> float:
-    """Interquartile mean: the mean of the middle half of all values (Agarwal et al. 2021)."""
-    flat = np.sort(x, axis=None)
-    cut = len(flat) // 4
-    return float(flat[cut : len(flat) - cut].mean())
+    """Return the interquartile mean, the mean of the middle half of all values."""
+    ordered = np.sort(x, axis=None)
+    quarter = len(ordered) // 4
+    middle = ordered[quarter : len(ordered) - quarter]
+    return float(middle.mean())
 
 
 def worst_tenth(x: Floats) -> float:
-    """Mean over the worst tenth of tasks, at least one, after averaging the seeds."""
-    tasks = np.sort(x.mean(0))
-    return float(tasks[: max(1, len(tasks) // 10)].mean())
+    """Return the mean over the worst tenth of tasks, at least one, after averaging the seeds."""
+    task_means = np.sort(x.mean(axis=0))
+    count = max(1, len(task_means) // 10)
+    return float(task_means[:count].mean())
 
 
 def bootstrap_interval(
-    x: Floats, statistic: Callable[[Floats], Any], level: float = 0.95
+    x: Floats, statistic: Callable[[Floats], Any], level: float = CONFIDENCE
 ) -> list[float]:
-    """Bootstrap interval of a statistic of ``(run, task)``: tasks are resampled within each run."""
-    rng = np.random.Generator(np.random.PCG64(0))
-    draws = [float(statistic(_resample(x, rng))) for _ in range(RESAMPLES)]
+    """Return the percentile bootstrap interval of a statistic of ``(run, task)``.
+
+    The bootstrap is stratified: tasks are resampled within each run (Agarwal et al. 2021, sec. 4).
+    """
+    rng = np.random.Generator(np.random.PCG64(BOOTSTRAP_SEED))
+    tasks = x.shape[1]
+    draws = []
+    for _ in range(RESAMPLES):
+        columns = rng.integers(tasks, size=x.shape)
+        resampled = np.take_along_axis(x, columns, axis=1)
+        draws.append(float(statistic(resampled)))
+
     tail = (1 - level) / 2
-    return [float(q) for q in np.quantile(draws, [tail, 1 - tail])]
-
-
-def _resample(x: Floats, rng: np.random.Generator) -> Floats:
-    columns = rng.integers(x.shape[1], size=x.shape)
-    return np.take_along_axis(x, columns, axis=1)
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return [float(low), float(high)]
 
 
 def summarise(x: Floats) -> dict[str, Any]:
@@ -54,34 +72,55 @@ def summarise(x: Floats) -> dict[str, Any]:
 
 
 def episode_rows(returns: Floats) -> list[dict[str, Any]]:
-    """Summarise returns ``(run, episode, task)`` episode by episode, with the gain over the
-    first.
+    """Summarise returns ``(run, episode, task)``, one row an episode.
+
+    Rows after the first also hold the gain over the first episode, task by task.
     """
     rows = []
     for k in range(returns.shape[1]):
-        gain = returns[:, k] - returns[:, 0]
-        gained = (
-            {"gain": float(gain.mean()), "gain_ci95": bootstrap_interval(gain, np.mean)}
-            if k
-            else {}
-        )
-        rows.append({"episode": k, **summarise(returns[:, k]), **gained})
+        row: dict[str, Any] = {"episode": k, **summarise(returns[:, k])}
+        if k > 0:
+            gain = returns[:, k] - returns[:, 0]
+            row["gain"] = float(gain.mean())
+            row["gain_ci95"] = bootstrap_interval(gain, np.mean)
+        rows.append(row)
+    return rows
+
+
+def success_rows(success: Floats) -> list[dict[str, Any]]:
+    """Return the success rate of each episode and its interval, from ``(run, episode, task)``."""
+    rows = []
+    for k in range(success.shape[1]):
+        rate = success[:, k]
+        rows.append({"mean": float(rate.mean()), "ci95": bootstrap_interval(rate, np.mean)})
     return rows
 
 
 def adaptation_score(agent: Floats, oracle: Floats, blind: Floats) -> dict[str, Any]:
-    """Adaptation score (agent − blind) / (oracle − blind) of the means, its interval over resampled
-    tasks.
+    """Return the adaptation score and its interval over resampled tasks.
+
+    Takes the returns ``(run, task)`` of one episode. The score is 0 for a policy that cannot adapt
+    and 1 for one that is shown the task; it is NaN where these two do not differ.
     """
-    rows = np.stack([x.mean(0) for x in (agent, oracle, blind)])
-    rng = np.random.Generator(np.random.PCG64(0))
+    # Average the seeds first: (agent, oracle, blind) x task.
+    task_means = np.stack([returns.mean(axis=0) for returns in (agent, oracle, blind)])
+    tasks = task_means.shape[1]
 
-    def ratio(r: Floats) -> float:
-        a, o, b = r.mean(1)
-        return float((a - b) / (o - b)) if abs(o - b) > 1e-9 else float("nan")
+    rng = np.random.Generator(np.random.PCG64(BOOTSTRAP_SEED))
+    draws = []
+    for _ in range(RESAMPLES):
+        columns = rng.integers(tasks, size=tasks)
+        draws.append(_score(task_means[:, columns]))
 
-    draws = [
-        ratio(rows[:, rng.integers(rows.shape[1], size=rows.shape[1])]) for _ in range(RESAMPLES)
-    ]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return {"score": ratio(rows), "score_ci95": [float(low), float(high)]}
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.nanquantile(draws, [tail, 1 - tail])
+    return {"score": _score(task_means), "score_ci95": [float(low), float(high)]}
+
+
+def _score(task_means: Floats) -> float:
+    """Return the score of returns ``(3, task)``: those of agent, oracle and blind policy."""
+    agent, oracle, blind = task_means.mean(axis=1)
+    if abs(oracle - blind) <= 1e-9:
+        return float("nan")
+    # score = (agent − blind) / (oracle − blind)
+    return float((agent - blind) / (oracle - blind))

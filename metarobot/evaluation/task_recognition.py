@@ -1,8 +1,7 @@
-"""Recognition measured: which training tasks a new one is most like, whether it is new, and which
-of the new ones.
+"""Task recognition: the training tasks a new task resembles, and whether it is an unknown one.
 
-Nothing is learned here, and no task is told: an agent that keeps prototypes lives each held-out
-task and embeds what it lived there.
+Nothing is learned here, and nobody tells the agent its task: an agent that keeps prototypes
+(``EmbedsTasks``) plays each held-out task and embeds the transitions it collects there.
 """
 
 from __future__ import annotations
@@ -11,12 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metarobot.env.base import Env
+from metarobot.env.factory import make_env
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.statistics import bootstrap_interval
+from metarobot.learning.agent_interface import EmbedsTasks
 from metarobot.learning.metric_losses import (
     distances,
     nearest_prototype,
@@ -27,113 +29,161 @@ from metarobot.tasks.distributions import Uniform
 from metarobot.tasks.space import Task, TaskSpace
 from metarobot.training.collect import collect
 from metarobot.training.run_folder import Run
-from metarobot.types import Rollout
 
 
 class RecognitionError(MetarobotError):
-    """A run that recognises nothing, or too little lived to be recognised by."""
+    """A run that cannot recognise tasks, or episodes too short to be recognised by."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecognitionConfig:
-    """What is lived, and how much of it is shown."""
+    """Which tasks are played, and how much of them the agent embeds."""
 
     split: str = "test"
+    """Split that tasks are drawn from."""
     tasks: int = 20
-    """Number of tasks drawn from the split."""
+    """Number of tasks."""
     even: bool = False
     """Space them evenly over the training range of the one parameter instead: how finely tasks are
     told apart, without the luck of draws that nearly coincide."""
     transitions: int = 50
     """What a task is recognised from: so many first transitions of a fresh episode."""
     neighbours: int = 5
-    """Prototypes named for each task."""
+    """Prototypes named for each task, the nearest."""
     support: int = 5
     """Episodes whose first transitions, as many, make the prototype of each held-out task."""
     queries: int = 5
     """Fresh episodes of each task to recognise."""
     seed: int = 0
-    """Draws tasks and starts."""
+    """Seed of tasks and starts."""
     threads: int = 0
+    """Physics threads on the CPU; 0 takes all there are."""
+    sim: str = "cpu"
+    """Simulator, ``cpu`` (MuJoCo) or ``warp`` (MuJoCo Warp)."""
+    device: str = "cpu"
+    """Where Warp simulates, ``cpu`` or ``cuda``."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "transitions", "neighbours", "support", "queries"):
-            if getattr(self, name) < 1:
-                raise RecognitionError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value < 1:
+                raise RecognitionError(f"{name} must be at least 1, not {value}")
 
 
 def recognise(
-    run: Run, quiz: RecognitionConfig, tick: Callable[[], None] = lambda: None
+    run: Run, config: RecognitionConfig, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Live the tasks of a split and recognise them; return the report as JSON data.
+    """Play tasks, recognise them by their first transitions, and return the report as JSON data.
 
-    ``recognised``: the share of queries whose nearest held-out prototype, made of other episodes,
-    is their own. ``new``: the share that lies farther from all prototypes of training tasks than
-    one of them would from the others. ``tick`` is called after each of the ``support + queries``
-    rounds of episodes.
+    ``recognised`` is the share of queries whose nearest held-out prototype, made of other episodes,
+    is that of their own task. ``new`` is the share judged unknown: farther from all prototypes of
+    training tasks than one of these would be from the others.
+
+    Args:
+        run: A run of an agent that keeps prototypes.
+        config: What is played.
+        tick: Called after each of the ``support + queries`` rounds of episodes.
+
+    Raises:
+        RecognitionError: An agent without prototypes, or an episode of too few transitions.
     """
-    agent, space = run.load_agent(), run.family.space
-    _check(run, agent, quiz)
-    tasks = (
-        _spaced(space, quiz.tasks) if quiz.even else space.sample(quiz.split, quiz.tasks, quiz.seed)
+    space = run.family.space
+    agent = _load_embedding_agent(run, config)
+    if config.even:
+        tasks = evenly_spaced_tasks(space, config.tasks)
+    else:
+        tasks = space.sample(config.split, config.tasks, config.seed)
+    support, query = _embed_held_out_tasks(agent, run, tasks, config, tick)
+
+    # Prototypes of training tasks: embedding (prototype, embedding), task (prototype, parameter).
+    count = len(agent.bank)
+    prototypes = agent.bank.prototype[:count].cpu()
+    prototype_tasks = agent.bank.task[:count].cpu()
+    windows = agent.embedded(config.transitions).cpu()
+    held_out_tasks = space.encode(tasks)
+
+    # Distance of every query to every prototype, (query, task, prototype).
+    query_distances = distances(query.flatten(0, 1), prototypes)
+    query_distances = query_distances.view(len(query), len(tasks), count)
+
+    # A query is recognised if the nearest held-out prototype stands for an equal task.
+    found = held_out_tasks[nearest_prototype(query, support)]
+    recognised = (found == held_out_tasks).all(-1).double()
+    threshold = novelty_threshold(windows, prototypes)
+    unknown = (query_distances.amin(2) > threshold).double()
+
+    # How close the windows of each training task lie to its own prototype, on average.
+    window_distances = distances(windows.flatten(0, 1), prototypes).view(count, -1, count)
+    distance_within = window_distances.mean(1).diagonal()
+
+    centre, directions = _principal_plane(prototypes)
+    prototype_xy = torch.einsum("...e,ae->...a", prototypes - centre, directions).tolist()
+    query_xy = torch.einsum("...e,ae->...a", query[0] - centre, directions).tolist()
+
+    prototype_values = space.decode(prototype_tasks)
+    prototype_rows = []
+    for i in range(count):
+        prototype_rows.append(
+            {
+                "task": prototype_values[i],
+                "transitions": int(agent.bank.lived[i].sum()),
+                "within": float(distance_within[i]),
+                "xy": prototype_xy[i],
+            }
+        )
+
+    # The neighbours that are named are those of the first query.
+    nearest = query_distances[0].argsort(1)[:, : config.neighbours]
+    held_out_rows = []
+    for i, task in enumerate(tasks):
+        neighbours = []
+        for j in nearest[i]:
+            neighbours.append(
+                {"task": prototype_values[j], "distance": float(query_distances[0, i, j])}
+            )
+        held_out_rows.append(
+            {
+                "task": task.as_dict(),
+                "recognised": float(recognised[:, i].mean()),
+                "new": bool(unknown[0, i]),
+                "xy": query_xy[i],
+                "neighbours": neighbours,
+            }
+        )
+
+    # Do distances of embeddings rank as distances of the tasks do?
+    pairs = torch.triu_indices(count, count, 1)
+    prototype_ranks = rank_correlation(
+        distances(prototypes, prototypes)[pairs[0], pairs[1]],
+        distances(prototype_tasks, prototype_tasks)[pairs[0], pairs[1]],
     )
-    support, query = _live(agent, Env(run.family, tasks, threads=quiz.threads), tasks, quiz, tick)
-    held = len(agent.bank)
-    prototype, known, windows = (
-        agent.bank.prototype[:held],
-        agent.bank.task[:held],
-        agent.embedded(quiz.transitions),
+    held_out_ranks = rank_correlation(
+        query_distances.mean(0).flatten(), distances(held_out_tasks, prototype_tasks).flatten()
     )
-    threshold, encoded = novelty_threshold(windows, prototype), space.encode(tasks)
-    away = distances(query.flatten(0, 1), prototype).view(len(query), len(tasks), held)
-    right = (encoded[nearest_prototype(query, support)] == encoded).all(-1).double()
-    new = (away.amin(2) > threshold).double()
-    flat, values = _plane(prototype), space.decode(known)
-    within = distances(windows.flatten(0, 1), prototype).view(held, -1, held).mean(1).diagonal()
-    order = away[0].argsort(1)[:, : quiz.neighbours]
+
     return {
         "family": run.family.name,
         "agent": run.agent,
         "run": run.name,
         "steps": run.steps,
-        **asdict(quiz),
+        **asdict(config),
         "threshold": threshold,
-        "recognised": _share(right),
-        "chance": 1.0 / len(torch.unique(encoded, dim=0)),
-        "new": _share(new),
-        "rank_correlation": {
-            "prototypes": rank_correlation(*_pairs(prototype, known)),
-            "held_out": rank_correlation(
-                away.mean(0).flatten(), distances(encoded, known).flatten()
-            ),
-        },
-        "prototypes": [
-            {
-                "task": values[i],
-                "transitions": int(agent.bank.lived[i].sum()),
-                "within": float(within[i]),
-                "xy": xy,
-            }
-            for i, xy in enumerate(flat(prototype).tolist())
-        ],
-        "held_out": [
-            {
-                "task": tasks[i].as_dict(),
-                "recognised": float(right[:, i].mean()),
-                "new": bool(new[0, i]),
-                "xy": xy,
-                "neighbours": [
-                    {"task": values[j], "distance": float(away[0, i, j])} for j in order[i]
-                ],
-            }
-            for i, xy in enumerate(flat(query[0]).tolist())
-        ],
+        "recognised": _share(recognised),
+        "chance": 1.0 / len(torch.unique(held_out_tasks, dim=0)),
+        "new": _share(unknown),
+        "rank_correlation": {"prototypes": prototype_ranks, "held_out": held_out_ranks},
+        "prototypes": prototype_rows,
+        "held_out": held_out_rows,
     }
 
 
-def parameter(space: TaskSpace, name: str) -> str:
-    """Return the parameter of that name, or the first for an empty one; raise if there is none."""
-    names = [p.name for p in space.params if not p.nuisance]
+def check_parameter(space: TaskSpace, name: str) -> str:
+    """Return the name of a task parameter, the first one for an empty name.
+
+    Raises:
+        RecognitionError: The task space has no such parameter.
+    """
+    names = [param.name for param in space.params if not param.nuisance]
     if name and name not in names:
         raise RecognitionError(
             f"{space.name} has no parameter {name!r}; it has: {', '.join(names)}"
@@ -141,74 +191,95 @@ def parameter(space: TaskSpace, name: str) -> str:
     return name or names[0]
 
 
-def _spaced(space: TaskSpace, n: int) -> list[Task]:
-    """Return the middles of ``n`` equal parts of the parameter's training range, as tasks."""
-    first, *others = space.params
-    low, high = first.train.low, first.train.high
-    if others or not isinstance(first.train, Uniform):
+def evenly_spaced_tasks(space: TaskSpace, count: int) -> list[Task]:
+    """Return the middles of ``count`` equal parts of the parameter's training range, as tasks.
+
+    Raises:
+        RecognitionError: The space has several parameters, or one that is not drawn uniformly.
+    """
+    param, *others = space.params
+    distribution = param.train
+    if others or not isinstance(distribution, Uniform):
         raise RecognitionError(
             f"{space.name} is not one parameter drawn uniformly: its tasks have no even spacing"
         )
-    return [space.task(**{first.name: low + (high - low) * (i + 0.5) / n}) for i in range(n)]
+    width = distribution.high - distribution.low
+    tasks = []
+    for i in range(count):
+        value = distribution.low + width * (i + 0.5) / count
+        tasks.append(space.task(**{param.name: value}))
+    return tasks
 
 
-def _check(run: Run, agent: Any, quiz: RecognitionConfig) -> None:
-    """Raise for a run that cannot say what a task is like."""
-    if not hasattr(agent, "bank"):
+def _load_embedding_agent(run: Run, config: RecognitionConfig) -> EmbedsTasks:
+    """Load the agent of a run; raise if it does not keep prototypes, or too few."""
+    agent = run.load_agent()
+    if not isinstance(agent, EmbedsTasks):
         raise RecognitionError(
             f"{run.folder} keeps no prototypes: its agent is {run.agent!r}; train one as prototype"
         )
-    if quiz.neighbours > len(agent.bank):
+    if config.neighbours > len(agent.bank):
         raise RecognitionError(
-            f"{run.folder} keeps {len(agent.bank)} prototypes, fewer than {quiz.neighbours} neighbours"
+            f"{run.folder} keeps {len(agent.bank)} prototypes, "
+            f"fewer than {config.neighbours} neighbours"
         )
+    return agent
 
 
-def _live(
-    agent: Any, env: Env, tasks: Sequence[Task], quiz: RecognitionConfig, tick: Callable[[], None]
+def _embed_held_out_tasks(
+    agent: Any,
+    run: Run,
+    tasks: Sequence[Task],
+    config: RecognitionConfig,
+    tick: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
-    """Return the prototypes of held-out tasks ``(task, ...)``, and queries ``(query, task, ...)``
-    of other episodes.
+    """Play fresh episodes of held-out tasks and embed their first transitions.
+
+    Returns:
+        Prototypes of the tasks ``(task, embedding)``, and of other episodes the queries
+        ``(query, task, embedding)``.
     """
-
-    def episode(k: int) -> Rollout:
-        (lived,) = collect(
-            agent, env, tasks, episodes=1, seed=quiz.seed + k, explore=False
-        ).episodes
-        least = int(lived.valid.sum(0).min())
-        if least < quiz.transitions:
-            task = tasks[int(lived.valid.sum(0).argmin())]
-            raise RecognitionError(
-                f"{task.describe()}: the episode ended after {least} transitions; ask for fewer"
-            )
+    env = make_env(run.family, tasks, sim=config.sim, device=config.device, threads=config.threads)
+    agent.to(env.device)
+    embeddings = []
+    for k in range(config.support + config.queries):
+        embeddings.append(_embed_episode(agent, env, tasks, config, config.seed + k))
         tick()
-        return lived
+    z = torch.stack(embeddings)
+    return z[: config.support].mean(0), z[config.support :]
 
-    z = torch.stack(
-        [agent.embed(episode(k), quiz.transitions) for k in range(quiz.support + quiz.queries)]
-    )
-    return z[: quiz.support].mean(0), z[quiz.support :]
+
+def _embed_episode(
+    agent: Any, env: Env, tasks: Sequence[Task], config: RecognitionConfig, seed: int
+) -> Tensor:
+    """Play one episode of every task and embed its first transitions, ``(task, embedding)``."""
+    trials = collect(agent, env, tasks, episodes=1, seed=seed, explore=False)
+    episode = trials.episodes[0]
+    lengths = episode.valid.sum(0)
+    shortest = int(lengths.min())
+    if shortest < config.transitions:
+        task = tasks[int(lengths.argmin())]
+        raise RecognitionError(
+            f"{task.describe()}: the episode ended after {shortest} transitions; ask for fewer"
+        )
+    z: Tensor = agent.embed(episode, config.transitions)
+    return z.cpu()
 
 
 def _share(x: Tensor) -> dict[str, Any]:
     """Return the mean of ``(query, task)``, and its interval over tasks."""
-    return {
-        "mean": float(x.mean()),
-        "ci95": bootstrap_interval(x.mean(0, keepdim=True).numpy(), lambda v: v.mean()),
-    }
+    task_means = x.mean(0, keepdim=True).numpy()
+    return {"mean": float(x.mean()), "ci95": bootstrap_interval(task_means, np.mean)}
 
 
-def _pairs(z: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distances of every two points, and of their tasks."""
-    i, j = torch.triu_indices(len(z), len(z), 1)
-    return distances(z, z)[i, j], distances(task, task)[i, j]
+def _principal_plane(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of points and the two directions in which they vary most (Pearson 1901).
 
-
-def _plane(z: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the projection on the two directions in which points ``(n, embedding)`` vary most
-    (Pearson 1901).
+    Takes points ``(n, embedding)``; the directions are ``(2, embedding)``.
     """
-    mean = z.mean(0)
-    _, _, directions = torch.linalg.svd(z - mean, full_matrices=False)
-    directions = directions[:2] * directions[:2].sum(1, keepdim=True).sign()
-    return lambda x: torch.einsum("...e,ae->...a", x - mean, directions)
+    centre = z.mean(0)
+    _, _, directions = torch.linalg.svd(z - centre, full_matrices=False)
+    directions = directions[:2]
+    # A singular vector's sign is arbitrary: choose the one whose components sum to more than 0.
+    signs = directions.sum(1, keepdim=True).sign()
+    return centre, directions * signs

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from metarobot.env.base import Env
-from metarobot.evaluation.evaluate import _swapped, evaluate
+from metarobot.evaluation.context_controls import swap_contexts
+from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.protocol import Protocol
 from metarobot.evaluation.sinusoid_example import SinusoidConfig, compare
 from metarobot.learning.agent_interface import agents
@@ -129,7 +130,7 @@ def test_pearl_goes_where_the_reward_says_and_another_tasks_context_leads_astray
         seed=0,
         explore=False,
     )
-    told, astray = play(), play(between=partial(_swapped, tasks))
+    told, astray = play(), play(between=partial(swap_contexts, tasks))
     first, *_, last = told.returns().mean(1).tolist()
     # standing still in the middle, which is best without knowing, earns −0.5 a step
     assert last > -0.35 * family.horizon

@@ -12,7 +12,7 @@ from metarobot.agents.rl2 import TrialBatch, last_step
 from metarobot.cli.main import main
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.evaluate import _swapped
+from metarobot.evaluation.context_controls import swap_contexts
 from metarobot.learning.agent_interface import Context, Learner, agents
 from metarobot.learning.gaussian_posterior import Gaussian, PosteriorError, standard_normal
 from metarobot.training.collect import collect
@@ -100,7 +100,7 @@ def test_the_posterior_is_made_of_the_tasks_own_episodes() -> None:
 def test_the_context_of_another_task_changes_posterior_belief_and_actions() -> None:
     agent = skilled("varibad").agent
     context = remembered(agent, TASKS)
-    other = _swapped(TASKS, context)
+    other = swap_contexts(TASKS, context)
     zeros = torch.zeros(6)
     percept = Percept(torch.zeros(6, 17), torch.zeros(6, 6), zeros, zeros, zeros)
     for read in (agent.posterior, agent.belief, lambda c: agent.act(percept, c)[:1]):
@@ -292,7 +292,7 @@ def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(
     save_checkpoint(run.folder, learner.state(), {"iteration": 1, "steps": 800, "elapsed_s": 1.0})
     before = (run.folder / "checkpoint.json").read_bytes()
     with pytest.raises(PosteriorError, match="has collapsed"):
-        train(run, resume=True, show=False)
+        train(run, show=False)
     assert (run.folder / "checkpoint.json").read_bytes() == before
     assert open_run(run.folder).load_agent().begin(1)
     with pytest.raises(SystemExit) as stopped:

@@ -126,7 +126,9 @@ def test_beliefs_reach_table_and_picture(report, tmp_path: Path) -> None:
     assert "95 % interval holds" in said
     assert "deviation of the posterior over latent tasks: 1.000 → " in said
     plot.plot_evaluation(report, tmp_path / "with.png")
-    plot.plot_evaluation({k: v for k, v in report.items() if k != "beliefs"}, tmp_path / "without.png")
+    plot.plot_evaluation(
+        {k: v for k, v in report.items() if k != "beliefs"}, tmp_path / "without.png"
+    )
     assert (tmp_path / "with.png").stat().st_size > (tmp_path / "without.png").stat().st_size
 
 

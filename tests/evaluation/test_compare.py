@@ -17,7 +17,7 @@ from helpers import run as command
 from helpers import tiny_run
 
 import metarobot.evaluation.compare as module
-import metarobot.evaluation.evaluate as playing
+import metarobot.evaluation.fine_tuning as fine_tuning
 import metarobot.evaluation.statistics as stats
 from metarobot.evaluation.compare import (
     Job,
@@ -31,7 +31,7 @@ from metarobot.evaluation.compare import (
     train_plan,
 )
 from metarobot.evaluation.evaluate import evaluate
-from metarobot.evaluation.protocol import Protocol
+from metarobot.evaluation.protocol import Evaluator, Protocol
 from metarobot.learning.agent_interface import agents, comparable_agents
 from metarobot.training.config import TrainConfig
 from metarobot.training.metrics_log import read_metrics
@@ -63,9 +63,8 @@ def gathered(asked: Plan) -> tuple[dict[str, list[Run]], list[str]]:
 def coarse() -> Iterator[None]:
     """Fewer bootstrap samples and step sizes: what is compared is made with the same few."""
     with pytest.MonkeyPatch.context() as patch:
-        for room in (playing, stats):
-            patch.setattr(room, "RESAMPLES", 50)
-        patch.setattr(playing, "RATES", (0.1, 1.0))
+        patch.setattr(stats, "RESAMPLES", 50)
+        patch.setattr(fine_tuning, "STEP_SIZES", (0.1, 1.0))
         yield
 
 
@@ -97,8 +96,8 @@ def test_every_agent_is_trained_for_the_same_steps_and_played_on_the_same_tasks(
 
 def test_fine_tuning_is_what_an_evaluation_makes_of_it(done: Any) -> None:
     _, runs, report = done
-    arena = playing.Arena(runs["maml"][0].family, PROTOCOL)
-    alone = playing.finetuning(runs["maml"], runs["blind"], arena)
+    evaluator = Evaluator(runs["maml"][0].family, PROTOCOL)
+    alone = fine_tuning.fine_tune(runs["maml"], runs["blind"], evaluator)
     for name, tuned in (
         ("fine-tuning", "pretrained"),
         ("fine-tuning from scratch", "from scratch"),
@@ -127,7 +126,7 @@ def test_asked_again_nothing_is_trained_or_played(
         raise AssertionError("it was done already")
 
     monkeypatch.setattr(module, "train", never)
-    monkeypatch.setattr(module.Arena, "play", never)
+    monkeypatch.setattr(module.Evaluator, "play", never)
     again, said = gathered(asked)
     assert {k: [r.folder for r in v] for k, v in again.items()} == {
         k: [r.folder for r in v] for k, v in runs.items()
@@ -319,29 +318,29 @@ def test_settings_are_read_as_their_own_types() -> None:
     assert (job.train.steps, job.agent.epochs) == (3_000_000, 8)
 
 
-def test_outlook_knows_each_agents_pace() -> None:
+def test_eta_knows_each_agents_pace() -> None:
     made = [
         Job(TrainConfig(family="CheetahVel", agent=a, steps=100), None)
         for a in ("rl2", "blind", "oracle")
     ]
-    outlook = PlanETA(made)
-    assert outlook.steps == 300
-    outlook.hear(made[0], {"time/total_timesteps": 40, "time/time_elapsed": 80.0})
-    assert (outlook.steps, outlook.seconds) == (260, 260 * 2.0)
-    outlook.hear(made[1], {"time/total_timesteps": 100, "time/time_elapsed": 100.0})
+    eta = PlanETA(made)
+    assert eta.steps == 300
+    eta.update(made[0], {"time/total_timesteps": 40, "time/time_elapsed": 80.0})
+    assert (eta.steps, eta.seconds) == (260, 260 * 2.0)
+    eta.update(made[1], {"time/total_timesteps": 100, "time/time_elapsed": 100.0})
     # 60 steps of rl2 at 2 s, 100 of oracle at the mean of 1.5 s
-    assert (outlook.steps, outlook.seconds) == (160, 60 * 2.0 + 100 * 1.5)
+    assert (eta.steps, eta.seconds) == (160, 60 * 2.0 + 100 * 1.5)
 
 
-def test_progress_is_heard_of_every_iteration(tmp_path: Path) -> None:
-    heard: list[tuple[str, int]] = []
+def test_progress_is_reported_after_every_iteration(tmp_path: Path) -> None:
+    reported: list[tuple[str, int]] = []
 
-    def watch(job: Job, metrics: Mapping[str, float], outlook: PlanETA) -> None:
-        heard.append((job.name, outlook.steps))
+    def watch(job: Job, metrics: Mapping[str, float], eta: PlanETA) -> None:
+        reported.append((job.name, eta.steps))
 
     runs = train_plan(plan(tmp_path, "rl2", "blind"), PROTOCOL, lambda _: None, watch)
-    assert [n for n, _ in heard] == ["CheetahDir100-rl2-0"] * 2 + ["CheetahDir100-blind-0"] * 2
-    assert [s for _, s in heard] == [2400, 1600, 800, 0]
+    assert [n for n, _ in reported] == ["CheetahDir100-rl2-0"] * 2 + ["CheetahDir100-blind-0"] * 2
+    assert [s for _, s in reported] == [2400, 1600, 800, 0]
     assert len(read_metrics(runs["rl2"][0].folder / "metrics.jsonl")) == 2
 
 

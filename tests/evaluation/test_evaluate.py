@@ -4,7 +4,8 @@ import torch
 from helpers import tiny_run
 
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.evaluate import _swapped, evaluate
+from metarobot.evaluation.context_controls import swap_contexts
+from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.fine_tuning import STEP_SIZES
 from metarobot.evaluation.protocol import Evaluator, Protocol
 from metarobot.evaluation.statistics import (
@@ -106,11 +107,11 @@ def test_only_the_task_of_the_episode_reaches_a_blind_agent(runs) -> None:
     """Two worlds in different tasks but the same start and no reward input act alike."""
     agent, family = runs["blind"].load_agent(), runs["blind"].family
     forward, backward = family.space.finite
-    arena = Evaluator(family, Protocol(tasks=2, episodes=1, seed=3, threads=1))
+    evaluator = Evaluator(family, Protocol(tasks=2, episodes=1, seed=3, threads=1))
     returns = []
     for task in (forward, backward):
-        arena.tasks = [task, task]
-        returns.append(arena.play(agent).returns)
+        evaluator.tasks = [task, task]
+        returns.append(evaluator.play(agent).returns)
     there, back = returns
     effort = (there + back) / 2
     assert np.allclose(there - effort, effort - back, atol=1e-3)
@@ -119,7 +120,7 @@ def test_only_the_task_of_the_episode_reaches_a_blind_agent(runs) -> None:
 def test_swapped_context_comes_from_another_task(runs) -> None:
     forward, backward = runs["rl2"].family.space.finite
     tasks = [forward, forward, backward, forward]
-    (swapped,) = _swapped(tasks, (torch.arange(4.0)[:, None],))
+    (swapped,) = swap_contexts(tasks, (torch.arange(4.0)[:, None],))
     given = [tasks[int(i)] for i in swapped[:, 0]]
     assert all(a != b for a, b in zip(given, tasks, strict=True))
 
@@ -168,9 +169,9 @@ def test_fine_tuning_starts_from_the_pretrained_policy_and_from_nothing(runs) ->
         assert len(baseline["episodes"]) == 3
         assert baseline["episodes"][0]["mean"] != baseline["episodes"][1]["mean"]
     blind, agent = runs["blind"].load_agent(), runs["maml"].load_agent()
-    arena = Evaluator(runs["maml"].family, SMALL)
+    evaluator = Evaluator(runs["maml"].family, SMALL)
     blind.explores = True
-    before = arena.play(agent.fine_tuned_from(blind, 0.1), 2).returns
+    before = evaluator.play(agent.fine_tuned_from(blind, 0.1), 2).returns
     assert report["pretrained"]["episodes"][0]["mean"] == pytest.approx(before[0].mean(), abs=1e-3)
 
 

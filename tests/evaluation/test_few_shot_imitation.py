@@ -10,6 +10,7 @@ from helpers import run
 from torch import Tensor
 
 from metarobot.env.base import Env
+from metarobot.env.factory import make_env
 from metarobot.errors import MetarobotError
 from metarobot.evaluation import few_shot_imitation as module
 from metarobot.evaluation.few_shot_imitation import few_shot
@@ -221,7 +222,12 @@ def gifted(monkeypatch: pytest.MonkeyPatch) -> Gifted:
     """It stands in for the imitator and needs two demonstrations of each variant; whoever else is
     asked needs none."""
     envs: list[Env] = []
-    monkeypatch.setattr(module, "Env", lambda *x, **how: (envs.append(Env(*x, **how)), envs[-1])[1])
+
+    def make_env_and_keep(*arguments: Any, **settings: Any) -> Env:
+        envs.append(make_env(*arguments, **settings))
+        return envs[-1]
+
+    monkeypatch.setattr(module, "make_env", make_env_and_keep)
     agent = Gifted(envs, 2)
     monkeypatch.setattr(
         Run, "load_agent", lambda run: agent if run.name == "imitator" else Gifted(envs, 0)
@@ -332,7 +338,7 @@ def test_any_agent_is_a_reference_or_is_told_in_one_line_that_it_cannot_be(
 def test_resuming_from_a_checkpoint_gives_the_uninterrupted_bits(
     monkeypatch: pytest.MonkeyPatch, root: Path, imitator: Run, tmp_path: Path
 ) -> None:
-    broken, real, calls = begun(tmp_path / "broken", root / "hidden"), training.save, []
+    broken, real, calls = begun(tmp_path / "broken", root / "hidden"), training.save_checkpoint, []
 
     def die_after_two(*arguments: Any) -> None:
         calls.append(1)
@@ -340,16 +346,16 @@ def test_resuming_from_a_checkpoint_gives_the_uninterrupted_bits(
             raise RuntimeError("power cut")
         real(*arguments)
 
-    monkeypatch.setattr(training, "save", die_after_two)
+    monkeypatch.setattr(training, "save_checkpoint", die_after_two)
     with pytest.raises(RuntimeError, match="power cut"):
         train(broken, show=False)
-    monkeypatch.setattr(training, "save", real)
+    monkeypatch.setattr(training, "save_checkpoint", real)
     runs = broken, imitator
     assert [json.loads((r.folder / "checkpoint.json").read_text())["iteration"] for r in runs] == [
         2,
         4,
     ]
-    assert train(open_run(broken.folder), resume=True, show=False)
+    assert train(open_run(broken.folder), show=False)
     digests = [json.loads((r.folder / "checkpoint.json").read_text())["sha256"] for r in runs]
     assert digests[0] == digests[1]
     plain = [[{k: v for k, v in row.items() if "time/" not in k} for row in rows(r)] for r in runs]

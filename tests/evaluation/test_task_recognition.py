@@ -8,7 +8,7 @@ from helpers import run, tiny_run
 from metarobot.evaluation.task_recognition import (
     RecognitionConfig,
     RecognitionError,
-    _spaced,
+    evenly_spaced_tasks,
     recognise,
 )
 from metarobot.tasks.family import families
@@ -64,12 +64,15 @@ def test_a_report_is_a_function_of_run_and_quiz(recognising: Run) -> None:
 
 
 def test_tasks_may_be_spaced_evenly_where_there_is_one_parameter(recognising: Run) -> None:
-    speeds = [t.as_dict()["target_speed"] for t in _spaced(families.get("CheetahVel").space, 6)]
+    speeds = [
+        t.as_dict()["target_speed"]
+        for t in evenly_spaced_tasks(families.get("CheetahVel").space, 6)
+    ]
     assert speeds == pytest.approx([0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
     with pytest.raises(
         RecognitionError, match="CheetahTerrain is not one parameter drawn uniformly"
     ):
-        _spaced(families.get("CheetahTerrain").space, 6)
+        evenly_spaced_tasks(families.get("CheetahTerrain").space, 6)
     with pytest.raises(RecognitionError, match="no even spacing"):
         recognise(recognising, quiz(even=True))
 
@@ -101,9 +104,7 @@ def test_an_encoder_that_reads_the_task_recognises_all_and_finds_far_ones_new(
     agent = made.load_agent()
     agent.encoder = Knowing()
     agent.refresh()
-    known = type("Known", (Run,), {"load_agent": lambda self: agent})(
-        made.folder, made.config, made.family
-    )
+    known = type("Known", (Run,), {"load_agent": lambda self: agent})(**vars(made))
     near, far = (
         recognise(known, quiz(split=s, tasks=6, neighbours=1)) for s in ("test", "extrapolate")
     )
