@@ -10,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import numpy as np
 from wire_faults import ALL, PERIOD, folder, strike
 
-from metarobot.bridge.safety.command_gate import bounds
+from metarobot.bridge.safety.command_gate import damping_bounds_s
 
 repeats, rng = int(sys.argv[1]) if len(sys.argv) > 1 else 5, np.random.default_rng(0)
-reading, command = (1e3 * x for x in bounds(PERIOD))
+reading, command = (1e3 * x for x in damping_bounds_s(PERIOD))
 print(
     f"damping at 50 Hz, ms: stated {reading:.0f} after the last good reading, {command:.0f} after the last command"
 )

@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 from rich.progress import track
 
-from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 
 
 def resident_mb() -> float:
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long steps are paced")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    policy = Policy.load(options.policy)
+    policy = OnnxPolicy.load(options.policy)
     obs = (
         np.random.default_rng(0)
         .normal(size=(1024, len(policy.meta.observation_names)))

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from metarobot.bridge.controller import Controller
-from metarobot.bridge.loop_timing import Clock, Monotonic, Stepped
-from metarobot.bridge.policy.metadata import Meta
-from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.loop_timing import LoopClock, MonotonicClock, SteppedClock
+from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.bridge.robots import lookup as robots
-from metarobot.bridge.run_report import Report, Settings
-from metarobot.bridge.safety.command_gate import Watch
+from metarobot.bridge.run_report import RunReport, RunSettings
+from metarobot.bridge.safety.command_gate import GateWatchdog
 
 
 class Easy:
@@ -30,7 +30,7 @@ class Easy:
 
     name, identity, guarded = "easy", "easy", False
 
-    def __init__(self, meta: Meta, needed: tuple[str, ...], clock: Clock) -> None:
+    def __init__(self, meta: PolicyMetadata, needed: tuple[str, ...], clock: LoopClock) -> None:
         self._clock, self._reading, self._count = clock, dict.fromkeys(needed, 0.0), 0
         self._noise = np.random.default_rng(0)
         pose = zip(meta.joint_names, meta.default_joint_pos, strict=True)
@@ -65,16 +65,20 @@ class Easy:
 
 
 def live(
-    folder: str, hz: float, seconds: float, clock: Clock, log: Path | None, show: Any = None
-) -> Report:
+    folder: str, hz: float, seconds: float, clock: LoopClock, log: Path | None, show: Any = None
+) -> RunReport:
     """Run the controller for so long."""
-    policy = Policy.load(folder)
-    layout = robots.layout(policy.meta)
+    policy = OnnxPolicy.load(folder)
+    layout = robots.make_layout(policy.meta)
     robot: Any = Easy(policy.meta, layout.needed(), clock)
-    settings = Settings(hz=hz, seconds=seconds, damp_s=0.1)
-    told = {} if show is None else {"show": show}
+    settings = RunSettings(hz=hz, seconds=seconds, damp_s=0.1)
+    told = {} if show is None else {"show_status": show}
     controller = Controller(policy, robot, layout, settings, clock=clock, log=log, **told)
-    with Watch(controller.gate) if isinstance(clock, Monotonic) else contextlib.nullcontext():
+    with (
+        GateWatchdog(controller.gate)
+        if isinstance(clock, MonotonicClock)
+        else contextlib.nullcontext()
+    ):
         return controller.run()
 
 
@@ -93,7 +97,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path)
     told = parser.parse_args()
     if told.seconds:
-        report = live(told.policy, told.hz, told.seconds, Monotonic(), told.log)
+        report = live(told.policy, told.hz, told.seconds, MonotonicClock(), told.log)
         p = report.pace
         print(
             f"{told.hz:g} Hz for {told.seconds:g} s: {report.reason}; log {'off' if told.log is None else 'on'}"
@@ -106,7 +110,7 @@ def main() -> None:
             told.policy,
             50.0,
             told.steps / 50.0,
-            Stepped(),
+            SteppedClock(),
             told.log,
             lambda status: held.append(resident()),
         )

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from metarobot.bridge.adaptation_client import Adaptation
+from metarobot.bridge.adaptation_client import AdaptationClient
 from metarobot.bridge.controller import Controller
-from metarobot.bridge.loop_timing import Monotonic, Stepped
-from metarobot.bridge.policy.metadata import Meta
-from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.loop_timing import MonotonicClock, SteppedClock
+from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.bridge.robot_interface import Reading
 from metarobot.bridge.robots import lookup as robots
-from metarobot.bridge.robots.sim_client import Sim
-from metarobot.bridge.run_report import Report, Settings
+from metarobot.bridge.robots.sim_client import SimRobotClient
+from metarobot.bridge.run_report import RunReport, RunSettings
 from metarobot.deploy.onnx_export import export
-from metarobot.evaluation.evaluate import interval
 from metarobot.evaluation.protocol import Evaluator, Protocol
+from metarobot.evaluation.statistics import bootstrap_interval
 from metarobot.files import write_json
 from metarobot.training.run_folder import open_run
 
@@ -46,7 +46,7 @@ class Told:
     """Writes down what each episode really earned, as the simulator knows it, when the controller
     says it is over."""
 
-    def __init__(self, robot: Sim, tasks: int, each: int) -> None:
+    def __init__(self, robot: SimRobotClient, tasks: int, each: int) -> None:
         self.robot, self.wanted = robot, tasks * each
         self.returns: list[float] = []
         self.fallen = 0
@@ -61,8 +61,11 @@ class Told:
 
 
 def drive(
-    policy: Policy, robot: Sim, tasks: int, adaptation: Adaptation | None = None
-) -> tuple[Report, Told]:
+    policy: OnnxPolicy,
+    robot: SimRobotClient,
+    tasks: int,
+    adaptation: AdaptationClient | None = None,
+) -> tuple[RunReport, Told]:
     """Live a trial in each task through the controller."""
     rollouts = 1 if adaptation is None else adaptation.rollouts
     robot.connect()
@@ -71,11 +74,11 @@ def drive(
         controller = Controller(
             policy,
             robot,
-            robots.layout(policy.meta),
-            Settings(hz=policy.meta.control_hz, trials=tasks, damp_s=0.1),
-            clock=Stepped() if robot.info["lockstep"] else Monotonic(),
+            robots.make_layout(policy.meta),
+            RunSettings(hz=policy.meta.control_hz, trials=tasks, damp_s=0.1),
+            clock=SteppedClock() if robot.info["lockstep"] else MonotonicClock(),
             adaptation=adaptation,
-            tell=told,
+            show_message=told,
         )
         report = controller.run()
         if len(told.returns) != told.wanted:
@@ -97,18 +100,18 @@ def compared(robot: np.ndarray, evaluation: np.ndarray) -> list[dict[str, Any]]:
             {
                 "episode": k,
                 "robot": float(here.mean()),
-                "robot_ci95": interval(here[None], np.mean),
+                "robot_ci95": bootstrap_interval(here[None], np.mean),
                 "evaluation": float(there.mean()),
-                "evaluation_ci95": interval(there[None], np.mean),
+                "evaluation_ci95": bootstrap_interval(there[None], np.mean),
                 "difference": float(apart.mean()),
-                "difference_ci95": interval(apart[None], np.mean),
+                "difference_ci95": bootstrap_interval(apart[None], np.mean),
             }
         )
     gains = [x[-1] - x[0] for x in (robot, evaluation)]
     for name, gain in zip(("robot", "evaluation"), gains, strict=True):
         rows[-1] |= {
             f"{name}_gain": float(gain.mean()),
-            f"{name}_gain_ci95": interval(gain[None], np.mean),
+            f"{name}_gain_ci95": bootstrap_interval(gain[None], np.mean),
         }
     return rows
 
@@ -124,9 +127,9 @@ def play(name: str, tasks: int, *, lockstep: bool, between: bool) -> dict[str, A
     """Export an agent, live the tasks in the loop and in evaluation, and report."""
     with tempfile.TemporaryDirectory() as folder:
         export(open_run(name), Path(folder) / "policy")
-        policy = Policy.load(Path(folder) / "policy")
-        adaptation = Adaptation(policy.meta, run=name, deadline_s=600) if between else None
-        robot = Sim(policy.meta, tasks=tasks, lockstep=lockstep)
+        policy = OnnxPolicy.load(Path(folder) / "policy")
+        adaptation = AdaptationClient(policy.meta, run=name, deadline_s=600) if between else None
+        robot = SimRobotClient(policy.meta, tasks=tasks, lockstep=lockstep)
         report, told = drive(policy, robot, tasks, adaptation)
     shape = (tasks, policy.meta.trial.episodes, -1)
     true = np.array(told.returns).reshape(shape).mean(2).T
@@ -151,12 +154,12 @@ def rewards(tasks: int) -> dict[str, Any]:
     """Compare the reckoned reward with the true one on noisy signals, term by term."""
     with tempfile.TemporaryDirectory() as folder:
         export(open_run(WALKER), Path(folder) / "policy")
-        policy = Policy.load(Path(folder) / "policy")
+        policy = OnnxPolicy.load(Path(folder) / "policy")
     layout, pairs = Watched(policy.meta), []
-    robot = Sim(policy.meta, tasks=tasks, lockstep=True)
+    robot = SimRobotClient(policy.meta, tasks=tasks, lockstep=True)
     robot.connect()
     for task in range(tasks):
-        robot.trial(task)
+        robot.select_task(task)
         policy.begin()
         for episode in range(policy.meta.trial.episodes):
             pairs += layout.live(policy, robot, episode)
@@ -187,13 +190,13 @@ def rewards(tasks: int) -> dict[str, Any]:
 class Watched:
     """A legged layout, its terms written down beside the simulator's."""
 
-    def __init__(self, meta: Meta) -> None:
+    def __init__(self, meta: PolicyMetadata) -> None:
         assert meta.reward is not None
-        self.layout, self.weights = robots.layout(meta), dict(meta.reward["weights"])
+        self.layout, self.weights = robots.make_layout(meta), dict(meta.reward["weights"])
         self.meta, self._earned = meta, 0.0
 
     def live(
-        self, policy: Policy, robot: Sim, episode: int
+        self, policy: OnnxPolicy, robot: SimRobotClient, episode: int
     ) -> list[tuple[dict[str, float], dict[str, float]]]:
         """Live an episode; return the terms of each step, the simulator's and its own."""
         robot.restart(episode)

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from ros_loop import PYTHON, peer
 
-from metarobot.bridge.policy.onnx_policy import Policy
-from metarobot.bridge.safety.command_gate import bounds
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
+from metarobot.bridge.safety.command_gate import damping_bounds_s
 
 
 def killed(policy: str, domain: int, seconds: float, log: Path) -> float:
@@ -72,7 +72,7 @@ def main() -> None:
         "--python", default=str(PYTHON), help="one that has rclpy (scripts/ros_peer.sh)"
     )
     args = parser.parse_args()
-    promised = 1e3 * bounds(1 / Policy.load(args.policy).meta.control_hz)[1]
+    promised = 1e3 * damping_bounds_s(1 / OnnxPolicy.load(args.policy).meta.control_hz)[1]
     runs = [one(args, os.getpid() % 150 + 1 + i) for i in range(args.times)]
     print(json.dumps({"promised_ms": promised, "runs": runs}, indent=1))
     sys.exit(any(r["damped_ms"] is None or r["damped_ms"] > promised or r["refused"] for r in runs))

@@ -30,7 +30,7 @@ from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 
-from metarobot.bridge.robots.ros2 import Ros2
+from metarobot.bridge.robots.ros2 import Ros2Robot
 from metarobot.bridge.robots.ros2_messages import Float64MultiArray, JointState
 from metarobot.envs.robots import go2
 from metarobot.tasks.mujoco_models import compile_spec
@@ -44,7 +44,7 @@ def written(folder: Path) -> Path:
     """The Go2 as a file, with a keyframe in which it stands."""
     spec = go2.go2()
     home = np.zeros(compile_spec(spec).nq)
-    home[2:4], home[7:] = (go2.HEIGHT, 1.0), go2.POSE
+    home[2:4], home[7:] = (go2.STANDING_HEIGHT, 1.0), go2.DEFAULT_POSE
     spec.add_key(name="home", qpos=home)
     compile_spec(spec)
     path = folder / "go2.xml"
@@ -57,7 +57,7 @@ def level(reading: dict[str, float]) -> dict[str, float]:
     tilt."""
     w, x, y, z = (reading[f"imu.quat.{a}"] for a in "wxyz")
     roll, pitch = 2 * (w * x + y * z), 2 * (w * y - z * x)
-    targets = dict(zip(go2.JOINTS, go2.POSE.tolist(), strict=True))
+    targets = dict(zip(go2.JOINTS, go2.DEFAULT_POSE.tolist(), strict=True))
     for leg in go2.LEGS:
         lower = (pitch if leg[0] == "F" else -pitch) + (roll if leg[1] == "R" else -roll)
         targets[f"{leg}_calf"] += 0.6 * lower
@@ -80,7 +80,7 @@ class Echoes(threading.Thread):
                 self.trips.append(time.perf_counter() - begun)
 
 
-def close_the_loop(robot: Ros2, echoes: Echoes, hz: float, seconds: float) -> dict[str, float]:
+def close_the_loop(robot: Ros2Robot, echoes: Echoes, hz: float, seconds: float) -> dict[str, float]:
     """Answer the newest reading at a fixed rate."""
     sent, late, stamps, due = 0, 0, set(), time.perf_counter()
     for _ in range(round(hz * seconds)):
@@ -131,7 +131,7 @@ def measured(
 ) -> tuple[dict[str, Any], list[int], np.ndarray]:
     """Close the loop; return what was counted, the numbers of the states that came, and the round
     trips, ms."""
-    robot = Ros2(META, domain=domain, timeout=60.0)
+    robot = Ros2Robot(META, domain=domain, timeout=60.0)
     robot.connect()
     here, keep = DomainParticipant(domain), Qos(Policy.History.KeepAll)
     states = DataReader(here, Topic(here, "rt/joint_states", JointState), keep)

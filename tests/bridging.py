@@ -1,6 +1,8 @@
 """A small robot of two joints, and real numpy code at the places of a policy, a layout and a
 robot."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.loop_timing import Stepped
-from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.loop_timing import SteppedClock
+from metarobot.bridge.policy.metadata import PolicyMetadata
 
 JOINTS = ("hip", "knee")
 LIMIT = {"low": -1.0, "high": 1.0, "velocity": 10.0, "torque": 20.0}
@@ -42,16 +44,16 @@ ABOUT: dict[str, Any] = {
 }
 
 
-def meta(**changes: Any) -> Meta:
+def meta(**changes: Any) -> PolicyMetadata:
     """The metadata of a policy for two joints."""
-    return replace(Meta.parse(ABOUT), **changes)
+    return replace(PolicyMetadata.parse(ABOUT), **changes)
 
 
 class Wave:
     """A policy that swings both joints, and writes down what it was told."""
 
     def __init__(
-        self, about: Meta | None = None, act: Callable[["Wave", Any], Any] | None = None
+        self, about: PolicyMetadata | None = None, act: Callable[["Wave", Any], Any] | None = None
     ) -> None:
         self.meta = meta() if about is None else about
         self.chosen = np.zeros(len(self.meta.action.names), np.float32)
@@ -68,7 +70,7 @@ class Wave:
         self.chosen[:] = np.sin(0.3 * len(self.told)) + obs[:2]
         return np.clip(self.chosen, self.meta.action.low, self.meta.action.high)
 
-    def adopt(self, context: Mapping[str, Any]) -> None:
+    def set_context(self, context: Mapping[str, Any]) -> None:
         self.adopted.append(context)
 
     def context(self) -> Mapping[str, Any]:
@@ -78,7 +80,7 @@ class Wave:
 class Plain:
     """A layout without odometry: the readings themselves, and the first joint's angle as reward."""
 
-    def __init__(self, about: Meta) -> None:
+    def __init__(self, about: PolicyMetadata) -> None:
         self.meta, self.pairs = about, []
 
     def needed(self) -> tuple[str, ...]:
@@ -113,11 +115,11 @@ class Recorder:
 
     def __init__(
         self,
-        about: Meta,
+        about: PolicyMetadata,
         clock: Any = None,
         spoil: Callable[[int, dict[str, float]], Any] | None = None,
     ):
-        self.meta, self.clock = about, Stepped() if clock is None else clock
+        self.meta, self.clock = about, SteppedClock() if clock is None else clock
         self.spoil = spoil
         self.pos, self.vel = np.array([0.6, 0.5]), np.zeros(2)
         self.reads, self.damps, self.connected = 0, [], False
@@ -176,3 +178,40 @@ class Restarting(Recorder):
         self.restarts.append(episode)
         self.order.append("restart")
         self.pos, self.vel = np.array([0.2, -0.4]), np.zeros(2)
+
+
+class Slider:
+    """A robot of a ``direct`` policy, made by its name ``bridging:Slider``: its readings are sines.
+
+    Args:
+        about: Metadata of the policy.
+        lacks: Name of an observation that its readings do not have.
+        twice: A second setting, for tests of unknown ones.
+    """
+
+    name = "slider"
+    identity = "slider"
+    guarded = False
+
+    def __init__(self, about: Any, *, lacks: str = "", twice: bool = False) -> None:
+        self.about = about
+        self.lacks = lacks
+        self.count = 0
+
+    def connect(self) -> None:
+        pass
+
+    def get_observation(self) -> dict[str, float]:
+        self.count += 1
+        names = [name for name in self.about.observation_names if name != self.lacks]
+        values = {name: math.sin(self.count + i) for i, name in enumerate(names)}
+        return values | {"stamp": time.monotonic(), "seq": float(self.count), "reward": 1.0}
+
+    def send_action(self, action: Mapping[str, float]) -> dict[str, float]:
+        return dict(action)
+
+    def damp(self) -> None:
+        pass
+
+    def disconnect(self) -> None:
+        pass

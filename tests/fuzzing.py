@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from bridging import JOINTS, LIMIT, Plain, Recorder, Restarting, Wave, meta
 
-from metarobot.bridge.controller import SLOW, Controller
+from metarobot.bridge.controller import MOST_SLOW_STEPS, Controller
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.loop_timing import Stepped
-from metarobot.bridge.run_report import Settings
-from metarobot.bridge.safety.command_gate import DampedError, Gate, bounds
-from metarobot.bridge.safety.reading_checks import JUMP
+from metarobot.bridge.loop_timing import SteppedClock
+from metarobot.bridge.run_report import RunSettings
+from metarobot.bridge.safety.command_gate import CommandGate, DampedError, damping_bounds_s
+from metarobot.bridge.safety.reading_checks import CLOCK_JUMP_S
 
 PERIOD = 0.02
 NUMBERS = (math.nan, math.inf, -math.inf, 1e300, -1e300, 1e12, -5.0, 5.0)
@@ -50,10 +50,10 @@ FAULTS = (
 )
 
 
-class Watched(Stepped):
+class Watched(SteppedClock):
     """A stepped clock that wakes the gate where the thread that watches it would."""
 
-    gate: Gate | None = None
+    gate: CommandGate | None = None
 
     def pass_(self, seconds: float) -> None:
         """Let time go by while the loop is stuck."""
@@ -107,7 +107,7 @@ class Fuzz:
         if self.on:
             reading = self.spoiled(reading)
         if reading != before and (
-            self.fault != "clock creeps" or before["stamp"] - reading["stamp"] > JUMP
+            self.fault != "clock creeps" or before["stamp"] - reading["stamp"] > CLOCK_JUMP_S
         ):
             self.strike()
         if reading == before or self.fault.startswith("clock"):  # a wrong stamp on a true reading
@@ -206,7 +206,7 @@ class Fuzz:
     def run(self) -> Controller:
         """Live the run."""
         policy = Wave(self.about, act=self.act)
-        settings = Settings(
+        settings = RunSettings(
             hz=50, seconds=1.5, ready_s=float(self.rng.uniform(0, 0.3)), soft_s=0.1, damp_s=0.06
         )
         one = Controller(policy, self.robot, Plain(self.about), settings, clock=self.clock)
@@ -223,13 +223,13 @@ class Fuzz:
         assert "command" not in robot.order[first:], told
         for when, command, seen in robot.commands:
             heard = max(t for t in self.good if t <= when)
-            assert when - heard <= bounds(PERIOD)[0], (told, "stale", when, heard)
+            assert when - heard <= damping_bounds_s(PERIOD)[0], (told, "stale", when, heard)
             self._safe(command, seen, told)
         if self.fault not in HARMLESS and self.struck < robot.damps[0]:
             held = robot.order[first - 1] == "restart"  # a robot that holds itself has more time
-            assert held or robot.damps[0] - self.struck <= bounds(PERIOD)[0] + 1e-9, told
+            assert held or robot.damps[0] - self.struck <= damping_bounds_s(PERIOD)[0] + 1e-9, told
             assert held or one.report.fault, told
-        assert self.late <= SLOW, told
+        assert self.late <= MOST_SLOW_STEPS, told
         if self.fault in HARMLESS:
             unsafe = self.fault in HARMLESS[-3:-1] and "no target is safe" in one.report.reason
             assert unsafe or not one.report.fault, (told, one.report.reason)

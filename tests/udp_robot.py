@@ -19,13 +19,13 @@ from bridging import JOINTS, Plain, Wave
 
 from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.loop_timing import Monotonic
-from metarobot.bridge.policy.metadata import Meta
-from metarobot.bridge.robots.lookup import alone
-from metarobot.bridge.run_report import Settings
-from metarobot.bridge.safety.command_gate import Watch
-from metarobot.bridge.safety.emergency_stop import signs
-from metarobot.bridge.safety.guard_process import guarding
+from metarobot.bridge.loop_timing import MonotonicClock
+from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.robots.lookup import exclusive_control
+from metarobot.bridge.run_report import RunSettings
+from metarobot.bridge.safety.command_gate import GateWatchdog
+from metarobot.bridge.safety.emergency_stop import stop_signals
+from metarobot.bridge.safety.guard_process import guard_process
 
 READING = struct.Struct("<cQd4d")
 COMMAND = struct.Struct("<cQQ2d")
@@ -175,22 +175,29 @@ def control(folder: str, port: int, how: str) -> int:
             return np.array([np.nan, 0.0])
         return np.sin(0.2 * len(policy.told) + np.arange(2))
 
-    about = Meta.load(folder)
+    about = PolicyMetadata.load(folder)
     robot, settings = (
         Udp(about, port=port),
-        Settings(hz=50, seconds=30, ready_s=0.1, soft_s=0.1, damp_s=0.3),
+        RunSettings(hz=50, seconds=30, ready_s=0.1, soft_s=0.1, damp_s=0.3),
     )
     with ExitStack() as stack:
-        stack.enter_context(alone(robot.identity))
+        stack.enter_context(exclusive_control(robot.identity))
         robot.connect()
-        beat = stack.enter_context(guarding(folder, "udp_robot:Udp", {"port": port}, 0.02))
-        stop = stack.enter_context(signs())
-        one = Controller(
-            Wave(about, act=act), robot, Plain(about), settings, clock=Monotonic(), beat=beat
+        heartbeat = stack.enter_context(
+            guard_process(folder, "udp_robot:Udp", {"port": port}, 0.02)
         )
-        watch = stack.enter_context(Watch(one.gate, stop.files))
-        watch.hung = lambda: __import__("os")._exit(1)
-        watch.hang = 0.5
+        stop = stack.enter_context(stop_signals())
+        one = Controller(
+            Wave(about, act=act),
+            robot,
+            Plain(about),
+            settings,
+            clock=MonotonicClock(),
+            heartbeat=heartbeat,
+        )
+        watchdog = stack.enter_context(GateWatchdog(one.gate, stop.sources))
+        watchdog.on_loop_hung = lambda: __import__("os")._exit(1)
+        watchdog.loop_hung_s = 0.5
         print("driving", flush=True)
         report = one.run()
         print(report.reason, flush=True)

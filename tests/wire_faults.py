@@ -14,7 +14,7 @@ import numpy as np
 from bridging import ABOUT, LIMIT
 from udp_robot import FAULTS, Peer
 
-from metarobot.bridge.safety.command_gate import bounds
+from metarobot.bridge.safety.command_gate import damping_bounds_s
 
 HERE = Path(__file__).parent
 SIGNALS = {
@@ -92,7 +92,7 @@ def check(peer: Peer, damped: float) -> None:
         assert np.isfinite(target).all()
         assert (np.abs(target) <= LIMIT["high"]).all()
         assert (np.abs(40 * (target - pos) - vel) <= LIMIT["torque"] + 1e-9).all()
-        assert when - left <= bounds(PERIOD)[0] + SLACK
+        assert when - left <= damping_bounds_s(PERIOD)[0] + SLACK
     assert peer.heard[-1][1] == b"D"
 
 

@@ -1,11 +1,17 @@
-"""Adaptation between episodes, the controller's end: logs rollouts, has a process adapt to them,
-takes the outcome.
+"""Adaptation between episodes, the controller's end: record rollouts, have a process adapt to them.
 
-The process is ``metarobot.deploy.adaptation_worker``; it needs torch, and may run anywhere the two
-files can be. The log holds ``obs`` ``(time, rollout, obs)``, ``action`` as chosen, before any clip
-or limit, ``reward``, ``terminated``, ``truncated`` and ``valid`` ``(time, rollout)``, ``final_obs``
-``(rollout, obs)``, and the tensors of the context as ``context_0``, ... The answer holds these
-tensors adapted, and ``kl``; or ``reason``, why there is nothing to adopt.
+The process is ``metarobot.deploy.adaptation_worker``. It needs torch, and may run wherever it can
+read the one file and write the other.
+
+The log that it reads (npz) holds
+
+- ``obs`` ``(time, rollout, obs)``, ``action`` ``(time, rollout, act)`` as chosen by the policy,
+  before any clip or limit, ``reward``, ``terminated``, ``truncated`` and ``valid``
+  ``(time, rollout)``, and ``final_obs`` ``(rollout, obs)``;
+- the tensors of the context with which the rollouts were collected: ``context_0``, ...
+
+Its answer (npz) holds the same tensors of the new context, and ``kl``; or ``reason``, why the old
+context should stay.
 """
 
 from __future__ import annotations
@@ -24,94 +30,118 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.policy.metadata import PolicyMetadata
 
-FAR = 100.0
-"""Largest KL divergence of an adapted policy from the one it came from. After 20 rollouts, one step
-of ProMP's agents in the box goes 5 to 50 far, and helps; after a single rollout, from which it
-learns mostly noise, up to 340."""
-CONTEXT, KL, REASON = "context_", "kl", "reason"
-Arrays = dict[str, NDArray[Any]]
+DEFAULT_KL_BOUND = 100.0
+"""Largest KL divergence of an adapted policy from the one it came from.
+
+After 20 rollouts, one gradient step of the trained ProMP agents gives a divergence of 5 to 50, and
+helps. After a single rollout, from which it learns mostly noise, it gives up to 340."""
+CONTEXT_PREFIX = "context_"
+"""Keys of the context's tensors in both files, with a number behind it."""
+KL_KEY = "kl"
+REASON_KEY = "reason"
+LONGEST_MESSAGE = 200
+"""Characters of another process's message that are passed on."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of an adaptation: a context to adopt at an episode boundary, or why the old one
-    stays.
-    """
+class AdaptationResult:
+    """A new context, to be used from the next episode on, or why the old one stays."""
 
     context: dict[str, NDArray[np.float32]] | None
     reason: str
-    """Why there is none; empty if there is one."""
+    """Why there is no new context; empty if there is one."""
     kl: float
     """Mean KL divergence of the new policy from the old one on the episodes' states."""
     seconds: float
+    """How long the adaptation took."""
 
 
-class Adaptation:
-    """Collects so many episodes with one context, then has the agent adapt to them all at once, as
-    in training.
+class AdaptationClient:
+    """Collect episodes with one context, then have the agent adapt to them at once, as in training.
 
-    ``begin`` each episode, ``step`` at each control step, ``end`` it; when ``ready``, ``start``,
-    and ``poll`` until there is an outcome. Nothing here waits, but for writing the log (a few
-    milliseconds, between episodes).
+    Call ``step`` in each control step and ``end`` after each episode; when ``ready``, ``start``,
+    and then ``poll`` until there is a result. Nothing here waits, except for writing the log: a few
+    milliseconds, between two episodes.
+
+    Args:
+        meta: Metadata of the policy.
+        rollouts: Episodes to collect before each adaptation; 0: as many as in training.
+        kl: Largest KL divergence of a new policy from the old one.
+        deadline_s: After this time the process is ended and the old context stays.
+        run: Run folder of the agent, if it is not at the policy's ``run_path``.
+        command: How to start the process, if its Python is not this one.
+
+    Raises:
+        BridgeError: the agent does not adapt between episodes, or a number is not positive.
     """
 
     def __init__(
         self,
-        meta: Meta,
+        meta: PolicyMetadata,
         *,
         rollouts: int = 0,
-        kl: float = FAR,
+        kl: float = DEFAULT_KL_BOUND,
         deadline_s: float = 60.0,
         run: str = "",
         command: Sequence[str] = (sys.executable, "-m", "metarobot.deploy.adaptation_worker"),
     ) -> None:
-        """Set up; ``rollouts`` as in training if 0.
-
-        ``run`` is for a run that is not at the policy's ``run_path``, ``command`` for a torch that
-        lives elsewhere.
-        """
         if meta.adapts != "between":
             raise BridgeError(
                 f"agent {meta.agent!r} does not adapt between episodes: it adapts {meta.adapts!r}"
             )
         rollouts = rollouts or meta.trial.rollouts
         for name, value in (("rollouts", rollouts), ("kl", kl), ("deadline_s", deadline_s)):
+            # Written as "not >" so that NaN is refused
             if not value > 0:
                 raise BridgeError(f"{name} must be above 0, not {value:g}")
-        self.meta, self.rollouts, self.kl, self.deadline_s = meta, int(rollouts), kl, deadline_s
-        self.run, self._command = run or meta.run_path, list(command)
-        horizon, obs, act = meta.trial.horizon, len(meta.observation_names), len(meta.action.names)
-        self._in_time = {
-            "obs": np.zeros((horizon, self.rollouts, obs), np.float32),
-            "action": np.zeros((horizon, self.rollouts, act), np.float32),
-            "reward": np.zeros((horizon, self.rollouts), np.float32),
-            **{
-                k: np.zeros((horizon, self.rollouts), bool)
-                for k in ("terminated", "truncated", "valid")
-            },
+
+        self.meta = meta
+        self.rollouts = int(rollouts)
+        self.kl = kl
+        self.deadline_s = deadline_s
+        self.run = run or meta.run_path
+        self._command = list(command)
+
+        # Memory for a whole batch of rollouts, so that a control step only copies
+        steps = (meta.trial.horizon, self.rollouts)
+        obs_dim = len(meta.observation_names)
+        act_dim = len(meta.action.names)
+        self._arrays: dict[str, NDArray[Any]] = {
+            "obs": np.zeros((*steps, obs_dim), np.float32),
+            "action": np.zeros((*steps, act_dim), np.float32),
+            "reward": np.zeros(steps, np.float32),
+            "terminated": np.zeros(steps, bool),
+            "truncated": np.zeros(steps, bool),
+            "valid": np.zeros(steps, bool),
         }
-        self._final_obs = np.zeros((self.rollouts, obs), np.float32)
+        """Time and rollout first, ``(time, rollout, ...)``."""
+        self._final_obs = np.zeros((self.rollouts, obs_dim), np.float32)
+        self._collected = 0
+        self._step = 0
+
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self.clear()
+        self._started_at = 0.0
 
     def clear(self) -> None:
-        """Forget the episodes collected."""
-        self._lived = self._step = 0
-        for array in (*self._in_time.values(), self._final_obs):
+        """Discard the episodes collected."""
+        self._collected = 0
+        self._step = 0
+        for array in self._arrays.values():
             array[...] = 0
+        self._final_obs[...] = 0
 
     @property
-    def lived(self) -> int:
-        """Episodes collected."""
-        return self._lived
+    def collected(self) -> int:
+        """Number of episodes collected."""
+        return self._collected
 
     @property
     def ready(self) -> bool:
-        """Whether there are enough episodes to adapt to."""
-        return self._lived >= self.rollouts
+        """Whether enough episodes are collected to adapt to."""
+        return self._collected >= self.rollouts
 
     @property
     def busy(self) -> bool:
@@ -119,134 +149,149 @@ class Adaptation:
         return self._process is not None
 
     def step(self, obs: Any, action: Any, reward: float) -> None:
-        """Write down a step: what was seen, chosen, and earned by it; what is beyond the horizon is
-        left out.
+        """Record a step: observation, action as chosen, and the reward it led to.
+
+        Steps beyond the horizon, and of episodes beyond those needed, are left out.
         """
-        t, i, log = self._step, self._lived, self._in_time
-        if self.ready or t >= self.meta.trial.horizon:
+        if self.ready or self._step >= self.meta.trial.horizon:
             return
-        log["obs"][t, i], log["action"][t, i], log["reward"][t, i], log["valid"][t, i] = (
-            obs,
-            action,
-            reward,
-            True,
-        )
-        self._step = t + 1
+        at = self._step, self._collected
+        arrays = self._arrays
+        arrays["obs"][at] = obs
+        arrays["action"][at] = action
+        arrays["reward"][at] = reward
+        arrays["valid"][at] = True
+        self._step += 1
 
     def end(self, final_obs: Any, *, failed: bool) -> None:
-        """End an episode, which led to ``final_obs``; one that was stopped before it began counts
-        for nothing.
-        """
-        if self.ready or not self._step:
+        """End an episode, which led to ``final_obs``; one without any step is not counted."""
+        if self.ready or self._step == 0:
             return
-        self._in_time["terminated" if failed else "truncated"][self._step - 1, self._lived] = True
-        self._final_obs[self._lived] = final_obs
-        self._lived, self._step = self._lived + 1, 0
+        ending = "terminated" if failed else "truncated"
+        self._arrays[ending][self._step - 1, self._collected] = True
+        self._final_obs[self._collected] = final_obs
+        self._collected += 1
+        self._step = 0
 
     def drop(self) -> None:
-        """Leave out the episode under way: it was broken off from outside, and its return says
-        nothing.
-        """
+        """Discard the episode that is going on: it was broken off, so its return means nothing."""
         if not self.ready:
-            for array in self._in_time.values():
-                array[:, self._lived] = 0
+            for array in self._arrays.values():
+                array[:, self._collected] = 0
         self._step = 0
 
     def start(self, context: Mapping[str, Any]) -> None:
-        """Write the log and start the process; the episodes are forgotten, the next ones belong to
-        the next time.
+        """Write the log and start the process; the collected episodes are then discarded.
+
+        Raises:
+            BridgeError: there are too few episodes, a process is at work already, or it cannot be
+                started.
         """
         if self.busy or not self.ready:
             raise BridgeError(
-                f"adapting needs {self.rollouts} episodes and one process: {self._lived} are there"
+                f"adapting needs {self.rollouts} episodes and one process: "
+                f"{self._collected} are there"
             )
         self._scratch = tempfile.TemporaryDirectory(prefix="metarobot-adapting-")
-        log, self._out = (Path(self._scratch.name) / name for name in ("log.npz", "out.npz"))
-        parts = {
-            f"{CONTEXT}{i}": np.asarray(context[p.name]) for i, p in enumerate(self.meta.context)
-        }
-        self._shapes = {f"{CONTEXT}{i}": (p.name, p.shape) for i, p in enumerate(self.meta.context)}
-        write(log, {**self._in_time, "final_obs": self._final_obs, **parts})
-        command = [*self._command, self.run, str(log), str(self._out), "--kl", str(self.kl)]
-        nothing = subprocess.DEVNULL
-        self._began = time.monotonic()
-        self._errors = log.with_name("errors.txt")
+        folder = Path(self._scratch.name)
+        log = folder / "log.npz"
+        self._answer_path = folder / "out.npz"
+        self._errors_path = folder / "errors.txt"
+
+        tensors = {}
+        self._wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for i, part in enumerate(self.meta.context):
+            key = f"{CONTEXT_PREFIX}{i}"
+            tensors[key] = np.asarray(context[part.name])
+            self._wanted[key] = (part.name, tuple(part.shape))
+        write_npz(log, {**self._arrays, "final_obs": self._final_obs, **tensors})
+
+        files = [self.run, str(log), str(self._answer_path)]
+        command = [*self._command, *files, "--kl", str(self.kl)]
+        self._started_at = time.monotonic()
         try:
-            with self._errors.open("wb") as errors:
-                self._process = subprocess.Popen(
-                    command, stdin=nothing, stdout=nothing, stderr=errors
+            with self._errors_path.open("wb") as errors:
+                self._process = subprocess.Popen(  # noqa: S603
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
                 )
         except OSError as e:
             raise BridgeError(f"adapting cannot start {command[0]}: {e.strerror}") from e
         self.clear()
 
-    def poll(self) -> Outcome | None:
-        """Return the outcome if there is one by now; a process that is late is ended."""
+    def poll(self) -> AdaptationResult | None:
+        """Return the result if there is one by now; a process that is late is killed."""
         if self._process is None:
             return None
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._started_at
         if self._process.poll() is None:
             if seconds < self.deadline_s:
                 return None
             self._process.kill()
-            return self._close(
-                Outcome(None, f"adapting took longer than {self.deadline_s:g} s", np.nan, seconds)
-            )
-        return self._close(self._read(seconds))
+            late = f"adapting took longer than {self.deadline_s:g} s"
+            return self._finish(AdaptationResult(None, late, np.nan, seconds))
+        return self._finish(self._read_answer(seconds))
 
     def stop(self) -> None:
-        """End the process, if there is one; what it would have said is lost."""
+        """Kill the process, if there is one; its answer is lost."""
         if self._process is not None:
             self._process.kill()
-            self._close(Outcome(None, "adapting was stopped", np.nan, 0.0))
+            self._finish(AdaptationResult(None, "adapting was stopped", np.nan, 0.0))
 
-    def _close(self, outcome: Outcome) -> Outcome:
-        assert self._process is not None and self._scratch is not None  # noqa: PT018
+    def _finish(self, result: AdaptationResult) -> AdaptationResult:
+        """Clean up after a process that has ended or was killed."""
+        assert self._process is not None
+        assert self._scratch is not None
         self._process.wait()
         self._scratch.cleanup()
-        self._process = self._scratch = None
-        return outcome
+        self._process = None
+        self._scratch = None
+        return result
 
-    def _read(self, seconds: float) -> Outcome:
-        """Believe an answer that is whole: all tensors, of their shapes, finite, and within the
-        bound.
-        """
+    def _read_answer(self, seconds: float) -> AdaptationResult:
         assert self._process is not None
-        if (code := self._process.returncode) != 0:
-            errors = self._errors.read_text(errors="replace").strip().splitlines()
-            said = (errors or [f"exit code {code}"])[-1]
-            return Outcome(
-                None, f"adapting failed: {said.removeprefix('error: ')[:200]}", np.nan, seconds
-            )
-        try:
-            with np.load(self._out, allow_pickle=False) as archive:
-                answer: Arrays = dict(archive)
-            if REASON in answer:
-                return Outcome(None, str(answer[REASON]), np.nan, seconds)
-            return self._checked(answer, seconds)
-        except Exception as e:  # whatever is in that file, the robot goes on
-            return Outcome(
-                None, f"adapting wrote garbage: {' '.join(str(e).split())[:200]}", np.nan, seconds
-            )
+        code = self._process.returncode
+        if code != 0:
+            lines = self._errors_path.read_text(errors="replace").strip().splitlines()
+            message = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+            failed = f"adapting failed: {message[:LONGEST_MESSAGE]}"
+            return AdaptationResult(None, failed, np.nan, seconds)
 
-    def _checked(self, answer: Arrays, seconds: float) -> Outcome:
-        context, kl = {}, float(answer[KL])
-        for key, (name, shape) in self._shapes.items():
+        # Whatever is in that file, the robot goes on with the old context: hence "Exception"
+        try:
+            with np.load(self._answer_path, allow_pickle=False) as archive:
+                answer = dict(archive)
+            if REASON_KEY in answer:
+                return AdaptationResult(None, str(answer[REASON_KEY]), np.nan, seconds)
+            return self._validated(answer, seconds)
+        except Exception as e:
+            message = " ".join(str(e).split())
+            garbage = f"adapting wrote garbage: {message[:LONGEST_MESSAGE]}"
+            return AdaptationResult(None, garbage, np.nan, seconds)
+
+    def _validated(self, answer: Mapping[str, NDArray[Any]], seconds: float) -> AdaptationResult:
+        """Check that all tensors are there, of their shapes, finite, and within the KL bound.
+
+        The worker checks the same; but what drives the robot next is not taken on trust.
+        """
+        kl = float(answer[KL_KEY])
+        context = {}
+        for key, (name, shape) in self._wanted.items():
             value = answer[key]
-            if (
-                value.shape != tuple(shape)
-                or value.dtype != np.float32
-                or not np.isfinite(value).all()
-            ):
+            right_type = value.shape == shape and value.dtype == np.float32
+            if not right_type or not np.isfinite(value).all():
                 raise ValueError(f"{name} is {value.dtype} of shape {value.shape}, or not finite")
             context[name] = value
+        # Written as "not <=" so that NaN is refused
         if not kl <= self.kl:
             raise ValueError(f"a KL divergence of {kl:g}, more than {self.kl:g}")
-        return Outcome(context, "", kl, seconds)
+        return AdaptationResult(context, "", kl, seconds)
 
 
-def write(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays as an npz file, whole or not at all."""
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as an npz file, completely or not at all."""
     temporary = path.with_suffix(".part")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)

@@ -6,6 +6,7 @@ from metarobot.errors import MetarobotError
 
 
 class BridgeError(MetarobotError):
-    """A policy that does not load or does not fit, or a robot that is not there: one line, and
-    nothing is sent.
+    """A policy or robot that cannot be used, or a run that must end; the message is one line.
+
+    Raised before the first command, nothing is sent. Raised later, the robot is damped.
     """

@@ -1,160 +1,194 @@
-"""A run from the command line: everything put together in the order in which it must be undone."""
+"""Launch a run from the command line: check everything, connect, and clean up in reverse order.
+
+Nothing is sent before policy, options and robot fit together. Whatever happens after that, damping
+is the last thing the robot receives.
+"""
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from metarobot.bridge.adaptation_client import AdaptationClient
 from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.loop_timing import Monotonic, Stepped
-from metarobot.bridge.policy.onnx_policy import Policy
-from metarobot.bridge.robot_interface import Layout, Reading
+from metarobot.bridge.loop_timing import LoopClock, MonotonicClock, SteppedClock
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
+from metarobot.bridge.robot_interface import OperatorCommandLayout, Reading, SignalLayout
 from metarobot.bridge.robots import lookup as robots
-from metarobot.bridge.run_options import Options
-from metarobot.bridge.run_report import Report, Settings
-from metarobot.bridge.safety.command_gate import Watch, bounds
-from metarobot.bridge.safety.emergency_stop import signs
-from metarobot.bridge.safety.guard_process import guarding
-from metarobot.bridge.safety.reading_checks import Readings
-from metarobot.bridge.tools.terminal_panel import screen
+from metarobot.bridge.run_options import RunOptions
+from metarobot.bridge.run_report import RunReport, RunSettings
+from metarobot.bridge.safety.command_gate import GateWatchdog, damping_bounds_s
+from metarobot.bridge.safety.emergency_stop import stop_signals
+from metarobot.bridge.safety.guard_process import guard_process
+from metarobot.bridge.safety.reading_checks import ReadingChecker
+from metarobot.bridge.tools.terminal_panel import terminal_panel
+
+WARM_UP_STEPS = 3
+"""Steps of the policy before the run: the first ones take many times as long as later ones."""
+SIGNAL_EXIT_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
+"""Reason for the end of a run -> exit code, 128 + number of the signal."""
 
 
-def run(folder: str, options: Options) -> Report:
-    """Run a policy on a robot. Nothing is sent before all fits; whatever happens then, damping is
-    the last word.
+def run(folder: str, options: RunOptions) -> RunReport:
+    """Run the policy of a folder on a robot.
+
+    Raises:
+        BridgeError: something does not fit together; nothing was sent.
     """
-    o = options
-    policy = Policy.load(folder)
-    hz = robots.rate(policy.meta, o.hz, o.any_rate)
-    o.check()
-    layout = robots.layout(policy.meta)
-    if hasattr(layout, "command"):
-        layout.command[:] = o.command
-    chosen = robots.settings(_pairs(o.set))
-    robot = robots.make(o.robot, policy.meta, **chosen)
-    pick = {
-        k: getattr(o, k)
-        for k in ("seconds", "trials", "episodes", "ready_s", "soft_s", "rate", "seed")
-    }
+    # Everything that can be checked without the robot comes first
+    policy = OnnxPolicy.load(folder)
+    hz = robots.control_rate_hz(policy.meta, options.hz, options.any_rate)
+    options.check()
+    layout = robots.make_layout(policy.meta)
+    if isinstance(layout, OperatorCommandLayout):
+        layout.command[:] = options.command
+    robot_settings = robots.parse_settings(_name_value_pairs(options.set))
+    robot = robots.make_robot(options.robot, policy.meta, **robot_settings)
+
+    # The stack is undone in reverse: watchdog, signals, guard, panel, connection, lock. So the
+    # guard leaves only after the controller has damped, and the robot is free only after that.
     with ExitStack() as stack:
-        stack.enter_context(robots.alone(robot.identity))
+        stack.enter_context(robots.exclusive_control(robot.identity))
         stack.callback(robot.disconnect)
-        shown = stack.enter_context(
-            screen(f"{policy.meta.family} · {policy.meta.agent} · {robot.name}", o.plain)
-        )
-        shown.tell(f"connecting to {robot.name}")
+        title = f"{policy.meta.family} · {policy.meta.agent} · {robot.name}"
+        panel = stack.enter_context(terminal_panel(title, options.plain))
+
+        panel.show_message(f"connecting to {robot.name}")
         robot.connect()
-        reading = robots.fits(policy.meta, layout.needed(), robot)
-        _warm(policy, layout, reading)
-        beat = (
-            stack.enter_context(guarding(folder, o.robot, chosen, 1 / hz))
-            if robot.guarded
-            else lambda: None
-        )
-        stop = stack.enter_context(signs())
+        reading = robots.check_robot_readings(policy.meta, layout.needed(), robot)
+        _warm_up(policy, layout, reading)
+
+        heartbeat: Callable[[], None] = lambda: None  # noqa: E731
+        if robot.guarded:
+            guard = guard_process(folder, options.robot, robot_settings, 1 / hz)
+            heartbeat = stack.enter_context(guard)
+        stop = stack.enter_context(stop_signals())
+
+        clock: LoopClock = MonotonicClock()
+        if robot_settings.get("lockstep"):
+            clock = SteppedClock()
+        adaptation = None
+        if options.adapt:
+            adaptation = AdaptationClient(
+                policy.meta, rollouts=options.rollouts, kl=options.kl, run=options.run
+            )
         controller = Controller(
             policy,
             robot,
             layout,
-            Settings(hz=hz, **pick),
-            clock=Stepped() if chosen.get("lockstep") else Monotonic(),
-            beat=beat,
-            log=o.log,
-            adaptation=_adaptation(policy.meta, o) if o.adapt else None,
-            show=shown.show,
-            tell=shown.tell,
+            RunSettings(
+                hz=hz,
+                seconds=options.seconds,
+                trials=options.trials,
+                episodes=options.episodes,
+                ready_s=options.ready_s,
+                soft_s=options.soft_s,
+                rate=options.rate,
+                seed=options.seed,
+            ),
+            clock=clock,
+            heartbeat=heartbeat,
+            log=options.log,
+            adaptation=adaptation,
+            show_status=panel.show_status,
+            show_message=panel.show_message,
         )
-        watch = stack.enter_context(Watch(controller.gate, stop.files))
-        watch.hung = lambda: _abandon(stop.restore, controller.gate.reason)
-        if (
-            "reward_in" in policy.meta.inputs
-            and policy.meta.reward is None
-            and "reward" not in reading
-        ):
-            shown.tell(
-                "this robot tells no reward: an agent that learns from it is told 0, and will hardly adapt"
+
+        watchdog = stack.enter_context(GateWatchdog(controller.gate, stop.sources))
+        watchdog.on_loop_hung = lambda: _exit_hung_process(
+            stop.restore_terminal, controller.gate.reason
+        )
+
+        meta = policy.meta
+        if "reward_in" in meta.inputs and meta.reward is None and "reward" not in reading:
+            panel.show_message(
+                "this robot reports no reward: an agent that learns from it gets 0, and will "
+                "hardly adapt"
             )
-        heard, sent = bounds(1 / hz)
-        shown.tell(
-            f"{hz:g} Hz; damping within {1e3 * heard:.0f} ms of the last good reading, {1e3 * sent:.0f} ms of the "
-            "last command; any key, Ctrl-C or SIGTERM stops"
+        after_reading_s, after_command_s = damping_bounds_s(1 / hz)
+        panel.show_message(
+            f"{hz:g} Hz; damping within {1e3 * after_reading_s:.0f} ms of the last good reading, "
+            f"{1e3 * after_command_s:.0f} ms of the last command; any key, Ctrl-C or SIGTERM stops"
         )
         return controller.run()
 
 
-def _warm(policy: Policy, layout: Layout, reading: Reading) -> None:
-    """Act a few times for nothing: first times take many times as long, which the robot need not
-    wait for.
+def _warm_up(policy: OnnxPolicy, layout: SignalLayout, reading: Reading) -> None:
+    """Run reward, observation and policy a few times, so that the first real step is not slow.
+
+    A slow first step would be close to the gate's patience, or beyond it. A reading that cannot be
+    used is found here, before anything is sent.
     """
-    Readings(layout.needed()).take(reading, 0.0)
-    last = np.zeros(len(policy.meta.action.names), np.float32)
-    for i in range(3):
+    ReadingChecker(layout.needed()).accept(reading, 0.0)
+    last_action = np.zeros(len(policy.meta.action.names), np.float32)
+    for i in range(WARM_UP_STEPS):
         later = {
             **reading,
             "seq": reading["seq"] + i,
             "stamp": reading["stamp"] + i / policy.meta.control_hz,
         }
-        layout.reward(later, later, last, last)
-        layout.targets(policy.act(layout.observe(later, last), 0.0, False))
+        layout.reward(later, later, last_action, last_action)
+        action = policy.act(layout.observe(later, last_action), 0.0, False)
+        layout.targets(action)
         layout.ended(later)
     layout.begin()
     policy.begin()
 
 
-def _adaptation(meta: Any, o: Options) -> Any:
-    kind = importlib.import_module("metarobot.bridge.adaptation_client").Adaptation
-    return kind(meta, rollouts=o.rollouts, kl=o.kl, run=o.run)
+def _exit_hung_process(restore_terminal: Callable[[], None], reason: str) -> NoReturn:
+    """End the process although the control loop does not return; the robot is damped already.
 
-
-def _abandon(restore: Any, reason: str) -> None:
-    """End the process although the loop does not come back; the robot is damped already."""
-    restore()
-    print(
-        f"\nerror: {reason}; the policy or the robot's driver does not return",
-        file=sys.stderr,
-        flush=True,
-    )
+    ``sys.exit`` would wait for the thread that hangs, and Python cannot stop a thread.
+    """
+    restore_terminal()
+    message = f"\nerror: {reason}; the policy or the robot's driver does not return"
+    print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
 
-def _pairs(words: tuple[str, ...]) -> Mapping[str, str]:
-    pairs = dict(word.partition("=")[::2] for word in words)
-    if odd := [word for word in words if "=" not in word]:
-        raise BridgeError(f"{odd[0]!r} is not name=value")
+def _name_value_pairs(words: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for word in words:
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise BridgeError(f"{word!r} is not name=value")
+        pairs[name] = value
     return pairs
 
 
-def tell(report: Report) -> None:
-    """Say what came of a run."""
-    p = report.pace
+def print_report(report: RunReport) -> None:
+    """Print the outcome of a run."""
+    timing: Any = report.pace
     print(f"stopped: {report.reason}; damping was sent")
     print(
-        f"{p['ticks']:,} steps, {report.sent:,} commands; deadlines missed: {p['missed_own']} by the loop, "
-        f"{p['missed_host']} by the host"
+        f"{timing['ticks']:,} steps, {report.sent:,} commands; "
+        f"deadlines missed: {timing['missed_own']} by the loop, {timing['missed_host']} by the host"
     )
     print(
-        f"begun late: p50 {p['late_p50_ms']:.2f}, p99 {p['late_p99_ms']:.2f}, at most {p['late_max_ms']:.2f} ms; "
-        f"a step took p50 {p['work_p50_ms']:.2f}, p99 {p['work_p99_ms']:.2f}, at most {p['work_max_ms']:.2f} ms"
+        f"start delay: p50 {timing['late_p50_ms']:.2f}, p99 {timing['late_p99_ms']:.2f}, "
+        f"max {timing['late_max_ms']:.2f} ms; "
+        f"step duration: p50 {timing['work_p50_ms']:.2f}, p99 {timing['work_p99_ms']:.2f}, "
+        f"max {timing['work_max_ms']:.2f} ms"
     )
     for i, returns in enumerate(report.returns):
         if returns:
-            print(f"trial {i + 1}: return {' → '.join(f'{r:.1f}' for r in returns)}")
-    for said in report.adapted:
-        print(said)
-    for joint, kinds in report.limited.items():
-        print(f"limited {joint}: {', '.join(f'{k} {n}' for k, n in kinds.items())}")
+            print(f"trial {i + 1}: return {' → '.join(f'{value:.1f}' for value in returns)}")
+    for line in report.adapted:
+        print(line)
+    for joint, counts in report.limited.items():
+        print(f"limited {joint}: {', '.join(f'{kind} {n}' for kind, n in counts.items())}")
     if report.dropped:
         print(f"{report.dropped} steps are not in the log: the disk is too slow")
 
 
-def code(report: Report) -> int:
-    """Return the exit code of a run: 1 after a fault, 128 + n after signal n."""
-    signals = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
-    return 1 if report.fault else signals.get(report.reason, 0)
+def exit_code(report: RunReport) -> int:
+    """Return the exit code of a run: 1 after a fault, 128 + n after signal n, otherwise 0."""
+    if report.fault:
+        return 1
+    return SIGNAL_EXIT_CODES.get(report.reason, 0)

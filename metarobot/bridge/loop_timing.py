@@ -1,11 +1,15 @@
-"""The beat of the loop: absolute deadlines, and whose fault it is when one is missed.
+"""Timing of the control loop: absolute deadlines, and who is to blame for a missed one.
 
-Of the time from a tick's deadline to its end the loop's **own** share is the CPU time of its
-thread, or, if it waited for anything in between (a voluntary context switch), all that passed but
-the time in the run queue. The rest is the **host's**: waking late, being preempted, stolen time of
-a virtual machine, a simulated robot whose reading is late. A deadline is missed if the tick ends
-after the next tick's deadline; the miss is the loop's own if its own share alone is longer than a
-period.
+Ticks start at absolute deadlines, one control period apart. A deadline is *missed* when a tick ends
+after the next tick's deadline. Of the time from a tick's start to its end the loop's **own** share
+is
+
+- the CPU time of its thread, if it never waited (no voluntary context switch), or else
+- all of the time but that in the kernel's run queue: what it waits for is its own doing.
+
+The rest is the **host's**: waking late, being preempted, CPU time stolen by other virtual machines,
+a simulated robot whose reading is late. A miss is the loop's own if its own share alone is at least
+one period. A control loop that is too slow and a computer that is too busy need different cures.
 """
 
 from __future__ import annotations
@@ -21,19 +25,20 @@ from typing import Protocol
 
 import numpy as np
 
-SPIN = 3e-4
-"""How long before a deadline to stop sleeping and look at the clock instead, s: sleeps end late by
-about 0.1 ms."""
-BINS = np.concatenate(
+SPIN_S = 3e-4
+"""How long before a deadline to stop sleeping and poll the clock: sleeps end 0.1 ms late or so."""
+SWITCH_INTERVAL_S = 1e-4
+"""How soon another Python thread must hand the interpreter over; the default is 5 ms."""
+HISTOGRAM_EDGES_MS = np.concatenate(
     [np.arange(0, 2, 0.01), np.arange(2, 20, 0.1), np.arange(20, 1020, 10), [np.inf]]
 )
-"""Edges of the histograms of lateness and work, ms."""
-SHARES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-"""Quantiles that are reported."""
+"""Upper edges of the histograms' bins: 0.01 ms wide below 2 ms, 0.1 ms below 20 ms, then 10 ms."""
+REPORTED_QUANTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+"""Name in the report -> quantile."""
 
 
-class Clock(Protocol):
-    """Time as the loop knows it."""
+class LoopClock(Protocol):
+    """Time as the control loop knows it."""
 
     def now(self) -> float:
         """Return the time, s; it never goes back."""
@@ -42,184 +47,225 @@ class Clock(Protocol):
         """Return at a time, or at once if it has passed."""
 
 
-class Monotonic:
+class MonotonicClock:
     """The machine's monotonic clock."""
 
     now = staticmethod(time.monotonic)
 
     def sleep_until(self, deadline: float) -> None:
-        """Sleep, and spin for the last bit."""
-        left = deadline - time.monotonic() - SPIN
-        if left > 0:
-            time.sleep(left)
+        """Sleep, and poll the clock for the last ``SPIN_S``."""
+        left_s = deadline - time.monotonic() - SPIN_S
+        if left_s > 0:
+            time.sleep(left_s)
         while time.monotonic() < deadline:
             pass
 
 
-class Stepped:
-    """A clock that moves only when it is waited for, as fast as that may be: for robots in
-    lock-step.
+class SteppedClock:
+    """A clock that moves only when somebody waits for it, and then at once.
+
+    It is for robots in lock-step, which simulate as fast as they can, and for tests.
     """
 
     def __init__(self) -> None:
         self.time = 0.0
 
     def now(self) -> float:
-        """Return how far the clock has been moved."""
+        """Return how far the clock has been moved, s."""
         return self.time
 
     def sleep_until(self, deadline: float) -> None:
-        """Be there at once."""
+        """Move the clock to the deadline."""
         self.time = max(self.time, deadline)
 
 
-class Histogram:
-    """Quantiles of ever so many times in fixed memory, as fine as 0.01 ms below 2 ms."""
+class TimeHistogram:
+    """Quantiles of any number of durations, in fixed memory."""
 
     def __init__(self) -> None:
-        self.counts = np.zeros(len(BINS), np.int64)
-        self.largest = 0.0
+        self.counts = np.zeros(len(HISTOGRAM_EDGES_MS), np.int64)
+        self.largest_s = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
-        self.largest = max(self.largest, seconds)
-        self.counts[BINS.searchsorted(1e3 * seconds)] += 1
+        """Count a duration."""
+        self.largest_s = max(self.largest_s, seconds)
+        self.counts[HISTOGRAM_EDGES_MS.searchsorted(1e3 * seconds)] += 1
 
     def quantiles(self, shares: Sequence[float]) -> list[float]:
-        """Return upper bounds, s, as fine as the bins."""
-        sums = self.counts.cumsum()
-        edges = BINS[sums.searchsorted(np.multiply(shares, sums[-1]))] / 1e3
-        return [min(edge, self.largest) for edge in edges.tolist()]
+        """Return upper bounds of quantiles, s, as fine as the bins."""
+        cumulative = self.counts.cumsum()
+        bins = cumulative.searchsorted(np.multiply(shares, cumulative[-1]))
+        edges_s = HISTOGRAM_EDGES_MS[bins] / 1e3
+        return [min(edge, self.largest_s) for edge in edges_s.tolist()]
 
 
-class Usage:
-    """What the kernel says of the calling thread: CPU time, voluntary switches, time in the run
-    queue.
-    """
+class CpuUsage:
+    """The kernel's figures of the calling thread."""
 
     def __init__(self) -> None:
+        # Opened once: reading an open file is a single system call per tick
         try:
-            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-        except OSError:  # a kernel without scheduler statistics
-            self._file = -1
+            self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        except OSError:
+            # A kernel without scheduler statistics
+            self._schedstat = -1
 
     def read(self) -> tuple[float, int, float]:
-        """Return seconds of CPU, voluntary switches, seconds in the run queue (0 where the kernel
-        does not say).
+        """Return CPU time, s, voluntary context switches, and time in the run queue, s.
+
+        The run queue's time is 0 where the kernel does not count it.
         """
-        queued = 0.0 if self._file < 0 else int(os.pread(self._file, 64, 0).split()[1]) * 1e-9
-        return time.thread_time(), resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw, queued
+        queued_s = 0.0
+        if self._schedstat >= 0:
+            queued_ns = int(os.pread(self._schedstat, 64, 0).split()[1])
+            queued_s = queued_ns * 1e-9
+        switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        return time.thread_time(), switches, queued_s
 
     def close(self) -> None:
         """Close the kernel's file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._schedstat >= 0:
+            os.close(self._schedstat)
+            self._schedstat = -1
 
 
-class Pace:
-    """Ticks at a fixed rate, counted; ``wait`` before each, ``done`` after each."""
+class LoopTimer:
+    """Start ticks at a fixed rate and count missed deadlines.
 
-    def __init__(self, clock: Clock, period: float) -> None:
-        self.clock, self.period = clock, period
-        self.ticks = self.own = self.host = 0
-        """Ticks; deadlines missed by the loop's own fault, and by the host's."""
-        self.late, self.work = Histogram(), Histogram()
-        """How late ticks began, and how long they took."""
-        self.own_largest = 0.0
-        """The longest own share of a tick, s."""
-        self._usage, self._stolen = Usage(), stolen()
-        self._deadline, self._first = 0.0, 0.0
-        self._before = (0.0, 0, 0.0)
-        self.begin()
+    Call ``wait`` before each tick and ``finish_tick`` after it, in one thread.
 
-    def begin(self) -> None:
-        """Start the beat anew, from now."""
+    Args:
+        clock: Time to use.
+        period_s: Control period.
+    """
+
+    def __init__(self, clock: LoopClock, period_s: float) -> None:
+        self.clock = clock
+        self.period_s = period_s
+        self.ticks = 0
+        """Number of ticks."""
+        self.missed_own = 0
+        """Deadlines missed because the loop's own share was too long."""
+        self.missed_host = 0
+        """Deadlines missed because of the host."""
+        self.start_delays = TimeHistogram()
+        """How late ticks started."""
+        self.durations = TimeHistogram()
+        """How long ticks took."""
+        self.own_largest_s = 0.0
+        """The longest own share of a tick."""
+        self._usage = CpuUsage()
+        self._usage_at_start = (0.0, 0, 0.0)
+        self._stolen_at_start_s = stolen_cpu_s()
+        self._deadline = 0.0
+        self._tick_started = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count deadlines from now on."""
         self._deadline = self.clock.now()
 
-    def wait(self, heard: Callable[[], None] = lambda: None) -> float:
-        """Wait for the next tick, and then until ``heard`` returns; return how late the tick
-        begins, s.
-        """
-        self._deadline += self.period
-        self.clock.sleep_until(self._deadline)
-        late = max(self.clock.now() - self._deadline, 0.0)
-        heard()
-        self._before, self._began = self._usage.read(), self.clock.now()
-        self.late.add(late)
-        return late
+    def wait(self, await_reading: Callable[[], None] = lambda: None) -> float:
+        """Wait for the next tick, then for its reading; return how late the tick started, s.
 
-    def done(self) -> float:
-        """Account for the tick; return what it took, s. Deadlines that have passed are skipped,
-        never made up for.
+        The time in ``await_reading`` is the robot's, so it is no part of the tick's duration.
+        """
+        self._deadline += self.period_s
+        self.clock.sleep_until(self._deadline)
+        delay_s = max(self.clock.now() - self._deadline, 0.0)
+        await_reading()
+        self._usage_at_start = self._usage.read()
+        self._tick_started = self.clock.now()
+        self.start_delays.add(delay_s)
+        return delay_s
+
+    def finish_tick(self) -> float:
+        """Account for the tick that ends; return its duration, s.
+
+        Deadlines that have passed are skipped, never made up for: two commands in quick succession
+        would be worse for the robot than one that is missing.
         """
         now = self.clock.now()
-        took, missed = now - self._began, int((now - self._deadline) / self.period)
+        duration_s = now - self._tick_started
+        missed = int((now - self._deadline) / self.period_s)
         self.ticks += 1
-        self.work.add(took)
-        if (
-            took > self.own_largest or missed
-        ):  # else its own share, which is a part of it, is of no interest
-            own = self._own(took)
-            self.own_largest = max(self.own_largest, own)
-            if own >= self.period:
-                self.own += missed
-            else:
-                self.host += missed
-            self._deadline += missed * self.period
-        return took
+        self.durations.add(duration_s)
 
-    def _own(self, took: float) -> float:
-        """Return the loop's own share of a tick, s."""
-        cpu, waited, queued = (a - b for a, b in zip(self._usage.read(), self._before, strict=True))
-        return cpu if not waited else max(took - queued, cpu)
+        # The own share is a part of the duration: unless that is a record or a deadline was missed,
+        # the system calls that tell the share are saved
+        if duration_s > self.own_largest_s or missed:
+            own_s = self._own_share_s(duration_s)
+            self.own_largest_s = max(self.own_largest_s, own_s)
+            if own_s >= self.period_s:
+                self.missed_own += missed
+            else:
+                self.missed_host += missed
+            self._deadline += missed * self.period_s
+        return duration_s
+
+    def _own_share_s(self, duration_s: float) -> float:
+        cpu_s, switches, queued_s = self._usage.read()
+        cpu_before_s, switches_before, queued_before_s = self._usage_at_start
+        cpu_s -= cpu_before_s
+        if switches == switches_before:
+            return cpu_s
+        return max(duration_s - (queued_s - queued_before_s), cpu_s)
 
     def close(self) -> None:
-        """Let go of the kernel's file."""
+        """Close the kernel's file."""
         self._usage.close()
 
     def report(self) -> dict[str, float]:
-        """Return the figures, times in ms."""
-        counts = {"ticks": self.ticks, "missed_own": self.own, "missed_host": self.host}
-        figures = {"own_max_ms": 1e3 * self.own_largest}
-        for name, times in (("late", self.late), ("work", self.work)):
-            found = times.quantiles(list(SHARES.values()))
-            figures |= {
-                f"{name}_{k}_ms": 1e3 * seconds for k, seconds in zip(SHARES, found, strict=True)
-            }
-            figures[f"{name}_max_ms"] = 1e3 * times.largest
-        return counts | figures
+        """Return all figures, times in ms."""
+        report: dict[str, float] = {
+            "ticks": self.ticks,
+            "missed_own": self.missed_own,
+            "missed_host": self.missed_host,
+            "own_max_ms": 1e3 * self.own_largest_s,
+        }
+        for name, histogram in (("late", self.start_delays), ("work", self.durations)):
+            quantiles_s = histogram.quantiles(list(REPORTED_QUANTILES.values()))
+            for quantile, seconds in zip(REPORTED_QUANTILES, quantiles_s, strict=True):
+                report[f"{name}_{quantile}_ms"] = 1e3 * seconds
+            report[f"{name}_max_ms"] = 1e3 * histogram.largest_s
+        return report
 
     @property
-    def stolen(self) -> float:
-        """CPU time that other virtual machines took from this one since the beat began, s."""
-        return stolen() - self._stolen
+    def stolen_s(self) -> float:
+        """CPU time that other virtual machines took since this timer was made, s."""
+        return stolen_cpu_s() - self._stolen_at_start_s
 
 
-def stolen() -> float:
-    """Return the CPU time that other virtual machines took from this one since it started, s."""
+def stolen_cpu_s() -> float:
+    """Return the CPU time other virtual machines took from this one since it started, s.
+
+    0 where the kernel does not count it.
+    """
     try:
         with open("/proc/stat", "rb") as file:
-            return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+            stolen_ticks = int(file.readline().split()[8])
     except (OSError, IndexError, ValueError):
         return 0.0
+    return stolen_ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keep the garbage collector and other threads from holding up the loop.
+def without_gc_pauses() -> Iterator[None]:
+    """Keep the garbage collector and other Python threads from holding up the control loop.
 
-    What is alive now is never looked at again; a thread that computes hands over within 0.1 ms
-    instead of 5.
+    Collections are off, and objects alive now are never scanned again. The loop makes no reference
+    cycles, so its memory does not grow. Another thread that computes hands the interpreter over
+    within ``SWITCH_INTERVAL_S``.
     """
-    interval, enabled = sys.getswitchinterval(), gc.isenabled()
+    interval_s = sys.getswitchinterval()
+    collecting = gc.isenabled()
     gc.freeze()
     gc.disable()
-    sys.setswitchinterval(1e-4)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         yield
     finally:
-        sys.setswitchinterval(interval)
+        sys.setswitchinterval(interval_s)
         gc.unfreeze()
-        if enabled:
+        if collecting:
             gc.enable()

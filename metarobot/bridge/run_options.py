@@ -1,4 +1,4 @@
-"""What a run is told on the command line."""
+"""Options of a run, as they are given on the command line."""
 
 from __future__ import annotations
 
@@ -10,55 +10,67 @@ from metarobot.bridge.errors import BridgeError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The arguments of ``metarobot run``, and of ``python -m metarobot.bridge``."""
+class RunOptions:
+    """The arguments of ``metarobot run`` and of ``python -m metarobot.bridge``.
+
+    The text under each field is its help on both command lines.
+    """
 
     robot: str = "sim"
     """Robot: sim, ros2, unitree, or module:Class of your own."""
     set: tuple[str, ...] = ()
-    """Settings of the robot, name=value; name.part=value where there are several."""
+    """Settings of the robot, name=value; name.part=value for a setting with several parts."""
     hz: float = 0.0
-    """Control rate; the policy's own if not given."""
+    """Control rate; by default the policy's own."""
     any_rate: bool = False
-    """Run at a rate that the policy was not trained for."""
+    """Allow a control rate that the policy was not trained for."""
     seconds: float = 60.0
-    """When to stop."""
+    """Stop after this time."""
     trials: int = 0
-    """When to stop, too: after so many trials; 0 is as many as there is time for."""
+    """Stop after this many trials; 0: no limit but the time."""
     episodes: int = 0
-    """Episodes a trial; 0 is as many as the policy was trained for."""
+    """Episodes per trial; 0: as many as the policy was trained for."""
     command: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """For walkers: forward and sideways velocity, m/s, and turn, rad/s."""
+    """For walking robots: forward and sideways velocity, m/s, and turn rate, rad/s."""
     log: Path | None = None
-    """MCAP file to write every step to."""
+    """MCAP file to which every step is written."""
     adapt: bool = False
-    """Let an agent that adapts between episodes do so, in a process beside this one that has
-    torch."""
+    """Let an agent that adapts between episodes do so, in a second process, which needs torch."""
     rollouts: int = 0
-    """Episodes to live before each adaptation; 0 is as many as the agent was trained with."""
+    """Episodes to collect before each adaptation; 0: as many as the agent was trained with."""
     kl: float = 100.0
-    """How far an adaptation may move the policy, KL divergence; what moves it further is
-    refused."""
+    """Largest KL divergence of the adapted policy from the old one; a larger one is rejected."""
     run: str = ""
-    """Run folder that adapts; the one the policy was exported from if not given."""
+    """Run folder of the agent that adapts; by default the one the policy was exported from."""
     ready_s: float = 2.0
-    """How long the robot takes to the pose that an episode begins with."""
+    """Seconds that the robot takes to move to the pose an episode begins with."""
     soft_s: float = 1.0
-    """How long the policy's commands are blended in at an episode's start."""
+    """Seconds over which the policy's commands are blended in at an episode's start."""
     rate: float = 2.0
-    """How fast a target may move, as a multiple of the joint's speed limit."""
+    """Fastest motion of a joint's target, as a multiple of the joint's speed limit."""
     seed: int = 0
-    """Draws the noise of agents that explore."""
+    """Seed of the noise of agents that explore."""
     plain: bool = False
-    """Show lines, not a panel."""
+    """Print status lines instead of a panel."""
 
     def check(self) -> None:
-        """Raise ``BridgeError`` for what makes no sense."""
-        for name in ("seconds", "rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BridgeError(f"{name} must be above 0, not {getattr(self, name):g}")
-        for name in ("trials", "episodes", "rollouts", "ready_s", "soft_s", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise BridgeError(f"{name} must be at least 0, not {getattr(self, name):g}")
+        """Raise ``BridgeError`` for values that make no sense."""
+        positive = {"seconds": self.seconds, "rate": self.rate}
+        for name, value in positive.items():
+            if not 0 < value < math.inf:
+                raise BridgeError(f"{name} must be above 0, not {value:g}")
+
+        not_negative = {
+            "trials": self.trials,
+            "episodes": self.episodes,
+            "rollouts": self.rollouts,
+            "ready_s": self.ready_s,
+            "soft_s": self.soft_s,
+            "seed": self.seed,
+        }
+        for name, value in not_negative.items():
+            if not 0 <= value < math.inf:
+                raise BridgeError(f"{name} must be at least 0, not {value:g}")
+
         if not all(map(math.isfinite, self.command)):
             raise BridgeError(f"command must be three numbers, not {self.command}")

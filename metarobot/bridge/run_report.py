@@ -1,4 +1,4 @@
-"""What a run is made of: a policy, how it adapts, settings; and what came of it."""
+"""Types of a run: the policy it takes, how that adapts, its settings, and its report."""
 
 from __future__ import annotations
 
@@ -7,102 +7,112 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.policy.metadata import PolicyMetadata
 
 
-class Acting(Protocol):
-    """What the controller needs of a policy; ``metarobot.bridge.policy.onnx_policy.Policy`` is
-    one.
-    """
+class RunnablePolicy(Protocol):
+    """A policy as the controller uses it: ``OnnxPolicy`` in ``metarobot.bridge.policy``."""
 
-    meta: Meta
+    meta: PolicyMetadata
     chosen: Any
-    """The latest action before it was clipped to its bounds."""
+    """The latest action, ``(act,)``, before it was clipped to its bounds."""
 
     def begin(self) -> None:
         """Start a trial."""
 
     def act(self, obs: Any, reward: float, done: bool, noise: Any = None) -> Any:
-        """Return the action ``(act,)``, clipped to its bounds."""
+        """Return the action, ``(act,)``, clipped to its bounds."""
 
-    def adopt(self, context: Mapping[str, Any]) -> None:
-        """Take over a context."""
+    def set_context(self, context: Mapping[str, Any]) -> None:
+        """Replace the context, name -> array."""
 
     def context(self) -> Mapping[str, Any]:
-        """Return the context."""
+        """Return a copy of the context, name -> array."""
 
 
-class Adapting(Protocol):
-    """Adaptation between episodes; ``metarobot.bridge.adaptation_client.Adaptation`` is one."""
+class EpisodeAdaptation(Protocol):
+    """Adaptation between episodes: ``metarobot.bridge.adaptation_client.AdaptationClient``."""
 
     rollouts: int
-    ready: bool
-    busy: bool
+    """Episodes to collect before each adaptation."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough episodes are collected."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether an adaptation is going on."""
 
     def step(self, obs: Any, action: Any, reward: float) -> None:
-        """Write down a step."""
+        """Record a control step."""
 
     def end(self, final_obs: Any, *, failed: bool) -> None:
         """End an episode."""
 
     def drop(self) -> None:
-        """Leave out the episode under way."""
+        """Discard the episode that is going on."""
 
     def clear(self) -> None:
-        """Forget the episodes collected."""
+        """Discard the episodes collected."""
 
     def start(self, context: Mapping[str, Any]) -> None:
         """Begin to adapt."""
 
     def poll(self) -> Any:
-        """Return the outcome if there is one by now."""
+        """Return the ``AdaptationResult``, or None if there is none yet."""
 
     def stop(self) -> None:
         """End the process, if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a run goes."""
+class RunSettings:
+    """Settings of the controller; their names and values are written to the log."""
 
     hz: float
     """Control rate."""
     seconds: float = math.inf
-    """When to stop."""
+    """Time after which the run ends."""
     trials: int = 0
-    """Trials to live; 0: as many as there is time for."""
+    """Trials after which the run ends; 0: no limit."""
     episodes: int = 0
-    """Episodes a trial; 0: as many as the policy was trained for."""
+    """Episodes per trial; 0: as many as the policy was trained for."""
     ready_s: float = 2.0
-    """How long the way to the pose takes that an episode begins with."""
+    """Duration of the motion to the pose an episode begins with."""
     soft_s: float = 1.0
-    """How long the policy's targets are blended in at an episode's start; robots that restart need
-    none."""
+    """How long the policy's targets are blended in at an episode's start.
+
+    Robots that restart need none: they begin where the policy expects it."""
     rate: float = 2.0
-    """How fast a target may move, as a multiple of the joint's speed limit."""
+    """Fastest motion of a target, as a multiple of the joint's speed limit."""
     damp_s: float = 1.0
     """How long damping is sent at the end."""
     seed: int = 0
-    """Draws the exploration noise of policies that need it."""
+    """Seed of the exploration noise of policies that need it."""
 
 
 @dataclass
-class Report:
-    """What came of a run."""
+class RunReport:
+    """Outcome of a run; written to the log with these names."""
 
     reason: str = ""
     """Why it ended."""
     fault: bool = False
-    """Whether something went wrong, and it was not its time that was over."""
+    """Whether it ended for a fault, rather than at its end or by an operator."""
     returns: list[list[float]] = field(default_factory=list)
-    """Return of each episode that was lived to its end, a list a trial."""
+    """Trial -> return of each of its finished episodes."""
     adapted: list[str] = field(default_factory=list)
-    """What became of each adaptation between episodes."""
+    """A line on each adaptation between episodes."""
     limited: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Joint -> kind of limit -> how many commands it moved."""
+    """Joint -> kind of limit -> number of commands it moved."""
     pace: dict[str, float] = field(default_factory=dict)
+    """Timing of the loop (``LoopTimer.report``)."""
     repeated: int = 0
+    """Readings that were not new."""
     disordered: int = 0
+    """Among these, readings older than the one before."""
     sent: int = 0
+    """Commands sent."""
     dropped: int = 0
-    """Ticks that the log could not keep up with."""
+    """Ticks and events missing in the log, as its writer could not keep up."""

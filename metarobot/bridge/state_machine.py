@@ -1,4 +1,4 @@
-"""Where a controller stands, and where it may go from there."""
+"""The controller's states, and the transitions allowed between them."""
 
 from __future__ import annotations
 
@@ -8,43 +8,56 @@ from enum import Enum
 from metarobot.bridge.errors import BridgeError
 
 
-class State(Enum):
+class ControllerState(Enum):
     """What the controller is doing."""
 
     IDLE = "idle"
     """Nothing has been sent."""
     READY = "ready"
-    """Moving to the pose an episode begins with, or holding it."""
+    """Moving the robot to the pose an episode begins with, or holding it there."""
     RUNNING = "running"
     """The policy acts."""
     DAMPING = "damping"
-    """The robot is limp; there is no way back."""
+    """The robot is damped; there is no transition back."""
     STOPPED = "stopped"
     """Nothing is sent any more."""
 
 
-ALLOWED = {
-    State.IDLE: (State.READY, State.DAMPING),
-    State.READY: (State.RUNNING, State.DAMPING),
-    State.RUNNING: (State.READY, State.DAMPING),
-    State.DAMPING: (State.STOPPED,),
-    State.STOPPED: (),
+ALLOWED_TRANSITIONS = {
+    ControllerState.IDLE: (ControllerState.READY, ControllerState.DAMPING),
+    ControllerState.READY: (ControllerState.RUNNING, ControllerState.DAMPING),
+    ControllerState.RUNNING: (ControllerState.READY, ControllerState.DAMPING),
+    ControllerState.DAMPING: (ControllerState.STOPPED,),
+    ControllerState.STOPPED: (),
 }
-"""State -> the states that may follow it. Every way to ``STOPPED`` leads through ``DAMPING``."""
+"""State -> states that may follow it. Every path to ``STOPPED`` leads through ``DAMPING``."""
 
 
-class Machine:
-    """The state, and nothing but allowed changes of it; ``tell`` hears of each, with the reason."""
+class ControllerStateMachine:
+    """The current state, and allowed transitions only.
 
-    def __init__(self, tell: Callable[[State, str], None] = lambda state, why: None) -> None:
-        self.state, self._tell = State.IDLE, tell
+    Args:
+        on_change: Called after each transition with the new state and the reason.
+    """
 
-    def to(self, state: State, why: str = "") -> None:
-        """Change the state; raise ``BridgeError`` if there is no such way."""
-        if state not in ALLOWED[self.state]:
-            ways = ", ".join(s.value for s in ALLOWED[self.state]) or "nowhere"
+    def __init__(
+        self,
+        on_change: Callable[[ControllerState, str], None] = lambda state, reason: None,
+    ) -> None:
+        self.state = ControllerState.IDLE
+        self._on_change = on_change
+
+    def enter(self, state: ControllerState, reason: str = "") -> None:
+        """Change to a state.
+
+        Raises:
+            BridgeError: the transition is not allowed; the state stays what it was.
+        """
+        allowed = ALLOWED_TRANSITIONS[self.state]
+        if state not in allowed:
+            names = ", ".join(s.value for s in allowed) or "none"
             raise BridgeError(
-                f"from {self.state.value} there is no way to {state.value}; it leads to: {ways}"
+                f"no transition from {self.state.value} to {state.value}; allowed: {names}"
             )
         self.state = state
-        self._tell(state, why)
+        self._on_change(state, reason)

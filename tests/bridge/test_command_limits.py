@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from metarobot.bridge.safety.command_limits import KINDS, Filter, UnsafeError, blend
+from metarobot.bridge.safety.command_limits import (
+    LIMIT_KINDS,
+    CommandLimiter,
+    UnsafeCommandError,
+    blend,
+)
 
 PERIOD = 0.02
 KP, KD = 40.0, 1.0
@@ -27,12 +32,12 @@ def torque(target: np.ndarray, pos: np.ndarray, vel: np.ndarray) -> np.ndarray:
     )
 )
 def test_whatever_comes_in_what_goes_out_is_finite_and_within_limits(steps):
-    guard = Filter(meta(), PERIOD, rate=1.0)
+    guard = CommandLimiter(meta(), PERIOD, rate=1.0)
     last = None
     for target, pos, vel in steps:
         try:
             out = guard(target, pos, vel).copy()
-        except UnsafeError:
+        except UnsafeCommandError:
             continue
         assert np.isfinite(out).all()
         assert (out >= LIMIT["low"]).all()
@@ -57,17 +62,17 @@ def test_a_command_without_joints_stays_in_its_range(target, a, b):
     about = meta(
         layout="direct", action=meta().action.__class__(("x", "y"), (low, low), (high, high))
     )
-    guard = Filter(about, PERIOD)
+    guard = CommandLimiter(about, PERIOD)
     try:
         out = guard(target, np.zeros(2), np.zeros(2))
-    except UnsafeError:
+    except UnsafeCommandError:
         assert not math.hypot(*target) < 1e9
         return
     np.testing.assert_array_equal(out, np.clip(target, low, high))
 
 
 def test_what_is_within_all_limits_goes_through_untouched():
-    guard = Filter(meta(), PERIOD)
+    guard = CommandLimiter(meta(), PERIOD)
     target = np.array([0.1, -0.3])
     np.testing.assert_array_equal(guard(target, np.zeros(2), np.zeros(2)), target)
     assert not guard.counts.any()
@@ -84,15 +89,15 @@ def test_what_is_within_all_limits_goes_through_untouched():
     ],
 )
 def test_each_limit_moves_a_target_to_its_edge_and_is_counted(kind, target, pos, vel, expected):
-    guard = Filter(meta(), PERIOD)
+    guard = CommandLimiter(meta(), PERIOD)
     out = guard(np.array([target, 0.0]), np.array([pos, 0.0]), np.array([vel, 0.0]))
     assert out[0] == pytest.approx(expected)
     assert guard.report() == {"hip": {kind: 1}}
-    assert guard.bits().tolist() == [1 << KINDS.index(kind), 0]
+    assert guard.bits().tolist() == [1 << LIMIT_KINDS.index(kind), 0]
 
 
 def test_a_target_moves_at_the_joints_own_speed_at_most():
-    guard = Filter(meta(), PERIOD, rate=0.5)
+    guard = CommandLimiter(meta(), PERIOD, rate=0.5)
     guard.begin(np.zeros(2))
     for i in range(1, 4):
         out = guard(np.array([0.45, 0.0]), np.zeros(2), np.zeros(2))
@@ -101,17 +106,17 @@ def test_a_target_moves_at_the_joints_own_speed_at_most():
 
 
 def test_a_joint_that_reads_far_outside_its_range_is_named():
-    with pytest.raises(UnsafeError, match="knee"):
-        Filter(meta(), PERIOD)(np.zeros(2), np.array([0.0, 3.0]), np.zeros(2))
+    with pytest.raises(UnsafeCommandError, match="knee"):
+        CommandLimiter(meta(), PERIOD)(np.zeros(2), np.array([0.0, 3.0]), np.zeros(2))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
 @pytest.mark.parametrize("place", range(3))
 def test_what_is_no_number_is_refused_and_changes_nothing(bad, place):
-    guard = Filter(meta(), PERIOD)
+    guard = CommandLimiter(meta(), PERIOD)
     inputs = [np.zeros(2), np.zeros(2), np.zeros(2)]
     inputs[place][1] = bad
-    with pytest.raises(UnsafeError):
+    with pytest.raises(UnsafeCommandError):
         guard(*inputs)
     assert not guard.counts.any()
     assert not guard.out.any()

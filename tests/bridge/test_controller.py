@@ -13,12 +13,16 @@ from bridging import JOINTS, Plain, Recorder, Restarting, Wave, meta
 
 from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.loop_timing import Monotonic, Pace, Stepped
-from metarobot.bridge.run_report import Settings
-from metarobot.bridge.safety.command_gate import Gate, Watch, bounds
-from metarobot.bridge.safety.emergency_stop import signs
-from metarobot.bridge.state_machine import ALLOWED, Machine, State
-from metarobot.bridge.tools.run_log import read
+from metarobot.bridge.loop_timing import LoopTimer, MonotonicClock, SteppedClock
+from metarobot.bridge.run_report import RunSettings
+from metarobot.bridge.safety.command_gate import CommandGate, GateWatchdog, damping_bounds_s
+from metarobot.bridge.safety.emergency_stop import stop_signals
+from metarobot.bridge.state_machine import (
+    ALLOWED_TRANSITIONS,
+    ControllerState,
+    ControllerStateMachine,
+)
+from metarobot.bridge.tools.run_log import read_log
 
 BASE = {"hz": 50.0, "seconds": 60.0, "trials": 1, "ready_s": 0.2, "soft_s": 0.1, "damp_s": 0.1}
 
@@ -27,25 +31,34 @@ def controller(
     policy: Any = None, robot: Any = None, clock: Any = None, **settings: Any
 ) -> Controller:
     """A controller on a robot whose clock is stepped, unless told otherwise."""
-    parts = {k: settings.pop(k) for k in ("log", "adaptation", "show", "tell") if k in settings}
-    clock = Stepped() if clock is None else clock
+    parts = {
+        k: settings.pop(k)
+        for k in ("log", "adaptation", "show_status", "show_message")
+        if k in settings
+    }
+    clock = SteppedClock() if clock is None else clock
     policy = Wave() if policy is None else policy
     robot = Recorder(policy.meta, clock) if robot is None else robot
     robot.clock = clock
     return Controller(
-        policy, robot, Plain(policy.meta), Settings(**BASE | settings), clock=clock, **parts
+        policy, robot, Plain(policy.meta), RunSettings(**BASE | settings), clock=clock, **parts
     )
 
 
 def test_every_way_to_a_stop_leads_through_damping():
-    assert [s for s, after in ALLOWED.items() if State.STOPPED in after] == [State.DAMPING]
-    assert all(State.DAMPING in ALLOWED[s] for s in (State.IDLE, State.READY, State.RUNNING))
-    machine = Machine()
+    assert [s for s, after in ALLOWED_TRANSITIONS.items() if ControllerState.STOPPED in after] == [
+        ControllerState.DAMPING
+    ]
+    assert all(
+        ControllerState.DAMPING in ALLOWED_TRANSITIONS[s]
+        for s in (ControllerState.IDLE, ControllerState.READY, ControllerState.RUNNING)
+    )
+    machine = ControllerStateMachine()
     with pytest.raises(
-        BridgeError, match="idle there is no way to running; it leads to: ready, damping"
+        BridgeError, match="no transition from idle to running; allowed: ready, damping"
     ):
-        machine.to(State.RUNNING)
-    assert machine.state is State.IDLE
+        machine.enter(ControllerState.RUNNING)
+    assert machine.state is ControllerState.IDLE
 
 
 def test_a_run_stands_up_acts_and_ends_in_damping():
@@ -148,7 +161,7 @@ def test_frozen_readings_are_damped_in_the_stated_time(key):
     assert report.fault
     assert "no new reading for 50 ms" in report.reason
     last_new = one.robot.commands[19][0]
-    assert one.robot.damps[0] - last_new <= bounds(0.02)[0]
+    assert one.robot.damps[0] - last_new <= damping_bounds_s(0.02)[0]
     assert report.repeated == 2
 
 
@@ -206,7 +219,7 @@ def test_huge_actions_are_brought_within_limits_and_counted():
 
 
 def test_a_policy_that_is_late_three_times_is_damped_before_its_command_is_stale():
-    clock = Stepped()
+    clock = SteppedClock()
 
     def dawdle(policy: Wave, obs: Any) -> Any:
         clock.time += 0.025
@@ -219,7 +232,7 @@ def test_a_policy_that_is_late_three_times_is_damped_before_its_command_is_stale
 
 
 def test_a_policy_that_comes_back_too_late_sends_nothing_more():
-    clock = Stepped()
+    clock = SteppedClock()
 
     def hang(policy: Wave, obs: Any) -> Any:
         clock.time += 0.2 if len(policy.told) == 4 else 0.0
@@ -301,7 +314,7 @@ def test_an_adaptation_is_adopted_between_episodes_or_refused():
 def test_the_log_holds_every_step_and_what_happened(tmp_path: Path):
     one = controller(log=tmp_path / "run.mcap", robot=Restarting(meta()))
     report = one.run()
-    content = list(read(tmp_path / "run.mcap"))
+    content = list(read_log(tmp_path / "run.mcap"))
     ticks = [c for topic, c in content if topic == "/tick"]
     events = [c for topic, c in content if topic == "/event"]
     assert report.dropped == 0
@@ -324,8 +337,8 @@ def test_damping_goes_out_in_real_time_while_the_policy_hangs():
             go_on.wait(10.0)
         return np.zeros(2)
 
-    one = controller(Wave(act=hang), clock=Monotonic(), ready_s=0.04)
-    with Watch(one.gate):
+    one = controller(Wave(act=hang), clock=MonotonicClock(), ready_s=0.04)
+    with GateWatchdog(one.gate):
         thread = threading.Thread(target=one.run)
         thread.start()
         assert hanging.wait(10.0)
@@ -335,16 +348,19 @@ def test_damping_goes_out_in_real_time_while_the_policy_hangs():
         sent = len(one.robot.commands)
         go_on.set()
         thread.join()
-    assert one.robot.damps[0] - one.robot.commands[-1][0] >= one.gate.patience
+    assert one.robot.damps[0] - one.robot.commands[-1][0] >= one.gate.patience_s
     assert len(one.robot.commands) == sent  # nothing after damping, although the policy came back
     assert one.report.fault
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_damps_even_while_the_main_thread_is_busy(number):
-    robot = Recorder(meta(), Monotonic())
+    robot = Recorder(meta(), MonotonicClock())
     handler = signal.getsignal(number)
-    with signs(keys=False) as stop, Watch(gate := Gate(robot, Monotonic(), 0.02), stop.files):
+    with (
+        stop_signals(keys=False) as stop,
+        GateWatchdog(gate := CommandGate(robot, MonotonicClock(), 0.02), stop.sources),
+    ):
         os.kill(os.getpid(), number)
         end = time.monotonic() + 5.0
         while not robot.damps and time.monotonic() < end:
@@ -354,47 +370,49 @@ def test_a_signal_damps_even_while_the_main_thread_is_busy(number):
 
 
 def test_a_missed_deadline_is_the_loops_own_only_if_its_own_share_is_too_long():
-    pace = Pace(Monotonic(), 0.01)
-    pace.begin()
-    pace.wait()
+    timer = LoopTimer(MonotonicClock(), 0.01)
+    timer.restart()
+    timer.wait()
     end = time.thread_time() + 0.025
     while time.thread_time() < end:
         pass
-    pace.done()
-    assert pace.own >= 2
-    own = pace.own
-    pace.wait()
-    pace.done()
-    assert pace.own == own
-    pace.wait()
+    timer.finish_tick()
+    assert timer.missed_own >= 2
+    own = timer.missed_own
+    timer.wait()
+    timer.finish_tick()
+    assert timer.missed_own == own
+    timer.wait()
     time.sleep(0.025)  # waiting is the loop's own doing too
-    pace.done()
-    assert pace.own > own
-    own, host = pace.own, pace.host
-    pace.wait(lambda: time.sleep(0.025))  # but for a reading that is late
-    pace.done()
-    assert (pace.own, pace.ticks) == (own, 4)
-    assert pace.host > host
+    timer.finish_tick()
+    assert timer.missed_own > own
+    own, host = timer.missed_own, timer.missed_host
+    timer.wait(lambda: time.sleep(0.025))  # but for a reading that is late
+    timer.finish_tick()
+    assert (timer.missed_own, timer.ticks) == (own, 4)
+    assert timer.missed_host > host
 
 
 def test_missed_deadlines_are_skipped_and_not_made_up_for():
-    clock = Stepped()
-    pace = Pace(clock, 0.02)
-    pace.begin()
-    pace.wait()
+    clock = SteppedClock()
+    timer = LoopTimer(clock, 0.02)
+    timer.restart()
+    timer.wait()
     clock.time += 0.09
-    pace.done()
-    assert pace.own + pace.host == 4
-    pace.wait()
+    timer.finish_tick()
+    assert timer.missed_own + timer.missed_host == 4
+    timer.wait()
     assert clock.time == pytest.approx(0.12)
 
 
 def test_only_a_loop_that_does_not_come_back_is_given_up():
     given_up: list[str] = []
     for noticed in (True, False):
-        gate = Gate(Recorder(meta(), Monotonic()), Monotonic(), 0.02)
-        with Watch(gate) as watch:
-            watch.hang, watch.hung, gate.noticed = 0.05, lambda: given_up.append("hung"), noticed
+        gate = CommandGate(Recorder(meta(), MonotonicClock()), MonotonicClock(), 0.02)
+        with GateWatchdog(gate) as watchdog:
+            watchdog.loop_hung_s = 0.05
+            watchdog.on_loop_hung = lambda: given_up.append("hung")
+            gate.loop_noticed = noticed
             gate.damp("a test")
             time.sleep(0.3)
         assert len(given_up) == (not noticed)

@@ -5,7 +5,7 @@ from fuzzing import FAULTS, fuzz
 from udp_robot import Peer
 from wire_faults import PERIOD, SLACK, folder, start, strike
 
-from metarobot.bridge.safety.command_gate import bounds
+from metarobot.bridge.safety.command_gate import damping_bounds_s
 
 
 def test_nothing_unsafe_leaves_whatever_goes_wrong():
@@ -18,7 +18,7 @@ def test_nothing_unsafe_leaves_whatever_goes_wrong():
 @pytest.mark.parametrize("fault", ["silence", "nan", "kill -9", "SIGTERM", "policy hangs"])
 def test_on_the_wire_damping_follows_and_nothing_unsafe_comes_before(fault, tmp_path):
     outcome = strike(folder(tmp_path), fault)
-    assert 0 <= outcome.after_command <= bounds(PERIOD)[1] + SLACK
+    assert 0 <= outcome.after_command <= damping_bounds_s(PERIOD)[1] + SLACK
     assert outcome.code == {"kill -9": -9, "SIGTERM": 0}.get(fault, 1)
 
 

@@ -9,69 +9,41 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from bridging import Recorder, meta
 from helpers import run as command
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.bridge.robots import lookup as robots
 from metarobot.bridge.tools import terminal_panel as panel
-from metarobot.bridge.tools.child_process import Child
+from metarobot.bridge.tools.child_process import ChildProcess
 from metarobot.bridge.tools.replay_log import replay
-from metarobot.bridge.tools.run_log import Log, Row, read
+from metarobot.bridge.tools.run_log import LogRow, RunLog, read_log
 from metarobot.training.run_folder import Run
 
 HERE = Path(__file__).parents[1]
 Exported = Callable[[str], tuple[Run, Path]]
 
 
-class Slider:
-    """A robot of a ``direct`` policy: made by name, always there, and quiet."""
-
-    name, identity, guarded = "slider", "slider", False
-
-    def __init__(self, about: Any, *, lacks: str = "", twice: bool = False) -> None:
-        self.about, self.lacks, self.count = about, lacks, 0
-
-    def connect(self) -> None:
-        pass
-
-    def get_observation(self) -> dict[str, float]:
-        self.count += 1
-        names = [n for n in self.about.observation_names if n != self.lacks]
-        values = {n: math.sin(self.count + i) for i, n in enumerate(names)}
-        return values | {"stamp": time.monotonic(), "seq": float(self.count), "reward": 1.0}
-
-    def send_action(self, action: Any) -> dict[str, float]:
-        return dict(action)
-
-    def damp(self) -> None:
-        pass
-
-    def disconnect(self) -> None:
-        pass
-
-
 def test_a_robot_is_made_by_name_and_its_settings_are_checked():
-    assert robots.make("bridging:Recorder", meta()).name == "recorder"
-    made = robots.make("test_run:Slider", meta(), lacks="x")
+    assert robots.make_robot("bridging:Recorder", meta()).name == "recorder"
+    made = robots.make_robot("bridging:Slider", meta(), lacks="x")
     assert made.lacks == "x"
     for spec, settings, message in [
         ("spot", {}, "there is no robot 'spot'; robots: sim, ros2, unitree, or module:Class"),
         ("nowhere:Robot", {}, "cannot load nowhere:Robot"),
-        ("test_run:Nobody", {}, "cannot load test_run:Nobody"),
+        ("bridging:Nobody", {}, "cannot load bridging:Nobody"),
         (
-            "test_run:Slider",
+            "bridging:Slider",
             {"lack": "x"},
-            "robot test_run:Slider has no setting 'lack'; it has: lacks, twice",
+            "robot bridging:Slider has no setting 'lack'; it has: lacks, twice",
         ),
         ("sim", {"task": 3}, "robot sim does not take these settings"),
     ]:
         with pytest.raises(BridgeError, match=re.escape(message)):
-            robots.make(spec, meta(), **settings)
+            robots.make_robot(spec, meta(), **settings)
 
 
 def test_settings_from_a_command_line_get_their_types():
@@ -83,73 +55,77 @@ def test_settings_from_a_command_line_get_their_types():
         "task.friction": "0.4",
         "task.slope": "2",
     }
-    assert robots.settings(words) == {
+    assert robots.parse_settings(words) == {
         **{"port": 7, "gain": 0.5, "lockstep": True, "name": "lo"},
         "task": {"friction": 0.4, "slope": 2},
     }
 
 
 def test_a_rate_that_the_policy_was_not_trained_for_must_be_wanted():
-    assert robots.rate(meta(), 0.0, False) == robots.rate(meta(), 50.0, False) == 50.0
-    assert robots.rate(meta(), 100.0, True) == 100.0
+    assert (
+        robots.control_rate_hz(meta(), 0.0, False)
+        == robots.control_rate_hz(meta(), 50.0, False)
+        == 50.0
+    )
+    assert robots.control_rate_hz(meta(), 100.0, True) == 100.0
     with pytest.raises(
         BridgeError, match="trained at 50 Hz, not 100; leave out --hz, or say --any-rate"
     ):
-        robots.rate(meta(), 100.0, False)
+        robots.control_rate_hz(meta(), 100.0, False)
     for hz in (-1.0, math.nan, math.inf, 1e6):
         with pytest.raises(BridgeError, match="hz must be above 0 and at most 10000"):
-            robots.rate(meta(), hz, True)
+            robots.control_rate_hz(meta(), hz, True)
 
 
 def test_one_controller_at_a_time_has_a_robot():
-    with robots.alone("robot of this test"):
+    with robots.exclusive_control("robot of this test"):
         with (
             pytest.raises(BridgeError, match=f"has a controller already: process {os.getpid()}"),
-            robots.alone("robot of this test"),
+            robots.exclusive_control("robot of this test"),
         ):
             pass
-        with robots.alone("another robot"):
+        with robots.exclusive_control("another robot"):
             pass
-    with robots.alone("robot of this test"):
+    with robots.exclusive_control("robot of this test"):
         pass
 
 
 def test_what_a_robot_does_not_give_is_named():
     robot = Recorder(meta())
-    robots.fits(meta(), ("hip.pos", "knee.vel"), robot)
+    robots.check_robot_readings(meta(), ("hip.pos", "knee.vel"), robot)
     with pytest.raises(
         BridgeError, match=r"needs FL_hip.pos, which recorder does not give; it gives stamp, seq, "
     ):
-        robots.fits(meta(), ("hip.pos", "FL_hip.pos"), robot)
+        robots.check_robot_readings(meta(), ("hip.pos", "FL_hip.pos"), robot)
 
 
 def test_a_log_whose_writer_is_killed_is_readable_up_to_its_last_chunk(tmp_path: Path):
-    row = Row({"tick": ["time"], "reading": ["a"], "obs": ["a"] * 50, "action": ["x"]})
-    log = Log(tmp_path / "cut.mcap", row, {"policy": "p"})
+    row = LogRow({"tick": ["time"], "reading": ["a"], "obs": ["a"] * 50, "action": ["x"]})
+    log = RunLog(tmp_path / "cut.mcap", row, {"policy": "p"})
     for i in range(3000):
         row["tick"][0], row["obs"][:], row["reading"][0] = i, i / 3, math.nan
-        log.tick()
+        log.write_tick()
     end = time.monotonic() + 20
     while (tmp_path / "cut.mcap").stat().st_size < 30_000 and time.monotonic() < end:
         time.sleep(0.01)
-    log._child.process.kill()
+    log._writer.process.kill()
     log.close()
-    ticks = [c for topic, c in read(tmp_path / "cut.mcap") if topic == "/tick"]
+    ticks = [c for topic, c in read_log(tmp_path / "cut.mcap") if topic == "/tick"]
     assert len(ticks) > 50
     assert [t["time"] for t in ticks] == list(range(len(ticks)))
     assert ticks[7]["obs"] == [7 / 3] * 50
     assert ticks[7]["reading"] == {"a": None}
     whole = (tmp_path / "cut.mcap").read_bytes()
     (tmp_path / "shorter.mcap").write_bytes(whole[: len(whole) // 2 + 7])
-    fewer = [c for topic, c in read(tmp_path / "shorter.mcap") if topic == "/tick"]
+    fewer = [c for topic, c in read_log(tmp_path / "shorter.mcap") if topic == "/tick"]
     assert 0 < len(fewer) < len(ticks)
     (tmp_path / "none.mcap").write_bytes(b"nothing of the kind")
     with pytest.raises(BridgeError, match="is no log"):
-        list(read(tmp_path / "none.mcap"))
+        list(read_log(tmp_path / "none.mcap"))
 
 
 def test_a_child_that_does_not_listen_never_holds_the_loop_up():
-    child = Child("log", "99")  # it dies at once: there is no such file
+    child = ChildProcess("tools.run_log", "99")  # it dies at once: there is no such file
     frame, began = b"x" * 5000, time.monotonic()
     taken = sum(child.send(b"T", frame) for _ in range(2000))
     assert time.monotonic() - began < 5.0
@@ -168,9 +144,9 @@ def test_run_and_replay_from_the_command_line(
     assert code == 0
     assert "stopped: 1 trials are over; damping was sent" in out
     assert re.search(r"trial 1: return -?[\d.]+ → -?[\d.]+", out)
-    again = replay(log, Policy.load(policy))
+    again = replay(log, OnnxPolicy.load(policy))
     assert (again.difference, again.differing, again.same) == (0.0, 0, True)
-    assert again.steps == 2 * Policy.load(policy).meta.trial.horizon
+    assert again.steps == 2 * OnnxPolicy.load(policy).meta.trial.horizon
     code, out, err = command(capsys, "replay", str(log), str(policy))
     assert (code, err) == (0, "")
     assert "steps of this policy: actions differ by 0 at most" in out
@@ -188,9 +164,9 @@ def test_run_and_replay_from_the_command_line(
         (["--set", "colour=3"], "robot sim has no setting 'colour'"),
         (["--seconds", "0"], "seconds must be above 0"),
         (["--episodes", "-1"], "episodes must be at least 0"),
-        (["--robot", "test_run:Slider", "--set", "lacks=speed_x"], "the policy, for"),
-        (["--robot", "test_run:Slider", "--log", "/proc/no/log.mcap"], "cannot write"),
-        (["--robot", "test_run:Slider", "--adapt"], "does not adapt between episodes"),
+        (["--robot", "bridging:Slider", "--set", "lacks=speed_x"], "the policy, for"),
+        (["--robot", "bridging:Slider", "--log", "/proc/no/log.mcap"], "cannot write"),
+        (["--robot", "bridging:Slider", "--adapt"], "does not adapt between episodes"),
     ],
 )
 def test_what_does_not_fit_is_a_line_and_nothing_is_sent(
@@ -199,7 +175,7 @@ def test_what_does_not_fit_is_a_line_and_nothing_is_sent(
     from metarobot.bridge.__main__ import main
 
     _, policy = exported("rl2")
-    words = [w.replace("speed_x", Policy.load(policy).meta.observation_names[0]) for w in words]
+    words = [w.replace("speed_x", OnnxPolicy.load(policy).meta.observation_names[0]) for w in words]
     with pytest.raises(SystemExit) as caught:
         main([str(policy), "--plain", *words])
     said = capsys.readouterr().err
@@ -220,7 +196,7 @@ def test_a_key_stops_the_run_and_the_terminal_is_what_it_was(exported: Exported)
         "metarobot.bridge",
         str(policy),
         "--robot",
-        "test_run:Slider",
+        "bridging:Slider",
         "--plain",
     ]
     here = {**os.environ, "PYTHONPATH": str(HERE)}
@@ -260,10 +236,10 @@ def test_the_panel_draws_every_state():
     status["pace"] |= {f"{k}_{q}_ms": 0.1 for k in ("late", "work") for q in ("p50", "p99", "max")}
     from rich.console import Console
 
-    for state in panel.COLOURS:
+    for state in panel.STATE_COLOURS:
         console = Console(width=100, record=True, file=io.StringIO())
         console.print(
-            panel.draw(
+            panel.draw_panel(
                 "TwoJoints",
                 status | {"state": state, "reason": "why" if state == "damping" else ""},
             )
@@ -278,5 +254,5 @@ def test_the_panel_draws_every_state():
             "and 3 more joints",
         ):
             assert piece in text
-    assert "trial 2 episode 1 step 12" in panel.line(status)
+    assert "trial 2 episode 1 step 12" in panel.status_line(status)
     json.dumps(status)

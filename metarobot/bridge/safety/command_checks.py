@@ -1,4 +1,8 @@
-"""The last look at a command before it leaves, whoever it comes from."""
+"""Command checks: the last validation of a command inside a robot's driver, whoever sent it.
+
+Limits are not applied here (``command_limits`` does that, before the gate). A driver only refuses
+what cannot be put on the wire: wrong keys and numbers that are not finite.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,21 @@ from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot_interface import Command
 
 
-def checked(action: Command, keys: Sequence[str]) -> list[float]:
-    """Return a command's numbers in the order of ``keys``; raise ``BridgeError`` for other keys and
-    for no number.
+def validated_command(action: Command, keys: Sequence[str]) -> list[float]:
+    """Return the numbers of a command in the order of ``keys``.
+
+    Raises:
+        BridgeError: a key is missing or superfluous, or a number is not finite. Nothing is sent.
     """
-    if wrong := sorted(action.keys() ^ set(keys)):
+    wrong = sorted(action.keys() ^ set(keys))
+    if wrong:
         raise BridgeError(
-            f"a command that lacks or should lack {', '.join(wrong)}; it is of {', '.join(keys)}"
+            f"the command's keys do not match: {', '.join(wrong)}; expected {', '.join(keys)}"
         )
+
     values = [float(action[key]) for key in keys]
     if not all(map(math.isfinite, values)):
-        bad = {
-            key: value for key, value in zip(keys, values, strict=True) if not math.isfinite(value)
-        }
-        raise BridgeError(f"a command that is not finite, and is not sent: {bad}")
+        pairs = zip(keys, values, strict=True)
+        bad = {key: value for key, value in pairs if not math.isfinite(value)}
+        raise BridgeError(f"the command is not finite and was not sent: {bad}")
     return values

@@ -1,15 +1,23 @@
-"""The one way from the controller to the drives, which closes for good; and the thread that closes
-it.
+"""Command gate: the only way from the controller to the robot. Once closed, it stays closed.
 
-Two things keep it open: readings that are new, and commands that are sent. Each must come within
-the **patience**, two control periods + 10 ms, of the last one; else the robot is damped, whatever
-the loop is doing: waiting for a policy that never returns, or for a driver, or for a lost link.
-Counted on the wire, damping follows the last good reading within three control periods + 20 ms (a
-reading waits up to a period until the loop looks), and the last command within two + 20 ms.
+The gate decides *whether* a command goes out; ``command_limits`` has decided *which* before. Two
+things keep it open: new readings, and commands that are sent. Each must follow the one before
+within
+
+    patience = 2 Δt + 10 ms,   Δt the control period.
+
+Otherwise the robot is damped, whatever the control loop is doing: waiting for a policy that never
+returns, for a driver, or for a lost connection. ``GateWatchdog`` is the thread that sees to it.
+
+On the wire this gives two bounds (``damping_bounds_s``), 10 ms of each for threads that wake late:
+
+    last command      -> damping:  2 Δt + 20 ms
+    last good reading -> damping:  3 Δt + 20 ms, as a reading may lie one period until it is read.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import threading
@@ -17,165 +25,230 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.loop_timing import Clock
+from metarobot.bridge.loop_timing import LoopClock
 from metarobot.bridge.robot_interface import Command, Robot
 
-GRACE = 2e-3
-"""How long damping waits for a command that is being sent, s, so as to come after it."""
-AGAIN = 0.02
-"""Damping is sent again so often, s."""
+PATIENCE_MARGIN_S = 0.01
+"""Added to two control periods: a tick that is a few milliseconds late is no reason to damp."""
+WIRE_MARGIN_S = 0.02
+"""Margin of the stated bounds: ``PATIENCE_MARGIN_S``, and 10 ms for a thread that wakes late."""
+SEND_GRACE_S = 2e-3
+"""How long damping waits for a command that is being sent, so as to arrive after it.
+
+A driver that hangs while it sends must not hold damping up, so the wait is short."""
+DAMPING_REPEAT_S = 0.02
+"""Interval at which damping is sent again: a single packet may get lost."""
+WATCHDOG_LONGEST_SLEEP_S = 0.05
+"""The watchdog looks at least this often, because the gate's deadlines may move meanwhile."""
+WATCHDOG_AFTER_DEADLINE_S = 1e-4
+"""The watchdog wakes so long after the deadline: a wake-up just before it would be useless."""
 
 
 class DampedError(BridgeError):
-    """The robot has been damped, and why."""
+    """The robot has been damped; the message says why."""
 
 
-def patience(period: float) -> float:
-    """Return how long nothing new may come or go before the robot is damped, s: two control periods
-    + 10 ms.
+def patience_s(period_s: float) -> float:
+    """Return how long the gate waits for the next reading or command, s: 2 Δt + 10 ms.
+
+    One period is the normal interval; the second allows for one lost reading or one skipped tick.
     """
-    return 2 * period + 0.01
+    return 2 * period_s + PATIENCE_MARGIN_S
 
 
-def bounds(period: float) -> tuple[float, float]:
-    """Return within what time damping follows the last good reading, and the last command, on the
-    wire, s.
+def damping_bounds_s(period_s: float) -> tuple[float, float]:
+    """Return the latest damping after the last good reading, and after the last command, s.
+
+    Both are measured on the wire: (3 Δt + 20 ms, 2 Δt + 20 ms).
     """
-    return 3 * period + 0.02, 2 * period + 0.02
+    after_reading_s = 3 * period_s + WIRE_MARGIN_S
+    after_command_s = 2 * period_s + WIRE_MARGIN_S
+    return after_reading_s, after_command_s
 
 
-class Gate:
-    """Sends commands while all is well, and damping once it is not; never a command after
-    damping.
+class CommandGate:
+    """Send commands while all is well, and damping once it is not; never a command after damping.
+
+    Args:
+        robot: Robot to command.
+        clock: Time of the control loop.
+        period_s: Control period.
+        heartbeat: Called after every command that was sent: it tells the guard process that this
+            process is alive.
     """
 
     def __init__(
-        self, robot: Robot, clock: Clock, period: float, beat: Callable[[], None] = lambda: None
+        self,
+        robot: Robot,
+        clock: LoopClock,
+        period_s: float,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.robot, self.clock, self.patience = robot, clock, patience(period)
+        self.robot = robot
+        self.clock = clock
+        self.patience_s = patience_s(period_s)
         self.reason = ""
-        """Why the robot was damped; nothing as long as it is not."""
+        """Why the robot was damped; empty while the gate is open."""
         self.fault = True
-        """Whether that was a fault, and nobody's wish."""
-        self.damped_at = float("nan")
-        self.noticed = False
-        """Whether the loop has come back to notice it."""
+        """Whether damping was caused by a fault, not by an operator."""
+        self.damped_at = math.nan
+        """Time of the first damping, s."""
+        self.loop_noticed = False
+        """Whether the control loop has returned and knows of the damping."""
         self.sent = 0
-        """Commands that were sent."""
-        self._beat, self._lock = beat, threading.Lock()
-        self._reading_due = self._command_due = float("inf")
+        """Number of commands sent."""
+        self._heartbeat = heartbeat
+        # Held while the driver sends a command
+        self._send_lock = threading.Lock()
+        self._reading_due = math.inf
+        self._command_due = math.inf
 
-    def fresh(self) -> None:
-        """Note that a new reading came."""
-        self._reading_due = self.clock.now() + self.patience
+    def note_new_reading(self) -> None:
+        """Note that a new reading came: the next one is due after the patience."""
+        self._reading_due = self.clock.now() + self.patience_s
 
-    def expect(self, commands: bool) -> None:
-        """From now on the robot is commanded, or held by itself and only watched."""
-        self._command_due = self.clock.now() + self.patience if commands else float("inf")
+    def expect_commands(self, expected: bool) -> None:
+        """Say whether commands must follow from now on, or the robot holds itself."""
+        self._command_due = self.clock.now() + self.patience_s if expected else math.inf
 
-    def pause(self, seconds: float = float("inf")) -> None:
-        """Expect nothing for so long: the robot restarts, and holds itself."""
-        self._reading_due, self._command_due = self.clock.now() + seconds, float("inf")
+    def pause(self, seconds: float = math.inf) -> None:
+        """Expect no reading and no command for so long: the robot restarts and holds itself."""
+        self._reading_due = self.clock.now() + seconds
+        self._command_due = math.inf
 
     @property
     def due(self) -> float:
-        """When the patience ends, if nothing comes."""
+        """Time at which the gate closes if neither a reading nor a command comes, s."""
         return min(self._reading_due, self._command_due)
 
     def send(self, command: Command) -> dict[str, float]:
-        """Send a command; raise ``DampedError`` instead if it comes too late or the gate has
-        closed.
+        """Send a command; return what the driver really sent.
+
+        Raises:
+            DampedError: it comes too late, or the gate has closed. The command was not sent, or
+                damping was sent after it.
         """
         self.check()
-        with self._lock:
+
+        # Look again under the lock: the watchdog may have closed the gate since ``check``
+        with self._send_lock:
             if not self.reason:
                 sent = self.robot.send_action(command)
                 self.sent += 1
+
+        # The gate may have closed while the driver was sending, and damping waits for a driver only
+        # for ``SEND_GRACE_S``. Damping once more makes sure that it has the last word.
         if self.reason:
-            self._limp()  # closed while the driver was at it: damping has the last word
+            self._damp_robot()
             raise DampedError(self.reason)
-        self._command_due = self.clock.now() + self.patience
-        self._beat()
+
+        self._command_due = self.clock.now() + self.patience_s
+        self._heartbeat()
         return sent
 
     def check(self) -> None:
-        """Damp if the patience has ended; raise ``DampedError`` if the robot is damped."""
+        """Close the gate if a reading or command is overdue.
+
+        Raises:
+            DampedError: the gate is closed.
+        """
         now = self.clock.now()
         if not self.reason and now > self.due:
-            what = "no new reading" if now > self._reading_due else "no command went out"
-            self.damp(f"{what} for {1e3 * self.patience:.0f} ms or more")
+            missing = "no new reading" if now > self._reading_due else "no command went out"
+            self.damp(f"{missing} for {1e3 * self.patience_s:.0f} ms or more")
         if self.reason:
             raise DampedError(self.reason)
 
     def damp(self, reason: str, fault: bool = True) -> None:
-        """Close the gate and make the robot limp; again is allowed, the first reason stays."""
+        """Close the gate and damp the robot. May be called again; the first reason stays."""
+        # Close before waiting for the lock, so that no further command can start
         if not self.reason:
-            self.reason, self.fault, self.damped_at = reason, fault, self.clock.now()
-        held = self._lock.acquire(timeout=GRACE)
-        try:
-            self._limp()
-        finally:
-            if held:
-                self._lock.release()
+            self.reason = reason
+            self.fault = fault
+            self.damped_at = self.clock.now()
 
-    def _limp(self) -> None:
-        with suppress(
-            BridgeError, OSError
-        ):  # a link that is lost takes no damping: the robot's own watchdog must
+        # Damp with or without the lock: a driver that hangs must not prevent it
+        locked = self._send_lock.acquire(timeout=SEND_GRACE_S)
+        try:
+            self._damp_robot()
+        finally:
+            if locked:
+                self._send_lock.release()
+
+    def _damp_robot(self) -> None:
+        # Over a lost connection no damping arrives: only the robot's own watchdog helps then
+        with suppress(BridgeError, OSError):
             self.robot.damp()
 
 
-class Watch:
-    """The thread that watches a gate, and files for a sign to stop: descriptor -> reason, or none
-    to go on.
+class GateWatchdog:
+    """Thread that closes a gate in time, and reads the sources of an emergency stop.
+
+    Use it as a context manager around the control loop.
+
+    Args:
+        gate: Gate to watch.
+        stop_sources: File descriptor -> function from the bytes read there to a reason to stop, or
+            to an empty string (``metarobot.bridge.safety.emergency_stop``).
     """
 
     def __init__(
-        self, gate: Gate, signs: Iterable[tuple[int, Callable[[bytes], str]]] = ()
+        self,
+        gate: CommandGate,
+        stop_sources: Iterable[tuple[int, Callable[[bytes], str]]] = (),
     ) -> None:
-        self.gate, self._signs = gate, dict(signs)
-        self.hung: Callable[[], None] = lambda: None
-        """Called once when the loop has not noticed damping for ``hang`` seconds."""
-        self.hang = 2.0
-        self._wake = os.pipe()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.gate = gate
+        self.on_loop_hung: Callable[[], None] = lambda: None
+        """Called once when the loop has not noticed damping within ``loop_hung_s``."""
+        self.loop_hung_s = 2.0
+        self._stop_sources = dict(stop_sources)
+        # A byte in this pipe ends the thread at once, instead of after its sleep
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="gate watchdog", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> GateWatchdog:
         self._thread.start()
         return self
 
     def __exit__(self, *args: object) -> None:
-        os.write(self._wake[1], b".")
+        os.write(self._wake_writer, b".")
         self._thread.join()
-        for end in self._wake:
-            os.close(end)
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
 
     def _run(self) -> None:
-        """Sleep until the patience ends at the earliest, then look whether it has; once damped,
-        damp on.
-        """
+        # Open gate: sleep until the earliest time at which it may have to close
         while not self.gate.reason:
-            left = min(max(self.gate.due - self.gate.clock.now(), 0.0) + 1e-4, 0.05)
-            if self._ended(left):
+            left_s = max(self.gate.due - self.gate.clock.now(), 0.0)
+            sleep_s = min(left_s + WATCHDOG_AFTER_DEADLINE_S, WATCHDOG_LONGEST_SLEEP_S)
+            if self._wait(sleep_s):
                 return
             with suppress(DampedError):
                 self.gate.check()
-        told, begun = False, self.gate.clock.now()
-        while not self._ended(AGAIN):
-            self.gate.damp(self.gate.reason)
-            if not (told or self.gate.noticed) and self.gate.clock.now() - begun > self.hang:
-                told = True
-                self.hung()
 
-    def _ended(self, seconds: float) -> bool:
-        """Wait; damp at a sign to stop; say whether the watch is over."""
-        ready, _, _ = select.select([self._wake[0], *self._signs], [], [], seconds)
-        for sign in ready:
-            if sign == self._wake[0]:
+        # Closed gate: keep damping, and report a loop that does not come back
+        reported = False
+        damped_since = self.gate.clock.now()
+        while not self._wait(DAMPING_REPEAT_S):
+            self.gate.damp(self.gate.reason)
+            waited_s = self.gate.clock.now() - damped_since
+            if not reported and not self.gate.loop_noticed and waited_s > self.loop_hung_s:
+                reported = True
+                self.on_loop_hung()
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait; damp if a stop source says so. Return true when the watchdog is to end."""
+        files = [self._wake_reader, *self._stop_sources]
+        ready, _, _ = select.select(files, [], [], seconds)
+        for file in ready:
+            if file == self._wake_reader:
                 return True
-            data = os.read(sign, 1024)
+            data = os.read(file, 1024)
             if not data:
-                del self._signs[sign]  # the terminal is gone
-            elif why := self._signs[sign](data):
-                self.gate.damp(why, fault=False)
+                # End of file: the terminal is gone, and would be ready for ever
+                del self._stop_sources[file]
+                continue
+            reason = self._stop_sources[file](data)
+            if reason:
+                self.gate.damp(reason, fault=False)
         return False

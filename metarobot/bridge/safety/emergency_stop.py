@@ -1,8 +1,9 @@
-"""The emergency stop: any key, SIGINT, SIGTERM and SIGHUP, whatever the loop is doing.
+"""Emergency stop: any key, SIGINT, SIGTERM and SIGHUP damp the robot, whatever the loop is doing.
 
-Python's own signal handlers wait until the loop lets them; a byte written by the interpreter's C
-handler does not, and the thread that watches the gate reads it. So a policy that never returns is
-stopped too.
+Python runs its own signal handlers between two bytecodes of the main thread: never, if a policy or
+a driver does not return. But the interpreter's C handler writes each signal's number into a pipe
+(``signal.set_wakeup_fd``) at once. ``GateWatchdog`` reads that pipe, and the terminal, in a thread
+of its own, and closes the command gate. So a policy that never returns is stopped too.
 """
 
 from __future__ import annotations
@@ -19,58 +20,68 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-Sign = tuple[int, Callable[[bytes], str]]
-"""A file, and what a byte read there means: a reason to stop, or nothing."""
+
+StopSource = tuple[int, Callable[[bytes], str]]
+"""A file descriptor, and what bytes read there mean: a reason to stop, or an empty string."""
 
 
-class Signs(NamedTuple):
-    """Files to watch, and how to give the terminal back in a hurry."""
+class StopSignals(NamedTuple):
+    """What a watchdog has to read, and how to restore the terminal before a hard exit."""
 
-    files: list[Sign]
-    restore: Callable[[], None]
+    sources: list[StopSource]
+    restore_terminal: Callable[[], None]
 
 
 @contextmanager
-def signs(keys: bool = True) -> Iterator[Signs]:
-    """Lend the files that a ``Watch`` is to look at; terminal and signal handlers are what they
-    were afterwards.
-    """
-    terminal = sys.stdin.fileno() if keys and sys.stdin is not None and sys.stdin.isatty() else -1
-    before = termios.tcgetattr(terminal) if terminal >= 0 else []
+def stop_signals(keys: bool = True) -> Iterator[StopSignals]:
+    """Turn keys and signals into sources for a ``GateWatchdog``.
 
-    def restore() -> None:
-        if terminal >= 0:
-            termios.tcsetattr(terminal, termios.TCSANOW, before)
+    On exit the terminal's settings and the signal handlers are what they were before. Signals are
+    caught only in the main thread, keys only if standard input is a terminal and ``keys`` is true.
+    """
+    has_terminal = keys and sys.stdin is not None and sys.stdin.isatty()
+    terminal = sys.stdin.fileno() if has_terminal else -1
+    settings = termios.tcgetattr(terminal) if has_terminal else []
+
+    def restore_terminal() -> None:
+        if has_terminal:
+            termios.tcsetattr(terminal, termios.TCSANOW, settings)
 
     with contextlib.ExitStack() as stack:
-        stack.callback(restore)
-        found: list[Sign] = []
+        stack.callback(restore_terminal)
+        sources: list[StopSource] = []
+        # Python allows signal handlers in the main thread only
         if threading.current_thread() is threading.main_thread():
-            found.append(stack.enter_context(_signals()))
-        if terminal >= 0:
-            tty.setcbreak(
-                terminal, termios.TCSANOW
-            )  # keys come one by one and unseen; Ctrl-C is still a signal
-            found.append((terminal, lambda data: "a key was pressed"))
-        yield Signs(found, restore)
+            sources.append(stack.enter_context(_signal_source()))
+        if has_terminal:
+            # Keys arrive one by one, without Enter and without echo; Ctrl-C is still a signal
+            tty.setcbreak(terminal, termios.TCSANOW)
+            sources.append((terminal, lambda data: "a key was pressed"))
+        yield StopSignals(sources, restore_terminal)
 
 
 @contextmanager
-def _signals() -> Iterator[Sign]:
+def _signal_source() -> Iterator[StopSource]:
+    """Have the interpreter write the number of each stop signal into a pipe."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = {s: signal.signal(s, lambda number, frame: None) for s in SIGNALS}
-    old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    # A Python handler must be installed, or the signal would end the process; it does nothing
+    handlers = {number: signal.signal(number, lambda *args: None) for number in SIGNALS}
+    previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield reader, _signalled
+        yield reader, _signal_name
     finally:
-        signal.set_wakeup_fd(old)
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         os.close(reader)
         os.close(writer)
 
 
-def _signalled(data: bytes) -> str:
-    names = [signal.Signals(number).name for number in data if number in SIGNALS]
-    return names[0] if names else ""
+def _signal_name(data: bytes) -> str:
+    """Return the name of the first stop signal in ``data``, or an empty string."""
+    for number in data:
+        if number in SIGNALS:
+            return signal.Signals(number).name
+    return ""

@@ -1,1 +1,1 @@
-"""The run's log, its replay and the terminal panel."""
+"""Around a run: child processes, the log and its replay, and the terminal panel."""

@@ -1,4 +1,4 @@
-"""A log run through a policy again, without a robot, to see whether it chooses what was chosen."""
+"""Replay a log without a robot, to see whether a policy chooses the logged actions again."""
 
 from __future__ import annotations
 
@@ -8,70 +8,93 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy.onnx_policy import Policy
-from metarobot.bridge.tools import run_log as log
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
+from metarobot.bridge.tools.run_log import EVENT_TOPIC, POLICY_RECORD, read_log
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
-    """What came of it."""
+class ReplayResult:
+    """How the actions of a replay differ from the logged ones."""
 
     steps: int
-    """Steps in which the policy acted."""
+    """Number of steps in which the policy acted."""
     difference: float
-    """The largest difference of an action from the logged one."""
+    """Largest absolute difference of an action's element from the logged one."""
     where: str
-    """The action's name, and the trial, episode and step where that was."""
+    """The element's name, and the trial, episode and step of that difference."""
     differing: int
-    """Steps with a difference above the tolerance."""
+    """Number of steps with a difference above the tolerance."""
     same: bool
     """Whether the log was made with this very policy."""
 
 
-def replay(path: Path, policy: Policy, tolerance: float = 1e-5) -> Replay:
-    """Act on what a log says was seen, and compare what is chosen with what was chosen then."""
-    meta, same = policy.meta, False
-    steps = differing = 0
-    worst, where, trial = 0.0, "", -1
-    for topic, content in log.read(path):
-        if topic == log.POLICY:
-            same = content["policy"] == meta.sha256
-        elif topic == log.EVENT:
+def replay(path: Path, policy: OnnxPolicy, tolerance: float = 1e-5) -> ReplayResult:
+    """Give the logged observations to a policy, and compare its actions with the logged ones.
+
+    Raises:
+        BridgeError: the log is unreadable, of a policy of another size, or without any action.
+    """
+    same = False
+    steps = 0
+    differing = 0
+    worst = 0.0
+    where = ""
+    trial = -1
+
+    for topic, content in read_log(path):
+        if topic == POLICY_RECORD:
+            same = content["policy"] == policy.meta.sha256
+            continue
+
+        if topic == EVENT_TOPIC:
+            # The policy adapted between two episodes: continue with the same context
             if content["what"] == "adapted" and content["context"]:
-                policy.adopt(
-                    {
-                        name: np.array(array, np.float32)
-                        for name, array in content["context"].items()
-                    }
-                )
-        elif content["action"][:1] not in ([], [None]):
-            if content["trial"] != trial:
-                trial = content["trial"]
-                policy.begin()
-            difference = _difference(policy, content)
-            steps, differing = steps + 1, differing + bool(difference.max() > tolerance)
-            if not difference.max() <= worst:
-                worst = float(difference.max())
-                name = meta.action.names[int(difference.argmax())]
-                where = f"{name}, trial {trial + 1:g} episode {content['episode'] + 1:g} step {content['step']:g}"
+                context = {name: _float32(array) for name, array in content["context"].items()}
+                policy.set_context(context)
+            continue
+
+        # Ticks without an action: the robot was moved to its pose, or held there
+        if content["action"][:1] in ([], [None]):
+            continue
+
+        if content["trial"] != trial:
+            trial = content["trial"]
+            policy.begin()
+        difference = _action_difference(policy, content)
+        steps += 1
+        differing += bool(difference.max() > tolerance)
+        # Written as "not <=" so that NaN counts as the worst
+        if not difference.max() <= worst:
+            worst = float(difference.max())
+            element = policy.meta.action.names[int(difference.argmax())]
+            where = (
+                f"{element}, trial {trial + 1:g} episode {content['episode'] + 1:g} "
+                f"step {content['step']:g}"
+            )
+
     if not steps:
         raise BridgeError(f"{path} holds no step in which a policy acted")
-    return Replay(steps=steps, difference=worst, where=where, differing=differing, same=same)
+    return ReplayResult(steps=steps, difference=worst, where=where, differing=differing, same=same)
 
 
-def _difference(policy: Policy, tick: dict[str, Any]) -> Any:
-    meta = policy.meta
-    for name, wanted in (("obs", len(meta.observation_names)), ("action", len(meta.action.names))):
-        if len(tick[name]) != wanted:
+def _action_difference(policy: OnnxPolicy, tick: dict[str, Any]) -> NDArray[np.float64]:
+    """Act on a logged tick; return the absolute differences from the logged action, ``(act,)``."""
+    sizes = {"obs": len(policy.meta.observation_names), "action": len(policy.meta.action.names)}
+    for name, size in sizes.items():
+        if len(tick[name]) != size:
             raise BridgeError(
-                f"the log is of another policy: {len(tick[name])} numbers of {name}, not {wanted}"
+                f"the log is of another policy: {len(tick[name])} numbers of {name}, not {size}"
             )
-    noise = _array(tick["noise"]) if meta.noise else None
-    policy.act(_array(tick["obs"]), tick["reward"], bool(tick["done"]), noise)
-    return np.abs(policy.chosen.astype(np.float64) - np.array(tick["action"]))
+    noise = _float32(tick["noise"]) if policy.meta.noise else None
+    policy.act(_float32(tick["obs"]), tick["reward"], bool(tick["done"]), noise)
+    difference: NDArray[np.float64] = np.abs(
+        policy.chosen.astype(np.float64) - np.array(tick["action"])
+    )
+    return difference
 
 
-def _array(values: Sequence[float | None]) -> Any:
+def _float32(values: Sequence[float | None]) -> NDArray[np.float32]:
     return np.array(values, np.float32)

@@ -1,7 +1,8 @@
-"""The log of a run: every tick as JSON in an MCAP file, which Foxglove and PlotJuggler read too.
+"""The log of a run: every tick as JSON in an MCAP file, which Foxglove and PlotJuggler open too.
 
-The loop hands each tick to a process that writes; it never waits for it. A log is readable up to
-its last chunk, half a second or so, if the writer is killed, and whole if only the controller is.
+The control loop hands each tick to a process that writes it, and never waits for it. If that
+process is killed the log is readable up to its last chunk, half a second or so; if only the
+controller is killed the log is complete.
 """
 
 from __future__ import annotations
@@ -21,31 +22,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.tools.child_process import Child, frames
+from metarobot.bridge.tools.child_process import ChildProcess, read_frames
 
-TICK, EVENT, POLICY = "/tick", "/event", "policy"
-CHUNK = 1 << 16
-HEADER, ROW, TOLD, ABOUT = b"H", b"T", b"E", b"P"
-_FLAT = {"type": "object"}
-_TICK = {
+TICK_TOPIC = "/tick"
+EVENT_TOPIC = "/event"
+POLICY_RECORD = "policy"
+"""Name of the metadata record that says which policy made the log."""
+
+CHUNK_BYTES = 1 << 16
+"""MCAP chunk: half a second of ticks or so, which is what a kill of the writer can lose."""
+
+# Kinds of frames from the control loop to the writer
+COLUMNS_FRAME = b"H"
+TICK_FRAME = b"T"
+EVENT_FRAME = b"E"
+POLICY_FRAME = b"P"
+
+TIMESTAMP_BYTES = 8
+"""Ticks and events begin with the time, ns since 1970, little-endian."""
+
+LIST_GROUPS = ("obs", "action", "noise", "limited")
+"""Groups of columns written as JSON lists. The others are objects; those of ``tick`` are at the
+top level."""
+
+EVENT_SCHEMA = {"type": "object"}
+TICK_SCHEMA = {
     "type": "object",
     "properties": {
         "reading": {
             "type": "object",
-            "description": "what the robot said, null where it said no number",
+            "description": "the robot's reading, null where it gave no number",
         },
         "obs": {
             "type": "array",
             "items": {"type": "number"},
-            "description": "what the policy was shown",
+            "description": "the policy's observation",
         },
         "action": {
             "type": "array",
             "items": {"type": "number"},
-            "description": "what it chose, before any clip",
+            "description": "the policy's action, before any clip",
         },
-        "asked": {"type": "object", "description": "the command the action stands for"},
-        "sent": {"type": "object", "description": "what the robot's driver says it sent"},
+        "asked": {"type": "object", "description": "the command that the action stands for"},
+        "sent": {"type": "object", "description": "the command that the robot's driver sent"},
         "limited": {
             "type": "array",
             "items": {"type": "number"},
@@ -55,27 +74,42 @@ _TICK = {
 }
 
 
-class Row:
-    """One tick as a row of numbers, with a name for each place; groups are views to write into."""
+class LogRow:
+    """One tick as a row of float64s; NaN is what has no value.
+
+    ``row["obs"]`` is a view of the columns of group ``obs``, to be written into.
+
+    Args:
+        groups: Name of a group -> names of its columns.
+    """
 
     def __init__(self, groups: Mapping[str, Sequence[str]]) -> None:
-        self.groups = {name: list(keys) for name, keys in groups.items()}
+        self.groups = {name: list(columns) for name, columns in groups.items()}
         self.data = np.full(sum(map(len, self.groups.values())), np.nan)
-        self._views, start = {}, 0
-        for name, keys in self.groups.items():
-            self._views[name] = self.data[start : start + len(keys)]
-            start += len(keys)
+        self._views: dict[str, NDArray[np.float64]] = {}
+        start = 0
+        for name, columns in self.groups.items():
+            end = start + len(columns)
+            self._views[name] = self.data[start:end]
+            start = end
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         return self._views[name]
 
 
-class Log:
-    """Writes an MCAP file through a process of its own; ``dropped`` counts ticks that it could not
-    keep up with.
+class RunLog:
+    """Write an MCAP file through a process of its own.
+
+    Args:
+        path: File to write.
+        row: Row that ``write_tick`` writes, always the same object.
+        about: Metadata: the policy, the robot, and the run's settings.
+
+    Raises:
+        BridgeError: the package mcap is missing, or the file cannot be written.
     """
 
-    def __init__(self, path: Path, row: Row, about: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, row: LogRow, about: Mapping[str, str]) -> None:
         if importlib.util.find_spec("mcap") is None:
             raise BridgeError("a log needs the package mcap: pip install mcap")
         try:
@@ -83,91 +117,93 @@ class Log:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         except OSError as e:
             raise BridgeError(f"cannot write {path}: {e.strerror or e}") from e
-        self.path, self._row = path, row
-        self._child = Child("log", str(file), keep=(file,))
+        self.path = path
+        self._row = row
+        # The writer inherits the open file, so that a bad path is an error here and not there
+        self._writer = ChildProcess("tools.run_log", str(file), keep=(file,))
         os.close(file)
-        self._child.insist(HEADER, json.dumps(row.groups).encode())
-        self._child.insist(ABOUT, json.dumps(dict(about)).encode())
+        self._writer.send_waiting(COLUMNS_FRAME, json.dumps(row.groups).encode())
+        self._writer.send_waiting(POLICY_FRAME, json.dumps(dict(about)).encode())
 
     @property
     def dropped(self) -> int:
-        """Ticks and events that are not in the log."""
-        return self._child.dropped
+        """Number of ticks and events that are not in the log, as the writer could not keep up."""
+        return self._writer.dropped
 
-    def tick(self) -> None:
+    def write_tick(self) -> None:
         """Write the row as it is now."""
-        self._child.send(ROW, time.time_ns().to_bytes(8, "little") + self._row.data.tobytes())
+        timestamp = time.time_ns().to_bytes(TIMESTAMP_BYTES, "little")
+        self._writer.send(TICK_FRAME, timestamp + self._row.data.tobytes())
 
-    def event(self, what: str, **facts: Any) -> None:
-        """Write what happened."""
-        text = json.dumps({"what": what, **facts}, default=_plain).encode()
-        self._child.send(TOLD, time.time_ns().to_bytes(8, "little") + text)
+    def write_event(self, what: str, **facts: Any) -> None:
+        """Write an event: its kind, and facts that JSON holds (arrays become lists)."""
+        text = json.dumps({"what": what, **facts}, default=_to_list).encode()
+        timestamp = time.time_ns().to_bytes(TIMESTAMP_BYTES, "little")
+        self._writer.send(EVENT_FRAME, timestamp + text)
 
     def close(self) -> None:
         """Finish the file."""
-        self._child.close()
+        self._writer.close()
 
 
-def _plain(x: Any) -> Any:
-    return np.asarray(x).tolist()
+def _to_list(array: Any) -> Any:
+    return np.asarray(array).tolist()
 
 
-def write(source: BinaryIO, target: BinaryIO) -> None:
-    """Write frames into an MCAP file until they end."""
+def write_mcap(source: BinaryIO, target: BinaryIO) -> None:
+    """Write frames from ``source`` into an MCAP file until they end."""
     from mcap.writer import Writer
 
-    writer = Writer(target, chunk_size=CHUNK)
+    writer = Writer(target, chunk_size=CHUNK_BYTES)
     writer.start(profile="", library="metarobot")
-    channels = {
-        topic: writer.register_channel(
-            topic,
-            "json",
-            writer.register_schema(
-                f"metarobot{topic.replace('/', '.')}", "jsonschema", _schema(schema)
-            ),
-        )
-        for topic, schema in ((TICK, _TICK), (EVENT, _FLAT))
-    }
+    channels: dict[str, int] = {}
+    for topic, schema in ((TICK_TOPIC, TICK_SCHEMA), (EVENT_TOPIC, EVENT_SCHEMA)):
+        name = f"metarobot{topic.replace('/', '.')}"
+        schema_id = writer.register_schema(name, "jsonschema", json.dumps(schema).encode())
+        channels[topic] = writer.register_channel(topic, "json", schema_id)
+
     groups: dict[str, list[str]] = {}
-    for number, (kind, payload) in enumerate(frames(source)):
-        if kind == HEADER:
+    for number, (kind, payload) in enumerate(read_frames(source)):
+        if kind == COLUMNS_FRAME:
             groups = json.loads(payload)
             writer.add_metadata("groups", {"json": payload.decode()})
-        elif kind == ABOUT:
-            writer.add_metadata(POLICY, json.loads(payload))
+        elif kind == POLICY_FRAME:
+            writer.add_metadata(POLICY_RECORD, json.loads(payload))
         else:
-            at, body = int.from_bytes(payload[:8], "little"), payload[8:]
-            text = _named(groups, np.frombuffer(body)) if kind == ROW else body
-            writer.add_message(channels[TICK if kind == ROW else EVENT], at, text, at, number)
+            time_ns = int.from_bytes(payload[:TIMESTAMP_BYTES], "little")
+            content = payload[TIMESTAMP_BYTES:]
+            if kind == TICK_FRAME:
+                channel = channels[TICK_TOPIC]
+                content = _tick_as_json(groups, np.frombuffer(content))
+            else:
+                channel = channels[EVENT_TOPIC]
+            writer.add_message(channel, time_ns, content, time_ns, number)
     writer.finish()  # type: ignore[no-untyped-call]
 
 
-def _schema(schema: Mapping[str, Any]) -> bytes:
-    return json.dumps(schema).encode()
-
-
-LISTS = ("obs", "action", "noise", "limited")
-"""Groups that are written as lists; the others are objects, and ``tick``'s own stand at the top."""
-
-
-def _named(groups: Mapping[str, Sequence[str]], row: NDArray[np.float64]) -> bytes:
-    """Write a row as JSON; numbers keep all their digits, and what is not finite becomes null."""
-    values = [v if math.isfinite(v) else None for v in row.tolist()]
-    named: dict[str, Any] = {}
+def _tick_as_json(groups: Mapping[str, Sequence[str]], row: NDArray[np.float64]) -> bytes:
+    """Return a row as JSON: numbers with all their digits, null for what is not finite."""
+    values = [value if math.isfinite(value) else None for value in row.tolist()]
+    tick: dict[str, Any] = {}
     start = 0
-    for name, keys in groups.items():
-        part = values[start : start + len(keys)]
-        start += len(keys)
+    for name, columns in groups.items():
+        end = start + len(columns)
+        part = values[start:end]
+        start = end
         if name == "tick":
-            named.update(zip(keys, part, strict=True))
+            tick.update(zip(columns, part, strict=True))
+        elif name in LIST_GROUPS:
+            tick[name] = part
         else:
-            named[name] = part if name in LISTS else dict(zip(keys, part, strict=True))
-    return json.dumps(named, separators=(",", ":")).encode()
+            tick[name] = dict(zip(columns, part, strict=True))
+    return json.dumps(tick, separators=(",", ":")).encode()
 
 
-def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a log: (``/tick``, ``/event`` or ``policy``, content), up to where it ends or was cut
-    off.
+def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (``/tick``, ``/event`` or ``policy``, content), up to where the log ends or breaks off.
+
+    Raises:
+        BridgeError: the file cannot be read, or is no log.
     """
     from mcap.exceptions import McapError
     from mcap.records import Channel, Message, Metadata
@@ -177,6 +213,7 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         file = path.open("rb")
     except OSError as e:
         raise BridgeError(f"cannot read {path}: {e.strerror or e}") from e
+
     topics: dict[int, str] = {}
     with file:
         try:
@@ -185,13 +222,14 @@ def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     topics[record.id] = record.topic
                 elif isinstance(record, Message):
                     yield topics[record.channel_id], json.loads(record.data)
-                elif isinstance(record, Metadata) and record.name == POLICY:
-                    yield POLICY, record.metadata
+                elif isinstance(record, Metadata) and record.name == POLICY_RECORD:
+                    yield POLICY_RECORD, record.metadata
         except (McapError, struct.error, EOFError) as e:
+            # After a channel it is a log that a kill cut off: what was read so far is valid
             if not topics:
-                raise BridgeError(f"{path} is no log: {e}") from e  # else it was cut off by a kill
+                raise BridgeError(f"{path} is no log: {e}") from e
 
 
 if __name__ == "__main__":
     with open(int(sys.argv[1]), "wb", buffering=0) as out:
-        write(sys.stdin.buffer, out)
+        write_mcap(sys.stdin.buffer, out)

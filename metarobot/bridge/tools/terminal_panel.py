@@ -1,8 +1,7 @@
-"""What a run shows while it lasts: a panel in the terminal where rich is installed, else a line now
-and then.
+"""What a run shows in the terminal: a panel if rich is installed, otherwise a line now and then.
 
-Drawing takes milliseconds of the interpreter, so a process of its own does it; the loop only says
-where things stand.
+Drawing takes milliseconds of Python's interpreter lock, so a process of its own does it. The
+control loop only hands it the status.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import termios
@@ -18,181 +18,208 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from metarobot.bridge.tools.child_process import Child, frames
+from metarobot.bridge.tools.child_process import ChildProcess, read_frames
 
-STATUS, LINE = b"S", b"L"
-LINE_S = 5.0
-COLOURS = {
+# Kinds of frames from the control loop to the panel's process
+STATUS_FRAME = b"S"
+MESSAGE_FRAME = b"L"
+
+PLAIN_STATUS_S = 5.0
+"""Interval of status lines without a panel."""
+CLOSE_TIMEOUT_S = 3.0
+"""How long the panel may take to draw its last state."""
+STATE_COLOURS = {
     "idle": "white",
     "ready": "yellow",
     "running": "green",
     "damping": "red",
     "stopped": "red",
 }
-BAR = 20
-NICE = 10
-FEW = 6
-"""Joints whose limits are shown."""
+BAR_CHARACTERS = 20
+"""Length of the bar of a joint that was limited in every step."""
+PANEL_CHARACTERS = 100
+"""Width of the panel."""
+PANEL_NICENESS = 10
+"""Scheduling priority of the panel's process: it waits while the loop wants the processor."""
+LARGEST_JOINTS = 6
+"""Number of joints whose limits are shown."""
 
 
-class Screen:
-    """Shows status and lines through a process of its own if there is a terminal and rich, else
-    plainly.
+class TerminalPanel:
+    """Show status and messages in a panel, or as plain lines.
+
+    Args:
+        title: Title of the panel.
+        plain: Show lines even where a panel is possible.
     """
 
     def __init__(self, title: str, plain: bool = False) -> None:
-        live = not plain and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
-        self._child = Child("panel", title) if live else None
-        if (
-            self._child is not None
-        ):  # drawing waits when the robot, or the loop, wants the processor
-            os.setpriority(os.PRIO_PROCESS, self._child.process.pid, NICE)
-        self._said = -float("inf")
+        can_draw = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+        self._child: ChildProcess | None = None
+        if can_draw and not plain:
+            self._child = ChildProcess("tools.terminal_panel", title)
+            os.setpriority(os.PRIO_PROCESS, self._child.process.pid, PANEL_NICENESS)
+        self._last_line_at = -math.inf
 
-    def show(self, status: dict[str, Any]) -> None:
-        """Show where things stand."""
+    def show_status(self, status: dict[str, Any]) -> None:
+        """Show the status of ``Controller.status``."""
         if self._child is not None:
-            self._child.send(STATUS, json.dumps(status).encode())
-        elif (now := time.monotonic()) - self._said > LINE_S:
-            self._said = now
-            print(line(status), file=sys.stderr, flush=True)
+            self._child.send(STATUS_FRAME, json.dumps(status).encode())
+            return
+        now = time.monotonic()
+        if now - self._last_line_at > PLAIN_STATUS_S:
+            self._last_line_at = now
+            print(status_line(status), file=sys.stderr, flush=True)
 
-    def tell(self, text: str) -> None:
-        """Say what has happened."""
-        if self._child is None or not self._child.send(LINE, text.encode()):
+    def show_message(self, text: str) -> None:
+        """Show one line about an event."""
+        # A message that the panel's pipe does not take is printed: messages must not get lost
+        if self._child is None or not self._child.send(MESSAGE_FRAME, text.encode()):
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the last panel standing."""
+        """End the panel's process; its last drawing stays in the terminal."""
         if self._child is not None:
-            self._child.close(3.0)
+            self._child.close(CLOSE_TIMEOUT_S)
 
 
 @contextmanager
-def screen(title: str, plain: bool = False) -> Iterator[Screen]:
-    """Lend a screen."""
-    made = Screen(title, plain)
+def terminal_panel(title: str, plain: bool = False) -> Iterator[TerminalPanel]:
+    """Yield a panel, and close it afterwards."""
+    panel = TerminalPanel(title, plain)
     try:
-        yield made
+        yield panel
     finally:
-        made.close()
+        panel.close()
 
 
-def line(status: dict[str, Any]) -> str:
-    """Say where things stand in a line."""
-    pace = status["pace"]
-    hit = sum(n for kinds in status["limited"].values() for n in kinds.values())
+def status_line(status: dict[str, Any]) -> str:
+    """Return a status in one line."""
+    timing = status["pace"]
+    limited = sum(n for kinds in status["limited"].values() for n in kinds.values())
     return (
-        f"{status['state']}  trial {status['trial'] + 1} episode {status['episode'] + 1} step {status['step']}  "
-        f"return {status['return']:.1f}  {pace['ticks']:,} steps, missed {pace['missed_own']} own, "
-        f"{pace['missed_host']} host's  limits {hit}"
+        f"{status['state']}  trial {status['trial'] + 1} episode {status['episode'] + 1} "
+        f"step {status['step']}  return {status['return']:.1f}  {timing['ticks']:,} steps, "
+        f"missed {timing['missed_own']} own, {timing['missed_host']} host's  limits {limited}"
     )
 
 
 def main(title: str) -> None:
-    """Draw what comes on standard input until it ends; give the terminal back as it was even if
-    nobody else can.
+    """Draw the frames on standard input until they end.
+
+    The terminal's settings are restored at the end, as the controller may have been killed before
+    it could do so.
     """
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True)
-    before = None
+    settings = None
     with contextlib.suppress(termios.error):
-        before = termios.tcgetattr(sys.stderr.fileno())
+        settings = termios.tcgetattr(sys.stderr.fileno())
     try:
         with Live(console=console, auto_refresh=False, transient=False) as live:
-            for kind, payload in frames(sys.stdin.buffer):
-                if kind == LINE:
-                    live.console.print(
-                        f"[dim]{time.strftime('%H:%M:%S')}[/] {payload.decode()}", highlight=False
-                    )
+            for kind, payload in read_frames(sys.stdin.buffer):
+                if kind == MESSAGE_FRAME:
+                    line = f"[dim]{time.strftime('%H:%M:%S')}[/] {payload.decode()}"
+                    live.console.print(line, highlight=False)
                 else:
-                    live.update(draw(title, json.loads(payload)), refresh=True)
+                    live.update(draw_panel(title, json.loads(payload)), refresh=True)
     finally:
-        if before is not None:
-            termios.tcsetattr(sys.stderr.fileno(), termios.TCSANOW, before)
+        if settings is not None:
+            termios.tcsetattr(sys.stderr.fileno(), termios.TCSANOW, settings)
 
 
-def draw(title: str, status: dict[str, Any]) -> Any:
-    """Make the panel."""
+def draw_panel(title: str, status: dict[str, Any]) -> Any:
+    """Return the panel of a status as something rich can print."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
 
-    colour = COLOURS[status["state"]]
-    state = Text.assemble(
-        (f" {status['state'].upper()} ", f"bold black on {colour}"), "  ", _where(status)
-    )
+    colour = STATE_COLOURS[status["state"]]
+    badge = (f" {status['state'].upper()} ", f"bold black on {colour}")
+    headline = Text.assemble(badge, "  ", _progress(status))
     if status["reason"]:
-        state.append(f"  {status['reason']}", style=colour)
-    body = Group(state, Text(), _facts(status))
-    hint = None if status["state"] == "stopped" else "any key stops"
-    return Panel(body, title=title, subtitle=hint, border_style=colour, padding=(0, 1), width=100)
+        headline.append(f"  {status['reason']}", style=colour)
+
+    return Panel(
+        Group(headline, Text(), _figures(status)),
+        title=title,
+        subtitle=None if status["state"] == "stopped" else "any key stops",
+        border_style=colour,
+        padding=(0, 1),
+        width=PANEL_CHARACTERS,
+    )
 
 
-def _where(status: dict[str, Any]) -> str:
-    left = f", {status['left_s']:.0f} s left" if 0 <= status["left_s"] < float("inf") else ""
+def _progress(status: dict[str, Any]) -> str:
+    left = f", {status['left_s']:.0f} s left" if 0 <= status["left_s"] < math.inf else ""
     return (
         f"trial {status['trial'] + 1}, episode {status['episode'] + 1}, step {status['step']}{left}"
     )
 
 
-def _facts(status: dict[str, Any]) -> Any:
+def _figures(status: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    pace, readings = status["pace"], status["readings"]
+    timing = status["pace"]
+    readings = status["readings"]
+    own = f"[red]{timing['missed_own']}[/]" if timing["missed_own"] else "0"
+
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right")
     table.add_column()
-    own = f"[red]{pace['missed_own']}[/]" if pace["missed_own"] else "0"
-    table.add_row("rate", f"{pace['hz']:g} Hz, {pace['ticks']:,} steps")
-    table.add_row("deadlines missed", f"{own} by the loop, {pace['missed_host']} by the host")
-    table.add_row(
-        "begun late, ms",
-        f"{pace['late_p50_ms']:.2f} mostly, {pace['late_p99_ms']:.2f} p99, {pace['late_max_ms']:.1f} max",
-    )
-    table.add_row(
-        "a step takes, ms",
-        f"{pace['work_p50_ms']:.2f} mostly, {pace['work_p99_ms']:.2f} p99, {pace['work_max_ms']:.1f} max",
-    )
+    table.add_row("rate", f"{timing['hz']:g} Hz, {timing['ticks']:,} steps")
+    table.add_row("deadlines missed", f"{own} by the loop, {timing['missed_host']} by the host")
+    table.add_row("start delay, ms", _quantiles(timing, "late"))
+    table.add_row("step duration, ms", _quantiles(timing, "work"))
     table.add_row("return", _returns(status))
-    table.add_row("limits hit", _limits(status["limited"], pace["ticks"]))
+    table.add_row("limits hit", _limits(status["limited"], timing["ticks"]))
     table.add_row(
         "readings",
         f"{readings['repeated']} repeated, {readings['disordered']} of them out of order",
     )
     if status["dropped"]:
         table.add_row("log", f"[yellow]{status['dropped']} steps lost: the disk is too slow[/]")
-    if status["adapting"] or status["adapted"]:
-        busy = ["[yellow]adapting: the robot stands still[/]"] if status["adapting"] else []
-        table.add_row("adaptation", "\n".join([*status["adapted"], *busy]))
+
+    adaptations = list(status["adapted"])
+    if status["adapting"]:
+        adaptations.append("[yellow]adapting: the robot stands still[/]")
+    if adaptations:
+        table.add_row("adaptation", "\n".join(adaptations))
     return table
 
 
-def _returns(status: dict[str, Any]) -> str:
-    done = [" → ".join(f"{value:.1f}" for value in trial) for trial in status["returns"] if trial]
-    now = f"[bold]{status['return']:.1f}[/] so far"
-    return "\n".join(
-        [*done[:-1], " → ".join([*done[-1:], now])]
-        if status["returns"][-1:] != [[]]
-        else [*done, now]
+def _quantiles(timing: dict[str, float], name: str) -> str:
+    return (
+        f"{timing[f'{name}_p50_ms']:.2f} median, {timing[f'{name}_p99_ms']:.2f} p99, "
+        f"{timing[f'{name}_max_ms']:.1f} max"
     )
 
 
+def _returns(status: dict[str, Any]) -> str:
+    """Draw a line per trial, the episode that is going on at its end."""
+    trials = status["returns"]
+    lines = [" → ".join(f"{value:.1f}" for value in trial) for trial in trials if trial]
+    now = f"[bold]{status['return']:.1f}[/] so far"
+    # The last trial has no finished episode yet: the one that is going on gets a line of its own
+    if trials[-1:] == [[]] or not lines:
+        return "\n".join([*lines, now])
+    return "\n".join([*lines[:-1], f"{lines[-1]} → {now}"])
+
+
 def _limits(limited: dict[str, dict[str, int]], ticks: int) -> str:
-    """Draw the joints that are limited most, with a bar for the share of steps."""
-    worst = sorted(limited.items(), key=lambda item: -sum(item[1].values()))
+    """Draw the joints that are limited most, with a bar for their share of the steps."""
+    most_first = sorted(limited.items(), key=lambda item: -sum(item[1].values()))
     lines = []
-    for joint, kinds in worst[:FEW]:
-        share = min(max(kinds.values()) / max(ticks, 1), 1.0)
-        bar = "█" * max(round(BAR * share), 1)
-        lines.append(
-            f"{joint:<10} [yellow]{bar:<{BAR}}[/] "
-            + ", ".join(f"{k} {n}" for k, n in kinds.items())
-        )
-    more = [f"and {len(worst) - FEW} more joints"] if len(worst) > FEW else []
-    return "\n".join([*lines, *more]) or "none"
+    for joint, counts in most_first[:LARGEST_JOINTS]:
+        share = min(max(counts.values()) / max(ticks, 1), 1.0)
+        bar = "█" * max(round(BAR_CHARACTERS * share), 1)
+        text = ", ".join(f"{kind} {n}" for kind, n in counts.items())
+        lines.append(f"{joint:<10} [yellow]{bar:<{BAR_CHARACTERS}}[/] {text}")
+    if len(most_first) > LARGEST_JOINTS:
+        lines.append(f"and {len(most_first) - LARGEST_JOINTS} more joints")
+    return "\n".join(lines) or "none"
 
 
 if __name__ == "__main__":
