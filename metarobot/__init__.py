@@ -1,5 +1,7 @@
-"""Meta-train an agent once over a distribution of situations; it adapts to a new one within a few
-episodes.
+"""Meta-train robots that adapt to a new situation within a few episodes.
+
+The public interface is what this module names; everything else may move. Its functions are imported
+when they are first used, so that ``import metarobot`` is fast.
 """
 
 import contextlib
@@ -8,37 +10,88 @@ import os
 import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from metarobot import _moved
+
+if TYPE_CHECKING:
+    from metarobot.api import (
+        agents,
+        compare,
+        evaluate,
+        export,
+        families,
+        family,
+        load_agent,
+        make_env,
+        render,
+        train,
+    )
+    from metarobot.tasks.space import TaskSpace
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "TaskSpace",
+    "agents",
+    "compare",
+    "evaluate",
+    "export",
+    "families",
+    "family",
+    "load_agent",
+    "make_env",
+    "render",
+    "train",
+]
 
-def _register(families: Iterable[str]) -> None:
-    """Give families their Gymnasium ids, ``metarobot/<Name>-v0``, without importing them."""
+_DISPLAY_VARIABLES = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "TaskSpace":
+        from metarobot.tasks.space import TaskSpace
+
+        return TaskSpace
+    from metarobot import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_gymnasium_ids(families: Iterable[str]) -> None:
+    """Register each family as ``metarobot/<Name>-v0`` without importing it."""
     try:
         import gymnasium
     except ImportError:  # a robot does without it
         return
     for name in families:
-        if (id_ := f"metarobot/{name}-v0") not in gymnasium.registry:
+        gymnasium_id = f"metarobot/{name}-v0"
+        if gymnasium_id not in gymnasium.registry:
             gymnasium.register(
-                id_,
+                gymnasium_id,
                 entry_point="metarobot.env.gymnasium_envs:GymEnv",
                 vector_entry_point="metarobot.env.gymnasium_envs:GymVecEnv",
                 kwargs={"family": name},
             )
 
 
-def _draw_headless() -> None:
-    """Let MuJoCo draw without a display, unless the user has chosen a way."""
-    chosen = any(os.environ.get(k) for k in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))
-    if sys.platform != "linux" or chosen:
+def _render_without_display() -> None:
+    """Let MuJoCo render through EGL where there is no display and the user has chosen nothing."""
+    if sys.platform != "linux" or any(os.environ.get(k) for k in _DISPLAY_VARIABLES):
         return
     with contextlib.suppress(OSError):
-        ctypes.CDLL(
-            "libEGL.so.1"
-        )  # without it MUJOCO_GL=egl would break the import of mujoco itself
+        # MUJOCO_GL=egl without this library would break the import of mujoco itself.
+        ctypes.CDLL("libEGL.so.1")
         os.environ["MUJOCO_GL"] = "egl"
 
 
-_draw_headless()
-_register(sorted({e.name for e in entry_points(group="metarobot.families")}))
+_moved.install()
+_render_without_display()
+_register_gymnasium_ids(sorted({entry.name for entry in entry_points(group="metarobot.families")}))

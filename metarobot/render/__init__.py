@@ -1,1 +1,8 @@
-"""Pictures and films."""
+"""Pictures and films.
+
+Called as a function, ``metarobot.render(run, out)`` films an agent.
+"""
+
+from metarobot._callable import make_callable
+
+make_callable(__name__)

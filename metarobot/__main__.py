@@ -1,0 +1,5 @@
+"""``python -m metarobot``: the command line."""
+
+from metarobot.cli.main import main
+
+main()
