@@ -114,8 +114,8 @@ class PPO(PPOLearner):
         """Make the data of one update: each collected step becomes a sequence of length one."""
         *in_time, task = self._targets(seq, task)
         task_in_time = task.expand(*seq.valid.shape, -1)
-        steps = (tensor[seq.valid][None] for tensor in in_time)
-        return PPOBatch(*steps, task_in_time[seq.valid])
+        steps = [tensor[seq.valid][None] for tensor in in_time]
+        return PPOBatch._make([*steps, task_in_time[seq.valid]])
 
     def warm_start(self, policy: FeedforwardPolicy) -> None:
         """Initialise so that the agent acts as ``policy``, with its own exploration noise.

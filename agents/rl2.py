@@ -104,7 +104,7 @@ class RL2Agent(RecurrentActorCritic):
 
 
 class RL2(TrialPPOLearner):
-    """Train an ``RL2Agent`` by PPO over trials, with a loss that makes the memory infer the task."""
+    """Train an ``RL2Agent`` by PPO over trials; a second loss makes the memory infer the task."""
 
     AUXILIARY_STATISTICS = ("belief_loss",)
     agent: RL2Agent

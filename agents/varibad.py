@@ -90,7 +90,7 @@ class VariBADAgent(RecurrentActorCritic):
         self.log_std = nn.Parameter(torch.full((shapes.act,), math.log(config.std)))
 
     def run_memory(self, x: Tensor) -> Tensor:
-        """Run trials of inputs ``(time, world, input)`` through the memory, ``(time, world, width)``."""
+        """Run trials ``(time, world, input)`` through the memory, to ``(time, world, width)``."""
         h: Tensor = self.memory.sequence(torch.tanh(self.embed(x)))
         return h
 
@@ -167,7 +167,7 @@ class PairwiseHead(nn.Module):
         self.rest = mlp(width, (width,), outputs)
 
     def forward(self, task: Tensor, step: Tensor) -> Tensor:
-        """Map tasks ``(draw, world, latent)`` and steps ``(step, world, input)`` of the same worlds.
+        """Map tasks ``(draw, world, latent)`` and steps ``(step, world, input)`` of their worlds.
 
         Returns:
             ``(draw, step, world, output)``.
@@ -238,7 +238,7 @@ class Draws(NamedTuple):
 
 
 class VariBAD(TrialPPOLearner):
-    """Train a ``VariBADAgent`` by PPO over trials, and its posterior by the evidence lower bound."""
+    """Train a ``VariBADAgent``: the policy by PPO over trials, the posterior by the ELBO."""
 
     AUXILIARY_STATISTICS = (
         "reward_log_density",

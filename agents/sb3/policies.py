@@ -1,4 +1,4 @@
-"""Stable-Baselines3's policies at work: under the three verbs of an agent."""
+"""Stable-Baselines3's policies as agents: what acts when they are evaluated, filmed or exported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from metarobot.agents.sb3.trial_envs import flat_percept
 from metarobot.env.sb3_vec_env import BaseFeaturesExtractor
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Context, Dimensions
-from metarobot.learning.networks import RunningNorm
+from metarobot.learning.networks import RunningNorm, normalise_leading
 from metarobot.types import Percept, Rollout
 
 try:
@@ -22,8 +21,8 @@ except ImportError as e:
     raise MetarobotError("sb3-contrib is not installed: pip install 'metarobot[sb3]'") from e
 
 
-class Normalised(BaseFeaturesExtractor):  # type: ignore[misc,unused-ignore]
-    """The observation, its first features normalised by what has been seen of them."""
+class NormalisedFeatures(BaseFeaturesExtractor):  # type: ignore[misc,unused-ignore]
+    """SB3's feature extractor that normalises the first features of the observation."""
 
     def __init__(self, observation_space: Box, norm: RunningNorm) -> None:
         super().__init__(observation_space, features_dim=observation_space.shape[0])
@@ -31,66 +30,69 @@ class Normalised(BaseFeaturesExtractor):  # type: ignore[misc,unused-ignore]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(..., obs)``."""
-        n = len(self.norm.mean)
-        return torch.cat([self.norm(x[..., :n]), x[..., n:]], -1)
+        return normalise_leading(self.norm, x)
 
 
 class TrialPolicy(RecurrentActorCriticPolicy):  # type: ignore[misc,unused-ignore]
-    """SB3's LSTM policy, faster: it walks through a sequence in Python only where memories are
-    cleared within it.
+    """SB3's LSTM policy, faster where memories are cleared only at the start of a sequence.
+
+    SB3 steps through a sequence in Python if a memory is cleared anywhere in it. Here clearing at
+    its first step is applied to the initial state, so only clearing inside costs that loop.
     """
 
     @staticmethod
     def _process_sequence(
         features: Tensor, lstm_states: Any, episode_starts: Tensor, lstm: nn.LSTM
     ) -> Any:
-        starts = episode_starts.reshape(lstm_states[0].shape[1], -1).clone()
-        kept = 1.0 - starts[:, :1]
+        sequences = lstm_states[0].shape[1]
+        starts = episode_starts.reshape(sequences, -1).clone()
+        keep = 1.0 - starts[:, :1]
         starts[:, 0] = 0.0
-        states = tuple(kept * x for x in lstm_states)
+        states = tuple(keep * state for state in lstm_states)
         return RecurrentActorCriticPolicy._process_sequence(
             features, states, starts.flatten(), lstm
         )
 
 
 class SB3PPOAgent(nn.Module):
-    """SB3's policy at work; its actions within ±1 are ``reach`` times smaller than the robot's
-    around ``middle``.
+    """SB3's PPO policy at work.
+
+    SB3's actions are within ±1; the robot's are ``middle + reach * action``.
     """
 
-    privileged = explores = False
+    privileged = False
+    explores = False
     middle: Tensor
     reach: Tensor
 
     def __init__(self, policy: Any, shapes: Dimensions) -> None:
         super().__init__()
         self.policy = policy
-        low, high = (
-            torch.tensor(x or [y] * shapes.act) for x, y in ((shapes.low, -1.0), (shapes.high, 1.0))
-        )
+        low = torch.tensor(shapes.low or [-1.0] * shapes.act)
+        high = torch.tensor(shapes.high or [1.0] * shapes.act)
         self.register_buffer("middle", (low + high) / 2)
         self.register_buffer("reach", (high - low) / 2)
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Return nothing: there is no memory."""
+        """Return an empty context: there is no memory."""
         return ()
 
     def act(
         self, percept: Percept, context: Context, noise: Tensor | None = None
     ) -> tuple[Tensor, Context]:
-        """Act as SB3's ``predict`` does, ``deterministic`` without noise."""
-        mean, std, context = self.chosen(percept, context)
+        """Act as SB3's ``predict`` does; without noise as ``deterministic=True``."""
+        mean, std, context = self.action_distribution(percept, context)
         action = self.bounded(mean if noise is None else torch.addcmul(mean, noise, std))
         return torch.addcmul(self.middle, self.reach, action), context
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
-        """Do nothing."""
+        """Return the context unchanged."""
         return context
 
-    def chosen(self, percept: Percept, context: Context) -> tuple[Tensor, Tensor, Context]:
-        """Return mean and deviation of the action before it is bounded, ``(world, act)``, and the
-        context after.
-        """
+    def action_distribution(
+        self, percept: Percept, context: Context
+    ) -> tuple[Tensor, Tensor, Context]:
+        """Return mean and standard deviation ``(world, act)`` before bounding, and the context."""
         gaussian = self.policy.get_distribution(percept.obs).distribution
         return gaussian.mean, gaussian.stddev, context
 
@@ -100,30 +102,33 @@ class SB3PPOAgent(nn.Module):
 
 
 class SB3RecurrentAgent(SB3PPOAgent):
-    """The same with an LSTM, whose state is the context and lives through the trial."""
+    """RecurrentPPO's policy at work; the context is the actor's LSTM state, kept for the trial."""
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Return an empty memory a world."""
-        empty = self.middle.new_zeros(worlds, self.policy.lstm_actor.hidden_size)
-        return empty, empty
+        """Return a zero LSTM state for each world."""
+        zeros = self.middle.new_zeros(worlds, self.policy.lstm_actor.hidden_size)
+        return zeros, zeros
 
-    def chosen(self, percept: Percept, context: Context) -> tuple[Tensor, Tensor, Context]:
-        """Step the memory."""
-        states = tuple(x[None] for x in context)
-        distribution, (h, c) = self.policy.get_distribution(
-            flat_percept(percept), states, percept.first
-        )
-        return distribution.distribution.mean, distribution.distribution.stddev, (h[0], c[0])
+    def action_distribution(
+        self, percept: Percept, context: Context
+    ) -> tuple[Tensor, Tensor, Context]:
+        """Step the LSTM; return mean and standard deviation, and the new LSTM state."""
+        states = tuple(state[None] for state in context)
+        distribution, (h, c) = self.policy.get_distribution(percept.flat(), states, percept.first)
+        gaussian = distribution.distribution
+        return gaussian.mean, gaussian.stddev, (h[0], c[0])
 
 
 class SB3SACAgent(SB3PPOAgent):
-    """The actor of SAC, whose actions are squashed."""
+    """SAC's actor at work; its actions are bounded by tanh."""
 
-    def chosen(self, percept: Percept, context: Context) -> tuple[Tensor, Tensor, Context]:
-        """Ask the actor."""
+    def action_distribution(
+        self, percept: Percept, context: Context
+    ) -> tuple[Tensor, Tensor, Context]:
+        """Return the actor's mean and standard deviation, and the context."""
         mean, log_std, _ = self.policy.actor.get_action_dist_params(percept.obs)
         return mean, log_std.exp(), context
 
     def bounded(self, action: Tensor) -> Tensor:
-        """Squash an action."""
+        """Bring an action within ±1."""
         return torch.tanh(action)

@@ -1,6 +1,4 @@
-"""What Stable-Baselines3's algorithms live in when they are trained as agents: single episodes, or
-whole trials.
-"""
+"""Environments in which Stable-Baselines3 trains: single episodes, or whole trials."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from torch import Tensor
 
 from metarobot.env.gymnasium_envs import Array
 from metarobot.env.sb3_vec_env import SB3VecEnv
@@ -19,119 +16,125 @@ from metarobot.types import Percept
 
 
 class EpisodeVecEnv(SB3VecEnv):
-    """What an algorithm lives in: actions within ±1, and notes of all that normalisers and metrics
-    are made from.
-    """
+    """An ``SB3VecEnv`` with actions within ±1 that records what normalisers and metrics need."""
 
     def __init__(self, family: Family, worlds: int, episodes: int, threads: int) -> None:
-        self.episodes = episodes
-        """Episodes that have one task."""
+        # the base class asks for the first tasks, so this must be known before
+        self.episodes_per_task = episodes
         super().__init__(family, worlds, threads=threads)
-        low, high = self.env.action_low.float(), self.env.action_high.float()
-        self.middle, self.reach = (low + high) / 2, (high - low) / 2
-        """Of the robot's actions, ``(act,)``."""
+        low = self.env.action_low.float()
+        high = self.env.action_high.float()
+        # the robot's action is middle + reach * action, with action within ±1
+        self.middle = (low + high) / 2
+        self.reach = (high - low) / 2
         self.action_space = Box(-1.0, 1.0, low.shape)
-        self.scale = 1.0
-        """What SB3 is told of a reward is this times as much."""
+        self.reward_scale = 1.0
+        """Factor of the rewards that SB3 gets; ``rewards`` are recorded without it."""
 
     def _next_task(self, world: int, episode: int) -> Task:
-        return super()._next_task(world, episode // self.episodes)
+        return super()._next_task(world, episode // self.episodes_per_task)
 
     def reset(self) -> Array:
-        """Start an episode in every world, and the notes."""
+        """Start an episode in every world, and clear the records."""
         obs = super().reset()
+        self.observations: list[Array] = [obs]
+        """What SB3 observed at each step, ``(world, obs)``."""
         self.rewards: list[Array] = []
-        self.ended: list[tuple[int, dict[str, Any]]] = []
-        self.count = np.zeros(self.num_envs, int)
-        self.percepts = [obs]
+        """Rewards of each step, ``(world,)``."""
+        self.finished_episodes: list[tuple[int, dict[str, Any]]] = []
+        """Place of each finished episode in its trial, and SB3's record of it."""
+        self.episode_counts = np.zeros(self.num_envs, int)
+        """Finished episodes of each world."""
         return obs
 
     def step_async(self, actions: Array) -> None:
         """Take actions ``(world, act)`` within ±1."""
-        super().step_async(self.middle.numpy() + self.reach.numpy() * actions)
+        robot_actions = self.middle.numpy() + self.reach.numpy() * actions
+        self.robot_actions = torch.from_numpy(np.asarray(robot_actions, np.float32))
+        """The last actions in the robot's units, ``(world, act)``."""
+        super().step_async(robot_actions)
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Step every world."""
+        """Step every world, and record the step."""
         obs, reward, done, infos = super().step_wait()
-        for i in np.flatnonzero(done).tolist():
-            self.ended.append((int(self.count[i]) % self.episodes, infos[i]["episode"]))
-        self.count += done
+        for world in np.flatnonzero(done).tolist():
+            place = int(self.episode_counts[world]) % self.episodes_per_task
+            self.finished_episodes.append((place, infos[world]["episode"]))
+        self.episode_counts += done
         self.rewards.append(reward)
-        self.percepts.append(obs)
-        return obs, reward * self.scale, done, infos
+        self.observations.append(obs)
+        return obs, reward * self.reward_scale, done, infos
 
     def metrics(self) -> dict[str, float]:
-        """Summarise what has been lived since the reset: returns by episode of a trial."""
-        by_episode: dict[int, list[float]] = {}
-        for k, episode in self.ended:
-            by_episode.setdefault(k, []).append(episode["r"])
-        returns = [float(np.mean(by_episode[k])) for k in sorted(by_episode)]
+        """Return metrics of the episodes since the reset, with returns by place in the trial."""
+        returns_by_place: dict[int, list[float]] = {}
+        for place, episode in self.finished_episodes:
+            returns_by_place.setdefault(place, []).append(episode["r"])
+        returns = [float(np.mean(returns_by_place[k])) for k in sorted(returns_by_place)]
+
+        episodes = [episode for _, episode in self.finished_episodes]
         metrics = {
-            "rollout/ep_rew_mean": float(np.mean([e["r"] for _, e in self.ended])),
-            "rollout/ep_len_mean": float(np.mean([e["l"] for _, e in self.ended])),
+            "rollout/ep_rew_mean": float(np.mean([e["r"] for e in episodes])),
+            "rollout/ep_len_mean": float(np.mean([e["l"] for e in episodes])),
             "meta/pre_adapt_return": returns[0],
             "meta/post_adapt_return": returns[-1],
             "meta/adaptation_gain": returns[-1] - returns[0],
         }
-        return metrics | {f"meta/return_episode_{k + 1}": r for k, r in enumerate(returns)}
+        for k, mean_return in enumerate(returns):
+            metrics[f"meta/return_episode_{k + 1}"] = mean_return
+        return metrics
 
 
 class TrialVecEnv(EpisodeVecEnv):
-    """Worlds whose episode, for SB3, is a whole trial, and whose observation is the percept: see
-    ``told``.
+    """An environment whose episode is a whole trial, and whose observation is the percept.
+
+    The observation is ``Percept.flat()``, as the agent gets it when it is evaluated.
     """
 
     def __init__(self, family: Family, worlds: int, episodes: int, threads: int) -> None:
         super().__init__(family, worlds, episodes, threads)
-        self.width = self.env.obs_dim + 1 + self.env.act_dim + 2
-        """Length of a percept."""
-        self.observation_space = Box(-np.inf, np.inf, (self.width,))
+        percept_dim = Percept.size(self.env.obs_dim, self.env.act_dim)
+        self.observation_space = Box(-np.inf, np.inf, (percept_dim,))
 
     def reset(self) -> Array:
         """Start a trial in every world."""
-        self.percepts = [_began(super().reset(), self.width)]
-        return self.percepts[0]
+        percept = self._trial_start(super().reset())
+        self.observations = [percept]
+        return percept
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Step every world; only the end of its last episode ends a trial."""
+        """Step every world; only the end of a trial's last episode ends it for SB3."""
         obs, reward, done, infos = super().step_wait()
-        over = done & (self.count % self.episodes == 0)
-        parts = (
-            obs,
-            self.rewards[-1][:, None],
-            self._actions.numpy(),
-            done[:, None],
-            np.zeros((len(obs), 1)),
+        trial_over = done & (self.episode_counts % self.episodes_per_task == 0)
+        percept = self._percept(obs, done)
+
+        # SB3 bootstraps from the terminal observation: the percept as if the episode went on
+        final_obs = obs.copy()
+        for world in np.flatnonzero(done).tolist():
+            final_obs[world] = infos[world].pop("terminal_observation")
+        final_percept = self._percept(final_obs, np.zeros_like(done))
+        for world in np.flatnonzero(trial_over).tolist():
+            infos[world]["terminal_observation"] = final_percept[world]
+
+        percept[trial_over] = self._trial_start(obs[trial_over])
+        self.observations[-1] = percept
+        return percept, reward, trial_over, infos
+
+    def _percept(self, obs: Array, done: Array) -> Array:
+        """Return the encoded percept after the last step, ``(world, percept)``."""
+        done_float = torch.from_numpy(done).float()
+        percept = Percept(
+            obs=torch.from_numpy(obs),
+            action=self.robot_actions,
+            reward=torch.from_numpy(self.rewards[-1]),
+            done=done_float,
+            first=torch.zeros_like(done_float),
         )
-        percept = np.concatenate(parts, 1, dtype=np.float32)
-        for i in np.flatnonzero(done).tolist():
-            final = infos[i].pop("terminal_observation")
-            if over[i]:  # as if the episode went on: what the critic bootstraps from
-                infos[i]["terminal_observation"] = np.concatenate(
-                    [final, percept[i, len(final) : -2], [0.0, 0.0]]
-                )
-        percept[over] = _began(obs[over], self.width)
-        self.percepts[-1] = percept
-        return percept, reward, over, infos
+        encoded: Array = percept.flat().float().numpy()
+        return encoded
 
-
-def _began(obs: Array, width: int) -> Array:
-    """Return the percept of a trial's first step, ``(world, width)``."""
-    percept = np.zeros((len(obs), width), np.float32)
-    percept[:, : obs.shape[1]] = obs
-    percept[:, -1] = 1.0
-    return percept
-
-
-def flat_percept(percept: Percept) -> Tensor:
-    """Join a percept as ``TrialWorlds`` shows it: observation, reward, action, done, first;
-    ``(world, width)``.
-    """
-    parts = (
-        percept.obs,
-        percept.reward[:, None],
-        percept.action,
-        percept.done[:, None],
-        percept.first[:, None],
-    )
-    return torch.cat(parts, -1)
+    def _trial_start(self, obs: Array) -> Array:
+        """Return the encoded percept of a trial's first step, ``(world, percept)``."""
+        percept = Percept.at_trial_start(torch.from_numpy(obs), self.env.act_dim)
+        encoded: Array = percept.flat().float().numpy()
+        return encoded

@@ -180,7 +180,7 @@ class MeasuresDivergence(Protocol):
         """Prepare an episode; ``weights`` ``(task, P)`` are those that acted in it."""
 
     def divergence(self, weights: Tensor, batch: Any) -> Tensor:
-        """Return the mean KL divergence of the policy ``weights`` ``(P,)`` from the one that acted."""
+        """Return the mean KL divergence of policy ``weights`` ``(P,)`` from the one that acted."""
 
 
 @runtime_checkable

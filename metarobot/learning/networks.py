@@ -1,4 +1,4 @@
-"""Building blocks of networks: running normalisation, perceptrons and Gaussian log-probabilities."""
+"""Building blocks of networks: running normalisation, perceptrons, Gaussian log-density."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class DistilledPPOSettings(PPOSettings):
 
     teach: NonNegative = 0.0
     """Initial weight of the squared error to the teacher's action (the family's advice, or else its
-    scripted expert); it falls to zero by the end of training (kickstarting, Schmitt et al. 2018)."""
+    scripted expert); falls to zero by the end of training (kickstarting, Schmitt et al. 2018)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +205,7 @@ class ActorCritic(nn.Module):
         raise NotImplementedError
 
     def with_noise(self, mean: Tensor, noise: Tensor | None) -> Tensor:
-        """Return the mean action, plus standard normal ``noise`` scaled to the policy's deviation."""
+        """Return the mean action, plus standard normal ``noise`` times the policy's deviation."""
         return mean if noise is None else torch.addcmul(mean, noise, self.log_std.exp())
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
@@ -214,7 +214,7 @@ class ActorCritic(nn.Module):
 
 
 class RecurrentActorCritic(ActorCritic):
-    """An ``ActorCritic`` whose input is the whole percept, with observation and reward normalised."""
+    """An ``ActorCritic`` over the whole percept, with observation and reward normalised."""
 
     def features(self, percept: Percept, task: Tensor | None = None) -> Tensor:
         """Return the network's input ``(..., input)``: the encoded percept, then the task if given.
@@ -233,7 +233,7 @@ class RecurrentActorCritic(ActorCritic):
 
 
 class PolicyEvaluation(NamedTuple):
-    """The policy that collected the trials, evaluated at each of their steps: ``(time, world, ...)``."""
+    """The collecting policy, evaluated at each step of the trials: ``(time, world, ...)``."""
 
     x: Tensor
     """Inputs of the actor."""
@@ -272,7 +272,7 @@ class PPOBatch(NamedTuple):
     def select(self, rows: Tensor) -> PPOBatch:
         """Return the minibatch of some sequences."""
         *in_time, task = self
-        return PPOBatch(*(tensor[:, rows] for tensor in in_time), task[rows])
+        return PPOBatch._make([*(tensor[:, rows] for tensor in in_time), task[rows]])
 
 
 class PPOLearner:

@@ -15,6 +15,7 @@ import torch
 from helpers import run as command
 from helpers import same
 
+from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.evaluate import evaluate
@@ -31,7 +32,7 @@ from metarobot.types import Percept
 pytest.importorskip("sb3_contrib")
 
 from metarobot.agents.sb3.policies import TrialPolicy
-from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv, flat_percept
+from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv
 
 SMALL: dict[str, dict[str, Any]] = {
     "sb3:ppo": {"worlds": 4, "episodes": 1, "width": 8, "epochs": 2, "minibatches": 4},
@@ -73,17 +74,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 def test_acts_as_sb3_predicts_through_a_whole_trial(trained: dict[str, Run], name: str) -> None:
     learner, agent = trained[name].learner(), trained[name].load_agent()
     learner.load(trained[name].checkpoint()[0])
-    env, state, n, starts = Env(VEL, VEL.space.sample("test", 3), threads=1), None, 3, np.ones(3)
+    n, state, starts = 3, None, np.ones(3)
+    env = Env(VEL, VEL.space.sample("test", n), threads=1)
+    autoreset = AutoresetEnv(env)
     context, zeros = agent.begin(n), torch.zeros(n)
     percept = Percept(env.reset(0), torch.zeros(n, env.act_dim), zeros, zeros, zeros + 1)
     moved = 0.0
     for t in range(25):
         action, context = agent.act(percept, context)
-        seen = flat_percept(percept) if context else percept.obs
+        seen = percept.flat() if context else percept.obs
         expected, state = learner.model.predict(seen.numpy(), state, starts, deterministic=True)
         np.testing.assert_allclose(action.detach().numpy(), expected, atol=2e-7)
         moved += float(action.detach().abs().sum())
-        step, starts = env.step(action.detach()), np.zeros(n)
+        step, starts = autoreset.step(action.detach()), np.zeros(n)
         done = (step.terminated | step.truncated).float()
         percept = Percept(step.obs, action.detach(), step.reward, done, zeros)
         assert bool(done.any()) == (t % 10 == 9)
@@ -100,7 +103,7 @@ def test_explores_as_sb3_does_when_it_collects(trained: dict[str, Run], name: st
     with torch.no_grad():
         ours = torch.stack([agent.act(percept, agent.begin(n), x)[0] for x in noise])
         torch.manual_seed(0)
-        seen = flat_percept(percept) if agent.begin(n) else percept.obs
+        seen = percept.flat() if agent.begin(n) else percept.obs
         theirs = np.stack(
             [agent.policy.predict(seen.numpy(), None, np.ones(n))[0] for _ in range(1000)]
         )
@@ -143,7 +146,7 @@ def test_goes_on_bit_for_bit_after_a_power_cut(
 
     whole, broken = begin(tmp_path / "whole", name), begin(tmp_path / "broken", name)
     assert train(whole, show=False)
-    real, calls = module.save, 0
+    real, calls = module.save_checkpoint, 0
 
     def cut(*args: Any) -> None:
         nonlocal calls
@@ -153,10 +156,10 @@ def test_goes_on_bit_for_bit_after_a_power_cut(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save", cut)
+        patch.setattr(module, "save_checkpoint", cut)
         with pytest.raises(RuntimeError, match="power cut"):
             train(broken, show=False)
-    assert train(open_run(broken.folder), resume=True, show=False)
+    assert train(open_run(broken.folder), show=False)
     (a, _), (b, _) = whole.checkpoint(), broken.checkpoint()
     assert same(a, b)
     rows = [read_metrics(r.folder / "metrics.jsonl") for r in (whole, broken)]
@@ -248,7 +251,7 @@ def test_memory_lives_through_the_trial_and_the_whole_sequence_equals_its_steps(
                     torch.full((4,), float(begun)),
                     torch.full((4,), float(t == 0 and k > 0)),
                 )
-                percepts.append(flat_percept(Percept(episode.obs[t], *before, done, first)))
+                percepts.append(Percept(episode.obs[t], *before, done, first).flat())
         sequence = torch.stack(percepts, 1).flatten(0, 1)
         starts = torch.zeros(4, 12)
         starts[:, 0] = 1.0
@@ -311,7 +314,7 @@ def test_trial_worlds_show_what_an_agent_is_shown_when_it_is_tested() -> None:
     assert final.shape == percepts[0][0].shape
     np.testing.assert_allclose(final[n], worlds.rewards[9][0])
     assert infos[9][0]["TimeLimit.truncated"]
-    assert [k for k, _ in worlds.ended] == [0] * 3 + [1] * 3
+    assert [k for k, _ in worlds.finished_episodes] == [0] * 3 + [1] * 3
 
 
 def test_single_episodes_have_a_new_task_each() -> None:
@@ -326,9 +329,9 @@ def test_single_episodes_have_a_new_task_each() -> None:
 
 def test_rewards_are_scaled_in_training_only() -> None:
     learner = build_learner("sb3:ppo", agents.get("sb3:ppo").config(**SMALL["sb3:ppo"]), VEL, 0)
-    worlds = learner.worlds(VEL, 1)
+    worlds = learner.make_worlds(VEL, 1)
     learner.return_norm.update(torch.tensor([[0.0], [8.0]]))
-    learner.prepare(worlds)
+    learner.before_iteration(worlds)
     worlds.reset()
     _, reward, _, _ = worlds.step(np.zeros((4, 6), np.float32))
     np.testing.assert_allclose(reward, worlds.rewards[0] / 4.0, rtol=1e-6)
