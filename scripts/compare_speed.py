@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env
 from metarobot.tasks.family import families
 
@@ -68,7 +69,7 @@ def metarobot(worlds: int) -> Rival:
     env = Env(family, family.space.sample("train", worlds))
     env.sim.set_models([copy.copy(env.model(t)) for t in env.tasks])
     env.reset(0)
-    return Rival(OURS, worlds, env.step, torch.from_numpy(actions(worlds)))
+    return Rival(OURS, worlds, AutoresetEnv(env).step, torch.from_numpy(actions(worlds)))
 
 
 def gymnasium_vector(mode: str, worlds: int) -> Rival:

@@ -1,4 +1,4 @@
-"""Which backend simulates a family, and building its environment."""
+"""The choice of a simulator for a family, and the environment built on it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
 
 SIMS = ("cpu", "warp")
+"""The simulators: MuJoCo on the CPU, and MuJoCo Warp on a device."""
 
 
 def choose_simulator(family: Family, sim: str, device: str) -> tuple[str, str]:
-    """Choose the simulator, unless ``sim`` names it: Warp on an accelerator, where it can; say
-    which and why.
+    """Choose the simulator, unless ``sim`` names it; return its name and the reason, one line.
+
+    Warp is chosen on an accelerator where it can run the family, the CPU otherwise.
+
+    Raises:
+        MetarobotError: An unknown simulator.
     """
     if sim not in ("", *SIMS):
         raise MetarobotError(f"no simulator called {sim!r}; there are: {', '.join(SIMS)}")
     if sim or device == "cpu":
-        return (
-            sim or "cpu",
-            f"physics: {sim or 'cpu'} on {'cpu' if sim == 'cpu' else device}, as asked",
-        )
+        chosen = sim or "cpu"
+        return chosen, f"physics: {chosen} on {'cpu' if sim == 'cpu' else device}, as asked"
+
     try:
         from metarobot.env.device import bytes_per_world
 
@@ -33,7 +37,11 @@ def choose_simulator(family: Family, sim: str, device: str) -> tuple[str, str]:
 
 
 def check_simulator(family: Family, sim: str, device: str, worlds: int) -> None:
-    """Raise where so many worlds of the family cannot be had."""
+    """Check that the simulator can run so many worlds of the family.
+
+    Raises:
+        MetarobotError: It cannot run the family here, or the worlds do not fit its memory.
+    """
     if sim == "warp":
         from metarobot.env.device import check_memory
 
@@ -50,15 +58,15 @@ def make_env(
     threads: int = 0,
     pool: Sequence[Task] = (),
 ) -> Env:
-    """Build an environment with one world for each task, on the backend that ``sim`` names.
+    """Build an environment with one world for each task, on the simulator that ``sim`` names.
 
     Args:
-        family: What is simulated.
+        family: What is simulated, observed and rewarded.
         tasks: One task a world.
         sim: ``cpu`` (MuJoCo) or ``warp`` (MuJoCo Warp).
         device: Where Warp simulates, ``cpu`` or ``cuda``; MuJoCo itself runs on the CPU.
-        seed: Draws the starts.
-        threads: Physics threads on the CPU; 0 takes all there are.
+        seed: Keys the starts and the noise of the observations.
+        threads: Threads of MuJoCo on the CPU; 0 takes all there are.
         pool: Tasks that worlds will be given later; on a device their models are uploaded at once.
 
     Raises:
@@ -68,6 +76,7 @@ def make_env(
         raise MetarobotError(f"no simulator called {sim!r}; there are: {', '.join(SIMS)}")
     if sim == "cpu":
         return Env(family, tasks, seed=seed, threads=threads)
-    from metarobot.env.device import DeviceEnv
+
+    from metarobot.env.device import DeviceEnv  # Warp is optional, and slow to import
 
     return DeviceEnv(family, tasks, device=device, seed=seed, pool=pool)

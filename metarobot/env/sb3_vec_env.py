@@ -1,6 +1,4 @@
-"""Stable-Baselines3's face: its algorithms train over ``metarobot.env.base.Env`` at the speed of
-the whole batch.
-"""
+"""Stable-Baselines3's vector environment, so that its algorithms train over the whole batch."""
 
 from __future__ import annotations
 
@@ -11,15 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from metarobot.env.base import Env
-from metarobot.env.gymnasium_envs import (
+from metarobot.env.autoreset import AutoresetEnv
+from metarobot.env.faces import (
     Array,
-    Draw,
-    camera,
+    WorldSet,
     check_options,
     check_render_mode,
-    family_of,
-    spaces,
+    to_numpy,
 )
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import Family
@@ -38,16 +34,33 @@ except ImportError as e:
 __all__ = ["PPO", "SAC", "BaseCallback", "BaseFeaturesExtractor", "Logger", "SB3VecEnv"]
 
 Indices = int | Iterable[int] | None
+"""Which worlds: one, several, or all (None)."""
 
 
 class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
-    """Many worlds as one of SB3's ``VecEnv``, each with its own task, a new one at each autoreset.
+    """Many worlds as one ``VecEnv``, each on its own task, a new one at each autoreset.
 
     ``infos[i]``: task, name -> value, of the step; where an episode ended also
     terminal_observation, TimeLimit.truncated and episode (return r, length l, seconds since the
     start t), so no VecMonitor is needed. ``set_options({"task": ...})`` gives the next reset its
     tasks; with ``resample=False`` they stay. The worlds are rows of one batch, not environments
     with methods of their own: ``env_method`` knows ``render`` only.
+
+    Args:
+        family: A family or its name.
+        num_envs: Number of worlds.
+        split: The split of the task space that tasks are drawn from.
+        seed: Keys tasks and starts until ``seed()`` gives another.
+        resample: Whether each autoreset draws a new task.
+        sim: ``cpu`` (MuJoCo) or ``warp`` (MuJoCo Warp, where each new model is uploaded and kept).
+        device: Where Warp simulates, ``cpu`` or ``cuda``.
+        threads: Threads of MuJoCo on the CPU; 0 takes all there are.
+        render_mode: ``rgb_array``, or None for no pictures.
+        width: Width of a picture in pixels.
+        height: Height of a picture in pixels.
+
+    Raises:
+        MetarobotError: An unknown family, split, simulator or render mode, or no worlds.
     """
 
     def __init__(
@@ -58,36 +71,49 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
         split: str = "train",
         seed: int = 0,
         resample: bool = True,
+        sim: str = "cpu",
+        device: str = "cpu",
         threads: int = 0,
         render_mode: str | None = None,
         width: int = 640,
         height: int = 480,
     ) -> None:
         check_render_mode(render_mode, ("rgb_array",))
-        if num_envs < 1:
-            raise MetarobotError(f"num_envs must be at least 1, not {num_envs}")
-        family = family_of(family)
-        self.draw, self.resample, self._size = Draw(family.space, split), resample, (width, height)
-        self._rng, self._seed = np.random.default_rng(seed), seed
-        tasks = [self.draw(seed, i, 0) for i in range(num_envs)]
-        self.env = Env(family, tasks, threads=threads, resample=self._next_task)
-        self.num_envs, self.render_mode = (
+        self._worlds = WorldSet(
+            family,
             num_envs,
-            render_mode,
-        )  # what SB3's constructor asks get_attr for
-        super().__init__(num_envs, *spaces(self.env))
-        self._camera: Any = None
+            split=split,
+            sim=sim,
+            device=device,
+            threads=threads,
+            width=width,
+            height=height,
+        )
+        self.env = self._worlds.env
+        self._autoreset = AutoresetEnv(self.env, self._next_task)
+        self.resample = resample
+        self._rng = np.random.default_rng(seed)
+        self._seed = seed
+
+        # SB3's constructor asks get_attr for the render mode, so it must be there before.
+        self.num_envs = num_envs
+        self.render_mode = render_mode
+        super().__init__(num_envs, *self._worlds.spaces())
         self._began = time.time()
         self._returns = np.zeros(num_envs)
 
     def reset(self) -> Array:
-        """Start an episode in every world, with the seed and options given since the last reset."""
-        first = self._seeds[0]
-        self._seed, start_seed = (int(s) for s in self._generator(first).integers(2**63, size=2))
-        self.env.set_tasks(
-            [self._first_task(i, options) for i, options in enumerate(self._options)]
-        )
-        obs = self.env.reset(start_seed).numpy()
+        """Start an episode in every world; return the observations ``(world, obs)``.
+
+        The seed and the options given since the last reset take effect.
+        """
+        if self._seeds[0] is not None:
+            self._rng = np.random.default_rng(self._seeds[0])
+        self._seed, start_seed = (int(s) for s in self._rng.integers(2**63, size=2))
+        tasks = [self._first_task(i, options) for i, options in enumerate(self._options)]
+        self.env.set_tasks(tasks)
+        obs = to_numpy(self.env.reset(start_seed))
+
         self._returns[:] = 0.0
         self._tasks = [t.as_dict() for t in self.env.tasks]
         self.reset_infos = [{"task": t} for t in self._tasks]
@@ -100,29 +126,34 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
         self._actions = torch.from_numpy(np.asarray(actions, np.float32))
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Step every world; those that end are reset and given their next task."""
+        """Step every world and restart those whose episode ended; return obs, reward, done, infos.
+
+        Shapes: ``(world, obs)``, ``(world,)``, ``(world,)`` and a list of one dictionary a world.
+        """
         lengths = self.env.elapsed + 1
-        step = self.env.step(self._actions)
-        reward, truncated = step.reward.numpy(), step.truncated.numpy()
-        done = step.terminated.numpy() | truncated
+        step = self._autoreset.step(self._actions)
+        reward = to_numpy(step.reward)
+        truncated = to_numpy(step.truncated)
+        done = to_numpy(step.terminated) | truncated
         self._returns += reward
+
         infos: list[dict[str, Any]] = [{"task": t} for t in self._tasks]
         for i in np.flatnonzero(done).tolist():
-            seconds = round(time.time() - self._began, 6)
-            infos[i]["episode"] = {"r": float(self._returns[i]), "l": int(lengths[i]), "t": seconds}
-            infos[i]["terminal_observation"] = step.final_obs[i].numpy().copy()
+            infos[i]["episode"] = {
+                "r": float(self._returns[i]),
+                "l": int(lengths[i]),
+                "t": round(time.time() - self._began, 6),
+            }
+            infos[i]["terminal_observation"] = to_numpy(step.final_obs[i]).copy()
             infos[i]["TimeLimit.truncated"] = bool(truncated[i])
             self._tasks[i] = self.env.tasks[i].as_dict()
             self.reset_infos[i] = {"task": self._tasks[i]}
             self._returns[i] = 0.0
-        return step.obs.numpy(), reward, done, infos
+        return to_numpy(step.obs), reward, done, infos
 
     def close(self) -> None:
         """Close the renderer."""
-        close = getattr(self._camera, "close", None)
-        self._camera = None
-        if close is not None:
-            close()
+        self._worlds.close()
 
     def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
         """Return ``task`` of each world, or an attribute that all worlds share."""
@@ -153,24 +184,22 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
         return [wrapper_class is Monitor for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[Array | None]:
-        """Return a picture ``(height, width, 3)`` uint8 of each world."""
+        """Return a picture ``(height, width, 3)`` uint8 of each world.
+
+        Raises:
+            MetarobotError: The environment was made without a render mode.
+        """
         if self.render_mode is None:
             raise MetarobotError("there are no pictures without render_mode='rgb_array'")
-        if self._camera is None:
-            self._camera = camera(self.env.family, *self._size)
-        return [self._camera.frame(self.env, i) for i in range(self.num_envs)]
-
-    def _generator(self, seed: int | None) -> np.random.Generator:
-        if seed is not None:
-            self._rng = np.random.default_rng(seed)
-        return self._rng
+        return self._worlds.pictures()
 
     def _first_task(self, world: int, options: dict[str, Any]) -> Task:
         options = check_options(options, ("task",))
-        space = self.draw.space
-        return (
-            space.coerce(options["task"]) if "task" in options else self.draw(self._seed, world, 0)
-        )
+        if "task" in options:
+            return self.env.family.space.coerce(options["task"])
+        return self._worlds.sample_task(self._seed, world, 0)
 
     def _next_task(self, world: int, episode: int) -> Task:
-        return self.draw(self._seed, world, episode) if self.resample else self.env.tasks[world]
+        if not self.resample:
+            return self.env.tasks[world]
+        return self._worlds.sample_task(self._seed, world, episode)

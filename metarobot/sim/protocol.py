@@ -13,8 +13,10 @@ WorldSelection = Sequence[int] | Tensor
 
 
 class Sim(Protocol):
-    """Many worlds of the same layout, each with its own model and state. The world axis is axis
-    0.
+    """Many worlds of the same layout, each with its own model and state; the world axis is axis 0.
+
+    A model has the same layout as another if it differs in numbers alone: the same bodies, joints
+    and actuators.
     """
 
     @property
@@ -24,31 +26,28 @@ class Sim(Protocol):
     def set_models(
         self, models: Sequence[mujoco.MjModel], ids: Sequence[int] | None = None
     ) -> None:
-        """Put each world of ``ids`` (default: all) on its model; its state is kept until the next
-        reset.
-        """
+        """Put each world of ``ids`` (default: all) on its model; states stay as they are."""
 
     def bind(self, field: str) -> Tensor:
-        """Return the live tensor ``(world, ...)`` of an ``MjData`` field in MuJoCo's units:
-        float64, on a GPU float32.
+        """Return the simulator's own tensor ``(world, ...)`` of an ``MjData`` field.
 
-        State fields (qpos, qvel, ctrl, ...) are read and written in place; derived ones (xpos,
-        sensordata, ...) lag the state by one substep after ``step``.
+        Units are MuJoCo's; numbers are float64, on a GPU float32. State fields (qpos, qvel, ctrl,
+        ...) are read and written in place; derived ones (xpos, sensordata, ...) lag the state by
+        one substep after ``step``.
         """
 
     def step(self, substeps: int, rows: WorldSelection | None = None) -> Tensor:
         """Advance worlds (default: all); return ``(world,)``, true where the physics broke down.
 
-        NaN, a warning of MuJoCo's, or an error.
+        It broke down where the state is not finite, or MuJoCo warned of it or failed.
         """
 
     def reset(self, qpos: Tensor, qvel: Tensor, rows: WorldSelection | None = None) -> None:
         """Put worlds (default: all) into a fresh state with these joint positions and velocities.
 
-        A row for each number; with a mask, a row for each world there is.
+        ``qpos`` and ``qvel`` have a row for each number of ``rows``; with a mask, one for each
+        world there is. Sensors of position and velocity are current afterwards.
         """
 
     def snapshot(self, world: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        """Return one world's model and a copy of its data, forward kinematics computed: for
-        pictures.
-        """
+        """Return one world's model and a copy of its data, with forward kinematics computed."""

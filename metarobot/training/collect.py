@@ -1,18 +1,20 @@
-"""Rolling an agent through an environment: a pure function of (weights, tasks, seed)."""
+"""Collecting trials with an agent: a pure function of (weights, tasks, seed)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from metarobot.env.base import Env, StepResult
-from metarobot.learning.agent_interface import Agent, Context
+from metarobot.learning.agent_interface import Agent, Context, DrawsNoise
 from metarobot.resources import single_torch_thread
 from metarobot.tasks.space import Task
 from metarobot.types import Percept, Rollout, Trials
+
+Watcher = Callable[[int, Env, StepResult], None]
+"""Called after every step with (episode, env, result of the step)."""
 
 
 @torch.no_grad()
@@ -29,194 +31,221 @@ def collect(
     between: Callable[[Context], Context] = lambda context: context,
     variant: Tensor | None = None,
     record_teacher: bool = False,
-    watch: Callable[[int, Env, StepResult], None] | None = None,
+    watch: Watcher | None = None,
 ) -> Trials:
-    """Live one trial of ``episodes`` episodes in each task: act an episode, adapt, act the next.
+    """Collect one trial of each task: the agent acts an episode, adapts, acts the next.
 
-    ``env`` only lends its worlds, ``rollouts`` for each task, which stand together: whatever it did
-    before has no effect. The worlds of a task share its context, so only an agent that leaves its
-    context alone while it acts, as one that adapts between episodes does, can have more than one.
-    ``explore``, one for all or one an episode, adds the agent's own exploration noise; ``variant``
-    ``(world,)`` says which variant the first episode is; ``between`` tampers with the context after
-    each episode (the controls of an evaluation); ``record_teacher`` also writes down what the
-    family advises at each step; ``watch`` is called after every step with (episode, env, step), for
-    pictures.
+    The result depends on the weights, the tasks and the seed alone: what ``env`` did before has no
+    effect. The worlds of a task share its context, so only an agent that does not change its
+    context while it acts, as one that adapts between episodes, can have more than one.
+
+    Args:
+        agent: Acts and adapts.
+        env: Has ``rollouts`` worlds for each task; those of a task are next to each other.
+        tasks: One for each trial.
+        episodes: Episodes of a trial.
+        seed: Keys the starts, the noise of the observations and the exploration.
+        rollouts: Worlds of one task.
+        explore: Whether the agent adds its exploration noise; one for all episodes or one for each.
+        between: Changes the context after each adaptation, for the controls of an evaluation.
+        variant: Which variant the first episode of each world is ``(world,)``; None draws it.
+        record_teacher: Whether to record the teacher's action at each step.
+        watch: Called after every step, for pictures.
+
+    Raises:
+        MetarobotError: A task of another family, or another number of worlds.
     """
     env.set_tasks([task for task in tasks for _ in range(rollouts)])
     obs = env.reset(seed)
     if variant is not None:
         obs = env.set_variant(variant)
-    noise = torch.Generator(env.device).manual_seed(seed)
-    task = env.family.space.encode(tasks).to(env.device)
-    context = agent.begin(len(tasks), task if agent.privileged else None)
-    zeros = obs.new_zeros(env.worlds)
-    percept = Percept(obs, obs.new_zeros(env.worlds, env.act_dim), zeros, zeros, zeros + 1)
-    lived = []
-    exploring = [explore] * episodes if isinstance(explore, bool) else explore
+
+    encoded = env.family.space.encode(tasks).to(env.device)
+    context = agent.begin(len(tasks), encoded if agent.privileged else None)
+    percept = Percept.at_trial_start(obs, env.act_dim)
+
+    generator = torch.Generator(env.device).manual_seed(seed)
+    noise_dim = agent.noise_dim if isinstance(agent, DrawsNoise) else env.act_dim
+    noise_shape = (env.family.horizon, env.worlds, noise_dim)
+    explores = [explore] * episodes if isinstance(explore, bool) else explore
+
+    collected = []
     for k in range(episodes):
-        book = _Recorder(env, record_teacher)
-        percept, context = _episode(
-            agent, env, book, percept, context, noise if exploring[k] else None, k, watch
+        noise = None
+        if explores[k]:
+            noise = torch.randn(noise_shape, generator=generator, device=env.device)
+        rollout, last, context = _collect_episode(
+            agent, env, percept, context, noise, record_teacher=record_teacher, watch=watch, k=k
         )
-        rollout = book.rollout()
-        lived.append(rollout)
+        collected.append(rollout)
+
+        # The first percept of the next episode still has the last action, its reward and the end.
+        percept = last._replace(obs=env.restart(k + 1))
         if k + 1 < episodes:
             context = between(agent.adapt(context, rollout))
-    return Trials(episodes=tuple(lived), task=task.repeat_interleave(rollouts, 0))
+    return Trials(episodes=tuple(collected), task=encoded.repeat_interleave(rollouts, 0))
 
 
-def _episode(
+def _collect_episode(
     agent: Agent,
     env: Env,
-    book: _Recorder,
     percept: Percept,
     context: Context,
-    generator: torch.Generator | None,
+    noise: Tensor | None,
+    *,
+    record_teacher: bool,
+    watch: Watcher | None,
     k: int,
-    watch: Callable[[int, Env, StepResult], None] | None,
-) -> tuple[Percept, Context]:
-    """Live one episode in every world; a world that ends early sleeps, its context untouched, until
-    all have.
+) -> tuple[Rollout, Percept, Context]:
+    """Act one episode in every world, until all are over; ``noise`` is ``(time, world, noise)``.
+
+    A world that ends early waits, its context unchanged, until all have ended. Returns the
+    episode, and each world's percept after its last step and context.
     """
-    shape = (env.family.horizon, env.worlds, getattr(agent, "noise_dim", env.act_dim))
-    noise = (
-        None if generator is None else torch.randn(shape, generator=generator, device=env.device)
-    )
-    last, zeros = percept, torch.zeros_like(percept.reward)
-    while book.living:
-        action, after = agent.act(percept, context, None if noise is None else noise[book.time])
-        shown = env.critic_obs(), env.teacher_action() if book.record_teacher else None
-        step = env.step(action, book.awake)
-        ended = (step.terminated | step.truncated).float()
-        arrived = Percept(step.obs, action, step.reward, ended, zeros)
-        context = context if after is context else tuple(book.kept(after, context))
-        last = Percept(*book.kept(arrived, last))
-        book.record(percept, *shown, action, step)
-        percept = arrived
+    buffers = _EpisodeBuffers(env, record_teacher)
+    last = percept
+    for t in range(env.family.horizon):
+        active = ~env.over
+        if not env.any_world(active):
+            break
+        some_wait = env.any_world(env.over)
+
+        action, next_context = agent.act(percept, context, None if noise is None else noise[t])
+        critic_obs = env.critic_obs()
+        teacher_action = env.teacher_action() if record_teacher else None
+        result = env.step(action)
+        buffers.record(t, active, percept.obs, critic_obs, teacher_action, action, result)
+
+        ended = (result.terminated | result.truncated).float()
+        percept = Percept(
+            result.obs, action, result.reward, done=ended, first=torch.zeros_like(ended)
+        )
+        if some_wait:
+            last = Percept(*(_where(active, *pair) for pair in zip(percept, last, strict=True)))
+            if next_context is not context:
+                pairs = zip(next_context, context, strict=True)
+                context = tuple(_where(active, *pair) for pair in pairs)
+        else:
+            last = percept
+            context = next_context
+
         if watch is not None:
-            watch(k, env, step)
-    return last._replace(obs=env.restart(k + 1)), context
+            watch(k, env, result)
+    return buffers.rollout(), last, context
 
 
-class ExpertAgent:
-    """A family's own program in an agent's place: it is told the task and looks at the state
-    itself.
-    """
+class _EpisodeBuffers:
+    """What is recorded of one episode, of the family's horizon, cut to the longest world's."""
 
-    privileged = explores = False
+    def __init__(self, env: Env, record_teacher: bool) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=env.device)
 
-    def __init__(self, env: Env, jitter: float = 0.0) -> None:
-        self._env, self.jitter = env, jitter
-        env.expert()
-        self.asked: list[Tensor] = []
-        """The actions asked for, step by step."""
-
-    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Carry nothing."""
-        return ()
-
-    def act(
-        self, percept: Percept, context: Context, noise: Tensor | None = None
-    ) -> tuple[Tensor, Context]:
-        """Do as the program says, disturbed by ``jitter`` times the noise, if there is any."""
-        action = self._env.expert()
-        self.asked.append(action)
-        return action if noise is None else action + self.jitter * noise, context
-
-    def adapt(self, context: Context, episode: Rollout) -> Context:
-        """Learn nothing."""
-        return context
-
-
-class _Recorder:
-    """The buffers of one episode, and which worlds are still in it."""
-
-    def __init__(self, env: Env, record_teacher: bool = False) -> None:
-        self.record_teacher, self._any_world = record_teacher, env.any_world
-        horizon, worlds, zeros = (
-            env.family.horizon,
-            env.worlds,
-            partial(torch.zeros, device=env.device),
-        )
-        self.time, self.living, self._all = 0, True, True
-        self._alive = torch.ones(worlds, dtype=torch.bool, device=env.device)
-        self._obs, self._action = (
-            zeros(horizon, worlds, env.obs_dim),
-            zeros(horizon, worlds, env.act_dim),
-        )
+        horizon = env.family.horizon
+        worlds = env.worlds
+        critic_dim = env.critic_obs().shape[1]
+        self._steps = 0
+        self._obs = zeros(horizon, worlds, env.obs_dim)
+        self._critic_obs = zeros(horizon, worlds, critic_dim)
+        self._action = zeros(horizon, worlds, env.act_dim)
+        self._teacher_action = zeros(horizon, worlds, env.act_dim if record_teacher else 0)
         self._reward = zeros(horizon, worlds)
-        self._flags = zeros(3, horizon, worlds, dtype=torch.bool)
-        self._final_obs, self._faulted = zeros(worlds, env.obs_dim), zeros(worlds, dtype=torch.bool)
-        self._final_critic_obs = torch.zeros_like(env.critic_obs())
-        self._critic_obs = zeros(horizon, *self._final_critic_obs.shape)
-        self._advice = zeros(horizon, worlds, env.act_dim if record_teacher else 0)
+        self._terminated = zeros(horizon, worlds, dtype=torch.bool)
+        self._truncated = zeros(horizon, worlds, dtype=torch.bool)
+        self._valid = zeros(horizon, worlds, dtype=torch.bool)
+        self._final_obs = zeros(worlds, env.obs_dim)
+        self._final_critic_obs = zeros(worlds, critic_dim)
+        self._faulted = zeros(worlds, dtype=torch.bool)
         self._terms: dict[str, Tensor] = {}
-
-    @property
-    def awake(self) -> Tensor | None:
-        """Which worlds are still in the episode; None if all are."""
-        return None if self._all else self._alive
-
-    def kept(self, new: Iterable[Tensor], old: Iterable[Tensor]) -> Iterable[Tensor]:
-        """Take what is new in the living worlds, what was in the others."""
-        return (
-            new if self._all else (_where(self._alive, a, b) for a, b in zip(new, old, strict=True))
-        )
 
     def record(
         self,
-        percept: Percept,
+        t: int,
+        active: Tensor,
+        obs: Tensor,
         critic_obs: Tensor,
         teacher_action: Tensor | None,
         action: Tensor,
-        step: StepResult,
+        result: StepResult,
     ) -> None:
-        """Write down one step: what was seen, record_teacher, done and got."""
-        t = self.time
-        self._obs[t], self._action[t], self._reward[t] = percept.obs, action, step.reward
-        self._flags[0, t], self._flags[1, t], self._flags[2, t] = (
-            step.terminated,
-            step.truncated,
-            self._alive,
-        )
-        for name, term in step.terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + term * self._alive
+        """Record step ``t``: what was observed before it, the action, and what it led to.
+
+        Rows of worlds that are not ``active`` ``(world,)`` are padding.
+        """
+        self._steps = t + 1
+        self._obs[t] = obs
         self._critic_obs[t] = critic_obs
+        self._action[t] = action
         if teacher_action is not None:
-            self._advice[t] = teacher_action
-        final = (step.final_obs, step.final_critic_obs)
-        self._final_obs, self._final_critic_obs = self.kept(
-            final, (self._final_obs, self._final_critic_obs)
-        )
-        self._faulted |= step.faulted & self._alive
-        self.time += 1
-        ended = step.terminated | step.truncated
-        if self._any_world(ended):
-            self._alive &= ~ended
-            self._all, self.living = (
-                False,
-                self.time < len(self._reward) and self._any_world(self._alive),
-            )
+            self._teacher_action[t] = teacher_action
+        self._reward[t] = result.reward
+        self._terminated[t] = result.terminated
+        self._truncated[t] = result.truncated
+        self._valid[t] = active
+
+        self._final_obs = _where(active, result.final_obs, self._final_obs)
+        self._final_critic_obs = _where(active, result.final_critic_obs, self._final_critic_obs)
+        self._faulted |= result.faulted
+        for name, term in result.terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term * active
 
     def rollout(self) -> Rollout:
-        """Return the episode, cut to the steps some world lived."""
-        lived = slice(0, self.time)
-        terminated, truncated, valid = self._flags[:, lived]
+        """Return the episode, cut to the steps that were taken in any world."""
+        taken = slice(0, self._steps)
         return Rollout(
-            obs=self._obs[lived],
-            action=self._action[lived],
-            reward=self._reward[lived] * valid,
-            terminated=terminated & valid,
-            truncated=truncated & valid,
-            valid=valid,
+            obs=self._obs[taken],
+            action=self._action[taken],
+            reward=self._reward[taken] * self._valid[taken],
+            terminated=self._terminated[taken],
+            truncated=self._truncated[taken],
+            valid=self._valid[taken],
             final_obs=self._final_obs,
-            critic_obs=self._critic_obs[lived],
+            critic_obs=self._critic_obs[taken],
             final_critic_obs=self._final_critic_obs,
             faulted=self._faulted,
-            teacher_action=self._advice[lived],
+            teacher_action=self._teacher_action[taken],
             terms={k: v.float() for k, v in self._terms.items()},
         )
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Choose by a mask over the first axis."""
     return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+class ExpertAgent:
+    """A family's scripted expert as an agent: it reads the task and the state from the environment.
+
+    Args:
+        env: The environment it will act in.
+        jitter: Standard deviation of the noise on its actions, where exploration is on.
+
+    Raises:
+        MetarobotError: The family has no expert.
+    """
+
+    privileged = False
+    explores = False
+
+    def __init__(self, env: Env, jitter: float = 0.0) -> None:
+        self._env = env
+        self.jitter = jitter
+        env.expert()
+        self.asked: list[Tensor] = []
+        """The expert's actions ``(world, act)`` before the noise, step by step."""
+
+    def begin(self, worlds: int, task: Tensor | None = None) -> Context:
+        """Return an empty context."""
+        return ()
+
+    def act(
+        self, percept: Percept, context: Context, noise: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """Return the expert's action ``(world, act)``, plus ``jitter`` times the noise, if any."""
+        action = self._env.expert()
+        self.asked.append(action)
+        return action if noise is None else action + self.jitter * noise, context
+
+    def adapt(self, context: Context, episode: Rollout) -> Context:
+        """Return the context unchanged."""
+        return context

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env, StepResult
 from metarobot.tasks.distributions import Uniform
 from metarobot.tasks.family import Family, families
@@ -24,7 +25,7 @@ def small(
 ) -> Env:
     """A few worlds of a family, each on a task of its own."""
     family = families.get(name)
-    family = replace(family, horizon=horizon or family.horizon, **changes)
+    family = family.replace(horizon=horizon or family.horizon, **changes)
     return Env(family, family.space.sample("train", worlds, 0), seed=seed, threads=threads)
 
 
@@ -34,7 +35,9 @@ def actions(env: Env, steps: int, seed: int = 0) -> torch.Tensor:
 
 
 def roll(env: Env, steps: int, seed: int = 0) -> list[StepResult]:
-    return [env.step(a) for a in actions(env, steps, seed)]
+    """Steps under random actions; a world whose episode ends starts the next one."""
+    stepped = AutoresetEnv(env)
+    return [stepped.step(a) for a in actions(env, steps, seed)]
 
 
 def same(a: StepResult, b: StepResult, worlds: Sequence[int] | slice = slice(None)) -> bool:
@@ -177,9 +180,8 @@ def test_a_world_does_not_depend_on_how_many_others_there_are() -> None:
     tasks = family.space.sample("train", 6, 0)
     many, few = Env(family, tasks, threads=1), Env(family, tasks[:2], threads=1)
     for row in actions(many, 25):
-        assert same(many.step(row), few.step(row[:2]), slice(0, 2)) or pytest.fail(
-            "the other worlds were felt"
-        )
+        a, b = AutoresetEnv(many).step(row), AutoresetEnv(few).step(row[:2])
+        assert same(a, b, slice(0, 2)) or pytest.fail("the other worlds were felt")
 
 
 def test_actions_are_clipped_to_the_actuators_range() -> None:
@@ -213,7 +215,7 @@ def test_each_world_is_reset_on_its_own_and_shows_its_last_observation_first() -
     env = small("CheetahVel", worlds=6, horizon=40, terminate=fallen)
     alone, ended_at = [], set()
     for t, action in enumerate(actions(env, 40)):
-        step = env.step(action)
+        step = AutoresetEnv(env).step(action)
         ended = step.terminated | step.truncated
         assert torch.equal(ended, env.elapsed == 0)
         assert torch.equal(step.obs[~ended], step.final_obs[~ended])
@@ -259,7 +261,7 @@ def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(
         ours = row.clone()
         if t == 5:
             harm(harmed, ours)
-        expected, step = sound.step(row), harmed.step(ours)
+        expected, step = AutoresetEnv(sound).step(row), AutoresetEnv(harmed).step(ours)
         assert same(expected, step, [0, 2])
         assert not expected.faulted.any()
         assert step.faulted.tolist() == [False, t == 5, False]
@@ -278,11 +280,11 @@ def test_a_faulted_world_starts_its_next_episode_as_if_nothing_had_happened() ->
     sound, harmed = small("CheetahVel", horizon=6), small("CheetahVel", horizon=6)
     rows = actions(sound, 12)
     for row in rows[:6]:
-        sound.step(row)
+        AutoresetEnv(sound).step(row)
     for t, row in enumerate(rows[:6]):
         if t == 5:
             nan_action(harmed, row)
-        harmed.step(row)
+        AutoresetEnv(harmed).step(row)
     for row in rows[6:]:
         assert same(sound.step(row), harmed.step(row))
 
@@ -315,16 +317,39 @@ def test_some_worlds_can_be_given_new_tasks() -> None:
 def test_resampling_draws_a_new_task_at_each_autoreset() -> None:
     family = replace(families.get("CheetahTerrain"), horizon=4)
     pool = family.space.sample("train", 20, 1)
-    env = Env(
-        family, pool[:2], threads=1, resample=lambda world, episode: pool[2 * episode + world]
-    )
+    env = Env(family, pool[:2], threads=1)
+    stepped = AutoresetEnv(env, next_task=lambda world, episode: pool[2 * episode + world])
     for episode in range(1, 4):
-        roll(env, 4)
+        for action in actions(env, 4):
+            stepped.step(action)
         assert env.tasks == pool[2 * episode : 2 * episode + 2]
         assert env.task_values["payload"].tolist() == [t["payload"] for t in env.tasks]
         assert [
             env.sim.snapshot(i)[0].body("payload").mass[0] for i in range(2)
         ] == env.task_values["payload"].tolist()
+
+
+def test_a_world_whose_episode_is_over_stays_where_it_is_until_it_is_restarted() -> None:
+    env = small("CheetahVel", worlds=6, horizon=15, terminate=fallen)
+    last: list[torch.Tensor | None] = [None] * 6
+    for action in actions(env, 20):
+        waiting, qpos = env.over.clone(), env.state.qpos.clone()
+        step = env.step(action)
+        assert torch.equal(step.obs, step.final_obs)
+        assert torch.equal(env.state.qpos[waiting], qpos[waiting])
+        assert not ((step.terminated | step.truncated | step.faulted) & waiting).any()
+        for i in torch.nonzero(step.terminated | step.truncated)[:, 0].tolist():
+            last[i] = step.obs[i]
+    assert env.over.all()
+    assert len(set(env.elapsed.tolist())) > 1
+    assert torch.equal(step.obs, torch.stack(last))
+    fresh = small("CheetahVel", worlds=6, horizon=15).restart(1)
+    obs = env.restart_worlds([1, 4])
+    assert torch.equal(obs[[1, 4]], fresh[[1, 4]])
+    assert torch.equal(obs[[0, 2, 3, 5]], step.obs[[0, 2, 3, 5]])
+    assert env.over.tolist() == [True, False, True, True, False, True]
+    assert torch.equal(env.restart(1), fresh)
+    assert not env.over.any()
 
 
 def test_the_number_of_an_episode_decides_its_start() -> None:

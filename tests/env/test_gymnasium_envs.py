@@ -89,7 +89,7 @@ def test_a_family_registered_at_run_time_gets_its_id_too():
         register()
         assert gymnasium.make("metarobot/GymTestTumbler-v0").reset(seed=0)
     finally:
-        del families._things["GymTestTumbler"], gymnasium.registry["metarobot/GymTestTumbler-v0"]
+        del families._items["GymTestTumbler"], gymnasium.registry["metarobot/GymTestTumbler-v0"]
 
 
 def test_the_task_is_an_option_and_is_told():
@@ -191,8 +191,9 @@ def test_an_episode_ends_with_its_last_observation_and_needs_a_reset():
         assert (terminated, truncated) == (False, t == 11)
     # positions moved by less than a step's worth: no reset hides in between
     assert np.abs(obs[:8] - last[:8]).max() < 2.0
-    start = env.env.family.observe(env.env.state)[0].numpy()
-    assert not np.array_equal(obs, start)
+    # the world stays there until the reset
+    assert np.array_equal(obs, env.env.family.observe(env.env.state)[0].numpy())
+    assert env.env.elapsed.tolist() == [12]
     with pytest.raises(ResetNeeded, match="reset"):
         env.step(np.zeros(6))
 

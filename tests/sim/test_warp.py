@@ -89,7 +89,7 @@ def test_warp_moves_as_the_cpu_does(name: str) -> None:
         if i == 0:
             assert apart(cpu, device) < ONE.get(name, 1e-5)
     assert apart(cpu, device) < FIFTY.get(name, 1e-3)
-    assert not device.lost()
+    assert not device.overflows()
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -148,13 +148,13 @@ def test_broken_physics_of_one_world_is_seen_there_and_harms_no_other() -> None:
 def test_an_overflow_is_counted_and_ends_the_episode() -> None:
     name = "QuadrupedDamage"
     env = Env(families.get(name), tasks(name), threads=1)
-    sim = WarpSim(models(name), room=BufferSizes(contacts=16, constraints=3))
+    sim = WarpSim(models(name), buffer_sizes=BufferSizes(contacts=16, constraints=3))
     low = env.state.qpos.clone()
     low[:, 2] = 0.2
     sim.reset(low, env.state.qvel)
     assert sim.step(1).all()
-    assert sim.lost() == {"NEFC": 3}
-    assert sim.lost() == {}
+    assert sim.overflows() == {"NEFC": 3}
+    assert sim.overflows() == {}
 
 
 @cache
@@ -163,7 +163,7 @@ def measured() -> BufferSizes:
 
 
 def world(family: Any, drawn: Sequence[Task], seed: int = 0) -> DeviceEnv:
-    return DeviceEnv(family, drawn, device=DEVICE, seed=seed, room=measured())
+    return DeviceEnv(family, drawn, device=DEVICE, seed=seed, buffer_sizes=measured())
 
 
 def test_a_whole_trial_is_lived_on_the_device_and_the_same_call_gives_the_same_bits() -> None:
@@ -199,7 +199,7 @@ def test_a_world_whose_physics_broke_waits_at_a_start_and_is_counted() -> None:
     assert step.terminated.tolist() == [False, True, False]
     assert step.reward[1] == 0
     assert step.obs.isfinite().all()
-    assert torch.equal(env.state.qpos[1], env._rest[0][1])
+    assert torch.equal(env.state.qpos[1], env._parking[0][1])
     assert env.restart(1).isfinite().all()
 
 
