@@ -1,1 +1,1 @@
-"""Speed and memory, measured."""
+"""Speed and memory: what an environment and an agent reach, beside what they could reach."""

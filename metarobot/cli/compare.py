@@ -1,4 +1,4 @@
-"""The command line of comparisons: agents with each other, and speeds with what they could be."""
+"""``metarobot compare``: agents with each other, at equal steps and seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tyro.conf import Positional
 
 from metarobot.cli.progress import bar
-from metarobot.errors import MetarobotError
 
 if TYPE_CHECKING:
     from metarobot.evaluation.compare import Job, PlanETA
@@ -148,95 +147,3 @@ class PlanBar:
         if not self._live and time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()
             self.say(line)
-
-
-def bench(
-    what: Positional[Literal["sim", "maml", "pearl", "agents", "memory"]],
-    family: Positional[str] = "",
-    /,
-    worlds: int | None = None,
-    seconds: float = 10.0,
-    threads: int = 0,
-    sim: str = "cpu",
-    device: str = "cpu",
-    json: Path | None = None,
-) -> None:
-    """Measure the speed of an environment against the bare physics engine, of an agent's learning,
-    or of sampling.
-
-    Args:
-        what: sim, the environment's step loop with a model of its own in each world; maml, the
-            sampling, inner step
-            and outer update of MAML-TRPO, and the same with a Python loop over tasks; pearl, its
-            gradient steps
-            against their bare matrix products, and its sampling against RL²'s; agents, how fast
-            each kind lives
-            its trials, against RL²; or memory, with ``--sim warp``: what ever more worlds take,
-            with RL² in them.
-        family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
-        worlds: Number of worlds; if not given 512 for sim, 800, 40 tasks of 20 rollouts, for maml,
-            64 for the others.
-        seconds: How long to measure, at least.
-        threads: CPU threads; 0 takes all there are.
-        sim: What simulates for sim, cpu or warp.
-        device: Where Warp simulates, cpu or cuda.
-        json: Where to write the figures.
-    """
-    from metarobot.bench import cpu_speed as compare_runs
-    from metarobot.evaluation import tables
-    from metarobot.files import write_json
-    from metarobot.tasks.family import families as registry
-
-    if sim == "warp" or what == "memory":
-        _bench_device(what, family or "CheetahVel", worlds, seconds, sim, device, json)
-        return
-    run, show, usual, size = {
-        "sim": (compare_runs.bench_sim, tables.sim, "CheetahVel", 512),
-        "maml": (compare_runs.bench_maml, tables.maml, "CheetahDir100", 800),
-        "pearl": (compare_runs.bench_pearl, tables.pearl, "CheetahVel", 64),
-        "agents": (compare_runs.bench_agents, tables.sampling, "CheetahVel", 64),
-    }[what]
-    chosen = registry.get(family or usual)
-    report = run(
-        chosen, worlds=size if worlds is None else worlds, seconds=seconds, threads=threads
-    )
-    show(report)
-    if json is not None:
-        write_json(json, report)
-
-
-def _bench_device(
-    what: str,
-    family: str,
-    worlds: int | None,
-    seconds: float,
-    sim: str,
-    device: str,
-    json: Path | None,
-) -> None:
-    from metarobot.evaluation import tables
-    from metarobot.files import write_json
-    from metarobot.tasks.family import families as registry
-
-    if what not in ("sim", "memory") or sim != "warp":
-        raise MetarobotError(
-            f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory"
-        )
-    from metarobot.bench import device_speed as compare_runs
-
-    if what == "sim":
-        report = compare_runs.bench_device(
-            registry.get(family),
-            worlds=8192 if worlds is None else worlds,
-            seconds=seconds,
-            device=device,
-        )
-        tables.sim(report)
-        tables.physics(report)
-    else:
-        report = compare_runs.bench_memory(
-            registry.get(family), worlds=2**20 if worlds is None else worlds, device=device
-        )
-        tables.memory(report)
-    if json is not None:
-        write_json(json, report)

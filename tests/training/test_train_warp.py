@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import run
 
+from metarobot.env.factory import SIMS
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
 from metarobot.learning.optimiser_state import move_to_device
@@ -25,7 +26,8 @@ from metarobot.training.train import reopen_run, start_run, train
 
 pytest.importorskip("mujoco_warp")
 
-from metarobot.bench.device_speed import bench_device, bench_memory
+from metarobot.bench.device_memory import bench_memory
+from metarobot.bench.device_speed import bench_device
 
 SMALL = {"worlds": 4, "minibatches": 2, "epochs": 1, "width": 8}
 
@@ -54,11 +56,11 @@ def test_a_run_on_warp_is_resumed_bit_for_bit(
     assert train(whole, show=False)
     broken = short(start_run(config(), small, tmp_path / "broken"))
     with monkeypatch.context() as m:
-        real, calls = module.save, iter([None])
-        m.setattr(module, "save", lambda *a: (next(calls), real(*a)))
+        real, calls = module.save_checkpoint, iter([None])
+        m.setattr(module, "save_checkpoint", lambda *a: (next(calls), real(*a)))
         with pytest.raises(StopIteration):
             train(broken, show=False)
-    assert train(short(open_run(broken.folder)), resume=True, show=False)
+    assert train(short(open_run(broken.folder)), show=False)
     assert digest(broken.folder) == digest(whole.folder)
     assert [row["sim/lost_contacts"] for row in read_metrics(whole.folder / "metrics.jsonl")] == [
         0.0,
@@ -73,7 +75,7 @@ def test_a_run_moves_between_simulators_and_that_is_said(tmp_path: Path) -> None
     assert train(short(start_run(config(24, "cpu"), small, out)), show=False)
     for steps, sim in ((48, "warp"), (72, ""), (96, "cpu")):
         made = reopen_run(config(steps, sim), small, out, said.append)
-        assert train(short(made), resume=True, show=False)
+        assert train(short(made), show=False)
         assert made.config["sim"] == (sim or "warp")
     goes = "goes on with {} physics and learning on cpu, after {} physics and learning on cpu: other roundings"
     assert [line for line in said if line.startswith("goes")] == [
@@ -91,14 +93,14 @@ def test_tasks_with_models_of_their_own_are_dealt_from_a_pool_keyed_by_the_seed(
         worlds.make_task_source(family, 4, 2, seed=s, sim="warp", device="cpu", pool=5, threads=1)
         for s in (0, 1)
     )
-    dealt = [one.deal(i) for i in range(8)]
+    dealt = [one.sample_tasks(i) for i in range(8)]
     assert len({t for tasks in dealt for t in tasks}) == 5
-    assert one.deal(3) == dealt[3]
-    assert not set(other.deal(0)) & {t for tasks in dealt for t in tasks}
-    known = len(one.env.sim._library._kept)
+    assert one.sample_tasks(3) == dealt[3]
+    assert not set(other.sample_tasks(0)) & {t for tasks in dealt for t in tasks}
+    known = len(one.env.sim._library._models)
     for tasks in dealt[:2]:
         one.env.set_tasks([t for t in tasks for _ in range(2)])
-    assert len(one.env.sim._library._kept) == known
+    assert len(one.env.sim._library._models) == known
     assert torch.equal(one.env._values, family.space.values(one.env.tasks).float())
 
 
@@ -107,7 +109,7 @@ def test_more_tasks_than_the_pool_holds_are_dealt_evenly() -> None:
     where = worlds.make_task_source(
         family, 7, 1, seed=0, sim="warp", device="cpu", pool=3, threads=1
     )
-    _, counts = np.unique([str(t.values) for t in where.deal(0)], return_counts=True)
+    _, counts = np.unique([str(t.values) for t in where.sample_tasks(0)], return_counts=True)
     assert sorted(counts) == [2, 2, 3]
 
 
@@ -115,9 +117,9 @@ def test_tasks_that_share_a_model_are_drawn_as_on_the_cpu() -> None:
     family = families.get("CheetahVel")
     sims = [
         worlds.make_task_source(family, 3, 1, seed=2, sim=s, device="cpu", pool=0, threads=1)
-        for s in worlds.SIMS
+        for s in SIMS
     ]
-    assert sims[0].deal(5) == sims[1].deal(5)
+    assert sims[0].sample_tasks(5) == sims[1].sample_tasks(5)
 
 
 @pytest.mark.parametrize(
