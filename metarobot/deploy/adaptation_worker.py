@@ -1,10 +1,11 @@
-"""Adaptation on the robot, for agents that adapt between episodes: a process beside the controller,
-with torch in it.
+"""Adapt an agent to logged episodes, in a process of its own beside the controller.
 
 ``python -m metarobot.deploy.adaptation_worker RUN LOG.npz OUT.npz`` reads the rollouts that a robot
-has lived and the context they were lived with, lets the run's agent adapt to them as it does in
-evaluation, and writes the new context, or why it must not be used.
-``metarobot.bridge.adaptation_client`` is the controller's end, and says what the files hold.
+has collected and the context they were collected with. The run's agent adapts to them exactly as it
+does in evaluation. The new context is written to OUT, or the reason why there is none.
+
+This process needs torch; the controller does not. ``metarobot.bridge.adaptation_client`` is the
+controller's end, and documents what the two files hold.
 """
 
 from __future__ import annotations
@@ -22,138 +23,182 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
-from metarobot.bridge.adaptation_client import CONTEXT, FAR, KL, REASON
+from metarobot.bridge.adaptation_client import CONTEXT_PREFIX, DEFAULT_KL_BOUND, KL_KEY, REASON_KEY
 from metarobot.errors import MetarobotError
 from metarobot.files import atomic_path
-from metarobot.learning.agent_interface import Context, agents
+from metarobot.learning.agent_interface import Context, MeasuresDivergence, agents
 from metarobot.training.run_folder import open_run
 from metarobot.types import Percept, Rollout
 
+NICENESS = 10
+"""Lowers this process's priority: the controller comes first."""
 
-class AdaptingError(MetarobotError):
-    """A log that does not fit the agent, or a change that is too large to trust."""
+
+class AdaptationError(MetarobotError):
+    """A log that does not fit the agent, or an adaptation that must not be used."""
 
 
-def rollout(log: Mapping[str, Any]) -> Rollout:
-    """Make an episode of what a robot lived, its rollouts side by side."""
-    got: dict[str, Any] = {
-        k: torch.from_numpy(np.asarray(log[k])) for k in ("obs", "action", "reward", "final_obs")
+def rollout_from_log(log: Mapping[str, Any]) -> Rollout:
+    """Build a ``Rollout`` of a log's arrays; its rollouts become the world axis.
+
+    Args:
+        log: ``obs``, ``action``, ``reward``, ``terminated``, ``truncated``, ``valid`` with leading
+            axes ``(time, rollout)``, and ``final_obs`` ``(rollout, obs)``.
+
+    Raises:
+        KeyError: An array is missing.
+    """
+    values: dict[str, Any] = {
+        name: torch.from_numpy(np.asarray(log[name]))
+        for name in ("obs", "action", "reward", "final_obs")
     }
     flags: dict[str, Any] = {
-        k: torch.from_numpy(np.asarray(log[k])).bool() for k in ("terminated", "truncated", "valid")
+        name: torch.from_numpy(np.asarray(log[name])).bool()
+        for name in ("terminated", "truncated", "valid")
     }
-    time, worlds = got["reward"].shape
-    nothing = torch.zeros(time, worlds, 0)
+    steps, worlds = values["reward"].shape
+
+    # a robot has neither a critic's observation nor a teacher
+    empty = torch.zeros(steps, worlds, 0)
     return Rollout(
-        **got,
+        **values,
         **flags,
-        critic_obs=nothing,
-        final_critic_obs=nothing[0],
+        critic_obs=empty,
+        final_critic_obs=empty[0],
         faulted=torch.zeros(worlds, dtype=torch.bool),
-        teacher_action=nothing,
+        teacher_action=empty,
     )
 
 
 @torch.no_grad()
 def divergence(agent: Any, old: Context, new: Context, episode: Rollout) -> float:
-    """Return the mean KL divergence of the new policy from the old one, on the states of an
-    episode.
+    """Return the mean KL divergence of the new policy from the old one on an episode's states.
 
-    Of agents that do not know it themselves: half the squared change of the action at an episode's
-    first step, when they take in what they adapted to, as if they acted with noise of deviation 1.
+    An agent that does not declare ``MeasuresDivergence`` is treated as if it acted with Gaussian
+    noise of standard deviation 1: KL = |μ_new − μ_old|² / 2, where μ is its action at an episode's
+    first step, at which it uses what it adapted to.
     """
-    if hasattr(agent, "divergence"):
-        return float(agent.divergence(new[0][0], _only(agent.batch(old[0], episode))))
+    if isinstance(agent, MeasuresDivergence):
+        batch = _first_task(agent.batch(old[0], episode))
+        return float(agent.divergence(new[0][0], batch))
+
     rows = episode.valid.nonzero(as_tuple=True)
     obs = episode.obs[rows]
-    zeros = torch.zeros(len(obs))
-    percept = Percept(obs, torch.zeros_like(episode.action[rows]), zeros, zeros + 1, zeros)
-    before, after = (
-        agent.act(percept, tuple(x.expand(len(obs), *x.shape[1:]) for x in c))[0]
-        for c in (old, new)
+    count = len(obs)
+    percept = Percept(
+        obs=obs,
+        action=torch.zeros_like(episode.action[rows]),
+        reward=torch.zeros(count),
+        done=torch.ones(count),
+        first=torch.zeros(count),
     )
-    return float(0.5 * (after - before).square().sum(-1).mean())
+
+    # the context of the one task, once for each state
+    old_context = tuple(x.expand(count, *x.shape[1:]) for x in old)
+    new_context = tuple(x.expand(count, *x.shape[1:]) for x in new)
+    old_action, _ = agent.act(percept, old_context)
+    new_action, _ = agent.act(percept, new_context)
+    return float(0.5 * (new_action - old_action).square().sum(-1).mean())
 
 
-def _only(batch: Any) -> Any:
-    """Return the batch of the only task."""
+def _first_task(batch: Any) -> Any:
+    """Return a batch, a named tuple of tensors ``(task, ...)``, without its task axis."""
     return type(batch)(*(x[0] for x in batch))
 
 
-def adapt(run: str, log: Mapping[str, Any], bound: float) -> tuple[Context, float]:
-    """Return the context that the run's agent comes to, and how far it is from the old one; refuse
-    what is too far.
+def adapt(run_name: str, log: Mapping[str, Any], max_kl: float) -> tuple[Context, float]:
+    """Return the context to which the run's agent adapts, and its KL divergence from the old one.
+
+    Args:
+        run_name: Run folder, or name of a trained agent in the box.
+        log: Arrays as for ``rollout_from_log``, and the tensors of the old context.
+        max_kl: Largest mean KL divergence of the new policy from the old one.
+
+    Raises:
+        AdaptationError: The log does not fit the agent, there was nothing to learn from, or the new
+            context is not finite or too far from the old one.
     """
-    opened = open_run(run)
-    if agents.get(opened.agent).imitates:
-        raise AdaptingError(f"{opened.agent} adapts to demonstrations, not to what it lived itself")
-    agent = opened.load_agent()
+    run = open_run(run_name)
+    if agents.get(run.agent).imitates:
+        raise AdaptationError(f"{run.agent} adapts to demonstrations, not to its own episodes")
+    agent = run.load_agent()
+
+    initial = agent.begin(1)
     old = tuple(
-        torch.from_numpy(np.asarray(log[f"{CONTEXT}{i}"])) for i in range(len(agent.begin(1)))
+        torch.from_numpy(np.asarray(log[f"{CONTEXT_PREFIX}{i}"])) for i in range(len(initial))
     )
-    episode = rollout(log)
-    _check(agent, old, episode)
+    episode = rollout_from_log(log)
+    _check_context_shapes(old, initial)
+
     new = agent.adapt(old, episode)
     if not all(bool(x.isfinite().all()) for x in new):
-        raise AdaptingError("adapting diverged: the new context is not finite")
+        raise AdaptationError("adapting diverged: the new context is not finite")
+    # an agent that finds no valid rollout, or whose step diverged, returns the old context
     if all(torch.equal(a, b) for a, b in zip(new, old, strict=True)):
-        raise AdaptingError(
+        raise AdaptationError(
             "there was nothing to learn from: no rollout is whole and finite, or its step diverged"
         )
+
     kl = divergence(agent, old, new, episode)
-    if not kl <= bound:
-        raise AdaptingError(
-            f"the new policy is a KL divergence of {kl:.3g} from the old one, more than {bound:g}"
+    # not "kl > max_kl": NaN must be refused too
+    if not kl <= max_kl:
+        raise AdaptationError(
+            f"the new policy is a KL divergence of {kl:.3g} from the old one, more than {max_kl:g}"
         )
     return new, kl
 
 
-def _check(agent: Any, old: Context, episode: Rollout) -> None:
-    """Refuse a log of another agent."""
-    begin = agent.begin(1)
-    shapes = [(tuple(x.shape), tuple(y.shape)) for x, y in zip(old, begin, strict=True)]
-    if any(given != wanted for given, wanted in shapes):
-        raise AdaptingError(
-            f"the log's context is of shapes {[a for a, _ in shapes]}, not {[b for _, b in shapes]}"
+def _check_context_shapes(given: Context, expected: Context) -> None:
+    """Raise if a log's context has other shapes than the agent's: it is another agent's log."""
+    given_shapes = [tuple(x.shape) for x in given]
+    expected_shapes = [tuple(x.shape) for x in expected]
+    if given_shapes != expected_shapes:
+        raise AdaptationError(
+            f"the log's context is of shapes {given_shapes}, not {expected_shapes}"
         )
 
 
 def main(
-    run: Positional[str], log: Positional[Path], out: Positional[Path], /, kl: float = FAR
+    run: Positional[str],
+    log: Positional[Path],
+    out: Positional[Path],
+    /,
+    kl: float = DEFAULT_KL_BOUND,
 ) -> None:
-    """Adapt a run's agent to what a robot has lived.
+    """Adapt a run's agent to the episodes that a robot has collected.
 
     Args:
         run: Run folder, or trained agent in the box.
         log: Rollouts and context, as the controller wrote them.
-        out: Where to write the new context, or why there is none.
+        out: Where to write the new context, or the reason why there is none.
         kl: Largest mean KL divergence of the new policy from the old one.
     """
     if not (kl > 0 and math.isfinite(kl)):
-        raise AdaptingError(f"kl must be a positive number, not {kl:g}")
+        raise AdaptationError(f"kl must be a positive number, not {kl:g}")
+
+    result: dict[str, Any]
     try:
         with np.load(log, allow_pickle=False) as archive:
             arrays = dict(archive)
-        new, far = adapt(run, arrays, kl)
-        result: dict[str, Any] = {f"{CONTEXT}{i}": _plain(x) for i, x in enumerate(new)} | {
-            KL: np.float64(far)
-        }
+        context, found_kl = adapt(run, arrays, kl)
+        result = {f"{CONTEXT_PREFIX}{i}": _to_numpy(x) for i, x in enumerate(context)}
+        result[KL_KEY] = np.float64(found_kl)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as e:
-        result = {
-            REASON: np.array(f"the log is not one to adapt to: {' '.join(repr(e).split())[:200]}")
-        }
+        message = " ".join(repr(e).split())[:200]
+        result = {REASON_KEY: np.array(f"the log is not one to adapt to: {message}")}
     except MetarobotError as e:
-        result = {REASON: np.array(str(e))}
+        result = {REASON_KEY: np.array(str(e))}
+
     with atomic_path(out) as temporary, temporary.open("wb") as file:
         np.savez(file, **result)
 
 
-def _plain(x: Tensor) -> Any:
+def _to_numpy(x: Tensor) -> Any:
     return x.detach().numpy()
 
 
 if __name__ == "__main__":
-    os.nice(10)  # the controller comes first
+    os.nice(NICENESS)
     torch.set_num_threads(1)
     try:
         tyro.cli(main, prog="python -m metarobot.deploy.adaptation_worker")

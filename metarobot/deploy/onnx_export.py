@@ -1,9 +1,26 @@
-"""From a trained agent to a policy folder: ONNX with explicit state, JSON, and a check that both
-bodies act alike.
+"""Export a trained agent to a policy folder: an ONNX model, its metadata, and a parity check.
 
-The model's inputs are what a percept holds, in physical units, and the agent's context; its outputs
-are the action and the context after it. What the agent does not read is no input. The metadata of
-the file and ``policy.json`` hold the keys that mjlab's robots read
+One step of the agent becomes a function without hidden state. Its inputs are the fields of
+``metarobot.types.Percept``, the agent's context, and exploration noise; its outputs are the action
+and the context after the step. All are float32 with a leading axis of 1, in physical units: the
+observation normaliser is inside the model.
+
+==============  ==================  ==============================================================
+ONNX input      field of Percept    shape
+==============  ==================  ==============================================================
+``obs``         ``obs``             ``(1, obs)``
+``action_in``   ``action``          ``(1, act)``
+``reward_in``   ``reward``          ``(1, 1)``; ``(1,)`` in ``Percept``
+``done_in``     ``done``            ``(1, 1)``; ``(1,)`` in ``Percept``
+``first_in``    ``first``           ``(1, 1)``; ``(1,)`` in ``Percept``
+``NAME_in``     (context)           ``(1, ...)``, one for each tensor of the context
+``noise_in``    (argument of act)   ``(1, noise)``, only for agents that explore
+==============  ==================  ==============================================================
+
+An input that the agent does not read is left out of the model. The outputs are ``actions`` and
+``NAME_out`` for each tensor of the context that acting changes.
+
+The metadata of the ONNX file and ``policy.json`` hold the keys that mjlab's robots read
 (https://github.com/mujocolab/mjlab), at full precision, and what a trial is.
 """
 
@@ -23,11 +40,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarobot.bridge.policy.metadata import ABOUT, FORMAT, KIND, MODEL
+from metarobot.bridge.policy.metadata import FORMAT, KIND, METADATA_FILE, MODEL_FILE
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.files import atomic_folder, write_json
-from metarobot.learning.agent_interface import Context, agents
+from metarobot.learning.agent_interface import Context, DrawsNoise, NamesContext, agents
 from metarobot.learning.meta_gradient import loop_over_tasks
 from metarobot.tasks.family import Family, Hardware
 from metarobot.training.collect import collect
@@ -37,12 +54,14 @@ from metarobot.types import Percept, Rollout
 try:
     import onnx
 
-    from metarobot.bridge.policy.onnx_policy import Policy
+    from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 except ImportError as e:
     raise MetarobotError("exporting needs packages: pip install 'metarobot[deploy]'") from e
 
 TOLERANCE = 1e-5
 """Largest difference of an action between torch's agent and the exported one."""
+VERSIONED_PACKAGES = ("metarobot", "torch", "onnx", "onnxscript", "onnxruntime", "mujoco")
+"""Packages whose versions are written to ``policy.json``."""
 
 
 class ExportError(MetarobotError):
@@ -50,17 +69,33 @@ class ExportError(MetarobotError):
 
 
 class AgentStep(nn.Module):
-    """One step of an agent as a function of tensors alone, each ``(1, ...)`` and float32."""
+    """One step of an agent as a function of float32 tensors ``(1, ...)`` alone.
 
-    def __init__(self, agent: Any, context: Context, given: dict[str, Tensor]) -> None:
+    Args:
+        agent: The trained agent.
+        context: Its context at a trial's start.
+        inputs: Example inputs by ONNX name, in the order of the model's inputs: the percept, the
+            context, and ``noise_in`` if the agent explores.
+    """
+
+    def __init__(self, agent: Any, context: Context, inputs: dict[str, Tensor]) -> None:
         super().__init__()
-        self.agent, self.kinds, self.noisy = agent, [c.dtype for c in context], "noise_in" in given
-        shown, noise = list(given.values()), given.get("noise_in")
-        _, after = agent.act(_percept(*shown[:5]), context, noise)
-        self.changes = [
-            i for i, (a, b) in enumerate(zip(after, context, strict=True)) if a is not b
-        ]
-        """Which tensors of the context acting changes."""
+        self.agent = agent
+        self.context_dtypes = [tensor.dtype for tensor in context]
+        self.explores = "noise_in" in inputs
+
+        percept = percept_from_inputs(
+            inputs["obs"],
+            inputs["action_in"],
+            inputs["reward_in"],
+            inputs["done_in"],
+            inputs["first_in"],
+        )
+        _, after = agent.act(percept, context, inputs.get("noise_in"))
+        # an agent that leaves a tensor of its context alone returns that very tensor
+        pairs = zip(after, context, strict=True)
+        self.changes = [i for i, (new, old) in enumerate(pairs) if new is not old]
+        """Indices of the context's tensors that acting changes."""
 
     def forward(
         self,
@@ -69,35 +104,50 @@ class AgentStep(nn.Module):
         reward: Tensor,
         done: Tensor,
         first: Tensor,
-        *rest: Tensor,
+        *context_and_noise: Tensor,
     ) -> Any:
-        """Act; return the action and what of the context has changed."""
-        context = tuple(x.to(kind) for x, kind in zip(rest, self.kinds, strict=False))
-        noise = rest[-1] if self.noisy else None
-        chosen, after = self.agent.act(_percept(obs, action, reward, done, first), context, noise)
+        """Act; return the action and the tensors of the context that have changed."""
+        # noise, if any, comes last and has no dtype here: the shorter list ends the context
+        pairs = zip(context_and_noise, self.context_dtypes, strict=False)
+        context = tuple(tensor.to(dtype) for tensor, dtype in pairs)
+        noise = context_and_noise[-1] if self.explores else None
+
+        percept = percept_from_inputs(obs, action, reward, done, first)
+        chosen, after = self.agent.act(percept, context, noise)
         return (chosen, *(after[i].float() for i in self.changes))
 
 
-def _percept(obs: Tensor, action: Tensor, reward: Tensor, done: Tensor, first: Tensor) -> Percept:
-    return Percept(obs, action, reward[:, 0], done[:, 0], first[:, 0])
+def percept_from_inputs(
+    obs: Tensor, action: Tensor, reward: Tensor, done: Tensor, first: Tensor
+) -> Percept:
+    """Build the percept of the ONNX inputs; the table above gives their correspondence."""
+    return Percept(obs=obs, action=action, reward=reward[:, 0], done=done[:, 0], first=first[:, 0])
 
 
 class ParityCheck:
-    """Torch's agent and the exported one, side by side: shown the same, one of them leads."""
+    """An agent made of two, torch's and the exported one, which must act alike.
+
+    Both get the same percepts; ``exported_leads`` says whose action is sent. It has the methods of
+    ``Agent``, so that ``collect`` can run it.
+    """
 
     privileged = False
 
-    def __init__(self, agent: Any, policy: Policy, *, exported_leads: bool) -> None:
-        self.agent, self.policy, self.exported_leads = agent, policy, exported_leads
+    def __init__(self, agent: Any, policy: OnnxPolicy, *, exported_leads: bool) -> None:
+        self.agent = agent
+        self.policy = policy
+        self.exported_leads = exported_leads
         self.explores = bool(agent.explores)
         self.noise_dim = policy.meta.noise or len(policy.meta.action.names)
-        self.steps, self.largest = 0, 0.0
-        """Steps taken, and the largest difference of an action."""
+        self.steps = 0
+        """Steps taken."""
+        self.largest = 0.0
+        """Largest difference of an action."""
         self.learned = False
-        """Whether anything changed between episodes."""
+        """Whether the context ever changed between episodes."""
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
-        """Begin both."""
+        """Begin a trial with both; the context is that of torch's agent."""
         self.policy.begin()
         context: Context = self.agent.begin(worlds)
         return context
@@ -105,65 +155,91 @@ class ParityCheck:
     def act(
         self, percept: Percept, context: Context, noise: Tensor | None = None
     ) -> tuple[Tensor, Context]:
-        """Let both choose, and raise ``ExportError`` where they are too far apart."""
+        """Choose an action with both.
+
+        Raises:
+            ExportError: The two actions differ by more than ``TOLERANCE``.
+        """
         chosen, after = self.agent.act(percept, context, noise)
-        drawn = None if noise is None else noise[0].numpy()
         self.policy.act(
-            percept.obs[0].numpy(), float(percept.reward[0]), bool(percept.done[0]), drawn
+            percept.obs[0].numpy(),
+            float(percept.reward[0]),
+            bool(percept.done[0]),
+            None if noise is None else noise[0].numpy(),
         )
         exported = torch.from_numpy(self.policy.chosen.copy())[None]
-        apart = float((exported - chosen).abs().max())
-        if not apart <= TOLERANCE:
+
+        difference = float((exported - chosen).abs().max())
+        # not "difference > TOLERANCE": NaN must be refused too
+        if not difference <= TOLERANCE:
             raise ExportError(
-                f"the exported agent's action differs from torch's by {apart:.2g} at step {self.steps} of a trial, "
-                f"more than {TOLERANCE:g}: nothing was exported"
+                f"the exported agent's action differs from torch's by {difference:.2g} "
+                f"at step {self.steps} of a trial, more than {TOLERANCE:g}: nothing was exported"
             )
-        self.steps, self.largest = self.steps + 1, max(self.largest, apart)
+        self.steps += 1
+        self.largest = max(self.largest, difference)
         return (exported if self.exported_leads else chosen), after
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
-        """Adapt torch's agent; the exported one takes over what it learned, as it will on the
-        robot.
-        """
+        """Adapt torch's agent; the exported one adopts its context, as it will on the robot."""
         after: Context = self.agent.adapt(context, episode)
-        if not all(a is b or torch.equal(a, b) for a, b in zip(after, context, strict=True)):
+        pairs = zip(after, context, strict=True)
+        if not all(new is old or torch.equal(new, old) for new, old in pairs):
             self.learned = True
-            self.policy.adopt(
-                {p.name: x.numpy() for p, x in zip(self.policy.meta.context, after, strict=True)}
-            )
+            named = zip(self.policy.meta.context, after, strict=True)
+            self.policy.set_context({tensor.name: value.numpy() for tensor, value in named})
         return after
 
 
 @dataclass(frozen=True)
-class Parity:
-    """What playing side by side found."""
+class ParityResult:
+    """Result of a parity check."""
 
     report: dict[str, Any]
+    """Its entry in ``policy.json``."""
     learned: bool
+    """Whether the agent's context ever changed between episodes."""
 
 
 def parity(
-    agent: Any, policy: Policy, family: Family, *, tasks: int, seed: int, tick: Callable[[], None]
-) -> Parity:
-    """Play whole trials in each of some tasks, led by torch's agent and then by the exported one.
+    agent: Any,
+    policy: OnnxPolicy,
+    family: Family,
+    *,
+    tasks: int,
+    seed: int,
+    tick: Callable[[], None],
+) -> ParityResult:
+    """Run whole trials with torch's agent and the exported one side by side.
 
-    Both are shown the same at each step. Raise ``ExportError`` at the first action that differs by
-    more than ``TOLERANCE``.
+    Args:
+        agent: Torch's agent.
+        policy: The exported one.
+        family: Task family of the trials.
+        tasks: Training tasks to draw; each is run twice, led by either agent.
+        seed: Draws tasks, initial states and noise.
+        tick: Called after each trial.
+
+    Raises:
+        ExportError: An action differs by more than ``TOLERANCE``, or ``tasks`` is below 1.
     """
     if tasks < 1:
         raise ExportError(f"tasks must be at least 1, not {tasks}")
-    steps, largest, learned = 0, 0.0, False
-    drawn, episodes = family.space.sample("train", tasks, seed), policy.meta.trial.episodes
+    drawn = family.space.sample("train", tasks, seed)
+    episodes = policy.meta.trial.episodes
     env = Env(family, drawn[:1], threads=1)
+
+    steps = 0
+    largest = 0.0
+    learned = False
     for task, exported_leads in itertools.product(drawn, (False, True)):
         both = ParityCheck(agent, policy, exported_leads=exported_leads)
         collect(both, env, [task], episodes=episodes, seed=seed, explore=both.explores)
-        steps, largest, learned = (
-            steps + both.steps,
-            max(largest, both.largest),
-            learned or both.learned,
-        )
+        steps += both.steps
+        largest = max(largest, both.largest)
+        learned = learned or both.learned
         tick()
+
     report = {
         "tolerance": TOLERANCE,
         "difference": largest,
@@ -171,56 +247,81 @@ def parity(
         "tasks": tasks,
         "seed": seed,
     }
-    return Parity(report, learned)
+    return ParityResult(report, learned)
 
 
 def count_export_trials(tasks: int) -> int:
-    """Count the ticks of ``export``: the conversion, and the trials played."""
+    """Return how often ``export`` calls ``tick``: for the conversion, and for each trial."""
     return 1 + 2 * tasks
 
 
 def export(
     run: Run, out: Path, *, tasks: int = 3, seed: int = 0, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Write a run's agent to a policy folder; return its metadata.
+    """Write a run's agent to a policy folder, and return its metadata.
 
-    The folder takes its place once all is written and checked; one that was there before and holds
-    a policy gives way.
+    The folder appears once everything is written and checked; a policy folder of that name is
+    replaced.
+
+    Args:
+        run: The trained run.
+        out: Folder to write.
+        tasks: Tasks of the parity check.
+        seed: Draws the parity check's tasks, initial states and noise.
+        tick: Called ``count_export_trials(tasks)`` times.
+
+    Raises:
+        ExportError: ``out`` is something else than a policy folder, the agent is an oracle or has
+            no ONNX form, or the exported agent does not act as torch's does.
     """
-    if out.exists() and not (out / ABOUT).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists and is no policy folder: choose another --out")
+    if out.exists() and not (out / METADATA_FILE).exists():
+        is_empty_folder = out.is_dir() and not any(out.iterdir())
+        if not is_empty_folder:
+            raise ExportError(f"{out} exists and is no policy folder: choose another --out")
     agent = run.load_agent()
     if agent.privileged:
         raise ExportError(f"{run.name} is an oracle: it is shown the task, which no robot can be")
+
     meta = describe(run, agent)
     with atomic_folder(out) as folder, torch.no_grad():
         model, meta = convert(agent, meta)
         tick()
         _write(folder, model, meta)
-        found = parity(agent, Policy.load(folder), run.family, tasks=tasks, seed=seed, tick=tick)
-        if (
-            found.learned and not agents.get(run.agent).imitates
-        ):  # who imitates learns from demonstrations, not here
+
+        # the check runs the files as a robot will load them
+        policy = OnnxPolicy.load(folder)
+        result = parity(agent, policy, run.family, tasks=tasks, seed=seed, tick=tick)
+
+        # an agent that imitates learns from demonstrations, which a robot does not have
+        if result.learned and not agents.get(run.agent).imitates:
             meta["adapts"] = "between"
-        meta["parity"] = found.report
+        meta["parity"] = result.report
         _write(folder, model, meta)
     return meta
 
 
 def describe(run: Run, agent: Any) -> dict[str, Any]:
-    """Return what the metadata say of the agent's family, robot and trial."""
-    family, env = run.family, Env(run.family, run.family.space.sample("train", 1), threads=1)
+    """Return the metadata that do not depend on the ONNX model: family, robot and trial."""
+    family = run.family
+    env = Env(family, family.space.sample("train", 1), threads=1)
     hardware = None if family.deployment.hardware is None else family.deployment.hardware()
-    boxed = run.folder.parent == PRETRAINED_FOLDER
-    packages = ("metarobot", "torch", "onnx", "onnxscript", "onnxruntime", "mujoco")
+
+    is_pretrained = run.folder.parent == PRETRAINED_FOLDER
+    reward = None
+    if hardware is not None and hardware.reward:
+        reward = {**hardware.reward, "weights": dict(family.weights)}
+    noise = 0
+    if agent.explores:
+        noise = int(agent.noise_dim) if isinstance(agent, DrawsNoise) else env.act_dim
+
     return {
         "format": FORMAT,
         "kind": KIND,
         "agent": run.agent,
         "family": family.name,
-        "run_path": run.name if boxed else str(run.folder.resolve()),
-        "versions": {name: version(name) for name in packages},
-        **_joints(hardware),
+        "run_path": run.name if is_pretrained else str(run.folder.resolve()),
+        "versions": {name: version(name) for name in VERSIONED_PACKAGES},
+        **_describe_joints(hardware),
         "observation_names": list(family.observations),
         "control_hz": round(env.control_hz, 9),
         "trial": {
@@ -234,103 +335,137 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
             "high": env.action_high.tolist(),
         },
         "layout": "direct" if hardware is None else "legged",
-        "reward": {**hardware.reward, "weights": dict(family.weights)}
-        if hardware and hardware.reward
-        else None,
+        "reward": reward,
         "explores": bool(agent.explores),
-        "noise": int(getattr(agent, "noise_dim", env.act_dim)) if agent.explores else 0,
+        "noise": noise,
     }
 
 
-def _joints(hardware: Hardware | None) -> dict[str, Any]:
-    """Return the keys that speak of joints, empty for a robot that is not known."""
-    names = (
-        "joint_names",
-        "joint_stiffness",
-        "joint_damping",
-        "default_joint_pos",
-        "action_scale",
-        "command_names",
-    )
+def _describe_joints(hardware: Hardware | None) -> dict[str, Any]:
+    """Return the metadata of joints; all are empty for a robot without declared hardware."""
     if hardware is None:
-        return {**{name: [] for name in names}, "limits": {}}
-    h = hardware
-    told = (h.joints, h.stiffness, h.damping, h.pose, h.scale, h.commands)
-    limits = {
-        joint: {"low": low, "high": high, "velocity": velocity, "torque": torque}
-        for joint, (low, high), velocity, torque in zip(
-            h.joints, h.position, h.velocity, h.torque, strict=True
-        )
-    }
+        return {
+            "joint_names": [],
+            "joint_stiffness": [],
+            "joint_damping": [],
+            "default_joint_pos": [],
+            "action_scale": [],
+            "command_names": [],
+            "limits": {},
+        }
+    limits = {}
+    for i, joint in enumerate(hardware.joints):
+        low, high = hardware.position[i]
+        limits[joint] = {
+            "low": low,
+            "high": high,
+            "velocity": hardware.velocity[i],
+            "torque": hardware.torque[i],
+        }
     return {
-        **{name: list(values) for name, values in zip(names, told, strict=True)},
+        "joint_names": list(hardware.joints),
+        "joint_stiffness": list(hardware.stiffness),
+        "joint_damping": list(hardware.damping),
+        "default_joint_pos": list(hardware.pose),
+        "action_scale": list(hardware.scale),
+        "command_names": list(hardware.commands),
         "limits": limits,
     }
 
 
 def convert(agent: Any, meta: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """Turn an agent's step into an ONNX model; return it with the metadata, to which inputs and
-    outputs are added.
+    """Convert an agent's step to ONNX; return the model, and the metadata completed by it.
+
+    Added are ``adapts``, ``inputs``, ``outputs`` and ``context``.
+
+    Raises:
+        ExportError: The step has no ONNX form.
     """
-    context = tuple(c.detach().clone() for c in agent.begin(1))
-    names, width = context_names(agent, len(context)), meta["noise"]
-    given = {"obs": torch.zeros(1, len(meta["observation_names"]))}
-    given["action_in"] = torch.zeros(1, len(meta["action"]["names"]))
-    given |= {name: torch.zeros(1, 1) for name in ("reward_in", "done_in", "first_in")}
-    given |= {f"{name}_in": x.float() for name, x in zip(names, context, strict=True)}
-    given |= {"noise_in": torch.zeros(1, width)} if width else {}
-    stepper = AgentStep(agent, context, given)
-    results = {
-        "actions": given["action_in"],
-        **{f"{names[i]}_out": context[i] for i in stepper.changes},
+    context = tuple(tensor.detach().clone() for tensor in agent.begin(1))
+    names = context_names(agent, len(context))
+
+    # the order of the inputs is that of AgentStep.forward
+    inputs = {
+        "obs": torch.zeros(1, len(meta["observation_names"])),
+        "action_in": torch.zeros(1, len(meta["action"]["names"])),
+        "reward_in": torch.zeros(1, 1),
+        "done_in": torch.zeros(1, 1),
+        "first_in": torch.zeros(1, 1),
     }
-    model = _onnx(stepper, given, list(results))
-    read = _prune(model)
-    parts = [
-        {
+    for name, tensor in zip(names, context, strict=True):
+        inputs[f"{name}_in"] = tensor.float()
+    if meta["noise"]:
+        inputs["noise_in"] = torch.zeros(1, meta["noise"])
+
+    step = AgentStep(agent, context, inputs)
+    outputs = {"actions": inputs["action_in"]}
+    for i in step.changes:
+        outputs[f"{names[i]}_out"] = context[i]
+
+    model = _export_onnx(step, inputs, list(outputs))
+    read = _remove_unread_inputs(model)
+
+    entries = []
+    for name, tensor in zip(names, context, strict=True):
+        entry = {
             "name": name,
             "in": f"{name}_in" if f"{name}_in" in read else None,
-            "out": f"{name}_out" if f"{name}_out" in results else None,
-            "shape": list(value.shape),
-            "begin": value.float().tolist() if bool(value.any()) else "zeros",
+            "out": f"{name}_out" if f"{name}_out" in outputs else None,
+            "shape": list(tensor.shape),
+            "begin": tensor.float().tolist() if bool(tensor.any()) else "zeros",
         }
-        for name, value in zip(names, context, strict=True)
-    ]
-    adapts = "acting" if stepper.changes else "none"
-    inputs, outputs = _shapes({k: given[k] for k in read}), _shapes(results)
-    return model, {**meta, "adapts": adapts, "inputs": inputs, "outputs": outputs, "context": parts}
+        entries.append(entry)
+    completed = {
+        **meta,
+        "adapts": "acting" if step.changes else "none",
+        "inputs": _names_and_shapes({name: inputs[name] for name in read}),
+        "outputs": _names_and_shapes(outputs),
+        "context": entries,
+    }
+    return model, completed
 
 
-def _shapes(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _names_and_shapes(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
     return [{"name": name, "shape": list(x.shape)} for name, x in tensors.items()]
 
 
 def context_names(agent: Any, count: int) -> list[str]:
-    """Name the tensors of an agent's context: as it says itself, h and c, or by their numbers."""
-    usual = ("h", "c") if count <= 2 else [f"context_{i}" for i in range(count)]
-    return list(getattr(agent, "context_names", usual))[:count]
+    """Return names of an agent's ``count`` context tensors.
+
+    An agent may declare them (``NamesContext``). Else one or two are ``h`` and ``c``, as of an
+    LSTM, and more are numbered.
+    """
+    if isinstance(agent, NamesContext):
+        names = list(agent.context_names)
+    elif count <= 2:
+        names = ["h", "c"]
+    else:
+        names = [f"context_{i}" for i in range(count)]
+    return names[:count]
 
 
-def _onnx(stepper: AgentStep, given: dict[str, Tensor], outputs: list[str]) -> onnx.ModelProto:
-    """Run torch's exporter, which is told to keep its remarks to itself."""
+def _export_onnx(
+    step: AgentStep, inputs: dict[str, Tensor], output_names: list[str]
+) -> onnx.ModelProto:
+    """Run torch's exporter without its warnings and log."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
+        # the exporter's tracer does not know vmap, which agents with one set of weights a task use
         with warnings.catch_warnings(), loop_over_tasks():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                stepper.eval(),
-                tuple(given.values()),
-                input_names=list(given),
-                output_names=outputs,
+                step.eval(),
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=output_names,
                 external_data=False,
                 verbose=False,
             )
-    except Exception as e:  # whatever an agent's step may hold that ONNX has no word for
-        raise ExportError(
-            f"this agent's step has no ONNX form: {' '.join(str(e).split())[:200]}"
-        ) from e
+    except Exception as e:  # the exporter raises many types for what ONNX cannot express
+        message = " ".join(str(e).split())[:200]
+        raise ExportError(f"this agent's step has no ONNX form: {message}") from e
     finally:
         logger.setLevel(level)
     assert program is not None
@@ -338,42 +473,49 @@ def _onnx(stepper: AgentStep, given: dict[str, Tensor], outputs: list[str]) -> o
     return model
 
 
-def _prune(model: onnx.ModelProto) -> list[str]:
-    """Leave out the inputs that nothing reads; return the names of the others."""
-    used = {name for node in model.graph.node for name in node.input} | {
-        o.name for o in model.graph.output
-    }
-    kept = [i for i in model.graph.input if i.name in used]
+def _remove_unread_inputs(model: onnx.ModelProto) -> list[str]:
+    """Remove the inputs that no node reads; return the names of the others."""
+    read = {name for node in model.graph.node for name in node.input}
+    # an input may be passed through as an output
+    read |= {output.name for output in model.graph.output}
+    kept = [graph_input for graph_input in model.graph.input if graph_input.name in read]
     del model.graph.input[:]
     model.graph.input.extend(kept)
-    return [i.name for i in kept]
+    return [graph_input.name for graph_input in kept]
 
 
 def properties(value: Any, key: str = "") -> dict[str, str]:
-    """Write metadata as strings: ``trial.horizon`` for what is in a part, comma-separated values
-    for lists.
+    """Flatten metadata to the strings that an ONNX file holds.
+
+    Nested keys are joined by dots (``trial.horizon``), lists become comma-separated values, and a
+    list of named objects becomes nested keys (``context.h.begin``).
     """
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        value = {part["name"]: {k: v for k, v in part.items() if k != "name"} for part in value}
+        by_name = {}
+        for entry in value:
+            by_name[entry["name"]] = {k: v for k, v in entry.items() if k != "name"}
+        value = by_name
     if isinstance(value, dict):
-        return {
-            k: v
-            for name, x in value.items()
-            for k, v in properties(x, f"{key}.{name}" if key else name).items()
-        }
+        flat: dict[str, str] = {}
+        for name, child in value.items():
+            flat |= properties(child, f"{key}.{name}" if key else name)
+        return flat
     return {key: ",".join(_words(value))}
 
 
 def _words(value: Any) -> Iterator[str]:
+    """Yield the elements of nested lists as text: strings as they are, the rest as JSON."""
     if isinstance(value, list):
-        for x in value:
-            yield from _words(x)
+        for element in value:
+            yield from _words(element)
     else:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
 def _write(folder: Path, model: onnx.ModelProto, meta: dict[str, Any]) -> None:
+    """Write model and metadata; ``policy.json`` holds the model's SHA-256."""
     onnx.helper.set_model_props(model, properties(meta))
     data = model.SerializeToString(deterministic=True)
-    (folder / MODEL).write_bytes(data)
-    write_json(folder / ABOUT, {**meta, "sha256": hashlib.sha256(data).hexdigest()})
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / MODEL_FILE).write_bytes(data)
+    write_json(folder / METADATA_FILE, {**meta, "sha256": digest})

@@ -1,10 +1,15 @@
-"""A simulated robot in real time: a process with MuJoCo in it that publishes readings and obeys
-commands over UDP.
+"""The simulated robot's process: it runs a robot in real time and speaks UDP with its controller.
 
-``python -m metarobot.deploy.sim_robot_server QuadrupedDamage`` prints the port on 127.0.0.1 it
-listens at; the frames are those of ``metarobot.bridge.robots.sim_client``, which is the
-controller's end, the robot is ``metarobot.deploy.sim_robot_body``. A command acts from the physics
-step in which it arrives.
+``python -m metarobot.deploy.sim_robot_server QuadrupedDamage`` prints the port on 127.0.0.1 that it
+listens on. This file has the clock and the socket, and no physics. Its neighbours:
+
+- ``metarobot.deploy.sim_robot_body`` is the robot that this process runs: physics and signals;
+- ``metarobot.bridge.robots.sim_client`` is the controller's client of this process, and defines
+  the frames for both ends;
+- ``metarobot.sim`` holds the physics backends.
+
+A command takes effect from the physics step in which it arrives. Without commands for
+``watchdog_s`` the robot damps itself, whatever happened to its controller.
 """
 
 from __future__ import annotations
@@ -23,248 +28,323 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from metarobot.bridge.robots.sim_client import HOST, LARGEST, Kind, frame, parse
+from metarobot.bridge.robots.sim_client import (
+    HOST,
+    MAX_FRAME_BYTES,
+    FrameKind,
+    parse_frame,
+    write_frame,
+)
 from metarobot.deploy.sim_robot_body import LeggedSignals, SimulatedRobot
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import family_on
 from metarobot.tasks.space import parse_assignments
 
-SLIP = 0.05
-"""How late the physics may be before its time stands still instead of catching up, s: the machine
-was asleep."""
-LINGER = 2.0
-"""How long the robot goes on after whoever started it is gone, s."""
-SILENT = 1.0
-"""After so long without a word from its controller a robot takes another, s."""
+MAX_LATENESS_S = 0.05
+"""How late the physics may be before simulated time stands still instead of catching up, s: the
+machine was suspended or busy."""
+LINGER_S = 2.0
+"""How long the robot goes on after the process that started it has ended, s."""
+OWNER_SILENCE_S = 1.0
+"""After this time without a frame from its controller, a robot accepts another one, s."""
+MAX_FRAMES_AT_ONCE = 1000
+"""Frames read in one go before the physics continues."""
+
+Address = tuple[str, int]
 
 
 class SimRobotServer:
-    """The process's loop: frames in, physics on, readings out."""
+    """The process's loop: read frames, advance the physics, publish readings.
+
+    Args:
+        robot: The simulated robot.
+        port: UDP port to listen on; 0 takes a free one.
+        lockstep: Advance one control period a command, instead of with the clock.
+        watchdog_s: Time without a command after which the robot damps itself, s.
+        publish_hz: Readings a second; the control rate if 0.
+
+    Raises:
+        MetarobotError: A rate or watchdog out of range, or a port that is taken.
+    """
 
     def __init__(
         self,
-        world: SimulatedRobot,
+        robot: SimulatedRobot,
         *,
         port: int,
         lockstep: bool,
         watchdog_s: float,
         publish_hz: float,
     ) -> None:
-        self.world, self.lockstep, self.watchdog_s = world, lockstep, watchdog_s
-        self.period = world.env.dt / world.family.substeps
-        physics = 1 / self.period
-        if not 0 <= publish_hz <= physics + 1e-6:
+        self.robot = robot
+        self.lockstep = lockstep
+        self.watchdog_s = watchdog_s
+        self.physics_s = robot.env.dt / robot.family.substeps
+
+        physics_hz = 1 / self.physics_s
+        if not 0 <= publish_hz <= physics_hz + 1e-6:
             raise MetarobotError(
-                f"publish_hz must be between 0 and the physics' {physics:g}, not {publish_hz:g}"
+                f"publish_hz must be between 0 and the physics' {physics_hz:g}, not {publish_hz:g}"
             )
         if not (watchdog_s > 0 and math.isfinite(watchdog_s)):
             raise MetarobotError(f"watchdog_s must be above 0, not {watchdog_s:g}")
-        self._every = (
-            max(1, round(physics / publish_hz))
-            if publish_hz and not lockstep
-            else world.family.substeps
-        )
+
+        # physics steps from one published reading to the next
+        self._publish_every = robot.family.substeps
+        if publish_hz and not lockstep:
+            self._publish_every = max(1, round(physics_hz / publish_hz))
+
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             self._socket.bind((HOST, port))
-        except (OSError, OverflowError) as e:
-            raise MetarobotError(
-                f"port {port} of {HOST} cannot be had: {getattr(e, 'strerror', e)}"
-            ) from e
+        except OSError as e:
+            raise MetarobotError(f"port {port} of {HOST} cannot be had: {e.strerror}") from e
+        except OverflowError as e:
+            raise MetarobotError(f"port {port} of {HOST} cannot be had: {e}") from e
         self.port: int = self._socket.getsockname()[1]
-        self._owner: tuple[str, int] | None = None
-        self._spoke = self._heard = 0.0
+
         self.counts = {"commands": 0, "refused": 0, "foreign": 0, "readings": 0, "slips": 0}
-        self._gap = self._limp_after = 0.0
-        self._ticks = self._began = self._silence = self._command = self._restart = 0
-        self._held, self._end = True, math.inf
+        self._owner: Address | None = None
+        """The controller that drives the robot."""
+        self._owner_frame_time = 0.0
+        self._command_time = 0.0
+        """When the owner's last frame, and the last command, arrived."""
+        self._longest_gap_s = 0.0
+        self._damped_after_s = 0.0
+
+        # counted in physics steps
+        self._ticks = 0
+        self._first_command_tick = 0
+        self._ticks_since_command = 0
+
+        # numbers of the last command and of the last restart request that were taken
+        self._command_number = 0
+        self._restart_number = 0
+
+        self._held = True
+        """Whether the robot is held at an episode's start until the first command."""
+        self._end_time = math.inf
 
     def serve(self, *, until_eof: bool) -> None:
-        """Run until whoever started the process is gone, and the robot has come to rest."""
+        """Run until ``stop``, or until standard input ends and the robot has come to rest."""
         self._stdin = [sys.stdin.fileno()] if until_eof else []
         due = time.monotonic()
-        while time.monotonic() < self._end:
+        while time.monotonic() < self._end_time:
             if self.lockstep:
-                self._listen(time.monotonic() + 0.1)
+                self._receive(time.monotonic() + 0.1)
                 continue
-            due += self.period
-            held = self._held
-            self._listen(due)
+
+            due += self.physics_s
+            was_held = self._held
+            self._receive(due)
+
             now = time.monotonic()
-            if now - due > SLIP:
+            if now - due > MAX_LATENESS_S:
                 self.counts["slips"] += not self._held
                 due = now
-            if held and not self._held:  # the first command: the episode's time starts with it
-                due = self._heard
+            if was_held and not self._held:
+                # the episode's time starts with its first command
+                due = self._command_time
                 continue
             self._tick()
 
     def stop(self) -> None:
         """End ``serve``, from another thread."""
-        self._end = 0.0
+        self._end_time = 0.0
 
     def info(self) -> dict[str, Any]:
-        """Say what robot this is."""
-        family, signals = self.world.family, self.world.signals
+        """Return the content of an INFO frame: family, names of the signals, rates, tasks."""
+        family = self.robot.family
+        signals = self.robot.signals
         return {
             "family": family.name,
             "legged": isinstance(signals, LeggedSignals),
             "reading": signals.reading,
             "command": signals.command,
-            "control_s": self.world.env.dt,
-            "physics_s": self.period,
+            "control_s": self.robot.env.dt,
+            "physics_s": self.physics_s,
             "horizon": family.horizon,
-            "tasks": len(self.world.tasks),
+            "tasks": len(self.robot.tasks),
             "lockstep": self.lockstep,
             "watchdog_s": self.watchdog_s,
         }
 
     def report(self) -> dict[str, Any]:
-        """Say what was counted; times in s."""
-        timing = {
-            "longest_gap_s": self._gap,
-            "damped_after_s": self._limp_after,
-            "damped": self.world.damped,
+        """Return the content of a REPORT frame: frame counts, times in s, and the true return."""
+        return {
+            **self.counts,
+            "longest_gap_s": self._longest_gap_s,
+            "damped_after_s": self._damped_after_s,
+            "damped": self.robot.damped,
+            "held": self._held,
+            "told": self.robot.episode_summary(),
         }
-        return {**self.counts, **timing, "held": self._held, "told": self.world.told()}
 
     def _tick(self) -> None:
-        """Let one physics step of time pass."""
-        self._ticks, self._silence = self._ticks + 1, self._silence + 1
+        """Let one physics step of time pass, and publish a reading if one is due."""
+        self._ticks += 1
+        self._ticks_since_command += 1
         if not self._held:
-            if self._silence * self.period > self.watchdog_s:
+            if self._ticks_since_command * self.physics_s > self.watchdog_s:
                 self._damp()
-            self.world.advance(1)
-        if (self._ticks - self._began) % self._every == 0:
+            self.robot.advance(1)
+
+        if (self._ticks - self._first_command_tick) % self._publish_every == 0:
             self._publish()
 
     def _publish(self) -> None:
-        if self._owner is not None:
-            self.counts["readings"] += 1
-            head = [self._ticks * self.period, self._command, self._restart]
-            self._answer(
-                Kind.READING, [*head, *self.world.reading()], self._owner, self.counts["readings"]
-            )
+        """Send a reading to the owner, if there is one."""
+        if self._owner is None:
+            return
+        self.counts["readings"] += 1
+        stamp_s = self._ticks * self.physics_s
+        head = [stamp_s, self._command_number, self._restart_number]
+        values = [*head, *self.robot.reading()]
+        self._send(FrameKind.READING, values, self._owner, self.counts["readings"])
 
-    def _answer(self, kind: Kind, values: Any, to: tuple[str, int], number: int = 0) -> None:
-        with suppress(OSError):  # whoever it was for is gone
-            self._socket.sendto(frame(kind, number, values), to)
+    def _send(self, kind: FrameKind, values: Any, address: Address, number: int = 0) -> None:
+        # a receiver that has ended is no error
+        with suppress(OSError):
+            self._socket.sendto(write_frame(kind, number, values), address)
 
-    def _listen(self, until: float) -> None:
-        """Take frames in until a moment; all that are there even if it is past, up to a
-        thousand.
-        """
-        for _ in range(1000):
+    def _receive(self, until: float) -> None:
+        """Handle frames until a time, s; if it has passed, those that are waiting."""
+        for _ in range(MAX_FRAMES_AT_ONCE):
             left = until - time.monotonic()
             ready, _, _ = select.select([self._socket, *self._stdin], [], [], max(0.0, left))
             if not ready:
                 return
+
             if self._socket in ready:
                 try:
-                    data, sender = self._socket.recvfrom(LARGEST)
-                except ConnectionError:  # an answer of ours found nobody
+                    data, sender = self._socket.recvfrom(MAX_FRAME_BYTES)
+                except ConnectionError:
+                    # the receiver of an earlier frame of ours has ended
                     continue
-                self._take(data, sender)
+                self._handle(data, sender)
                 if self.lockstep:
                     return
             elif not os.read(self._stdin[0], 4096):
-                self._stdin, self._end = [], time.monotonic() + (0.0 if self.lockstep else LINGER)
+                # standard input has ended: so has whoever started this process
+                self._stdin = []
+                self._end_time = time.monotonic() + (0.0 if self.lockstep else LINGER_S)
                 return
 
-    def _take(self, data: bytes, sender: tuple[str, int]) -> None:
-        parsed = parse(data)
-        if parsed is None:
+    def _handle(self, data: bytes, sender: Address) -> None:
+        """Handle a frame from any address; only the owner may command."""
+        frame = parse_frame(data)
+        if frame is None:
             self.counts["refused"] += 1
             return
-        kind, number, payload = parsed
-        if kind == Kind.REPORT:
-            self._answer(kind, self.report(), sender)
-        elif kind == Kind.HELLO:
-            self._welcome(sender)
+        kind, number, payload = frame
+
+        if kind == FrameKind.REPORT:
+            self._send(kind, self.report(), sender)
+        elif kind == FrameKind.HELLO:
+            self._accept_owner(sender)
         elif sender != self._owner:
             self.counts["foreign"] += 1
         else:
-            self._spoke = time.monotonic()
-            self._serve_owner(kind, number, payload)
+            self._owner_frame_time = time.monotonic()
+            self._handle_owner(kind, number, payload)
 
-    def _serve_owner(self, kind: Kind, number: int, payload: bytes) -> None:
-        if kind == Kind.COMMAND:
-            self._obey(number, payload)
-        elif kind == Kind.PASS and number > self._command:
-            self._pass(number)
-        elif kind == Kind.RESTART:
-            self._begin(payload)
-        elif kind == Kind.DAMP:
+    def _handle_owner(self, kind: FrameKind, number: int, payload: bytes) -> None:
+        if kind == FrameKind.COMMAND:
+            self._handle_command(number, payload)
+        elif kind == FrameKind.PASS and number > self._command_number:
+            self._pass_control_period(number)
+        elif kind == FrameKind.RESTART:
+            self._handle_restart(payload)
+        elif kind == FrameKind.DAMP:
             self._damp()
-        elif kind == Kind.BYE:
+        elif kind == FrameKind.BYE:
             self._owner = None
 
-    def _welcome(self, sender: tuple[str, int]) -> None:
-        """Take a controller on, unless there is another; its count of commands and restarts begins
-        anew.
-        """
-        if self._owner not in (None, sender) and time.monotonic() - self._spoke < SILENT:
+    def _accept_owner(self, sender: Address) -> None:
+        """Accept a controller unless there is another; a new one counts from 0 again."""
+        silence_s = time.monotonic() - self._owner_frame_time
+        if self._owner not in (None, sender) and silence_s < OWNER_SILENCE_S:
             reason = f"the simulated robot at port {self.port} has a controller: one at a time"
-            self._answer(Kind.REFUSED, {"reason": reason}, sender)
+            self._send(FrameKind.REFUSED, {"reason": reason}, sender)
             return
+
         if self._owner != sender:
-            self._command = self._restart = 0
-        self._owner, self._spoke = sender, time.monotonic()
-        self._answer(Kind.INFO, self.info(), sender)
+            self._command_number = 0
+            self._restart_number = 0
+        self._owner = sender
+        self._owner_frame_time = time.monotonic()
+        self._send(FrameKind.INFO, self.info(), sender)
         self._publish()
 
-    def _obey(self, number: int, payload: bytes) -> None:
-        """Take a command, if it is whole, finite and newer than the last; a refused one leaves the
-        last in force.
+    def _handle_command(self, number: int, payload: bytes) -> None:
+        """Apply a command that is complete, finite and newer than the last.
+
+        A refused one leaves the last command in force.
         """
         now = time.monotonic()
-        if number <= self._command:
+        if number <= self._command_number:
             self.counts["refused"] += 1
             return
-        whole = len(payload) == 8 * len(self.world.signals.command)
-        values = np.frombuffer(payload, "<f8") if whole else np.array([math.nan])
+
+        values = _floats(payload, len(self.robot.signals.command))
         if np.isfinite(values).all():
             self.counts["commands"] += 1
-            self._gap = 0.0 if self._held else max(self._gap, now - self._heard)
-            self._began = self._ticks if self._held else self._began
-            self.world.command(values)
-            self._heard, self._silence, self._held = now, 0, False
+            if self._held:
+                self._longest_gap_s = 0.0
+                self._first_command_tick = self._ticks
+            else:
+                self._longest_gap_s = max(self._longest_gap_s, now - self._command_time)
+            self.robot.command(values)
+            self._command_time = now
+            self._ticks_since_command = 0
+            self._held = False
         else:
             self.counts["refused"] += 1
-        self._pass(number)
+        self._pass_control_period(number)
 
-    def _pass(self, number: int) -> None:
-        """In lock-step, let a control period pass; its reading says which command, or request, it
-        answers.
+    def _pass_control_period(self, number: int) -> None:
+        """Note a command's number, and in lock-step let a control period pass.
+
+        The reading that follows carries the number, so the controller knows what it answers.
         """
-        self._command = number
+        self._command_number = number
         if self.lockstep:
-            for _ in range(self.world.family.substeps):
+            for _ in range(self.robot.family.substeps):
                 self._tick()
 
-    def _begin(self, payload: bytes) -> None:
-        """Put the robot at a start and hold it there; a request that is repeated is answered
-        again.
-        """
-        asked = np.frombuffer(payload, "<f8") if len(payload) == 24 else np.array([math.nan])
-        if not np.isfinite(asked).all():
+    def _handle_restart(self, payload: bytes) -> None:
+        """Put the robot at an episode's start and hold it; a repeated request is only answered."""
+        request = _floats(payload, 3)
+        if not np.isfinite(request).all():
             self.counts["refused"] += 1
             return
-        number, world, episode = (int(x) for x in asked)
-        if number != self._restart:
+
+        number, world, episode = (int(x) for x in request)
+        if number != self._restart_number:
             try:
-                self.world.restart(world, episode)
+                self.robot.restart(world, episode)
             except MetarobotError as e:
                 assert self._owner is not None
-                self._answer(Kind.REFUSED, {"reason": str(e)}, self._owner)
+                self._send(FrameKind.REFUSED, {"reason": str(e)}, self._owner)
                 return
-            self._restart, self._held, self._gap, self._limp_after = number, True, 0.0, 0.0
+            self._restart_number = number
+            self._held = True
+            self._longest_gap_s = 0.0
+            self._damped_after_s = 0.0
         self._publish()
 
     def _damp(self) -> None:
-        if not self.world.damped:
-            self._limp_after, self._held = self._silence * self.period, False
-            self.world.damp()
+        if not self.robot.damped:
+            self._damped_after_s = self._ticks_since_command * self.physics_s
+            self._held = False
+            self.robot.damp()
+
+
+def _floats(payload: bytes, count: int) -> Any:
+    """Return a frame's float64 values, or one NaN if their number is not ``count``."""
+    if len(payload) != 8 * count:
+        return np.array([math.nan])
+    return np.frombuffer(payload, "<f8")
 
 
 def serve(
@@ -282,29 +362,29 @@ def serve(
     port: int = 0,
     until_eof: bool = False,
 ) -> None:
-    """Run a simulated robot in real time; prints the port on 127.0.0.1 it listens at.
+    """Run a simulated robot in real time, and print the port on 127.0.0.1 that it listens on.
 
     Args:
-        family: Task family it belongs to; ``metarobot families`` lists them.
+        family: Task family of the robot; ``metarobot families`` lists them.
         split: Tasks to draw: train, test, interpolate or extrapolate, as the family has them.
-        tasks: Number of tasks; the controller says which it wants, and begins again after the last.
-        seed: Draws the tasks and the starts, as an evaluation with this seed does.
+        tasks: Number of tasks; the controller names one by its number, counted round.
+        seed: Draws the tasks and the initial states, as an evaluation with this seed does.
         task: One task of your own instead, as name=value for each parameter.
         robot: Another model of the robot: a path to an MJCF, or menagerie:name.
-        lockstep: Let time go on by one control period a command, as fast as that goes, instead of
-            by the clock.
-        noise: Let sensors be as noisy as in training.
-        watchdog_s: After so long without a command the drives go limp, s.
+        lockstep: Advance one control period a command, as fast as possible, instead of with the
+            clock.
+        noise: Whether sensors are as noisy as in training.
+        watchdog_s: Time without a command after which the drives go limp, s.
         publish_hz: Readings a second; the control rate if 0, at most the physics rate.
-        port: Port to listen at; 0 takes a free one.
-        until_eof: End when standard input ends: whoever starts the process holds it open.
+        port: Port to listen on; 0 takes a free one.
+        until_eof: End when standard input ends: the process that starts this one holds it open.
     """
     chosen = family_on(family, robot)
-    drawn = (
-        [chosen.space.task(**parse_assignments(task))]
-        if task
-        else chosen.space.sample(split, tasks, seed)
-    )
+    if task:
+        drawn = [chosen.space.task(**parse_assignments(task))]
+    else:
+        drawn = chosen.space.sample(split, tasks, seed)
+
     torch.set_num_threads(1)
     server = SimRobotServer(
         SimulatedRobot(chosen, drawn, seed=seed, noise=noise),

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.layouts.leg_odometry import Leg, Odometry, across, upward
-from metarobot.bridge.layouts.legged import Legged
-from metarobot.bridge.layouts.named_signals import Direct
-from metarobot.bridge.policy.metadata import Limit
+from metarobot.bridge.layouts.leg_odometry import LegKinematics, LegOdometry, cross, up_direction
+from metarobot.bridge.layouts.legged import LeggedLayout
+from metarobot.bridge.layouts.named_signals import NamedSignalsLayout
+from metarobot.bridge.policy.metadata import JointLimit
 from metarobot.bridge.robot_interface import GYRO, QUAT
 from metarobot.deploy.sim_robot_body import SimulatedRobot
 from metarobot.env.base import Env
@@ -31,7 +31,7 @@ def meta(family: Family = FAMILY, **changes: Any) -> Any:
     assert family.deployment.hardware is not None
     h = family.deployment.hardware()
     limits = {
-        j: Limit(*where, velocity=v, torque=t)
+        j: JointLimit(*where, velocity=v, torque=t)
         for j, where, v, t in zip(h.joints, h.position, h.velocity, h.torque, strict=True)
     }
     about = {
@@ -97,14 +97,16 @@ def walk(noise: bool) -> Lived:
     return Lived("QuadrupedFlat-rl2", 3, noise)
 
 
-def reckoned(lived: Lived) -> tuple[list[dict[str, float]], list[float], list[np.ndarray], Legged]:
-    layout = Legged(meta())
+def reckoned(
+    lived: Lived,
+) -> tuple[list[dict[str, float]], list[float], list[np.ndarray], LeggedLayout]:
+    layout = LeggedLayout(meta())
     terms, rewards, velocity = [], [], []
     pairs = zip(itertools.pairwise(lived.readings), itertools.pairwise(lived.actions), strict=True)
     for (before, after), (last, action) in pairs:
         rewards.append(layout.reward(before, after, action, last))
         terms.append(layout.terms)
-        velocity.append(layout._moment(after).motion.velocity)
+        velocity.append(layout._update(after).motion.velocity)
         assert not layout.ended(after)
     return terms, rewards, velocity, layout
 
@@ -112,7 +114,9 @@ def reckoned(lived: Lived) -> tuple[list[dict[str, float]], list[float], list[np
 def test_feet_are_where_mujoco_has_them_and_move_as_there() -> None:
     model = compile_spec(go2.go2())
     data, rng = mujoco.MjData(model), np.random.default_rng(0)
-    legs = [Leg(places) for places in FAMILY.deployment.hardware().reward["legs"].values()]
+    legs = [
+        LegKinematics(places) for places in FAMILY.deployment.hardware().reward["legs"].values()
+    ]
     for _ in range(20):
         data.qpos[:], data.qvel[:] = 0, 0
         data.qpos[3:7] = rng.standard_normal(4)
@@ -120,7 +124,7 @@ def test_feet_are_where_mujoco_has_them_and_move_as_there() -> None:
         data.qpos[7:], data.qvel[6:] = rng.uniform(-2, 2, 12), rng.uniform(-9, 9, 12)
         mujoco.mj_forward(model, data)
         moved = [
-            leg.move(data.qpos[7 + 3 * i :][:3], data.qvel[6 + 3 * i :][:3])
+            leg.foot_motion(data.qpos[7 + 3 * i :][:3], data.qvel[6 + 3 * i :][:3])
             for i, leg in enumerate(legs)
         ]
         place, speed = (np.array(x) for x in zip(*moved, strict=True))
@@ -135,10 +139,10 @@ def test_feet_are_where_mujoco_has_them_and_move_as_there() -> None:
 def test_vector_products_and_what_is_up() -> None:
     rng = np.random.default_rng(1)
     a, b, quat = rng.standard_normal(3), rng.standard_normal(3), rng.standard_normal(4)
-    assert across(a, b) == pytest.approx(np.cross(a, b))
-    assert upward(quat) == pytest.approx(rotation(quat / np.linalg.norm(quat))[2])
+    assert cross(a, b) == pytest.approx(np.cross(a, b))
+    assert up_direction(quat) == pytest.approx(rotation(quat / np.linalg.norm(quat))[2])
     with pytest.raises(BridgeError, match="quaternion of zeros"):
-        upward([0.0, 0.0, 0.0, 0.0])
+        up_direction([0.0, 0.0, 0.0, 0.0])
 
 
 def test_observations_are_those_of_the_family() -> None:
@@ -146,7 +150,7 @@ def test_observations_are_those_of_the_family() -> None:
     quiet, rng = family.replace(noise=()), np.random.default_rng(0)
     tasks = family.space.sample("test", 3)
     robot, env = SimulatedRobot(family, tasks, noise=False), Env(quiet, tasks, threads=1)
-    layout, seq, last = Legged(meta(family)), 1, np.zeros(12, np.float32)
+    layout, seq, last = LeggedLayout(meta(family)), 1, np.zeros(12, np.float32)
     robot.restart(1, 0)
     obs = env.reset(0)
     for _ in range(60):
@@ -160,7 +164,7 @@ def test_observations_are_those_of_the_family() -> None:
 
 def test_noise_comes_through_as_in_training() -> None:
     robot = SimulatedRobot(FAMILY, FAMILY.space.sample("test", 1))
-    obs = Legged(meta()).observe(said(robot, 1), np.zeros(12))
+    obs = LeggedLayout(meta()).observe(said(robot, 1), np.zeros(12))
     assert obs.dtype == np.float32
     assert obs[3:] == pytest.approx(robot.obs[0, 3:].numpy(), abs=1e-5)
     wanted = robot.obs[0, :3].numpy()
@@ -168,10 +172,10 @@ def test_noise_comes_through_as_in_training() -> None:
 
 
 def test_targets_undo_what_the_drives_make_of_actions() -> None:
-    layout, action = Legged(meta()), np.linspace(-4, 4, 12, dtype=np.float32)
+    layout, action = LeggedLayout(meta()), np.linspace(-4, 4, 12, dtype=np.float32)
     targets = layout.targets(action)
     assert list(targets) == [f"{j}.pos" for j in go2.JOINTS]
-    assert list(targets.values()) == pytest.approx(go2.POSE + go2.ACTION_SCALE * action)
+    assert list(targets.values()) == pytest.approx(go2.DEFAULT_POSE + go2.ACTION_SCALE * action)
 
 
 def test_reward_terms_of_clean_signals_are_the_simulators() -> None:
@@ -208,7 +212,7 @@ def test_rewards_with_noise_are_close_enough_to_adapt_by() -> None:
 def test_a_reading_is_taken_in_once_whoever_asks_first() -> None:
     lived = walk(noise=True)
     _, rewards, _, _ = reckoned(lived)
-    layout, seen = Legged(meta()), []
+    layout, seen = LeggedLayout(meta()), []
     for (before, after), (last, action) in zip(
         itertools.pairwise(lived.readings), itertools.pairwise(lived.actions), strict=True
     ):
@@ -223,26 +227,26 @@ def test_a_reading_is_taken_in_once_whoever_asks_first() -> None:
 
 def test_a_fall_is_seen_where_the_simulator_sees_it() -> None:
     robot = SimulatedRobot(FAMILY, FAMILY.space.sample("test", 1), noise=False)
-    layout, seq = Legged(meta()), 1
+    layout, seq = LeggedLayout(meta()), 1
     robot.damp()
     while not robot.over:
         assert not layout.ended(said(robot, seq))
         robot.advance(FAMILY.substeps)
         seq += 1
     assert robot.terminated
-    assert layout.ended(said(robot, seq)) or layout._moment(said(robot, seq)).motion.depth < 0.19
+    assert layout.ended(said(robot, seq)) or layout._update(said(robot, seq)).motion.depth < 0.19
 
 
 def test_commands_come_from_the_operator_or_with_the_reading() -> None:
     reading = walk(noise=False).readings[0]
-    layout = Legged(meta(), command=(9.0, 8.0, 7.0))
+    layout = LeggedLayout(meta(), command=(9.0, 8.0, 7.0))
     assert layout.observe(reading, np.zeros(12))[-3:] == pytest.approx(
         [reading[k] for k in ("command.x", "command.y", "command.turn")]
     )
     own = {k: v for k, v in reading.items() if not k.startswith("command")}
     layout.begin()
     assert layout.observe(own, np.zeros(12))[-3:].tolist() == [9.0, 8.0, 7.0]
-    hidden = Legged(meta(command_names=()), command=(9.0, 8.0, 7.0))
+    hidden = LeggedLayout(meta(command_names=()), command=(9.0, 8.0, 7.0))
     assert hidden.observe(own, np.zeros(12))[-3:].tolist() == [0.0, 0.0, 0.0]
 
 
@@ -250,12 +254,13 @@ def test_what_the_robot_is_told_it_earned_counts() -> None:
     lived = walk(noise=False)
     told = lived.readings[1] | {"reward": 1.25}
     assert (
-        Legged(meta()).reward(lived.readings[0], told, lived.actions[1], lived.actions[0]) == 1.25
+        LeggedLayout(meta()).reward(lived.readings[0], told, lived.actions[1], lived.actions[0])
+        == 1.25
     )
 
 
 def test_what_it_needs_is_what_the_robot_gives() -> None:
-    needed = Legged(meta()).needed()
+    needed = LeggedLayout(meta()).needed()
     assert set(needed) <= set(walk(noise=False).readings[0])
     assert {"stamp", "seq", *QUAT, *GYRO, "FR_hip.pos", "RL_calf.tau", "RR.force"} <= set(needed)
 
@@ -263,17 +268,21 @@ def test_what_it_needs_is_what_the_robot_gives() -> None:
 def test_a_policy_without_rules_for_a_reward_is_refused() -> None:
     for rules in (None, {"kind": "crab"}):
         with pytest.raises(BridgeError, match="no quadruped's reward"):
-            Legged(meta(reward=rules))
+            LeggedLayout(meta(reward=rules))
 
 
 def test_standing_still_is_standing_still() -> None:
-    odometry = Odometry(FAMILY.deployment.hardware().reward["legs"], 0.022)
-    angles, still, nothing = go2.POSE.reshape(4, 3).tolist(), [[0.0] * 3] * 4, (0.0, 0.0, 0.0)
+    odometry = LegOdometry(FAMILY.deployment.hardware().reward["legs"], 0.022)
+    angles, still, nothing = (
+        go2.DEFAULT_POSE.reshape(4, 3).tolist(),
+        [[0.0] * 3] * 4,
+        (0.0, 0.0, 0.0),
+    )
     for _ in range(10):
-        motion = odometry.follow(angles, still, (0.0, 0.0, 1.0), nothing, [True] * 4, 0.02)
+        motion = odometry.update(angles, still, (0.0, 0.0, 1.0), nothing, [True] * 4, 0.02)
     assert motion.velocity == pytest.approx(np.zeros(3))
     assert motion.speed == pytest.approx(np.zeros(4))
-    assert motion.depth == pytest.approx(go2.HEIGHT, abs=0.05)
+    assert motion.depth == pytest.approx(go2.STANDING_HEIGHT, abs=0.05)
     assert min(motion.height) == 0.0
 
 
@@ -281,7 +290,7 @@ def test_direct_layouts_take_what_they_are_told() -> None:
     about: Any = SimpleNamespace(
         observation_names=("a_m", "b_m"), action=SimpleNamespace(names=("x", "y"))
     )
-    layout = Direct(about)
+    layout = NamedSignalsLayout(about)
     reading = {"stamp": 0.0, "seq": 1.0, "b_m": 2.0, "a_m": 1.0, "reward": 3.0, "terminated": 1.0}
     assert layout.needed() == ("stamp", "seq", "a_m", "b_m")
     assert layout.observe(reading, np.zeros(2)).tolist() == [1.0, 2.0]

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.robots.lerobot import Channel, LeRobot
+from metarobot.bridge.robots.lerobot import LeRobotAdapter, MotorConversion
 
 META = SimpleNamespace(joint_names=("pan", "grip"), layout="direct")
 TABLE = {
-    "grip": Channel.ranged("gripper.pos", 0.0, 1.5, span=(0.0, 100.0)),
-    "pan": Channel.degrees("shoulder_pan.pos", sign=-1, zero=0.5),
+    "grip": MotorConversion.ranged("gripper.pos", 0.0, 1.5, span=(0.0, 100.0)),
+    "pan": MotorConversion.degrees("shoulder_pan.pos", sign=-1, zero=0.5),
 }
 
 
@@ -84,8 +84,8 @@ class Arm:
             self.bus.use(self.slow)
 
 
-def connected(arm: Arm) -> LeRobot:
-    robot = LeRobot(arm, META, TABLE)
+def connected(arm: Arm) -> LeRobotAdapter:
+    robot = LeRobotAdapter(arm, META, TABLE)
     robot.connect()
     return robot
 
@@ -113,7 +113,7 @@ def test_what_was_really_sent_comes_back() -> None:
 
 @given(st.floats(-3, 3), st.floats(-3, 3), st.floats(-100, 100))
 def test_a_range_maps_its_ends(low: float, high: float, number: float) -> None:
-    channel = Channel.ranged("m", low, high)
+    channel = MotorConversion.ranged("m", low, high)
     assert channel.zero + channel.scale * -100 == pytest.approx(low, abs=1e-12)
     assert channel.zero + channel.scale * 100 == pytest.approx(high, abs=1e-12)
 
@@ -145,7 +145,7 @@ def test_without_a_bus_damping_holds() -> None:
     robot.damp()
     assert arm.at == pytest.approx(before)
     limp: list[bool] = []
-    robot = LeRobot(Arm(), META, TABLE, limp=lambda: limp.append(True))
+    robot = LeRobotAdapter(Arm(), META, TABLE, limp=lambda: limp.append(True))
     robot.connect()
     robot.damp()
     assert limp == [True]
@@ -193,15 +193,15 @@ def test_faults_are_lost_links() -> None:
     [
         ({"pan": TABLE["pan"]}, "the policy's joints pan, grip are not the table's: pan"),
         (
-            TABLE | {"grip": Channel.degrees("knee.pos")},
+            TABLE | {"grip": MotorConversion.degrees("knee.pos")},
             "so_arm has no motor knee.pos; it has gripper.pos, shoulder",
         ),
-        (TABLE | {"grip": Channel.degrees("eye")}, "no motor eye"),
+        (TABLE | {"grip": MotorConversion.degrees("eye")}, "no motor eye"),
     ],
 )
-def test_the_table_must_fit_robot_and_policy(table: dict[str, Channel], said: str) -> None:
+def test_the_table_must_fit_robot_and_policy(table: dict[str, MotorConversion], said: str) -> None:
     with pytest.raises(BridgeError, match=said):
-        LeRobot(Arm(), META, table)
+        LeRobotAdapter(Arm(), META, table)
 
 
 def test_it_must_be_calibrated() -> None:
@@ -275,8 +275,8 @@ def test_a_real_lerobot_arm_on_its_serial_bus(tmp_path: Path) -> None:
         so.SO101FollowerConfig(port=servos.port, id="left", calibration_dir=tmp_path)
     )
     joints = SimpleNamespace(joint_names=("pan", "grip"), layout="direct")
-    robot = LeRobot(
-        arm, joints, {"pan": Channel.degrees("shoulder_pan.pos"), "grip": TABLE["grip"]}
+    robot = LeRobotAdapter(
+        arm, joints, {"pan": MotorConversion.degrees("shoulder_pan.pos"), "grip": TABLE["grip"]}
     )
     robot.connect()
     reading = robot.get_observation()

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy import onnx_file_check as onnxfile
-from metarobot.bridge.policy.metadata import Meta
-from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.policy.onnx_file_check import check_onnx_file
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.training.run_folder import Run
 
 ROOT = Path(__file__).parents[2]
@@ -36,19 +36,19 @@ def folder(exported: Exported, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def policy(exported: Exported) -> Policy:
-    return Policy.load(exported("lstm")[1])
+def policy(exported: Exported) -> OnnxPolicy:
+    return OnnxPolicy.load(exported("lstm")[1])
 
 
-def observations(policy: Policy, steps: int = 10, seed: int = 0) -> Any:
+def observations(policy: OnnxPolicy, steps: int = 10, seed: int = 0) -> Any:
     return np.random.default_rng(seed).normal(size=(steps, len(policy.meta.observation_names)))
 
 
-def acted(policy: Policy, obs: Any) -> list[Any]:
+def acted(policy: OnnxPolicy, obs: Any) -> list[Any]:
     return [policy.act(o, 0.1, False) for o in obs]
 
 
-def test_a_trial_begins_anew(policy: Policy) -> None:
+def test_a_trial_begins_anew(policy: OnnxPolicy) -> None:
     obs = observations(policy)
     first = acted(policy, obs)
     assert not np.array_equal(first, acted(policy, obs))
@@ -58,11 +58,11 @@ def test_a_trial_begins_anew(policy: Policy) -> None:
 
 def test_actions_are_clipped_but_the_agent_is_told_what_it_chose(exported: Exported) -> None:
     _, path = exported("rl2")
-    meta, model = Meta.load(path), (path / "policy.onnx").read_bytes()
-    tight = Policy(
+    meta, model = PolicyMetadata.load(path), (path / "policy.onnx").read_bytes()
+    tight = OnnxPolicy(
         replace(meta, action=replace(meta.action, low=(-1e-3,) * 6, high=(1e-3,) * 6)), model
     )
-    free, obs = Policy(meta, model), observations(tight)
+    free, obs = OnnxPolicy(meta, model), observations(tight)
     for o in obs:
         sent, chosen = tight.act(o, 0.0, False), free.act(o, 0.0, False)
         np.testing.assert_array_equal(tight.chosen, free.chosen)
@@ -70,7 +70,7 @@ def test_actions_are_clipped_but_the_agent_is_told_what_it_chose(exported: Expor
     assert float(np.abs(tight.chosen).max()) > 1e-3
 
 
-def test_what_is_returned_is_not_touched_again(policy: Policy) -> None:
+def test_what_is_returned_is_not_touched_again(policy: OnnxPolicy) -> None:
     sent = acted(policy, observations(policy))
     assert len({s.tobytes() for s in sent}) == len(sent)
 
@@ -79,7 +79,7 @@ def test_what_is_returned_is_not_touched_again(policy: Policy) -> None:
 @pytest.mark.parametrize("where", ["obs", "reward"])
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_what_is_not_finite_is_refused_and_leaves_no_trace(
-    policy: Policy, where: str, value: float
+    policy: OnnxPolicy, where: str, value: float
 ) -> None:
     obs = observations(policy)
     whole = acted(policy, obs)
@@ -99,7 +99,7 @@ def test_an_answer_that_is_not_finite_is_refused(exported: Exported) -> None:
     model = onnx.load(path / "policy.onnx")
     bias = next(i for i in model.graph.initializer if list(i.dims) == [6])
     bias.CopyFrom(onnx.numpy_helper.from_array(np.full(6, np.nan, np.float32), bias.name))
-    policy = Policy(Meta.load(path), model.SerializeToString())
+    policy = OnnxPolicy(PolicyMetadata.load(path), model.SerializeToString())
     before = policy.context()
     with pytest.raises(BridgeError, match="answer is not finite"):
         policy.act(observations(policy)[0], 0.0, False)
@@ -107,14 +107,14 @@ def test_an_answer_that_is_not_finite_is_refused(exported: Exported) -> None:
         np.testing.assert_array_equal(kept, before[name])
 
 
-def test_inputs_of_the_wrong_length_are_refused(policy: Policy) -> None:
+def test_inputs_of_the_wrong_length_are_refused(policy: OnnxPolicy) -> None:
     for obs in (np.zeros(3), np.zeros((1, 17)), 0.0):
         with pytest.raises(BridgeError, match=r"obs must be of shape \(17,\)"):
             policy.act(obs, 0.0, False)
 
 
 def test_noise_explores(exported: Exported) -> None:
-    policy = Policy.load(exported("maml")[1])
+    policy = OnnxPolicy.load(exported("maml")[1])
     obs = observations(policy)[0]
     quiet = policy.act(obs, 0.0, False).copy()
     np.testing.assert_array_equal(quiet, policy.act(obs, 0.0, False, np.zeros(6)))
@@ -124,7 +124,7 @@ def test_noise_explores(exported: Exported) -> None:
 
 
 def test_a_context_is_adopted_whole_or_not_at_all(exported: Exported) -> None:
-    policy = Policy.load(exported("maml")[1])
+    policy = OnnxPolicy.load(exported("maml")[1])
     obs, first = observations(policy)[0], policy.context()
     before = policy.act(obs, 0.0, False)
     for context, line in [
@@ -134,9 +134,9 @@ def test_a_context_is_adopted_whole_or_not_at_all(exported: Exported) -> None:
         ({"weights": first["weights"] * np.nan}, "weights is not finite"),
     ]:
         with pytest.raises(BridgeError, match=line):
-            policy.adopt(context)
+            policy.set_context(context)
         np.testing.assert_array_equal(policy.act(obs, 0.0, False), before)
-    policy.adopt({"weights": first["weights"] * 1.5})
+    policy.set_context({"weights": first["weights"] * 1.5})
     assert not np.array_equal(policy.act(obs, 0.0, False), before)
     policy.begin()
     np.testing.assert_array_equal(policy.act(obs, 0.0, False), before)
@@ -190,7 +190,8 @@ FOREIGN = model(helper.make_node("Gelu", ["obs"], ["actions"], domain="com.micro
 HIDDEN = model(
     helper.make_node(
         "If", ["c"], ["actions"],
-        then_branch=helper.make_graph([], "t", [], [], [outside()]), else_branch=helper.make_graph([], "e", [], []),
+        then_branch=helper.make_graph([], "t", [], [], [outside()]),
+        else_branch=helper.make_graph([], "e", [], []),
     )
 )  # fmt: skip
 FUNCTION = helper.make_function(
@@ -272,7 +273,7 @@ def test_a_folder_with_a_fault_is_refused_in_one_line(folder: Path, fault: str) 
     breaks, line = FAULTS[fault]
     breaks(folder)
     with pytest.raises(BridgeError) as caught:
-        Policy.load(folder)
+        OnnxPolicy.load(folder)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -282,12 +283,12 @@ def test_a_context_that_begins_with_something_else_is_refused(folder: Path) -> N
     for begin in ([1.0, 2.0], "ones", [[1.0], [2.0, 3.0]], None):
         tell(folder, context=[{**context[0], "begin": begin}, context[1]])
         with pytest.raises(BridgeError, match="context h begins with"):
-            Policy.load(folder)
+            OnnxPolicy.load(folder)
 
 
 def complaint(data: bytes) -> str:
     try:
-        onnxfile.check(data)
+        check_onnx_file(data)
     except BridgeError as e:
         return str(e)
     return ""
@@ -308,19 +309,21 @@ def test_so_is_a_model_with_a_byte_changed_and_its_end_cut_off(data: st.DataObje
 BARE = """
 import sys
 
+FORBIDDEN = ("torch", "mujoco", "gymnasium", "tyro", "onnx", "safetensors", "scipy", "yaml")
+
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "mujoco", "gymnasium", "tyro", "onnx", "safetensors", "scipy", "yaml"):
+        if name.partition(".")[0] in FORBIDDEN:
             raise ImportError(f"a robot has no {name}")
 
 sys.meta_path.insert(0, Refuse())
 import importlib, pkgutil
 import metarobot.bridge
-for module in pkgutil.iter_modules(metarobot.bridge.__path__, "metarobot.bridge."):
+for module in pkgutil.walk_packages(metarobot.bridge.__path__, "metarobot.bridge."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from metarobot.bridge.policy import Policy
-policy = Policy.load(sys.argv[1])
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
+policy = OnnxPolicy.load(sys.argv[1])
 print(policy.act([0.0] * 17, 0.0, False).shape)
 """
 
@@ -335,7 +338,7 @@ def test_a_robot_needs_neither_torch_nor_mujoco(exported: Exported) -> None:
     assert (done.stdout.strip(), done.stderr) == ("(6,)", "")
 
 
-def test_memory_stays_flat(policy: Policy) -> None:
+def test_memory_stays_flat(policy: OnnxPolicy) -> None:
     obs = observations(policy)[0]
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])  # noqa: E731
     for _ in range(2000):
@@ -353,7 +356,8 @@ HEADERS = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime")
 def test_the_loop_in_cpp_gives_the_same(exported: Exported, tmp_path: Path, name: str) -> None:
     if shutil.which("g++") is None or not (HEADERS / "onnxruntime_cxx_api.h").exists():
         pytest.skip(
-            "no g++, or no headers of onnxruntime: Debian's libonnxruntime-dev, or say ONNXRUNTIME_INCLUDE"
+            "no g++, or no headers of onnxruntime: "
+            "Debian's libonnxruntime-dev, or say ONNXRUNTIME_INCLUDE"
         )
     library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
     (tmp_path / "libonnxruntime.so.1").symlink_to(library)
@@ -364,7 +368,7 @@ def test_the_loop_in_cpp_gives_the_same(exported: Exported, tmp_path: Path, name
         ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", source, *where, "-o", loop], check=True
     )
 
-    policy, steps = Policy.load(exported(name)[1]), 350
+    policy, steps = OnnxPolicy.load(exported(name)[1]), 350
     obs, rng = observations(policy, steps).astype(np.float32), np.random.default_rng(1)
     reward, ended = rng.normal(size=steps).astype(np.float32), rng.random(steps) < 0.02
     lines = [
@@ -379,7 +383,7 @@ def test_the_loop_in_cpp_gives_the_same(exported: Exported, tmp_path: Path, name
     np.testing.assert_allclose(told, list(by_hand(policy, ended, reward, obs)), atol=1e-8)
 
 
-def by_hand(policy: Policy, ended: Any, reward: Any, obs: Any) -> Any:
+def by_hand(policy: OnnxPolicy, ended: Any, reward: Any, obs: Any) -> Any:
     """What the same readings give in Python."""
     step = episode = 0
     for e, r, o in zip(ended, reward, obs, strict=True):

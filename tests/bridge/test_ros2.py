@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from wires import Controller, domain, head, meta, until
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.robots.ros2 import Ros2
+from metarobot.bridge.robots.ros2 import Ros2Robot
 from metarobot.bridge.robots.ros2_messages import JointState
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +31,9 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
     controller.link.close()
 
 
-def near(far: Controller, **settings: object) -> Ros2:
+def near(far: Controller, **settings: object) -> Ros2Robot:
     """The robot at this end of the same domain, connected."""
-    robot = Ros2(
+    robot = Ros2Robot(
         settings.pop("meta", meta()), domain=far.number, controller="fwd", timeout=10.0, **settings
     )
     with far.alive():
@@ -41,7 +41,7 @@ def near(far: Controller, **settings: object) -> Ros2:
     return robot
 
 
-def sees(robot: Ros2, stamp: float) -> dict[str, float]:
+def sees(robot: Ros2Robot, stamp: float) -> dict[str, float]:
     return until(lambda: (r := robot.get_observation()) and r["stamp"] == stamp and r)
 
 
@@ -83,10 +83,10 @@ def test_any_order_and_any_others_among_the_joints(
         "j0_link",
     ]
     state = {named[i]: data.draw(st.floats(-9, 9)) for i in places}
-    robot = Ros2(meta(ours))
-    robot._names, robot._seq = (), 0
+    robot = Ros2Robot(meta(ours))
+    robot._ros_joint_names, robot._seq = (), 0
     message = JointState(head(1.5), list(state), list(state.values()), list(state.values()), [])
-    reading = robot._joint_reading(JointState.deserialize(message.serialize()))
+    reading = robot._read_joints(JointState.deserialize(message.serialize()))
     expected = {
         f"{joint}.{part}": state[named[k]]
         for k, joint in enumerate(ours)
@@ -112,7 +112,7 @@ def test_commands_go_out_in_the_controllers_order(far: Controller) -> None:
     [
         ({"a.pos": math.nan, "b.pos": 0.0}, "not finite"),
         ({"a.pos": 0.0, "b.pos": -math.inf}, "b.pos"),
-        ({"a.pos": 0.0}, "lacks or should lack b.pos"),
+        ({"a.pos": 0.0}, "keys do not match: b.pos"),
         ({"a.pos": 0.0, "b.pos": 0.0, "c.pos": 0.0}, "c.pos"),
     ],
 )
@@ -154,8 +154,8 @@ def test_damping_holds_what_was_finite_last(far: Controller) -> None:
 
 
 def test_damping_without_a_reading_sends_no_empty_command(far: Controller) -> None:
-    robot = Ros2(meta(), domain=far.number, controller="fwd", timeout=1.0)
-    robot._wire = robot._open()
+    robot = Ros2Robot(meta(), domain=far.number, controller="fwd", timeout=1.0)
+    robot._connection = robot._open()
     until(lambda: far._commands.publishers)
     robot.damp()
     time.sleep(0.05)
@@ -196,9 +196,12 @@ def test_a_legged_policy_has_the_trunk_too_and_either_may_freeze(far: Controller
 def test_without_what_it_needs_it_does_not_connect(far: Controller) -> None:
     wanting = {"domain": far.number, "controller": "fwd", "timeout": 0.1}
     for problem, said in (
-        (Ros2(meta(), **wanting), "nothing on rt/joint_states within 0.1 s on lo, domain"),
-        (Ros2(meta(), **wanting | {"states": "other"}), "nobody publishes rt/other"),
-        (Ros2(meta(), **wanting | {"controller": "other"}), "nobody listens to rt/other/commands"),
+        (Ros2Robot(meta(), **wanting), "nothing on rt/joint_states within 0.1 s on lo, domain"),
+        (Ros2Robot(meta(), **wanting | {"states": "other"}), "nobody publishes rt/other"),
+        (
+            Ros2Robot(meta(), **wanting | {"controller": "other"}),
+            "nobody listens to rt/other/commands",
+        ),
     ):
         with pytest.raises(BridgeError, match=said):
             problem.connect()
@@ -206,11 +209,11 @@ def test_without_what_it_needs_it_does_not_connect(far: Controller) -> None:
         far.alive(),
         pytest.raises(BridgeError, match="no joint c among the robot's: spare, b_joint, a"),
     ):
-        Ros2(meta(["a", "c"]), **wanting | {"timeout": 10.0}).connect()
+        Ros2Robot(meta(["a", "c"]), **wanting | {"timeout": 10.0}).connect()
     with far.alive(position=[0.0, math.nan, 0.0]), pytest.raises(BridgeError, match="not finite"):
-        Ros2(meta(), **wanting | {"timeout": 10.0}).connect()
+        Ros2Robot(meta(), **wanting | {"timeout": 10.0}).connect()
     with pytest.raises(BridgeError, match="the policy's joints a, b are not fwd's: a, b, c"):
-        Ros2(meta(), controller="fwd", joints="a,b,c")
+        Ros2Robot(meta(), controller="fwd", joints="a,b,c")
     assert far.commanded() is None
 
 
@@ -224,7 +227,7 @@ def test_joints_that_change_are_an_error_at_once(far: Controller, other: dict) -
 
 def test_a_network_interface_must_be_there_and_up() -> None:
     with pytest.raises(BridgeError, match=r"no network interface 'eth77'; there are .*lo"):
-        Ros2(meta(), interface="eth77").connect()
+        Ros2Robot(meta(), interface="eth77").connect()
     down = [
         p.parent.name
         for p in Path("/sys/class/net").glob("*/flags")
@@ -232,7 +235,7 @@ def test_a_network_interface_must_be_there_and_up() -> None:
     ]
     if down:
         with pytest.raises(BridgeError, match=f"'{down[0]}' is down; up are .*lo"):
-            Ros2(meta(), interface=down[0]).connect()
+            Ros2Robot(meta(), interface=down[0]).connect()
 
 
 def test_a_domain_is_open_on_one_interface(far: Controller) -> None:
@@ -244,12 +247,12 @@ def test_a_domain_is_open_on_one_interface(far: Controller) -> None:
     if not others:
         pytest.skip("no second interface is up")
     with pytest.raises(BridgeError, match=f"domain {far.number} is open on lo"):
-        Ros2(meta(), domain=far.number, interface=others[0]).connect()
+        Ros2Robot(meta(), domain=far.number, interface=others[0]).connect()
 
 
 def test_one_controller_a_robot(far: Controller) -> None:
     first = near(far)
-    second = Ros2(meta(), domain=far.number, controller="fwd", timeout=10.0)
+    second = Ros2Robot(meta(), domain=far.number, controller="fwd", timeout=10.0)
     stop = threading.Event()
     commands = threading.Thread(
         target=lambda: [first.send_action({"a.pos": 1.0, "b.pos": 1.0}) for _ in beats(stop)]
@@ -258,7 +261,7 @@ def test_one_controller_a_robot(far: Controller) -> None:
         commands.start()
         with pytest.raises(BridgeError, match="another controller publishes rt/fwd/commands on lo"):
             second.connect()
-        guard = Ros2(meta(), domain=far.number, controller="fwd", timeout=10.0, guard=True)
+        guard = Ros2Robot(meta(), domain=far.number, controller="fwd", timeout=10.0, guard=True)
         guard.connect()
         stop.set()
         commands.join()
@@ -302,7 +305,7 @@ def test_who_is_killed_freezes_and_nothing_waits_for_it() -> None:
     number = domain()
     code = PEER.format(tests=str(Path(__file__).parents[1]), number=number)
     far = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
-    robot = Ros2(meta(), domain=number, controller="fwd", timeout=60.0)
+    robot = Ros2Robot(meta(), domain=number, controller="fwd", timeout=60.0)
     robot.connect()
     first = robot.get_observation()["stamp"]
     until(lambda: robot.get_observation()["stamp"] > first)

@@ -16,8 +16,8 @@ from wires import beating, domain, meta, until
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robots import unitree_messages as go
-from metarobot.bridge.robots.dds import Link
-from metarobot.bridge.robots.unitree import JOINTS, POS_STOP, VEL_STOP, Unitree
+from metarobot.bridge.robots.dds import DdsParticipant
+from metarobot.bridge.robots.unitree import JOINTS, POS_STOP, VEL_STOP, UnitreeRobot
 
 idl = pytest.importorskip("cyclonedds.idl")
 
@@ -47,7 +47,7 @@ def filled(kind: type, numbers: Iterator[float]) -> Any:
 
 def sealed(state: list[float]) -> Any:
     """A LowState of these numbers, its checksum made right."""
-    state[-1] = go.checksum(go._STATE_C.pack(*state))
+    state[-1] = go.checksum(go._STATE_IN_C.pack(*state))
     return filled(go.LowState, iter(state))
 
 
@@ -90,26 +90,26 @@ def test_checksum_is_the_vendors() -> None:
     assert sealed([0] * 349).crc == ZEROS[go.LowState]
 
 
-@given(numbers(go._CMD_WIRE))
+@given(numbers(go._COMMAND_ON_WIRE))
 @settings(max_examples=30, deadline=None)
 def test_commands_are_laid_out_as_cyclonedds_does(message: list[float]) -> None:
     command = go.LowCmd(message)
     assert command.serialize() == filled(go.LowCmd, iter(command.numbers)).serialize()
 
 
-@given(numbers(go._STATE_WIRE))
+@given(numbers(go._STATE_ON_WIRE))
 @settings(max_examples=30, deadline=None)
 def test_states_are_read_as_cyclonedds_does(message: list[float]) -> None:
     data = filled(go.LowState, iter(message)).serialize()
     assert list(go.LowState.deserialize(data).numbers) == message
-    assert go.LowState.deserialize(sealed(message).serialize()).sound
+    assert go.LowState.deserialize(sealed(message).serialize()).is_valid
 
 
 @pytest.mark.parametrize("at", [4, 300, 1170])
 def test_one_bit_is_enough_to_be_unsound(at: int) -> None:
     data = bytearray(sealed([0] * 349).serialize())
     data[at] ^= 1
-    assert not go.LowState.deserialize(bytes(data)).sound
+    assert not go.LowState.deserialize(bytes(data)).is_valid
 
 
 @pytest.mark.parametrize("data", [b"\0\0\0\0" + bytes(1176), HEADER + bytes(1000)])
@@ -123,7 +123,7 @@ class Go2:
     by field."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.link = number, Link("lo", number)
+        self.number, self.link = number, DdsParticipant("lo", number)
         self._states = self.link.writer("rt/lowstate", plain(go.LowState))
         self._commands = self.link.reader("rt/lowcmd", plain(go.LowCmd))
 
@@ -153,14 +153,14 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[Go2]:
     robot.link.close()
 
 
-def near(far: Go2, joints: tuple[str, ...] = JOINTS, **settings: Any) -> Unitree:
-    robot = Unitree(meta(joints), domain=far.number, timeout=10.0, **settings)
+def near(far: Go2, joints: tuple[str, ...] = JOINTS, **settings: Any) -> UnitreeRobot:
+    robot = UnitreeRobot(meta(joints), domain=far.number, timeout=10.0, **settings)
     with far.alive():
         robot.connect()
     return robot
 
 
-def sees(robot: Unitree, stamp: float) -> dict[str, float]:
+def sees(robot: UnitreeRobot, stamp: float) -> dict[str, float]:
     return until(lambda: (r := robot.get_observation()) and abs(r["stamp"] - stamp) < 1e-9 and r)
 
 
@@ -198,7 +198,7 @@ def test_commands_carry_each_joints_gains(far: Go2) -> None:
             0.0,
             0.0,
         )
-    assert command.crc == go.checksum(go._CMD_C.pack(*flat(command)))
+    assert command.crc == go.checksum(go._COMMAND_IN_C.pack(*flat(command)))
 
 
 def test_damping_is_the_last_word(far: Go2) -> None:
@@ -235,13 +235,13 @@ def test_unsound_readings_are_dropped_and_counted(far: Go2) -> None:
     far.publish(101.0, spoilt=1)
     until(lambda: robot.get_observation() and robot.bad)
     assert (robot.bad, robot.get_observation()["stamp"]) == (1, 100.0)
-    strict = Unitree(meta(JOINTS), domain=far.number, timeout=0.3)
+    strict = UnitreeRobot(meta(JOINTS), domain=far.number, timeout=0.3)
     with (
         far.alive(spoilt=1),
-        pytest.raises(BridgeError, match="with a wrong checksum and no sound one within"),
+        pytest.raises(BridgeError, match="with a wrong checksum and no valid one within"),
     ):
         strict.connect()
-    lenient = Unitree(meta(JOINTS), domain=far.number, timeout=10.0, checksums=False)
+    lenient = UnitreeRobot(meta(JOINTS), domain=far.number, timeout=10.0, checksums=False)
     with far.alive(spoilt=1):
         lenient.connect()
 
@@ -250,14 +250,14 @@ def test_a_policy_for_another_robot_is_refused() -> None:
     with pytest.raises(
         BridgeError, match="a policy for the joints a, b; a Go2 has FR_hip, FR_thigh"
     ):
-        Unitree(meta())
+        UnitreeRobot(meta())
 
 
 def test_who_is_not_there_or_leaves(far: Go2) -> None:
     with pytest.raises(BridgeError, match="unitree is not connected"):
-        Unitree(meta(JOINTS)).get_observation()
+        UnitreeRobot(meta(JOINTS)).get_observation()
     with pytest.raises(BridgeError, match="nothing on rt/lowstate within"):
-        Unitree(meta(JOINTS), domain=far.number, timeout=0.1).connect()
+        UnitreeRobot(meta(JOINTS), domain=far.number, timeout=0.1).connect()
     robot = near(far)
     far.link.close()
     with pytest.raises(BridgeError, match="link lost"):
@@ -275,7 +275,7 @@ def test_round_trip_through_the_vendors_own_types() -> None:
     command = [python, ROOT / "scripts/unitree_peer.py", "--domain", str(number)]
     peer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        robot = Unitree(meta(JOINTS), domain=number, timeout=60.0)
+        robot = UnitreeRobot(meta(JOINTS), domain=number, timeout=60.0)
         robot.connect()
         targets = {f"{joint}.pos": 0.125 * i for i, joint in enumerate(JOINTS)}
         for _ in range(50):

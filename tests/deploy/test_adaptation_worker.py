@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import live
+from helpers import collect_trials
 
-from metarobot.bridge.adaptation_client import FAR, Adaptation, Outcome, write
+from metarobot.bridge.adaptation_client import (
+    DEFAULT_KL_BOUND,
+    AdaptationClient,
+    AdaptationResult,
+    write_npz,
+)
 from metarobot.bridge.errors import BridgeError
 from metarobot.deploy import adaptation_worker as adapting
 from metarobot.errors import MetarobotError
@@ -48,7 +53,7 @@ def agent(run: Run) -> Any:
 @pytest.fixture(scope="module")
 def lived(agent: Any) -> Rollout:
     """Rollouts of one task, some of which end early."""
-    both = live(agent, episodes=1).episodes[0]
+    both = collect_trials(agent, episodes=1).episodes[0]
     half = both.reward.shape[1] // 2
     assert not both.valid[:, :half].all()
     rows = {k: getattr(both, k)[:, :half] for k in (*IN_TIME, "critic_obs", "teacher_action")}
@@ -59,7 +64,7 @@ def lived(agent: Any) -> Rollout:
     )
 
 
-def recorded(book: Adaptation, episode: Rollout) -> Adaptation:
+def recorded(book: AdaptationClient, episode: Rollout) -> AdaptationClient:
     """Write rollouts down as a controller does, one after the other."""
     for i in range(episode.reward.shape[1]):
         steps = int(episode.valid[:, i].sum())
@@ -71,7 +76,7 @@ def recorded(book: Adaptation, episode: Rollout) -> Adaptation:
     return book
 
 
-def outcome(book: Adaptation, seconds: float = 300.0) -> Outcome:
+def outcome(book: AdaptationClient, seconds: float = 300.0) -> AdaptationResult:
     end = time.monotonic() + seconds
     while (found := book.poll()) is None:
         assert time.monotonic() < end
@@ -87,8 +92,8 @@ def log(agent: Any, episode: Rollout, **changes: Any) -> dict[str, Any]:
 def test_in_its_process_it_comes_to_what_the_agent_comes_to(
     run: Run, agent: Any, lived: Rollout
 ) -> None:
-    book = Adaptation(
-        meta(run, agent.size, len(lived.reward)),
+    book = AdaptationClient(
+        meta(run, agent.weight_count, len(lived.reward)),
         rollouts=lived.reward.shape[1],
         kl=WIDE,
         deadline_s=300,
@@ -96,7 +101,7 @@ def test_in_its_process_it_comes_to_what_the_agent_comes_to(
     recorded(book, lived)
     assert book.ready
     book.start({"weights": agent.begin(1)[0].numpy()})
-    assert (book.lived, book.busy) == (0, True)  # the next episodes are collected meanwhile
+    assert (book.collected, book.busy) == (0, True)  # the next episodes are collected meanwhile
     found = outcome(book)
     assert not book.busy
     assert found.context is not None, found.reason
@@ -122,7 +127,8 @@ def test_a_step_that_goes_too_far_is_refused(run: Run, agent: Any, lived: Rollou
     _, kl = adapting.adapt(str(run.folder), log(agent, lived), WIDE)
     adapting.adapt(str(run.folder), log(agent, lived), kl * 1.01)
     with pytest.raises(
-        adapting.AdaptingError, match=rf"is a KL divergence of {kl:.3g} from the old one, more than"
+        adapting.AdaptationError,
+        match=rf"is a KL divergence of {kl:.3g} from the old one, more than",
     ):
         adapting.adapt(str(run.folder), log(agent, lived), kl * 0.99)
 
@@ -143,7 +149,7 @@ def test_a_log_that_does_not_serve_is_refused_in_a_line(
     arrays = log(agent, lived)
     changes = {k: v[: len(arrays[k])] if k in IN_TIME else v for k, v in changes.items()}
     source, out = tmp_path / "log.npz", tmp_path / "out.npz"
-    write(source, arrays | changes)
+    write_npz(source, arrays | changes)
     adapting.main(str(run.folder), source, out)
     with np.load(out, allow_pickle=False) as answer:
         assert list(answer) == ["reason"]
@@ -165,16 +171,18 @@ def test_other_files_than_a_log_are_refused_and_run_no_code(run: Run, tmp_path: 
 
 def test_who_imitates_does_not_adapt_to_its_own_episodes(lived: Rollout) -> None:
     imitator = open_run("Placement-imitation")
-    with pytest.raises(adapting.AdaptingError, match="imitation adapts to demonstrations"):
-        adapting.adapt(str(imitator.folder), {}, FAR)
+    with pytest.raises(adapting.AdaptationError, match="imitation adapts to demonstrations"):
+        adapting.adapt(str(imitator.folder), {}, DEFAULT_KL_BOUND)
 
 
-def ended(run: Run, program: str, lived: Rollout, **settings: Any) -> Outcome:
+def ended(run: Run, program: str, lived: Rollout, **settings: Any) -> AdaptationResult:
     """What is made of a process that does something else than adapting."""
     rollouts, command = lived.reward.shape[1], (sys.executable, "-I", "-S", "-c", program)
     about = meta(run, 4, len(lived.reward))
     book = recorded(
-        Adaptation(about, rollouts=rollouts, command=command, **{"deadline_s": 300.0} | settings),
+        AdaptationClient(
+            about, rollouts=rollouts, command=command, **{"deadline_s": 300.0} | settings
+        ),
         lived,
     )
     book.start({"weights": np.zeros((1, 4), np.float32)})
@@ -200,7 +208,7 @@ def test_whatever_becomes_of_the_process_the_old_context_stays(
     assert "\n" not in found.reason
 
 
-def answered(run: Run, lived: Rollout, path: Path, **answer: Any) -> Outcome:
+def answered(run: Run, lived: Rollout, path: Path, **answer: Any) -> AdaptationResult:
     """What is made of an answer."""
     np.savez(path, **answer)
     return ended(run, f"import shutil, sys; shutil.copy({str(path)!r}, sys.argv[3])", lived)
@@ -246,7 +254,7 @@ def test_a_process_that_answers_is_believed(run: Run, lived: Rollout, tmp_path: 
 
 def test_stopping_ends_the_process(run: Run, lived: Rollout) -> None:
     program = (sys.executable, "-c", "import time; time.sleep(60)")
-    book = Adaptation(meta(run, 4, 12), rollouts=1, command=program)
+    book = AdaptationClient(meta(run, 4, 12), rollouts=1, command=program)
     book.step(np.zeros(17), np.zeros(6), 1.0)
     book.end(np.zeros(17), failed=False)
     book.start({"weights": np.zeros((1, 4), np.float32)})
@@ -259,19 +267,19 @@ def test_stopping_ends_the_process(run: Run, lived: Rollout) -> None:
 
 
 def test_only_whole_episodes_count(run: Run) -> None:
-    book = Adaptation(meta(run, 4, horizon=3), rollouts=2)
+    book = AdaptationClient(meta(run, 4, horizon=3), rollouts=2)
     book.end(np.zeros(17), failed=False)
-    assert book.lived == 0  # nothing was lived
+    assert book.collected == 0  # nothing was lived
     book.step(np.ones(17), np.ones(6), 1.0)
     book.drop()
-    assert book.lived == 0
-    assert not any(x.any() for x in book._in_time.values())
+    assert book.collected == 0
+    assert not any(x.any() for x in book._arrays.values())
     for _ in range(5):  # two more than the horizon
         book.step(np.ones(17), np.ones(6), 1.0)
     book.end(np.full(17, 2.0), failed=True)
-    assert (book.lived, book.ready) == (1, False)
-    assert book._in_time["terminated"][:, 0].tolist() == [False, False, True]
-    assert book._in_time["valid"].sum() == 3
+    assert (book.collected, book.ready) == (1, False)
+    assert book._arrays["terminated"][:, 0].tolist() == [False, False, True]
+    assert book._arrays["valid"].sum() == 3
     with pytest.raises(BridgeError, match="adapting needs 2 episodes and one process: 1 are there"):
         book.start({})
 
@@ -280,10 +288,10 @@ def test_settings_that_make_no_sense(run: Run) -> None:
     about = meta(run, 4)
     for bad in ({"rollouts": -1}, {"kl": -1.0}, {"deadline_s": 0.0}, {"kl": float("nan")}):
         with pytest.raises(BridgeError, match=f"{next(iter(bad))} must be above 0"):
-            Adaptation(about, **bad)
-    assert Adaptation(about).rollouts == 20
+            AdaptationClient(about, **bad)
+    assert AdaptationClient(about).rollouts == 20
     about.adapts = "acting"
     with pytest.raises(BridgeError, match="'promp' does not adapt between episodes"):
-        Adaptation(about)
-    with pytest.raises(adapting.AdaptingError, match="kl must be a positive number, not nan"):
+        AdaptationClient(about)
+    with pytest.raises(adapting.AdaptationError, match="kl must be a positive number, not nan"):
         adapting.main("x", Path("y"), Path("z"), kl=float("nan"))

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from metarobot.bridge.policy.metadata import Meta
-from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.deploy import onnx_export as exporting
 from metarobot.deploy.onnx_export import (
     TOLERANCE,
@@ -64,7 +64,7 @@ def test_each_kind_of_agent_acts_as_it_did(
     exported: Exported, name: str, reads: list[str], answers: list[str], adapts: str
 ) -> None:
     run, folder = exported(name)
-    meta, told = Meta.load(folder), read_json(folder / "policy.json")
+    meta, told = PolicyMetadata.load(folder), read_json(folder / "policy.json")
     assert (list(meta.inputs), list(meta.outputs), meta.adapts) == (reads, answers, adapts)
     assert meta.trial.episodes == run.config["agent_config"]["episodes"]
     assert told["parity"]["difference"] <= TOLERANCE
@@ -74,7 +74,7 @@ def test_each_kind_of_agent_acts_as_it_did(
 
 def test_a_trial_by_hand_gives_the_same_actions(exported: Exported) -> None:
     run, folder = exported("lstm")
-    agent, policy, episodes = run.load_agent(), Policy.load(folder), 2
+    agent, policy, episodes = run.load_agent(), OnnxPolicy.load(folder), 2
     assert float((agent.norm.scale - 1).abs().max()) > 0.1
     env = Env(run.family, run.family.space.sample("test", 1), seed=5, threads=1)
     obs, context = env.reset(5), agent.begin(1)
@@ -96,29 +96,29 @@ def test_a_trial_by_hand_gives_the_same_actions(exported: Exported) -> None:
         np.testing.assert_allclose(kept, tensor, atol=TOLERANCE)
 
 
-def check(run: Run, policy: Policy, agent: Any = None) -> None:
+def check(run: Run, policy: OnnxPolicy, agent: Any = None) -> None:
     parity(agent or run.load_agent(), policy, run.family, tasks=1, seed=0, tick=lambda: None)
 
 
-def without_norm(agent: Any, policy: Policy) -> None:
+def without_norm(agent: Any, policy: OnnxPolicy) -> None:
     agent.norm.scale.fill_(1.0)
 
 
-def without_memory(agent: Any, policy: Policy) -> None:
+def without_memory(agent: Any, policy: OnnxPolicy) -> None:
     del policy._carried[1]
 
 
-def deaf_to_boundaries(agent: Any, policy: Policy) -> None:
+def deaf_to_boundaries(agent: Any, policy: OnnxPolicy) -> None:
     act = policy.act
     policy.act = lambda obs, reward, done, noise=None: act(obs, reward, False, noise)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("mutate", [without_norm, without_memory, deaf_to_boundaries])
 def test_what_is_left_out_is_found(
-    exported: Exported, mutate: Callable[[Any, Policy], None]
+    exported: Exported, mutate: Callable[[Any, OnnxPolicy], None]
 ) -> None:
     run, folder = exported("lstm")
-    agent, policy = run.load_agent(), Policy.load(folder)
+    agent, policy = run.load_agent(), OnnxPolicy.load(folder)
     check(run, policy, agent)
     mutate(agent, policy)
     with pytest.raises(
@@ -136,7 +136,7 @@ def test_a_weight_that_is_off_by_a_little_is_found(exported: Exported) -> None:
         onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(3e-5), bias.name)
     )
     with pytest.raises(ExportError, match=r"by 3e-05 at step 0 of"):
-        check(run, Policy(Meta.load(folder), model.SerializeToString()))
+        check(run, OnnxPolicy(PolicyMetadata.load(folder), model.SerializeToString()))
 
 
 def test_a_step_that_is_no_number_is_found(exported: Exported) -> None:
@@ -144,12 +144,12 @@ def test_a_step_that_is_no_number_is_found(exported: Exported) -> None:
     agent = run.load_agent()
     agent.actor[0].bias.data.fill_(torch.nan)
     with pytest.raises(ExportError, match="by nan at step 0"):
-        check(run, Policy.load(folder), agent)
+        check(run, OnnxPolicy.load(folder), agent)
 
 
 def test_the_exported_agent_takes_over_what_was_learned(exported: Exported) -> None:
     run, folder = exported("maml")
-    policy = Policy.load(folder)
+    policy = OnnxPolicy.load(folder)
     both = ParityCheck(run.load_agent(), policy, exported_leads=True)
     env = Env(run.family, run.family.space.sample("train", 1), threads=1)
     before = both.begin(1)
@@ -179,7 +179,7 @@ def test_a_policy_gives_way_to_a_newer_one(exported: Exported, tmp_path: Path) -
     shutil.copytree(exported("rl2")[1], tmp_path / "policy")
     assert (
         export(run, tmp_path / "policy", tasks=1)["agent"]
-        == Meta.load(tmp_path / "policy").agent
+        == PolicyMetadata.load(tmp_path / "policy").agent
         == "blind"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
@@ -235,7 +235,7 @@ def test_a_quadruped_tells_its_drives_what_it_was_trained_with() -> None:
     assert meta["joint_names"] == meta["action"]["names"] == list(go2.JOINTS)
     assert set(meta["joint_stiffness"]) == {25.0}
     assert set(meta["joint_damping"]) == {0.5}
-    assert meta["default_joint_pos"] == go2.POSE.tolist()
+    assert meta["default_joint_pos"] == go2.DEFAULT_POSE.tolist()
     assert set(meta["action_scale"]) == {0.25}
     assert meta["limits"]["RL_calf"] == {
         "low": -2.7227,
@@ -324,7 +324,7 @@ def test_any_context_travels(exported: Exported, runs: dict[str, Run]) -> None:
         "context_2_in",
     )
     assert (aside["in"], aside["out"], aside["begin"]) == (None, None, [[7.0, 7.0]])
-    policy = Policy(Meta.parse({**meta, "sha256": ""}), model.SerializeToString())
+    policy = OnnxPolicy(PolicyMetadata.parse({**meta, "sha256": ""}), model.SerializeToString())
     check(run, policy, Odd())
     assert policy.context()["context_0"] == 200
 

@@ -19,14 +19,20 @@ import pytest
 import torch
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.robots.sim_client import HOST, Kind, Sim, frame, parse
+from metarobot.bridge.robots.sim_client import (
+    HOST,
+    FrameKind,
+    SimRobotClient,
+    parse_frame,
+    write_frame,
+)
 from metarobot.deploy.sim_robot_body import (
     SimulatedRobot,
-    between,
+    attitude_against_gravity,
     damped_model,
-    product,
-    tilted,
-    upright,
+    disturb_attitude,
+    quaternion_product,
+    rotation_between,
 )
 from metarobot.deploy.sim_robot_server import SimRobotServer, serve
 from metarobot.env.base import Env
@@ -65,8 +71,8 @@ def served(
 
 
 @contextmanager
-def driven(server: SimRobotServer) -> Iterator[Sim]:
-    robot = Sim(meta(server.world.family.name), address=f"{HOST}:{server.port}")
+def driven(server: SimRobotServer) -> Iterator[SimRobotClient]:
+    robot = SimRobotClient(meta(server.robot.family.name), address=f"{HOST}:{server.port}")
     robot.connect()
     try:
         yield robot
@@ -74,13 +80,13 @@ def driven(server: SimRobotServer) -> Iterator[Sim]:
         robot.disconnect()
 
 
-def act(robot: Sim, values: Any) -> dict[str, float]:
+def act(robot: SimRobotClient, values: Any) -> dict[str, float]:
     robot.send_action(dict(zip(robot.info["command"], values, strict=True)))
     robot.await_reading()
     return robot.get_observation()
 
 
-def still(robot: Sim) -> np.ndarray:
+def still(robot: SimRobotClient) -> np.ndarray:
     """A command that asks for nothing: joints where they are, or no action."""
     reading = robot.get_observation()
     return np.array([reading.get(k, 0.0) for k in robot.info["command"]])
@@ -90,8 +96,8 @@ def report(port: int) -> dict[str, Any]:
     """What an onlooker is told, who does not drive the robot."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
         link.settimeout(2)
-        link.sendto(frame(Kind.REPORT, 0), (HOST, port))
-        parsed = parse(link.recv(65536))
+        link.sendto(write_frame(FrameKind.REPORT, 0), (HOST, port))
+        parsed = parse_frame(link.recv(65536))
     assert parsed is not None
     return json.loads(parsed[2])
 
@@ -109,7 +115,7 @@ def test_in_lock_step_it_lives_the_episodes_of_an_environment_bit_for_bit(family
     chosen, rng, number = families.get(family), np.random.default_rng(0), 2
     env = Env(chosen, chosen.space.sample("test", 3), threads=1)
     with served(world(family, 3)) as server, driven(server) as robot:
-        robot.trial(number)
+        robot.select_task(number)
         for episode in (1, 0):
             robot.restart(episode)
             reading, obs = robot.get_observation(), env.restart(episode)
@@ -135,7 +141,7 @@ def test_what_it_really_earned_is_summed_by_term() -> None:
         robot.command(np.full(6, 0.5))
         robot.advance(robot.family.substeps)
         rewards.append(robot.reward)
-    told, weights = robot.told(), robot.family.weights
+    told, weights = robot.episode_summary(), robot.family.weights
     assert told["return"] == pytest.approx(sum(rewards))
     assert sum(weights[k] * v for k, v in told["terms"].items()) == pytest.approx(
         sum(rewards), rel=1e-5
@@ -147,7 +153,7 @@ def test_past_the_horizon_it_goes_on_and_nothing_more_is_summed() -> None:
     chosen = replace(families.get("QuadrupedFlat"), horizon=5)
     robot = SimulatedRobot(chosen, chosen.space.sample("test", 1))
     robot.advance(12 * chosen.substeps)
-    assert (robot.told()["steps"], robot.over) == (5, True)
+    assert (robot.episode_summary()["steps"], robot.over) == (5, True)
     assert len(robot.reading()) == len(robot.signals.reading)
 
 
@@ -169,7 +175,7 @@ def test_a_task_that_is_not_there_is_refused() -> None:
         with pytest.raises(MetarobotError, match=r"there is no episode -?\d of world -?\d"):
             robot.restart(*bad)
     with served(robot) as server, driven(server) as client:
-        client.trial(-1)
+        client.select_task(-1)
         with pytest.raises(BridgeError, match="no episode 0 of world -1"):
             client.restart(0)
 
@@ -210,17 +216,19 @@ def test_an_imu_calls_down_what_gravity_pulls_to() -> None:
     gravity = np.array([0.3, -0.2, -9.0])
     quat = np.array([0.9, 0.1, -0.3, 0.2])
     quat /= np.linalg.norm(quat)
-    seen = upright(quat, gravity)
+    seen = attitude_against_gravity(quat, gravity)
     inverse = seen * [1, -1, -1, -1]
     really = turned(quat * [1, -1, -1, -1], gravity / np.linalg.norm(gravity))
     assert turned(inverse, [0, 0, -1]) == pytest.approx(really)
-    assert upright(quat, np.array([0, 0, -9.81])) == pytest.approx(quat)
+    assert attitude_against_gravity(quat, np.array([0, 0, -9.81])) == pytest.approx(quat)
     noise = np.array([0.05, -0.03, 0.02])
     wrong = (really + noise) / np.linalg.norm(really + noise)
-    assert turned(tilted(seen, noise) * [1, -1, -1, -1], [0, 0, -1]) == pytest.approx(wrong)
-    assert product(between(gravity, really), np.array([1.0, 0, 0, 0])) == pytest.approx(
-        between(gravity, really)
+    assert turned(disturb_attitude(seen, noise) * [1, -1, -1, -1], [0, 0, -1]) == pytest.approx(
+        wrong
     )
+    assert quaternion_product(
+        rotation_between(gravity, really), np.array([1.0, 0, 0, 0])
+    ) == pytest.approx(rotation_between(gravity, really))
 
 
 def test_a_limp_robot_only_resists_motion() -> None:
@@ -304,7 +312,7 @@ def test_in_real_time_a_reading_comes_each_control_period_and_none_twice() -> No
 def test_it_publishes_as_fast_as_wanted() -> None:
     with served(world("QuadrupedFlat"), lockstep=False, hz=200) as server, driven(server) as robot:
         first = robot.get_observation()
-        robot._hear(0.5)
+        robot._wait_and_receive(0.5)
         assert robot.get_observation()["stamp"] - first["stamp"] == pytest.approx(0.005, abs=0.03)
         time.sleep(0.2)
         assert robot.report()["readings"] > 15
@@ -316,7 +324,7 @@ def test_a_robot_that_hears_nothing_damps_in_its_time() -> None:
         act(robot, still(robot))
         wait_for(lambda: robot.report()["damped"], 1.0)
         said = robot.report()
-        assert WATCHDOG < said["damped_after_s"] <= WATCHDOG + 2 * server.period
+        assert WATCHDOG < said["damped_after_s"] <= WATCHDOG + 2 * server.physics_s
         assert act(robot, still(robot))["damped"] == 1.0  # it stays so, whatever it is told
         robot.restart(0)
         assert robot.get_observation()["damped"] == 0.0
@@ -343,24 +351,24 @@ def test_commands_that_are_not_whole_not_finite_or_not_new_are_refused() -> None
         for bad in ([np.nan] * 6, [np.inf] * 6):
             act(robot, bad)
         assert robot.report()["refused"] == 2
-        number = robot._sent
+        number = robot._sent_number
         for data in (
-            frame(Kind.COMMAND, number, [0.1] * 6),  # not new
-            frame(Kind.COMMAND, number - 2, [0.1] * 6),
-            frame(Kind.COMMAND, number + 1, [0.1] * 5),
+            write_frame(FrameKind.COMMAND, number, [0.1] * 6),  # not new
+            write_frame(FrameKind.COMMAND, number - 2, [0.1] * 6),
+            write_frame(FrameKind.COMMAND, number + 1, [0.1] * 5),
             b"mrs1 is not enough",
             b"",
-            frame(Kind.COMMAND, number)[:3],
-            frame(Kind.RESTART, 0, [np.nan, 0, 0]),
-            frame(Kind.RESTART, 0, [1.0]),
-            b"xxxx" + frame(Kind.DAMP, 0)[4:],
-            frame(Kind.DAMP, 0)[:4] + b"\x77" + frame(Kind.DAMP, 0)[5:],
+            write_frame(FrameKind.COMMAND, number)[:3],
+            write_frame(FrameKind.RESTART, 0, [np.nan, 0, 0]),
+            write_frame(FrameKind.RESTART, 0, [1.0]),
+            b"xxxx" + write_frame(FrameKind.DAMP, 0)[4:],
+            write_frame(FrameKind.DAMP, 0)[:4] + b"\x77" + write_frame(FrameKind.DAMP, 0)[5:],
         ):
             robot._send(data)
         said = robot.report()
         assert said["commands"] == 1
         assert said["refused"] == 12
-        assert float(server.world.env.state.action[0, 0]) == 0.5  # the last good one is in force
+        assert float(server.robot.env.state.action[0, 0]) == 0.5  # the last good one is in force
         assert not said["damped"]
 
 
@@ -368,12 +376,12 @@ def test_one_controller_at_a_time() -> None:
     with served(world("CheetahDir")) as server:
         with driven(server) as robot:
             robot.restart(0)
-            other = Sim(meta("CheetahDir"), address=f"{HOST}:{server.port}")
+            other = SimRobotClient(meta("CheetahDir"), address=f"{HOST}:{server.port}")
             with pytest.raises(BridgeError, match="has a controller: one at a time"):
                 other.connect()
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
-                for kind in (Kind.COMMAND, Kind.DAMP, Kind.RESTART, Kind.BYE):
-                    stranger.sendto(frame(kind, 99, [0.0] * 6), (HOST, server.port))
+                for kind in (FrameKind.COMMAND, FrameKind.DAMP, FrameKind.RESTART, FrameKind.BYE):
+                    stranger.sendto(write_frame(kind, 99, [0.0] * 6), (HOST, server.port))
             assert robot.report()["foreign"] == 5  # the other's farewell too
             act(robot, [0.0] * 6)
         with driven(server) as robot:  # the first has let go
@@ -384,7 +392,7 @@ def test_one_controller_at_a_time() -> None:
 def test_a_policy_for_another_robot_is_refused() -> None:
     with served(world("CheetahDir")) as server:
         for family in ("AntDir", "QuadrupedFlat"):
-            robot = Sim(meta(family), address=f"{HOST}:{server.port}")
+            robot = SimRobotClient(meta(family), address=f"{HOST}:{server.port}")
             with pytest.raises(
                 BridgeError, match=r"the policy is for .* the simulated CheetahDir has"
             ):
@@ -398,15 +406,16 @@ def test_nobody_at_the_address() -> None:
         ("127.0.0.1:0", "give host"),
     ):
         with pytest.raises(BridgeError, match=said):
-            Sim(meta("CheetahDir"), address=address).connect()
+            SimRobotClient(meta("CheetahDir"), address=address).connect()
 
 
 DRIVE = """
 import sys, time
 from types import SimpleNamespace
-from metarobot.bridge.sim import Sim
-meta = SimpleNamespace(family="QuadrupedFlat", joint_names=sys.argv[2].split(","), observation_names=())
-robot = Sim(meta, address=sys.argv[1])
+from metarobot.bridge.robots.sim_client import SimRobotClient
+joints = sys.argv[2].split(",")
+meta = SimpleNamespace(family="QuadrupedFlat", joint_names=joints, observation_names=())
+robot = SimRobotClient(meta, address=sys.argv[1])
 robot.connect()
 robot.restart(0)
 targets = {f"{j}.pos": robot.get_observation()[f"{j}.pos"] for j in meta.joint_names}
@@ -430,11 +439,11 @@ def test_when_its_controller_is_killed_it_damps_in_its_time(tmp_path: Path) -> N
             controller.send_signal(signal.SIGKILL)
             took = wait_for(lambda: report(server.port)["damped"], 2)
         assert took < WATCHDOG + 0.3  # wall time, on a busy machine
-        assert report(server.port)["damped_after_s"] <= WATCHDOG + 2 * server.period
+        assert report(server.port)["damped_after_s"] <= WATCHDOG + 2 * server.physics_s
 
 
 def test_the_process_answers_dies_and_goes_with_whoever_started_it() -> None:
-    robot = Sim(meta("CheetahDir"), tasks=2, lockstep=True, task={"direction": -1.0})
+    robot = SimRobotClient(meta("CheetahDir"), tasks=2, lockstep=True, task={"direction": -1.0})
     robot.connect()
     assert robot.info["tasks"] == 1
     robot.restart(0)
@@ -472,7 +481,7 @@ def test_a_robot_that_cannot_be_says_so_in_a_line(settings: dict[str, Any], said
 
 def test_a_process_that_does_not_start_says_why() -> None:
     with pytest.raises(BridgeError, match="does not start: watchdog_s must be above 0, not -1"):
-        Sim(meta("CheetahDir"), watchdog_s=-1.0).connect()
+        SimRobotClient(meta("CheetahDir"), watchdog_s=-1.0).connect()
 
 
 def test_a_port_that_is_taken() -> None:

@@ -1,1 +1,1 @@
-"""From a robot's signals to a policy's observations and reward."""
+"""Signal layouts: how a robot's readings become a policy's observations and reward."""

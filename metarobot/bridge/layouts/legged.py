@@ -1,180 +1,253 @@
-"""A legged robot's readings as its policy's observations, actions as joint targets, and the reward
-it earned.
+"""The layout ``legged``: a legged robot's sensor readings as observations, with its own reward.
 
-The twin of ``metarobot.envs.quadruped`` on a robot's own signals: the same observation, and the
-same reward terms and weights, with the trunk's velocity and the feet's heights and speeds from leg
-odometry. On rough ground heights are over the lowest foot, on slopes tilt is against gravity: there
-terms differ from the simulator's, which knows better.
+This mirrors ``metarobot.envs.quadruped`` with a robot's own signals: the same observation, and the
+same reward terms and weights. The trunk's velocity and the feet's heights and speeds come from leg
+odometry. On rough ground heights are over the lowest foot, and on slopes tilt is against gravity:
+there the terms differ from the simulator's, which knows the ground.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.layouts.leg_odometry import Flags, Motion, Numbers, Odometry, Vector, upward
-from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.layouts.leg_odometry import (
+    BoolSequence,
+    FloatSequence,
+    LegOdometry,
+    TrunkMotion,
+    Vector,
+    up_direction,
+)
+from metarobot.bridge.policy.metadata import PolicyMetadata
 from metarobot.bridge.robot_interface import GYRO, QUAT, Reading
 
-OPERATOR = ("command.x", "command.y", "command.turn")
-"""Keys of a reading in which a robot tells its operator's command: forward and sideways, m/s, and
-turn, rad/s."""
-GAP = 0.2
-"""A longer time between two readings is taken to be this long, s."""
+OPERATOR_COMMAND = ("command.x", "command.y", "command.turn")
+"""Optional keys of a reading: the operator's command, forward and sideways velocity, m/s, and turn
+rate, rad/s."""
+MAX_READING_GAP_S = 0.2
+"""A longer time between two readings counts as this long, s."""
+JOINTS_PER_LEG = 3
+JOINTS = 12
+LEGS = 4
 
 
-class Moment(NamedTuple):
-    """A reading in parts."""
+class LeggedReading(NamedTuple):
+    """A reading in parts, with the odometry's estimate after it."""
 
-    pos: Numbers
-    vel: Numbers
-    tau: Numbers
-    turn: Vector
-    down: Flags
-    """Which feet are down, ``(leg,)``."""
+    joint_pos: FloatSequence
+    """rad, ``(12,)``."""
+    joint_vel: FloatSequence
+    """rad/s, ``(12,)``."""
+    joint_torque: FloatSequence
+    """N·m, ``(12,)``."""
+    gyro: Vector
+    """Angular velocity in the trunk's frame, rad/s."""
+    contact: BoolSequence
+    """Which feet touch the ground, ``(leg,)``."""
     up: Vector
-    """Direction away from gravity in the trunk's frame as measured."""
-    command: Numbers
-    motion: Motion
+    """Direction against gravity in the trunk's frame, as measured."""
+    command: FloatSequence
+    """Forward and sideways velocity, m/s, and turn rate, rad/s, that the operator asks for."""
+    motion: TrunkMotion
 
 
-class Legged:
-    """The layout of policies for robots of twelve joints, an IMU, and forces on their feet.
+class LeggedLayout:
+    """Signals of robots with twelve joints on four legs, an IMU, and force sensors on their feet.
 
-    ``command`` is what the operator asks for; a reading that holds one of its own takes its place.
-    Readings are to be given in the order in which they came: each new one moves the odometry on,
-    whichever method sees it first.
+    Readings must come in the order in which they were measured: each new one updates the odometry,
+    whichever method gets it first.
+
+    Args:
+        meta: The policy's metadata.
+        command: The operator's command: forward and sideways velocity, m/s, and turn rate, rad/s. A
+            reading that holds ``OPERATOR_COMMAND`` takes precedence.
+
+    Raises:
+        BridgeError: The metadata have no reward of the kind ``quadruped``.
     """
 
-    def __init__(self, meta: Meta, command: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> None:
+    def __init__(
+        self, meta: PolicyMetadata, command: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    ) -> None:
         rules = meta.reward
         if rules is None or rules.get("kind") != "quadruped":
-            raise BridgeError(
-                f"the policy's metadata has no quadruped's reward but {rules and rules.get('kind')!r}"
-            )
+            kind = None if rules is None else rules.get("kind")
+            raise BridgeError(f"the policy's metadata has no quadruped's reward but {kind!r}")
+
         self.command = list(command)
         self.terms: dict[str, float] = {}
-        """What the last reward was made of, before weights."""
-        self._keys = [f"{j}.{kind}" for kind in ("pos", "vel", "tau") for j in meta.joint_names]
-        self._keys += [*(f"{leg}.force" for leg in rules["legs"]), *QUAT, *GYRO]
+        """Terms of the last reward, before they are weighted."""
+        self._keys = [
+            *(f"{joint}.pos" for joint in meta.joint_names),
+            *(f"{joint}.vel" for joint in meta.joint_names),
+            *(f"{joint}.tau" for joint in meta.joint_names),
+            *(f"{leg}.force" for leg in rules["legs"]),
+            *QUAT,
+            *GYRO,
+        ]
         self._values = itemgetter(*self._keys)
-        self._targets = [f"{j}.pos" for j in meta.joint_names]
-        self._pose, self._scale = meta.default_joint_pos, meta.action_scale
-        limits = [meta.limits[j] for j in meta.joint_names]
-        self._torque, self._speed = [x.torque for x in limits], [x.velocity for x in limits]
-        self._told, self._dt, self._rules = bool(meta.command_names), 1 / meta.control_hz, rules
-        self._odometry = Odometry(rules["legs"], rules["foot_radius"])
+        self._target_keys = [f"{joint}.pos" for joint in meta.joint_names]
+        self._pose = meta.default_joint_pos
+        self._scale = meta.action_scale
+        limits = [meta.limits[joint] for joint in meta.joint_names]
+        self._max_torque = [limit.torque for limit in limits]
+        self._max_speed = [limit.velocity for limit in limits]
+        self._command_is_observed = bool(meta.command_names)
+        self._period_s = 1 / meta.control_hz
+        self._rules = rules
+        self._odometry = LegOdometry(rules["legs"], rules["foot_radius"])
         self.begin()
 
     def needed(self) -> tuple[str, ...]:
-        """Name the keys that a reading must have."""
+        """Return the keys that a reading must have."""
         return ("stamp", "seq", *self._keys)
 
     def begin(self) -> None:
-        """Forget the episode before: the next reading is the first of a new one."""
+        """Begin an episode: the next reading is its first."""
         self._odometry.begin()
-        self._now: tuple[float, float, Moment] | None = None
+        self._latest: LeggedReading | None = None
+        self._latest_seq = 0.0
+        self._latest_stamp = 0.0
 
     def observe(self, reading: Reading, last_action: Any) -> Any:
-        """Return gravity, turn, joints off the pose, their velocities, the last action and the
-        command, float32.
+        """Return the observation ``(45,)``, float32.
+
+        It holds the direction of gravity, angular velocity, joint angles from the default pose,
+        joint velocities, the last action, and the operator's command (zeros if it is hidden).
         """
-        now = self._moment(reading)
+        now = self._update(reading)
         x, y, z = now.up
-        off = [p - pose for p, pose in zip(now.pos, self._pose, strict=True)]
-        command = now.command if self._told else (0.0, 0.0, 0.0)
-        return np.array(
-            [-x, -y, -z, *now.turn, *off, *now.vel, *_floats(last_action), *command], np.float32
-        )
+        offsets = [q - pose for q, pose in zip(now.joint_pos, self._pose, strict=True)]
+        command = now.command if self._command_is_observed else (0.0, 0.0, 0.0)
+        values = [
+            *(-x, -y, -z),
+            *now.gyro,
+            *offsets,
+            *now.joint_vel,
+            *_to_floats(last_action),
+            *command,
+        ]
+        return np.array(values, np.float32)
 
     def targets(self, action: Any) -> dict[str, float]:
-        """Return the joints' targets, rad."""
-        parts = zip(self._targets, self._pose, self._scale, _floats(action), strict=True)
-        return {name: pose + scale * x for name, pose, scale, x in parts}
+        """Return the joint targets, rad, of an action ``(12,)``."""
+        elements = zip(self._target_keys, self._pose, self._scale, _to_floats(action), strict=True)
+        # target = pose + scale · action
+        return {key: pose + scale * x for key, pose, scale, x in elements}
 
     def reward(self, before: Reading, after: Reading, action: Any, last_action: Any) -> float:
-        """Return what an action earned; what the robot is told (``reward``) counts before what it
-        reckons.
+        """Return the reward of ``action``, which led from ``before`` to ``after``.
+
+        A ``reward`` in the reading takes precedence over the robot's own estimate.
         """
-        self._moment(before)
-        now = self._moment(after)
+        self._update(before)
+        now = self._update(after)
         if "reward" in after:
             return float(after["reward"])
-        self.terms = self._terms(
-            now, [a - b for a, b in zip(_floats(action), _floats(last_action), strict=True)]
-        )
-        total: float = sum(
-            [weight * self.terms[name] for name, weight in self._rules["weights"].items()]
-        )
+
+        pairs = zip(_to_floats(action), _to_floats(last_action), strict=True)
+        self.terms = self._reward_terms(now, [new - old for new, old in pairs])
+        weights = self._rules["weights"].items()
+        total: float = sum([weight * self.terms[name] for name, weight in weights])
         return total
 
     def ended(self, reading: Reading) -> bool:
-        """Say whether the robot has fallen: tilted, or sunk down between its feet."""
-        motion = self._moment(reading).motion
+        """Return whether the robot has fallen: its trunk is tilted, or low between its feet."""
+        motion = self._update(reading).motion
         return bool(motion.up[2] < self._rules["upright"] or motion.depth < self._rules["lowest"])
 
-    def _moment(self, reading: Reading) -> Moment:
+    def _update(self, reading: Reading) -> LeggedReading:
+        """Return a reading in parts; a new one updates the odometry first."""
         seq = reading["seq"]
-        if self._now is not None and seq <= self._now[0]:
-            return self._now[2]
-        x = self._values(reading)
-        pos, vel, force, turn = x[:12], x[12:24], x[36:40], x[44:47]
-        dt = (
-            self._dt
-            if self._now is None
-            else min(max(reading["stamp"] - self._now[1], self._dt / 4), GAP)
-        )
-        up, down = upward(x[40:44]), [f > self._rules["touch"] for f in force]
-        motion = self._odometry.follow(_legs(pos), _legs(vel), up, turn, down, dt)
-        command = [reading[k] for k in OPERATOR] if OPERATOR[0] in reading else self.command
-        moment = Moment(pos, vel, x[24:36], turn, down, up, command, motion)
-        self._now = seq, reading["stamp"], moment
-        return moment
+        if self._latest is not None and seq <= self._latest_seq:
+            return self._latest
 
-    def _terms(self, now: Moment, change: Numbers) -> dict[str, float]:
-        """Return the terms of ``metarobot.envs.quadruped.reward``."""
-        motion, wanted = now.motion, now.command
-        speed, turn = motion.velocity, now.turn
-        torque = [tau / most for tau, most in zip(now.tau, self._torque, strict=True)]
-        fast = [vel / most for vel, most in zip(now.vel, self._speed, strict=True)]
+        values: Sequence[float] = self._values(reading)
+        joint_pos = values[:JOINTS]
+        joint_vel = values[JOINTS : 2 * JOINTS]
+        joint_torque = values[2 * JOINTS : 3 * JOINTS]
+        feet = 3 * JOINTS
+        imu = feet + LEGS
+        force = values[feet:imu]
+        quat = values[imu : imu + 4]
+        gyro_x, gyro_y, gyro_z = values[imu + 4 :]
+
+        dt = self._period_s
+        if self._latest is not None:
+            # stamps may be repeated or coarse, and a reading may be late
+            dt = reading["stamp"] - self._latest_stamp
+            dt = min(max(dt, self._period_s / 4), MAX_READING_GAP_S)
+
+        up = up_direction(quat)
+        gyro = (gyro_x, gyro_y, gyro_z)
+        contact = [f > self._rules["touch"] for f in force]
+        motion = self._odometry.update(
+            _by_leg(joint_pos), _by_leg(joint_vel), up, gyro, contact, dt
+        )
+        command: FloatSequence = self.command
+        if OPERATOR_COMMAND[0] in reading:
+            command = [reading[key] for key in OPERATOR_COMMAND]
+
+        self._latest = LeggedReading(
+            joint_pos, joint_vel, joint_torque, gyro, contact, up, command, motion
+        )
+        self._latest_seq = seq
+        self._latest_stamp = reading["stamp"]
+        return self._latest
+
+    def _reward_terms(self, now: LeggedReading, action_change: FloatSequence) -> dict[str, float]:
+        """Return the terms of ``metarobot.envs.quadruped.reward``, by the same formulas."""
+        motion = now.motion
+        velocity = motion.velocity
+        gyro = now.gyro
+        wanted = now.command
+
+        # costs, each mapped to [−1, 0] below
+        torque = [tau / top for tau, top in zip(now.joint_torque, self._max_torque, strict=True)]
+        speed = [vel / top for vel, top in zip(now.joint_vel, self._max_speed, strict=True)]
+        offsets = [q - pose for q, pose in zip(now.joint_pos, self._pose, strict=True)]
+        feet = list(zip(motion.height, motion.speed, now.contact, strict=True))
         costs = {
-            "bounce": 4 * speed[2] * speed[2],
-            "wobble": 0.25 * (turn[0] * turn[0] + turn[1] * turn[1]),
+            "bounce": 4 * velocity[2] * velocity[2],
+            "wobble": 0.25 * (gyro[0] * gyro[0] + gyro[1] * gyro[1]),
             "tilt": 10 * (1 - motion.up[2]),
-            "effort": 10 / 12 * _squares(torque),
-            "jerk": _squares(change) / 12,
-            "slip": 4
-            * sum([v * v for v, down in zip(motion.speed, now.down, strict=True) if down]),
-            "pose": 2
-            / 12
-            * _squares([p - pose for p, pose in zip(now.pos, self._pose, strict=True)]),
-            "limits": 10 * sum([max(abs(x) - 0.9, 0.0) for x in (*torque, *fast)]),
+            "effort": 10 / 12 * _sum_of_squares(torque),
+            "jerk": _sum_of_squares(action_change) / 12,
+            "slip": 4 * sum([v * v for _, v, touches in feet if touches]),
+            "pose": 2 / 12 * _sum_of_squares(offsets),
+            "limits": 10 * sum([max(abs(x) - 0.9, 0.0) for x in (*torque, *speed)]),
         }
-        off = math.hypot(speed[0] - wanted[0], speed[1] - wanted[1])
-        spun, swing = turn[2] - wanted[2], 0.0
-        for height, v, down in zip(motion.height, motion.speed, now.down, strict=True):
-            high = min(max(height / self._rules["step_height"], 0.0), 1.0)
-            swing += 0.0 if down else 0.25 * math.tanh(2 * high * high * v)
+
+        # a foot that swings is rewarded for being high and fast, unless the command is to stand
+        swing = 0.0
+        for height, foot_speed, touches in feet:
+            if not touches:
+                relative_height = min(max(height / self._rules["step_height"], 0.0), 1.0)
+                swing += 0.25 * math.tanh(2 * relative_height * relative_height * foot_speed)
+        velocity_error = math.hypot(velocity[0] - wanted[0], velocity[1] - wanted[1])
+        turn_error = gyro[2] - wanted[2]
         gains = {
-            "track": 1 - math.tanh(2 * off),
-            "turn": math.exp(-4 * spun * spun),
+            "track": 1 - math.tanh(2 * velocity_error),
+            "turn": math.exp(-4 * turn_error * turn_error),
             "swing": swing * min(math.hypot(wanted[0], wanted[1]) / 0.3, 1.0),
         }
-        return gains | {k: -math.tanh(v) for k, v in costs.items()}
+        return gains | {name: -math.tanh(cost) for name, cost in costs.items()}
 
 
-def _floats(x: Any) -> list[float]:
+def _to_floats(x: Any) -> list[float]:
     return np.asarray(x).tolist()  # type: ignore[no-any-return]
 
 
-def _legs(joints: Numbers) -> tuple[Numbers, ...]:
-    """Part what stands for 12 joints into legs."""
-    return joints[:3], joints[3:6], joints[6:9], joints[9:]
+def _by_leg(joints: FloatSequence) -> tuple[FloatSequence, ...]:
+    """Split the values of twelve joints by leg, ``(4, 3)``."""
+    return tuple(joints[i : i + JOINTS_PER_LEG] for i in range(0, JOINTS, JOINTS_PER_LEG))
 
 
-def _squares(x: Numbers) -> float:
+def _sum_of_squares(x: FloatSequence) -> float:
     return sum([v * v for v in x])

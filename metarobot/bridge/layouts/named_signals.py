@@ -1,4 +1,7 @@
-"""Robots whose readings are observations by name, as simulated ones can be: nothing to reckon."""
+"""The layout ``direct``: a robot whose readings are its observations by name, as a simulated one.
+
+Nothing is computed here: the robot also gives the reward and says when an episode has failed.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from metarobot.bridge.policy.metadata import Meta
+from metarobot.bridge.policy.metadata import PolicyMetadata
 from metarobot.bridge.robot_interface import Reading
 
 
-class Direct:
-    """The layout of policies whose robot tells observations, reward and failure itself.
+class NamedSignalsLayout:
+    """Signals of robots that publish observations, reward and failure themselves.
 
-    A robot that tells no reward earns 0 in every step, and an agent that learns from it learns
-    nothing.
+    A robot that publishes no reward earns 0 in every step: an agent that adapts to its reward then
+    has nothing to adapt to.
     """
 
-    def __init__(self, meta: Meta) -> None:
-        self._observations, self._actions = meta.observation_names, meta.action.names
+    def __init__(self, meta: PolicyMetadata) -> None:
+        self._observation_names = meta.observation_names
+        self._action_names = meta.action.names
 
     def needed(self) -> tuple[str, ...]:
-        """Name the keys that a reading must have."""
-        return ("stamp", "seq", *self._observations)
+        """Return the keys that a reading must have."""
+        return ("stamp", "seq", *self._observation_names)
 
     def begin(self) -> None:
-        """Keep nothing of an episode."""
+        """Begin an episode: this layout keeps nothing."""
 
     def observe(self, reading: Reading, last_action: Any) -> Any:
-        """Return the observations, float32."""
-        return np.fromiter(
-            map(reading.__getitem__, self._observations), np.float32, len(self._observations)
-        )
+        """Return the observation ``(obs,)``, float32."""
+        values = [reading[name] for name in self._observation_names]
+        return np.array(values, np.float32)
 
     def targets(self, action: Any) -> dict[str, float]:
-        """Return the action's elements by name."""
-        return dict(zip(self._actions, np.asarray(action, np.float64).tolist(), strict=True))
+        """Return the elements of an action by name."""
+        values = np.asarray(action, np.float64).tolist()
+        return dict(zip(self._action_names, values, strict=True))
 
     def reward(self, before: Reading, after: Reading, action: Any, last_action: Any) -> float:
-        """Return what the robot says the action earned."""
+        """Return the reward that the robot gives; 0 if it gives none."""
         return float(after.get("reward", 0.0))
 
     def ended(self, reading: Reading) -> bool:
-        """Say whether the robot says that the episode has failed."""
+        """Return whether the robot says that the episode has failed."""
         return reading.get("terminated", 0.0) > 0.5

@@ -1,5 +1,6 @@
-"""What a policy folder says of itself: ``policy.json``, read and checked before anything else is
-believed.
+"""Metadata of an exported policy: ``policy.json``, read and checked before anything else is used.
+
+``metarobot.deploy.onnx_export`` writes the file; docs/robot.md describes it.
 """
 
 from __future__ import annotations
@@ -13,30 +14,39 @@ from typing import Any
 
 from metarobot.bridge.errors import BridgeError
 
-FORMAT, KIND = 1, "metarobot-policy"
-MODEL, ABOUT = "policy.onnx", "policy.json"
+FORMAT = 1
+"""Newest format of ``policy.json`` that this package reads."""
+KIND = "metarobot-policy"
+"""Value of the key ``kind``."""
+MODEL_FILE = "policy.onnx"
+METADATA_FILE = "policy.json"
 LAYOUTS = ("direct", "legged")
+"""Values of ``layout``: how readings become observations."""
 ADAPTS = ("acting", "between", "none")
-WORDS = ("agent", "family", "run_path", "sha256", "layout", "adapts")
-PER_JOINT = ("joint_stiffness", "joint_damping", "default_joint_pos", "action_scale", "limits")
+"""Values of ``adapts``: while acting, between episodes, or not at all."""
+TEXT_KEYS = ("agent", "family", "run_path", "sha256", "layout", "adapts")
+NAME_LIST_KEYS = ("joint_names", "observation_names", "command_names")
+JOINT_NUMBER_KEYS = ("joint_stiffness", "joint_damping", "default_joint_pos", "action_scale")
+"""Keys that hold one number a joint."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What the agent takes for one situation: so many episodes of so many control steps at most."""
+class TrialMetadata:
+    """What a trial is to the agent: its episodes of one task."""
 
     horizon: int
+    """Control steps an episode lasts at most."""
     episodes: int
+    """Episodes a trial."""
     rollouts: int = 1
-    """Episodes that an agent which adapts between them takes as one: what it learns from at
-    once."""
+    """Rollouts of one task that an agent which adapts between episodes adapts to at once."""
 
 
 @dataclass(frozen=True)
-class Action:
-    """The elements of the action and their bounds, in the policy's own units."""
+class ActionMetadata:
+    """Names of the action's elements and their bounds, in the policy's own units."""
 
     names: tuple[str, ...]
     low: tuple[float, ...]
@@ -44,67 +54,91 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Limit:
-    """What one joint can do: angles rad, speed rad/s, torque N·m."""
+class JointLimit:
+    """Limits of one joint."""
 
     low: float
+    """Lowest angle, rad."""
     high: float
+    """Highest angle, rad."""
     velocity: float
+    """Highest speed, rad/s."""
     torque: float
+    """Highest torque, N·m."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One tensor of the context."""
+class ContextTensor:
+    """One tensor of the agent's context."""
 
     name: str
     read: str | None
-    """The model's input; None where acting does not read it."""
+    """Its model input, None if acting does not read it; ``in`` in ``policy.json``."""
     written: str | None
-    """The model's output; None where acting leaves it as it is."""
+    """Its model output, None if acting leaves it unchanged; ``out`` in ``policy.json``."""
     shape: Shape
     begin: Any
-    """What a trial begins with: ``"zeros"``, or numbers in nested lists of that shape."""
+    """Its value at a trial's start: ``"zeros"``, or numbers in nested lists of that shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meta:
-    """All that ``policy.json`` says; names as there."""
+class PolicyMetadata:
+    """The content of ``policy.json``; fields have the names of its keys.
+
+    Values of joints are in the order of ``joint_names``, and empty for a robot without declared
+    hardware.
+    """
 
     agent: str
+    """Name of the algorithm."""
     family: str
+    """Name of the task family."""
     run_path: str
+    """Run folder that the policy was exported from."""
     sha256: str
+    """Digest of the model file."""
     control_hz: float
-    trial: Trial
+    trial: TrialMetadata
     joint_names: tuple[str, ...]
     joint_stiffness: tuple[float, ...]
-    """N·m/rad."""
+    """Proportional gains of the drives, N·m/rad."""
     joint_damping: tuple[float, ...]
-    """N·m·s/rad."""
+    """Derivative gains of the drives, N·m·s/rad."""
     default_joint_pos: tuple[float, ...]
-    """rad."""
+    """Joint targets of an action of zeros, rad."""
     action_scale: tuple[float, ...]
     """How far an action of 1 moves a joint's target from its default, rad."""
     observation_names: tuple[str, ...]
     command_names: tuple[str, ...]
-    """The observations that an operator sets."""
-    action: Action
-    limits: Mapping[str, Limit]
+    """Observations that an operator sets."""
+    action: ActionMetadata
+    limits: Mapping[str, JointLimit]
+    """Joint -> its limits."""
     layout: str
+    """How readings become observations: one of ``LAYOUTS``."""
     reward: Mapping[str, Any] | None
+    """What a robot needs to compute its reward itself; None if it cannot."""
     adapts: str
+    """When the agent adapts: one of ``ADAPTS``."""
     explores: bool
+    """Whether the agent needs exploration noise to adapt."""
     noise: int
-    """How many standard normal numbers a step takes; 0 for agents that do not explore."""
+    """Standard normal numbers that a step takes; 0 for agents that do not explore."""
     inputs: Mapping[str, Shape]
+    """Model input -> its shape."""
     outputs: Mapping[str, Shape]
-    context: tuple[Part, ...]
+    """Model output -> its shape."""
+    context: tuple[ContextTensor, ...]
 
     @classmethod
-    def load(cls, folder: str | Path) -> Meta:
-        """Read a policy folder's JSON, or say in one line why not."""
-        path = Path(folder) / ABOUT
+    def load(cls, folder: str | Path) -> PolicyMetadata:
+        """Read and check the metadata of a policy folder.
+
+        Raises:
+            BridgeError: It cannot be read, is damaged or newer than this package, or contradicts
+                itself.
+        """
+        path = Path(folder) / METADATA_FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as e:
@@ -113,6 +147,7 @@ class Meta:
             ) from e
         except ValueError as e:
             raise BridgeError(f"{path} is damaged: {e}") from e
+
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise BridgeError(
                 f"{path} is not metarobot's: it is not of kind {KIND!r}; metarobot export writes it"
@@ -120,95 +155,139 @@ class Meta:
         try:
             if data["format"] > FORMAT:
                 raise BridgeError(
-                    f"{path} is of format {data['format']}, this metarobot reads up to {FORMAT}: upgrade"
+                    f"{path} is of format {data['format']}, "
+                    f"this metarobot reads up to {FORMAT}: upgrade"
                 )
             meta = cls.parse(data)
         except KeyError as e:
             raise BridgeError(f"{path} lacks {e}: export the policy again") from e
         except (TypeError, ValueError, AttributeError) as e:
             raise BridgeError(f"{path} is damaged: {e}") from e
-        if wrong := meta.inconsistency():
-            raise BridgeError(f"{path} contradicts itself: {wrong}")
+
+        if contradiction := meta.find_contradiction():
+            raise BridgeError(f"{path} contradicts itself: {contradiction}")
         return meta
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Meta:
-        """Give the JSON its types; raise what comes of wrong ones."""
-        action = data["action"]
-        simple: dict[str, Any] = {k: str(data[k]) for k in WORDS}
-        simple |= {
-            k: _tuple(data[k], str) for k in ("joint_names", "observation_names", "command_names")
-        }
-        simple |= {k: _tuple(data[k], float) for k in PER_JOINT[:-1]}
+    def parse(cls, data: Mapping[str, Any]) -> PolicyMetadata:
+        """Convert JSON data to typed metadata, without checking its consistency.
+
+        Raises:
+            KeyError: A key is missing.
+            TypeError, ValueError, AttributeError: A value has the wrong type.
+        """
+        texts: dict[str, Any] = {key: str(data[key]) for key in TEXT_KEYS}
+        names: dict[str, Any] = {key: _tuple_of(str, data[key]) for key in NAME_LIST_KEYS}
+        numbers: dict[str, Any] = {key: _tuple_of(float, data[key]) for key in JOINT_NUMBER_KEYS}
+
+        trial = TrialMetadata(**{key: int(value) for key, value in data["trial"].items()})
+        action = ActionMetadata(
+            names=_tuple_of(str, data["action"]["names"]),
+            low=_tuple_of(float, data["action"]["low"]),
+            high=_tuple_of(float, data["action"]["high"]),
+        )
+        limits = {}
+        for joint, entry in data["limits"].items():
+            limits[joint] = JointLimit(**{key: float(value) for key, value in entry.items()})
+        context = tuple(
+            ContextTensor(
+                name=entry["name"],
+                read=entry["in"],
+                written=entry["out"],
+                shape=_tuple_of(int, entry["shape"]),
+                begin=entry["begin"],
+            )
+            for entry in data["context"]
+        )
         return cls(
-            **simple,
+            **texts,
+            **names,
+            **numbers,
             control_hz=float(data["control_hz"]),
-            trial=Trial(**{k: int(v) for k, v in data["trial"].items()}),
-            action=Action(
-                _tuple(action["names"], str), *(_tuple(action[k], float) for k in ("low", "high"))
-            ),
-            limits={
-                k: Limit(**{n: float(x) for n, x in v.items()}) for k, v in data["limits"].items()
-            },
+            trial=trial,
+            action=action,
+            limits=limits,
             reward=data["reward"],
             explores=bool(data["explores"]),
             noise=int(data["noise"]),
             inputs=_shapes(data["inputs"]),
             outputs=_shapes(data["outputs"]),
-            context=tuple(
-                Part(c["name"], c["in"], c["out"], _tuple(c["shape"], int), c["begin"])
-                for c in data["context"]
-            ),
+            context=context,
         )
 
-    def inconsistency(self) -> str:
-        """Say what does not go together; nothing if all does."""
-        joints, low, high = len(self.joint_names), self.action.low, self.action.high
-        for name in PER_JOINT:
-            if len(getattr(self, name)) != joints:
-                return f"{joints} joint_names, but {len(getattr(self, name))} {name}"
+    def find_contradiction(self) -> str:
+        """Return the first contradiction between the values; empty if there is none."""
+        joints = len(self.joint_names)
+        actions = len(self.action.names)
+
+        # joints
+        per_joint = {
+            "joint_stiffness": self.joint_stiffness,
+            "joint_damping": self.joint_damping,
+            "default_joint_pos": self.default_joint_pos,
+            "action_scale": self.action_scale,
+            "limits": self.limits,
+        }
+        for name, values in per_joint.items():
+            if len(values) != joints:
+                return f"{joints} joint_names, but {len(values)} {name}"
         if set(self.limits) != set(self.joint_names):
-            return f"limits are of {', '.join(self.limits)}, joint_names are {', '.join(self.joint_names)}"
-        if not len(self.action.names) == len(low) == len(high) > 0 or not all(
-            map(_below, low, high)
-        ):
+            limited = ", ".join(self.limits)
+            return f"limits are of {limited}, joint_names are {', '.join(self.joint_names)}"
+
+        # action
+        low = self.action.low
+        high = self.action.high
+        paired = actions == len(low) == len(high) > 0
+        if not paired or not all(map(_is_interval, low, high)):
             return "the action's names and bounds do not pair up"
-        if self.layout not in LAYOUTS or (self.layout == "legged" and joints != len(low)):
-            return f"layout {self.layout!r} of {joints} joints and {len(low)} actions; layouts: {', '.join(LAYOUTS)}"
-        written = {p.written: p.shape for p in self.context if p.written is not None}
-        if self.outputs != {"actions": (1, len(low))} | written or len(
-            {p.name for p in self.context}
-        ) < len(self.context):
+
+        # layout
+        if self.layout not in LAYOUTS or (self.layout == "legged" and joints != actions):
+            return (
+                f"layout {self.layout!r} of {joints} joints and {actions} actions; "
+                f"layouts: {', '.join(LAYOUTS)}"
+            )
+
+        # model
+        expected_outputs: dict[str, Shape] = {"actions": (1, actions)}
+        for tensor in self.context:
+            if tensor.written is not None:
+                expected_outputs[tensor.written] = tensor.shape
+        context_names = {tensor.name for tensor in self.context}
+        if self.outputs != expected_outputs or len(context_names) < len(self.context):
             return "the outputs are not the action and the context"
         if self.adapts not in ADAPTS:
             return f"adapts is {self.adapts!r}; it may be: {', '.join(ADAPTS)}"
+
+        # numbers
         if not (0 < self.control_hz < math.inf and min(vars(self.trial).values()) > 0):
             return "control_hz, horizon, episodes and rollouts must be positive"
-        gains = (
-            *self.joint_stiffness,
-            *self.joint_damping,
-            *self.default_joint_pos,
-            *self.action_scale,
-        )
-        if not all(map(math.isfinite, gains)):
-            return "gains, default pose or action scale are not finite"
-        unsafe = [
-            k
-            for k, v in self.limits.items()
-            if not (_below(v.low, v.high) and v.velocity > 0 and v.torque > 0)
-        ]
-        return f"limits of {unsafe[0]} leave it no room" if unsafe else ""
+        for values in (
+            self.joint_stiffness,
+            self.joint_damping,
+            self.default_joint_pos,
+            self.action_scale,
+        ):
+            if not all(map(math.isfinite, values)):
+                return "gains, default pose or action scale are not finite"
+        for joint, limit in self.limits.items():
+            has_range = _is_interval(limit.low, limit.high)
+            if not (has_range and limit.velocity > 0 and limit.torque > 0):
+                return f"limits of {joint} leave it no room"
+        return ""
 
 
-def _tuple(values: Any, kind: Callable[[Any], Any]) -> tuple[Any, ...]:
+def _tuple_of(convert: Callable[[Any], Any], values: Any) -> tuple[Any, ...]:
+    """Convert the elements of a JSON list; raise ``TypeError`` for anything else."""
     if not isinstance(values, list):
         raise TypeError(f"{values!r} is no list")
-    return tuple(kind(v) for v in values)
+    return tuple(convert(value) for value in values)
 
 
 def _shapes(entries: Any) -> dict[str, Shape]:
-    return {str(e["name"]): _tuple(e["shape"], int) for e in entries}
+    return {str(entry["name"]): _tuple_of(int, entry["shape"]) for entry in entries}
 
 
-def _below(low: float, high: float) -> bool:
+def _is_interval(low: float, high: float) -> bool:
     return math.isfinite(low) and math.isfinite(high) and low < high

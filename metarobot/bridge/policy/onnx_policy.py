@@ -1,4 +1,8 @@
-"""An exported agent at work: onnxruntime on one thread, its context kept here between steps."""
+"""Run an exported policy with onnxruntime on one thread.
+
+The policy keeps the agent's context between steps: it gives the model's context outputs back as
+inputs. ``metarobot.deploy.onnx_export`` writes policy folders and documents the model's inputs.
+"""
 
 from __future__ import annotations
 
@@ -12,173 +16,214 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy import onnx_file_check as onnxfile
-from metarobot.bridge.policy.metadata import MODEL, Meta, Part, Shape
+from metarobot.bridge.policy.metadata import MODEL_FILE, ContextTensor, PolicyMetadata, Shape
+from metarobot.bridge.policy.onnx_file_check import check_onnx_file
 
 try:
     import onnxruntime
 except ImportError as e:
     raise BridgeError("a policy needs onnxruntime: pip install onnxruntime") from e
 
-Array = NDArray[np.float32]
+Float32Array = NDArray[np.float32]
+ONNXRUNTIME_FATAL = 4
+"""Log severity at which onnxruntime prints nothing: errors are raised."""
 
 
-class Policy:
-    """A policy folder, loaded: ``begin`` a trial, ``act`` step by step, ``adopt`` what was learned
-    between episodes.
+class OnnxPolicy:
+    """An exported policy: ``begin`` a trial, ``act`` in each step, ``set_context`` after adapting.
 
-    Inputs and outputs are buffers that are bound once. A step that fails leaves the context what it
-    was.
+    Inputs and outputs are buffers that are bound to the model once, so a step allocates little. A
+    step that fails leaves the context as it was.
+
+    Args:
+        meta: The policy's metadata.
+        model: The bytes of the ONNX file.
+
+    Raises:
+        BridgeError: The model cannot be read, or does not fit the metadata.
     """
 
-    def __init__(self, meta: Meta, model: bytes) -> None:
+    def __init__(self, meta: PolicyMetadata, model: bytes) -> None:
         self.meta = meta
-        self._first = {part.name: _begin(part) for part in meta.context}
-        self._parts = {name: first.copy() for name, first in self._first.items()}
-        self._session = _session(model)
-        _same("inputs", self._session.get_inputs(), meta.inputs)
-        _same("outputs", self._session.get_outputs(), meta.outputs)
+        self._initial_context = {tensor.name: _initial_value(tensor) for tensor in meta.context}
+        self._context = {name: value.copy() for name, value in self._initial_context.items()}
+
+        self._session = _make_session(model)
+        _check_nodes("inputs", self._session.get_inputs(), meta.inputs)
+        _check_nodes("outputs", self._session.get_outputs(), meta.outputs)
+
+        # one buffer for each possible input; the model has those that the agent reads
         widths = {
             "obs": len(meta.observation_names),
             "action_in": len(meta.action.names),
             "noise_in": meta.noise,
+            "reward_in": 1,
+            "done_in": 1,
+            "first_in": 1,
         }
-        widths |= dict.fromkeys(("reward_in", "done_in", "first_in"), 1)
-        inputs = {name: np.zeros((1, n), np.float32) for name, n in widths.items()}
-        inputs |= {
-            part.read: self._parts[part.name] for part in meta.context if part.read is not None
-        }
-        self._outputs = {name: np.zeros(shape, np.float32) for name, shape in meta.outputs.items()}
+        percept = {name: np.zeros((1, width), np.float32) for name, width in widths.items()}
+        inputs = dict(percept)
+        for tensor in meta.context:
+            if tensor.read is not None:
+                inputs[tensor.read] = self._context[tensor.name]
+        outputs = {name: np.zeros(shape, np.float32) for name, shape in meta.outputs.items()}
+
         self._binding = self._session.io_binding()
         for name, shape in meta.inputs.items():
             _bind(self._binding.bind_input, name, inputs.get(name), shape)
         for name, shape in meta.outputs.items():
-            _bind(self._binding.bind_output, name, self._outputs[name], shape)
-        self._told = {name: inputs[name][0] for name in widths}
-        self._answers = [buffer.ravel() for buffer in self._outputs.values()]
+            _bind(self._binding.bind_output, name, outputs[name], shape)
+
+        # views of the buffers, as they are used at each step
+        self._inputs = {name: buffer[0] for name, buffer in percept.items()}
+        self._flat_outputs = [buffer.ravel() for buffer in outputs.values()]
         self._carried = [
-            (self._parts[p.name], self._outputs[p.written])
-            for p in meta.context
-            if p.written is not None
+            (self._context[tensor.name], outputs[tensor.written])
+            for tensor in meta.context
+            if tensor.written is not None
         ]
-        self._low, self._high = (
-            np.array(x, np.float32) for x in (meta.action.low, meta.action.high)
-        )
-        self.chosen: Array = self._outputs["actions"][0]
-        """The latest action before the clip: what the agent is told next, as it was in training."""
+        """Pairs of a context tensor and the output that replaces it."""
+        self._low = np.array(meta.action.low, np.float32)
+        self._high = np.array(meta.action.high, np.float32)
+        self.chosen: Float32Array = outputs["actions"][0]
+        """The last action before it was clipped to its bounds: the next step's ``action_in``, as in
+        training."""
         self.begin()
 
     @classmethod
-    def load(cls, folder: str | Path) -> Policy:
-        """Load a policy folder; runs no code of its own. Raise ``BridgeError`` with one line if
-        anything is amiss.
+    def load(cls, folder: str | Path) -> OnnxPolicy:
+        """Load a policy folder; this runs no code of the folder.
+
+        Raises:
+            BridgeError: It cannot be read, is damaged, or its two files do not belong together.
         """
-        meta, path = Meta.load(folder), Path(folder) / MODEL
+        meta = PolicyMetadata.load(folder)
+        path = Path(folder) / MODEL_FILE
         try:
             data = path.read_bytes()
         except OSError as e:
             raise BridgeError(f"cannot read {path}: {e.strerror or e}") from e
         if hashlib.sha256(data).hexdigest() != meta.sha256:
             raise BridgeError(
-                f"{path} is damaged or another policy's: not the SHA-256 of policy.json; export it again"
+                f"{path} is damaged or another policy's: not the SHA-256 of policy.json; "
+                "export it again"
             )
         try:
-            onnxfile.check(data)
+            check_onnx_file(data)
             return cls(meta, data)
         except BridgeError as e:
             raise BridgeError(f"{path}: {e}") from e
 
     def begin(self) -> None:
-        """Start a trial: the context as it was before anything was lived."""
-        for name, first in self._first.items():
-            self._parts[name][...] = first
-        self._told["action_in"][:] = 0.0
-        self._told["first_in"][0] = 1.0
+        """Start a trial: reset the context to its initial value."""
+        for name, value in self._initial_context.items():
+            self._context[name][...] = value
+        self._inputs["action_in"][:] = 0.0
+        self._inputs["first_in"][0] = 1.0
 
     def act(
         self, obs: ArrayLike, reward: float, done: bool, noise: ArrayLike | None = None
-    ) -> Array:
-        """Return the action ``(act,)``, clipped to its bounds, for an observation ``(obs,)`` in
-        physical units.
+    ) -> Float32Array:
+        """Return the action ``(act,)`` for an observation ``(obs,)``, clipped to its bounds.
 
-        ``reward`` is what the last action earned; ``done`` is true on the first step of every
-        episode but the trial's first. ``noise`` ``(noise,)``, standard normal, is for agents that
-        explore; None is zeros. Raises ``BridgeError`` where what comes in or would go out is not
-        finite, and leaves the context alone then.
+        Args:
+            obs: Observation in physical units.
+            reward: Reward of the last action.
+            done: True on the first step of every episode but the trial's first.
+            noise: Standard normal numbers ``(noise,)`` for agents that explore; None is zeros.
+
+        Raises:
+            BridgeError: An input has the wrong shape, or an input or output is not finite; the
+                context is left as it was.
         """
-        told = self._told
-        seen, earned = told["obs"], told["reward_in"]
-        seen[:], earned[0], told["done_in"][0] = self._checked("obs", obs), reward, done
-        told["noise_in"][:] = 0.0 if noise is None else self._checked("noise_in", noise)
-        # a dot product is finite only where all its terms are, and is several times faster than
-        # isfinite().all()
-        if not math.isfinite(seen @ seen + earned[0]):
-            raise BridgeError(f"{self._odd(seen)} is not finite: no action was chosen")
+        inputs = self._inputs
+        observed = inputs["obs"]
+        earned = inputs["reward_in"]
+        observed[:] = self._check_shape("obs", obs)
+        earned[0] = reward
+        inputs["done_in"][0] = done
+        inputs["noise_in"][:] = 0.0 if noise is None else self._check_shape("noise_in", noise)
+
+        # a dot product with itself is finite only where all elements are, and is several times
+        # faster than isfinite().all()
+        if not math.isfinite(observed @ observed + earned[0]):
+            raise BridgeError(
+                f"{self._name_bad_input(observed)} is not finite: no action was chosen"
+            )
         self._session.run_with_iobinding(self._binding)
-        for answer in self._answers:
-            if not math.isfinite(answer @ answer):
+        for output in self._flat_outputs:
+            if not math.isfinite(output @ output):
                 raise BridgeError("the policy's answer is not finite: no action was chosen")
-        for kept, written in self._carried:
-            kept[...] = written
-        told["action_in"][:] = self.chosen
-        told["first_in"][0] = 0.0
-        action: Array = np.minimum(np.maximum(self.chosen, self._low), self._high)
+
+        # only now, when nothing can fail any more, does the context change
+        for tensor, output in self._carried:
+            tensor[...] = output
+        inputs["action_in"][:] = self.chosen
+        inputs["first_in"][0] = 0.0
+        action: Float32Array = np.minimum(np.maximum(self.chosen, self._low), self._high)
         return action
 
-    def context(self) -> dict[str, Array]:
+    def context(self) -> dict[str, Float32Array]:
         """Return a copy of the context, name -> array."""
-        return {name: array.copy() for name, array in self._parts.items()}
+        return {name: array.copy() for name, array in self._context.items()}
 
-    def adopt(self, context: Mapping[str, ArrayLike]) -> None:
-        """Take over a context, all of it or nothing: at an episode's boundary, what was learned
-        from the last one.
+    def set_context(self, context: Mapping[str, ArrayLike]) -> None:
+        """Replace the context, all of it or nothing, at an episode boundary.
+
+        Args:
+            context: All tensors of the context, name -> array.
+
+        Raises:
+            BridgeError: Names or shapes are not those of this policy, or a number is not finite.
         """
-        if context.keys() != self._parts.keys():
+        if context.keys() != self._context.keys():
             raise BridgeError(
-                f"a context of {_listed(context)} is none of this policy, which has {_listed(self._parts)}"
+                f"a context of {', '.join(context) or 'nothing'} is none of this policy, "
+                f"which has {', '.join(self._context) or 'nothing'}"
             )
-        taken = {name: np.asarray(array, np.float32) for name, array in context.items()}
-        for name, array in taken.items():
-            if array.shape != self._parts[name].shape:
-                raise BridgeError(
-                    f"context {name} is of shape {array.shape}, not {self._parts[name].shape}"
-                )
+        arrays = {name: np.asarray(value, np.float32) for name, value in context.items()}
+        for name, array in arrays.items():
+            expected = self._context[name].shape
+            if array.shape != expected:
+                raise BridgeError(f"context {name} is of shape {array.shape}, not {expected}")
             if not np.isfinite(array).all():
                 raise BridgeError(f"context {name} is not finite")
-        for name, array in taken.items():
-            self._parts[name][...] = array
 
-    def _checked(self, name: str, given: ArrayLike) -> NDArray[Any]:
-        array, place = np.asarray(given), self._told[name]
-        if array.shape != place.shape:
+        for name, array in arrays.items():
+            self._context[name][...] = array
+
+    def _check_shape(self, name: str, value: ArrayLike) -> NDArray[Any]:
+        array = np.asarray(value)
+        expected = self._inputs[name].shape
+        if array.shape != expected:
             raise BridgeError(
-                f"{name.removesuffix('_in')} must be of shape {place.shape}, not {array.shape}"
+                f"{name.removesuffix('_in')} must be of shape {expected}, not {array.shape}"
             )
         return array
 
-    def _odd(self, seen: Array) -> str:
-        bad = np.flatnonzero(~np.isfinite(seen))
-        return (
-            self.meta.observation_names[bad[0]]
-            if len(bad)
-            else "the reward or the observation's size"
-        )
+    def _name_bad_input(self, observed: Float32Array) -> str:
+        """Return the name of the first observation that is not finite, or of what else is not."""
+        bad = np.flatnonzero(~np.isfinite(observed))
+        if len(bad):
+            return self.meta.observation_names[bad[0]]
+        return "the reward or the observation's size"
 
 
-def _session(model: bytes) -> Any:
+def _make_session(model: bytes) -> Any:
+    """Return an onnxruntime session on one CPU thread."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what goes wrong is raised
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ONNXRUNTIME_FATAL
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime's errors share no base
-        raise BridgeError(
-            f"onnxruntime cannot read the model: {' '.join(str(e).split())[:200]}"
-        ) from e
+    except Exception as e:  # onnxruntime's errors share no base class
+        message = " ".join(str(e).split())[:200]
+        raise BridgeError(f"onnxruntime cannot read the model: {message}") from e
 
 
-def _bind(bind: Any, name: str, buffer: Array | None, shape: Shape) -> None:
-    """Lend the model a buffer for good."""
+def _bind(bind: Any, name: str, buffer: Float32Array | None, shape: Shape) -> None:
+    """Bind a buffer to one of the model's inputs or outputs for all steps."""
     if buffer is None or buffer.shape != shape:
         size = "none" if buffer is None else buffer.shape
         raise BridgeError(
@@ -187,33 +232,32 @@ def _bind(bind: Any, name: str, buffer: Array | None, shape: Shape) -> None:
     bind(name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
 
 
-def _same(what: str, nodes: Any, said: Mapping[str, Shape]) -> None:
-    """Raise unless a model takes or gives just what its metadata says."""
+def _check_nodes(what: str, nodes: Any, expected: Mapping[str, Shape]) -> None:
+    """Raise unless a model's inputs or outputs are exactly those of its metadata."""
     found = {node.name: tuple(node.shape) for node in nodes}
-    if found != dict(said) or any(node.type != "tensor(float)" for node in nodes):
+    all_float32 = all(node.type == "tensor(float)" for node in nodes)
+    if found != dict(expected) or not all_float32:
         raise BridgeError(
-            f"the model's {what} are {_listed(found)}, policy.json says {_listed(said)}"
+            f"the model's {what} are {_list_entries(found)}, "
+            f"policy.json says {_list_entries(expected)}"
         )
 
 
-def _listed(named: Mapping[str, Any]) -> str:
-    return (
-        ", ".join(f"{k} {np.shape(v) if hasattr(v, 'shape') else v}" for k, v in named.items())
-        or "nothing"
-    )
+def _list_entries(shapes: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
 
 
-def _begin(part: Part) -> Array:
+def _initial_value(tensor: ContextTensor) -> Float32Array:
+    """Return a context tensor's value at a trial's start."""
     try:
-        first = (
-            np.zeros(part.shape, np.float32)
-            if part.begin == "zeros"
-            else np.array(part.begin, np.float32)
-        )
+        if tensor.begin == "zeros":
+            value = np.zeros(tensor.shape, np.float32)
+        else:
+            value = np.array(tensor.begin, np.float32)
     except (TypeError, ValueError) as e:
-        raise BridgeError(f"context {part.name} begins with no array: {e}") from e
-    if first.size != math.prod(part.shape):
+        raise BridgeError(f"context {tensor.name} begins with no array: {e}") from e
+    if value.size != math.prod(tensor.shape):
         raise BridgeError(
-            f"context {part.name} begins with {first.size} numbers, its shape is {part.shape}"
+            f"context {tensor.name} begins with {value.size} numbers, its shape is {tensor.shape}"
         )
-    return first.reshape(part.shape)
+    return value.reshape(tensor.shape)

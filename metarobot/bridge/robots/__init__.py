@@ -1,1 +1,1 @@
-"""Drivers: one file a kind of robot."""
+"""Robot drivers: one file for each kind of robot, found by name in ``lookup``."""

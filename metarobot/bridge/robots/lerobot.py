@@ -1,7 +1,8 @@
-"""Any robot of LeRobot's kind as a robot of ours, without LeRobot: by its verbs alone.
+"""Drive any robot of the LeRobot library, without importing LeRobot: by the methods of its robots.
 
-LeRobot's robots speak of motors in degrees or in hundredths of their calibrated range, a policy of
-joints in rad. A table of channels says how the two belong together.
+LeRobot measures motors in degrees, or in percent of their calibrated range; a policy has joints in
+rad. A table of ``MotorConversion`` translates. Subclass ``LeRobotAdapter`` for a robot of your own;
+docs/robot.md has an example.
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot_interface import Command
-from metarobot.bridge.safety.command_checks import checked
+from metarobot.bridge.safety.command_checks import validated_command
 
 if TYPE_CHECKING:
-    from metarobot.bridge.policy.metadata import Meta
+    from metarobot.bridge.policy.metadata import PolicyMetadata
 
-RETRY = 0.2
-"""How long ``damp`` tries when the robot's bus is busy, s."""
+DAMP_RETRY_S = 0.2
+"""How long ``damp`` tries when another thread is using the robot's bus, s."""
+RETRY_INTERVAL_S = 0.001
+
+ResultT = TypeVar("ResultT")
 
 
 class LeRobotLike(Protocol):
-    """What is used of ``lerobot.robots.Robot``."""
+    """The part of ``lerobot.robots.Robot`` that is used."""
 
     name: str
     observation_features: Mapping[str, Any]
@@ -44,46 +48,85 @@ class LeRobotLike(Protocol):
         """Close the bus."""
 
 
+@runtime_checkable
+class HasTorqueSwitch(Protocol):
+    """A motor bus of LeRobot that can switch the motors' torque off."""
+
+    def disable_torque(self) -> Any:
+        """Switch the torque of all motors off."""
+
+
+@runtime_checkable
+class HasMotorBus(Protocol):
+    """A LeRobot robot with a motor bus."""
+
+    bus: Any
+
+
+@runtime_checkable
+class HasId(Protocol):
+    """A LeRobot robot that has been given a name of its own."""
+
+    id: str | None
+
+
 @dataclass(frozen=True)
-class Channel:
-    """How a motor's number and a joint's angle belong together: rad = zero + scale · number."""
+class MotorConversion:
+    """Conversion of a motor's number to a joint's angle: rad = zero + scale · number."""
 
     key: str
-    """The motor's key in observations and actions, ``shoulder_pan.pos``."""
+    """The motor's key in observations and actions, such as ``shoulder_pan.pos``."""
     scale: float
-    """rad for a unit; negative if the two turn against each other."""
+    """rad for a unit; negative if motor and joint turn in opposite directions."""
     zero: float = 0.0
     """Angle at the number 0, rad."""
 
     @classmethod
     def degrees(cls, key: str, sign: int = 1, zero: float = 0.0) -> Self:
-        """Read a motor in degrees (``use_degrees``)."""
+        """Convert a motor measured in degrees (LeRobot's ``use_degrees``)."""
         return cls(key, sign * math.pi / 180, zero)
 
     @classmethod
     def ranged(
         cls, key: str, low: float, high: float, span: tuple[float, float] = (-100.0, 100.0)
     ) -> Self:
-        """Read a motor whose numbers at the ends of ``span`` stand for the angles ``low`` and
-        ``high``, rad.
+        """Convert a motor measured in percent of its range.
 
-        A gripper's span is (0, 100) in LeRobot.
+        Args:
+            key: The motor's key.
+            low: Angle at the lower end of ``span``, rad.
+            high: Angle at its upper end, rad.
+            span: Numbers at the ends of the range; a gripper's are (0, 100) in LeRobot.
         """
         scale = (high - low) / (span[1] - span[0])
         return cls(key, scale, low - scale * span[0])
 
+    def to_rad(self, number: float) -> float:
+        """Return the joint's angle, rad."""
+        return self.zero + self.scale * number
 
-class LeRobot:
-    """A LeRobot robot driven in rad by a policy's joint names.
+    def to_number(self, angle: float) -> float:
+        """Return the motor's number for an angle, rad."""
+        return (angle - self.zero) / self.scale
 
-    table: a channel for each joint of the policy; motors without one are left alone. limp: what
-    makes the robot limp, ``robot.bus.disable_torque`` if it has that. Without either, ``damp``
-    commands each motor to where it is, and it stays there, stiff.
 
-    LeRobot measures no speeds and keeps no clock: speeds are differences between readings, the
-    stamp is when a reading came back. Reading takes as long as the bus does, a few ms for six
-    servos. A second process cannot have the same port, so nothing damps the robot if this one is
-    killed: its motors then hold their last goals.
+class LeRobotAdapter:
+    """A LeRobot robot, driven in rad by a policy's joint names.
+
+    LeRobot measures no speeds and has no clock: speeds are differences of two readings, and a
+    reading's stamp is the time when it came back. Reading takes as long as the bus does, a few ms
+    for six servos. A second process cannot open the same port, so nothing damps the robot if this
+    one is killed: its motors then hold their last goals.
+
+    Args:
+        robot: The LeRobot robot.
+        meta: The policy's metadata.
+        table: Joint -> conversion, for each joint of the policy; other motors are left alone.
+        limp: Function that makes the robot limp; ``robot.bus.disable_torque`` if there is that.
+            Without either, ``damp`` commands each motor to where it is, and it stays there, stiff.
+
+    Raises:
+        BridgeError: The table's joints are not the policy's, or the robot lacks a motor.
     """
 
     name = "lerobot"
@@ -92,117 +135,145 @@ class LeRobot:
     def __init__(
         self,
         robot: LeRobotLike,
-        meta: Meta,
-        table: Mapping[str, Channel],
+        meta: PolicyMetadata,
+        table: Mapping[str, MotorConversion],
         limp: Callable[[], object] | None = None,
     ) -> None:
         if table.keys() != set(meta.joint_names):
-            ours, theirs = ", ".join(meta.joint_names), ", ".join(table)
+            policy_joints = ", ".join(meta.joint_names) or "none"
+            table_joints = ", ".join(table) or "none"
             raise BridgeError(
-                f"the policy's joints {ours or 'none'} are not the table's: {theirs or 'none'}"
+                f"the policy's joints {policy_joints} are not the table's: {table_joints}"
             )
-        features = robot.observation_features.keys() & robot.action_features.keys()
-        if unknown := [channel.key for channel in table.values() if channel.key not in features]:
+        motors = robot.observation_features.keys() & robot.action_features.keys()
+        if unknown := [motor.key for motor in table.values() if motor.key not in motors]:
             raise BridgeError(
-                f"{robot.name} has no motor {', '.join(unknown)}; it has {', '.join(sorted(features))}"
+                f"{robot.name} has no motor {', '.join(unknown)}; "
+                f"it has {', '.join(sorted(motors))}"
             )
-        self.identity = f"lerobot {robot.name} {getattr(robot, 'id', None) or ''}".rstrip()
-        self._robot, self._table = robot, {joint: table[joint] for joint in meta.joint_names}
-        self._keys = [f"{joint}.pos" for joint in self._table]
-        self._limp = limp or getattr(getattr(robot, "bus", None), "disable_torque", None)
-        self._connected = self._damped = False
+
+        robot_id = (robot.id or "") if isinstance(robot, HasId) else ""
+        self.identity = f"lerobot {robot.name} {robot_id}".rstrip()
+        self._robot = robot
+        self._motors = [table[joint] for joint in meta.joint_names]
+        self._position_keys = [f"{joint}.pos" for joint in meta.joint_names]
+        self._velocity_keys = [f"{joint}.vel" for joint in meta.joint_names]
+        bus = robot.bus if isinstance(robot, HasMotorBus) else None
+        if limp is None and isinstance(bus, HasTorqueSwitch):
+            limp = bus.disable_torque
+        self._limp = limp
+        self._connected = False
+        self._damped = False
 
     def connect(self) -> None:
-        """Open the robot and read it once; it must be calibrated, for calibrating moves it and asks
-        questions.
+        """Open the robot and read it once.
+
+        Raises:
+            BridgeError: It does not open, or is not calibrated: calibrating would move it and ask
+                questions.
         """
-        _tried(lambda: self._robot.connect(calibrate=False))
-        self._connected, self._damped = True, False
-        self._angles, self._stamp, self._seq = [math.nan] * len(self._table), 0.0, 0
-        self._reading: dict[str, float] = {}
+        _call(lambda: self._robot.connect(calibrate=False))
+        self._connected = True
+        self._damped = False
+        self._angles = [math.nan] * len(self._motors)
+        self._stamp = 0.0
+        self._seq = 0
+        self._latest: dict[str, float] = {}
         if not self._robot.is_calibrated:
             self.disconnect()
             raise BridgeError(f"{self._robot.name} is not calibrated; run lerobot-calibrate first")
         self.get_observation()
 
     def get_observation(self) -> dict[str, float]:
-        """Read all motors now; speeds are 0 on the first reading. After ``damp``, which has the
-        bus, it is the last.
+        """Read all motors now; speeds are 0 in the first reading.
+
+        After ``damp``, which needs the bus, this is the last reading again.
         """
         if self._damped:
-            return dict(self._reading)
-        angles, stamp = _tried(self._read), time.monotonic()
-        passed = stamp - self._stamp
-        speeds = [
-            (new - old) / passed if self._seq else 0.0
-            for new, old in zip(angles, self._angles, strict=True)
-        ]
-        self._angles, self._stamp, self._seq = angles, stamp, self._seq + 1
-        velocities = zip((f"{joint}.vel" for joint in self._table), speeds, strict=True)
-        self._reading = {
+            return dict(self._latest)
+        angles = _call(self._read_angles)
+        stamp = time.monotonic()
+
+        speeds = [0.0] * len(angles)
+        if self._seq:
+            passed_s = stamp - self._stamp
+            pairs = zip(angles, self._angles, strict=True)
+            speeds = [(new - old) / passed_s for new, old in pairs]
+
+        self._angles = angles
+        self._stamp = stamp
+        self._seq += 1
+        self._latest = {
             "stamp": stamp,
             "seq": self._seq,
-            **dict(zip(self._keys, angles, strict=True)),
-            **dict(velocities),
+            **dict(zip(self._position_keys, angles, strict=True)),
+            **dict(zip(self._velocity_keys, speeds, strict=True)),
         }
-        return dict(self._reading)
+        return dict(self._latest)
 
     def send_action(self, action: Command) -> dict[str, float]:
-        """Command the motors; return what LeRobot says it really sent. After ``damp`` nothing is
-        sent.
-        """
-        targets = checked(action, self._keys)
+        """Command the motors; return what LeRobot really sent. After ``damp`` nothing is sent."""
+        targets = validated_command(action, self._position_keys)
         if self._damped:
             return {}
-        sent = self._send(targets)
-        # damp may have come in between, from another thread
+        sent = self._send_angles(targets)
+        # damp may have been called meanwhile, from another thread
         if self._damped:
             self.damp()
         return sent
 
     def damp(self) -> None:
-        """Switch the motors' torque off; try again for a while if another thread is using the
-        bus.
+        """Switch the motors' torque off; retry for a while if another thread is using the bus.
+
+        Raises:
+            BridgeError: It did not succeed within ``DAMP_RETRY_S``.
         """
         self._damped = True
         if not self._connected:
             return
-        end = time.monotonic() + RETRY
+        end = time.monotonic() + DAMP_RETRY_S
         while True:
             try:
-                _tried(self._limp or (lambda: self._send(self._angles)))
+                if self._limp is not None:
+                    _call(self._limp)
+                else:
+                    self._send_angles(self._angles)
             except BridgeError:
                 if time.monotonic() > end:
                     raise
-                time.sleep(0.001)
+                time.sleep(RETRY_INTERVAL_S)
             else:
                 return
 
     def disconnect(self) -> None:
-        """Close the robot."""
+        """Close the robot; a second call does nothing."""
         if self._connected:
             self._connected = False
-            _tried(self._robot.disconnect)
+            _call(self._robot.disconnect)
 
-    def _read(self) -> list[float]:
+    def _read_angles(self) -> list[float]:
         numbers = self._robot.get_observation()
-        return [c.zero + c.scale * float(numbers[c.key]) for c in self._table.values()]
+        return [motor.to_rad(float(numbers[motor.key])) for motor in self._motors]
 
-    def _send(self, targets: list[float]) -> dict[str, float]:
-        if not all(map(math.isfinite, targets)):
-            raise BridgeError(f"targets that are not finite, and are not sent: {targets}")
+    def _send_angles(self, angles: list[float]) -> dict[str, float]:
+        """Send goals, rad; return those that LeRobot says it really sent, by joint."""
+        if not all(map(math.isfinite, angles)):
+            raise BridgeError(f"targets that are not finite, and are not sent: {angles}")
         goals = {
-            c.key: (q - c.zero) / c.scale
-            for c, q in zip(self._table.values(), targets, strict=True)
+            motor.key: motor.to_number(angle)
+            for motor, angle in zip(self._motors, angles, strict=True)
         }
-        sent = _tried(lambda: self._robot.send_action(goals))
-        channels = zip(self._keys, self._table.values(), strict=True)
-        return {key: c.zero + c.scale * float(sent[c.key]) for key, c in channels if c.key in sent}
+        sent = _call(lambda: self._robot.send_action(goals))
+        return {
+            key: motor.to_rad(float(sent[motor.key]))
+            for key, motor in zip(self._position_keys, self._motors, strict=True)
+            if motor.key in sent
+        }
 
 
-def _tried(verb: Callable[[], Any]) -> Any:
-    """Do something with the robot; whatever a plug-in raises is a lost link."""
+def _call(method: Callable[[], ResultT]) -> ResultT:
+    """Call a method of the robot; whatever a plug-in raises is a lost link."""
     try:
-        return verb()
+        return method()
     except Exception as error:
         raise BridgeError(f"link lost: {error or type(error).__name__}") from error

@@ -1,9 +1,11 @@
-"""A robot behind ROS 2's forward_command_controller, over DDS without a ROS install.
+"""A robot behind ROS 2's forward_command_controller, over DDS and without a ROS installation.
 
-In: ``/joint_states``, matched by name, and ``/imu/data`` for robots with legs. Out: the joints'
-target angles on ``/<controller>/commands``. That controller drops a message with a number that is
-not finite, is put out of action by one of the wrong length, and holds the last one for ever; so
-neither of these is sent, and when commands end somebody must send a last one.
+Read are ``/joint_states``, whose joints are matched by name, and for robots with legs ``/imu/data``
+and the feet's forces. Written are the joints' target angles, on ``/<controller>/commands``.
+
+That controller drops a message with a number that is not finite, is deactivated by one of the wrong
+length, and holds the last one for ever. So neither of these is sent, and somebody must send a last
+command when commands end: the guard process does.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot_interface import GYRO, QUAT, Command
-from metarobot.bridge.robots.dds_robot import Wired
-from metarobot.bridge.safety.command_checks import checked
+from metarobot.bridge.robots.dds_robot import DdsRobot
+from metarobot.bridge.safety.command_checks import validated_command
 
 if TYPE_CHECKING:
-    from metarobot.bridge.policy.metadata import Meta
-    from metarobot.bridge.robots.dds import Wire
+    from metarobot.bridge.policy.metadata import PolicyMetadata
+    from metarobot.bridge.robots.dds import DdsConnection
     from metarobot.bridge.robots.ros2_messages import (
         Float64,
         Float64MultiArray,
@@ -30,29 +32,37 @@ if TYPE_CHECKING:
     )
 
 
-class Ros2(Wired["JointState", "Float64MultiArray"]):
-    """A robot on ROS 2 with position drives: a forward_command_controller on the interface
-    ``position``.
+class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
+    """A robot on ROS 2 with position drives.
 
-    interface, domain: network interface and ROS_DOMAIN_ID. controller: name of the
-    forward_command_controller. joints: its parameter ``joints``, as the policy calls them and with
-    commas between; the policy's own order if not given. ROS may call joint ``x`` ``x_joint``.
-    states, imu, feet, reward: topics. ``imu`` is read for a legged policy; ``feet``, a
-    std_msgs/Float64MultiArray of the feet's forces, N, legs in the policy's order, if its reward
-    needs it; ``reward``, a std_msgs/Float64, if given. timeout: s, how long ``connect`` waits for
-    each of them. guard: whether it stands beside a controller, to damp when that one dies; else
-    another one is not suffered.
-
-    There is no damping behind position drives. ``damp`` commands each joint to where it is: called
-    again and again the robot yields and sinks; called once, it gives way as far as its drives do
+    There is no damping behind position drives. ``damp`` commands each joint to its measured angle:
+    called repeatedly, the robot yields and sinks; called once, it yields as far as its drives do
     under their load, and stays there, stiff.
+
+    Args:
+        meta: The policy's metadata.
+        interface: Network interface.
+        domain: ROS_DOMAIN_ID.
+        controller: Name of the forward_command_controller, on the interface ``position``.
+        joints: Its parameter ``joints``, by the policy's names and separated by commas; the
+            policy's own order if empty. ROS may call joint ``x`` ``x_joint``.
+        states: Topic of the joint states.
+        imu: Topic of the IMU, read for a legged policy.
+        feet: Topic of the feet's forces, N, a std_msgs/Float64MultiArray in the policy's order of
+            legs; read if the policy's reward needs it.
+        reward: Topic of the reward, a std_msgs/Float64; read if given.
+        timeout: How long ``connect`` waits for each thing it needs, s.
+        guard: Whether this is the guard process beside a controller.
+
+    Raises:
+        BridgeError: ``joints`` are not those of the policy.
     """
 
     name = "ros2"
 
     def __init__(
         self,
-        meta: Meta,
+        meta: PolicyMetadata,
         *,
         interface: str = "lo",
         domain: int = 0,
@@ -67,157 +77,171 @@ class Ros2(Wired["JointState", "Float64MultiArray"]):
     ) -> None:
         super().__init__(interface, domain, timeout)
         self.identity = f"ros2 {controller} on {interface}, domain {domain}"
+        self._guard = guard
         self._joints = tuple(joints.split(",")) if joints else tuple(meta.joint_names)
         if sorted(self._joints) != sorted(meta.joint_names):
-            ours, theirs = ", ".join(meta.joint_names), ", ".join(self._joints)
+            policy_joints = ", ".join(meta.joint_names) or "none"
+            robot_joints = ", ".join(self._joints) or "none"
             raise BridgeError(
-                f"the policy's joints {ours or 'none'} are not {controller}'s: {theirs or 'none'}"
+                f"the policy's joints {policy_joints} are not {controller}'s: {robot_joints}"
             )
-        self._keys = {
-            part: [f"{joint}.{part}" for joint in self._joints] for part in ("pos", "vel", "tau")
-        }
-        self._commands, self._states = f"rt/{controller}/commands", f"rt/{states}"
-        self._reward = f"rt/{reward}" if reward else ""
-        self._imu = f"rt/{imu}" if meta.layout == "legged" else ""
-        self._forces = [f"{leg}.force" for leg in (meta.reward or {}).get("legs", ())]
-        self._feet = f"rt/{feet}" if self._forces else ""
-        self._guard = guard
 
-    def _open(self) -> Wire[JointState, Float64MultiArray]:
-        from metarobot.bridge.robots import dds
-        from metarobot.bridge.robots import ros2_messages as ros2_idl
+        # keys of a reading
+        self._position_keys = [f"{joint}.pos" for joint in self._joints]
+        self._velocity_keys = [f"{joint}.vel" for joint in self._joints]
+        self._torque_keys = [f"{joint}.tau" for joint in self._joints]
+        self._force_keys = [f"{leg}.force" for leg in (meta.reward or {}).get("legs", ())]
 
-        link = dds.Link(*self._place)
-        states, commands = (
-            (self._states, ros2_idl.JointState),
-            (self._commands, ros2_idl.Float64MultiArray),
+        # topics, empty where none is read; DDS names of ROS 2 topics begin with rt/
+        self._commands_topic = f"rt/{controller}/commands"
+        self._states_topic = f"rt/{states}"
+        self._imu_topic = f"rt/{imu}" if meta.layout == "legged" else ""
+        self._feet_topic = f"rt/{feet}" if self._force_keys else ""
+        self._reward_topic = f"rt/{reward}" if reward else ""
+
+    def _open(self) -> DdsConnection[JointState, Float64MultiArray]:
+        from metarobot.bridge.robots import dds, ros2_messages
+
+        participant = dds.DdsParticipant(self._interface, self._domain)
+        connection = dds.DdsConnection(
+            participant,
+            states=(self._states_topic, ros2_messages.JointState),
+            commands=(self._commands_topic, ros2_messages.Float64MultiArray),
+            guard=self._guard,
         )
-        wire = dds.Wire(link, states, commands, self._guard)
-        self._sources: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, float]]]] = {}
-        self._sources[self._states] = wire.newest, self._joint_reading
-        if self._imu:
-            self._sources[self._imu] = link.reader(self._imu, ros2_idl.Imu).newest, _imu_reading
-        if self._feet:
-            self._sources[self._feet] = (
-                link.reader(self._feet, ros2_idl.Float64MultiArray).newest,
-                self._foot_reading,
-            )
-        if self._reward:
-            self._sources[self._reward] = (
-                link.reader(self._reward, ros2_idl.Float64).newest,
-                _reward_reading,
-            )
-        self._parts: dict[str, dict[str, float]] = {}
-        self._names: Sequence[str] = ()
-        self._measured: list[float] = []
-        self._seq = 0
-        return wire
 
-    def _await(self, wire: Wire[JointState, Float64MultiArray]) -> None:
-        awaited = {self._states, self._imu, self._feet} - {""}
-        wire.link.wait(
-            lambda: awaited <= self._take().keys(),
+        # topic -> (its newest message, what a message contributes to the reading)
+        self._sources: dict[str, tuple[Callable[[], Any], Callable[[Any], dict[str, float]]]] = {}
+        self._sources[self._states_topic] = (connection.newest, self._read_joints)
+        if self._imu_topic:
+            imu = participant.reader(self._imu_topic, ros2_messages.Imu)
+            self._sources[self._imu_topic] = (imu.newest, _read_imu)
+        if self._feet_topic:
+            feet = participant.reader(self._feet_topic, ros2_messages.Float64MultiArray)
+            self._sources[self._feet_topic] = (feet.newest, self._read_feet)
+        if self._reward_topic:
+            reward = participant.reader(self._reward_topic, ros2_messages.Float64)
+            self._sources[self._reward_topic] = (reward.newest, _read_reward)
+
+        self._parts: dict[str, dict[str, float]] = {}
+        """Topic -> its newest contribution to the reading."""
+        self._ros_joint_names: Sequence[str] = ()
+        self._measured_positions: list[float] = []
+        """The last finite joint angles, rad."""
+        self._seq = 0
+        return connection
+
+    def _await_readings(self, connection: DdsConnection[JointState, Float64MultiArray]) -> None:
+        awaited = {self._states_topic, self._imu_topic, self._feet_topic} - {""}
+        connection.participant.wait(
+            lambda: awaited <= self._receive().keys(),
             self._timeout,
             lambda: f"nothing on {', '.join(sorted(awaited - self._parts.keys()))}",
         )
-        if not self._measured:
-            raise BridgeError(f"the joints' positions on {self._states} are not finite")
+        if not self._measured_positions:
+            raise BridgeError(f"the joints' positions on {self._states_topic} are not finite")
 
     def get_observation(self) -> dict[str, float]:
-        """Return the newest readings of joints and IMU; ``stamp`` is the older one's, so that
-        neither may freeze.
+        """Return the newest readings of all topics.
+
+        ``stamp`` is the older one of joints and IMU, so that neither can stop unnoticed.
         """
         self._connected().check()
-        parts = self._take().values()
-        stamp = min(part["stamp"] for part in parts if "stamp" in part)
-        return {key: value for part in parts for key, value in part.items()} | {
-            "stamp": stamp,
-            "seq": self._seq,
-        }
+        parts = self._receive().values()
+        reading = {key: value for part in parts for key, value in part.items()}
+        reading["stamp"] = min(part["stamp"] for part in parts if "stamp" in part)
+        reading["seq"] = self._seq
+        return reading
 
     def send_action(self, action: Command) -> dict[str, float]:
-        """Publish the joints' targets; return none when ``damp`` has been called, for then none is
-        sent.
-        """
-        targets = checked(action, self._keys["pos"])
-        return dict(action) if self._connected().send(_array(targets)) else {}
+        """Publish the joints' targets, rad; after ``damp``, send nothing and return nothing."""
+        targets = validated_command(action, self._position_keys)
+        sent = self._connected().send(_make_array_message(targets))
+        return dict(action) if sent else {}
 
     def damp(self) -> None:
-        """Command every joint to where it was measured last."""
-        if (wire := self._wire) is not None:
-            with suppress(BridgeError):
-                self._take()
-            # an empty command, before the first reading, would put the controller out of action
-            if self._measured:
-                wire.damp(_array(self._measured))
+        """Command every joint to the angle at which it was measured last."""
+        connection = self._connection
+        if connection is None:
+            return
+        with suppress(BridgeError):
+            self._receive()
+        # an empty command, before the first reading, would deactivate the controller
+        if self._measured_positions:
+            connection.damp(_make_array_message(self._measured_positions))
 
-    def _take(self) -> dict[str, dict[str, float]]:
-        """Read what is new; return the newest readings by topic."""
-        for topic, (newest, reading) in self._sources.items():
+    def _receive(self) -> dict[str, dict[str, float]]:
+        """Read what is new; return topic -> newest contribution to the reading."""
+        for topic, (newest, read) in self._sources.items():
             if (message := newest()) is not None:
-                self._parts[topic] = reading(message)
+                self._parts[topic] = read(message)
         return self._parts
 
-    def _joint_reading(self, message: JointState) -> dict[str, float]:
-        if message.name != self._names:
-            self._order, self._names = _order(self._joints, message.name), message.name
-        reading = {"stamp": _seconds(message.header)}
-        for part, values in (
-            ("pos", message.position),
-            ("vel", message.velocity),
-            ("tau", message.effort),
+    def _read_joints(self, message: JointState) -> dict[str, float]:
+        if message.name != self._ros_joint_names:
+            self._joint_order = _find_joints(self._joints, message.name)
+            self._ros_joint_names = message.name
+
+        reading = {"stamp": _to_seconds(message.header)}
+        for keys, values in (
+            (self._position_keys, message.position),
+            (self._velocity_keys, message.velocity),
+            (self._torque_keys, message.effort),
         ):
-            # empty means: not measured
-            if len(values) not in (0, len(self._names)):
+            # ROS leaves a list empty that is not measured
+            if len(values) == 0:
+                continue
+            if len(values) != len(self._ros_joint_names):
                 raise BridgeError(
-                    f"{self._states} has {len(values)} numbers for {len(self._names)} joints"
+                    f"{self._states_topic} has {len(values)} numbers "
+                    f"for {len(self._ros_joint_names)} joints"
                 )
-            reading.update(
-                zip(
-                    self._keys[part],
-                    [values[i] for i in self._order] if values else (),
-                    strict=False,
-                )
-            )
-        positions = [reading.get(key, math.nan) for key in self._keys["pos"]]
+            ordered = [values[i] for i in self._joint_order]
+            reading.update(zip(keys, ordered, strict=True))
+
+        positions = [reading.get(key, math.nan) for key in self._position_keys]
         if all(map(math.isfinite, positions)):
-            self._measured = positions
+            self._measured_positions = positions
         self._seq += 1
         return reading
 
-    def _foot_reading(self, message: Float64MultiArray) -> dict[str, float]:
-        if len(message.data) != len(self._forces):
+    def _read_feet(self, message: Float64MultiArray) -> dict[str, float]:
+        if len(message.data) != len(self._force_keys):
             raise BridgeError(
-                f"{self._feet} has {len(message.data)} numbers for {len(self._forces)} feet"
+                f"{self._feet_topic} has {len(message.data)} numbers "
+                f"for {len(self._force_keys)} feet"
             )
-        return dict(zip(self._forces, message.data, strict=True))
+        return dict(zip(self._force_keys, message.data, strict=True))
 
 
-def _order(joints: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return where each joint is among ROS's names."""
-    places = {name.removesuffix("_joint"): i for i, name in enumerate(names)} | {
-        name: i for i, name in enumerate(names)
-    }
+def _find_joints(joints: Sequence[str], ros_names: Sequence[str]) -> list[int]:
+    """Return the index of each joint among ROS's names, which may end in ``_joint``."""
+    places = {name.removesuffix("_joint"): i for i, name in enumerate(ros_names)}
+    # the exact name takes precedence
+    places |= {name: i for i, name in enumerate(ros_names)}
     if missing := [joint for joint in joints if joint not in places]:
-        raise BridgeError(f"no joint {', '.join(missing)} among the robot's: {', '.join(names)}")
+        raise BridgeError(
+            f"no joint {', '.join(missing)} among the robot's: {', '.join(ros_names)}"
+        )
     return [places[joint] for joint in joints]
 
 
-def _imu_reading(message: Imu) -> dict[str, float]:
-    q, gyro = message.orientation, message.angular_velocity
-    numbers = q.w, q.x, q.y, q.z, gyro.x, gyro.y, gyro.z
-    return {"stamp": _seconds(message.header), **dict(zip((*QUAT, *GYRO), numbers, strict=True))}
+def _read_imu(message: Imu) -> dict[str, float]:
+    q = message.orientation
+    gyro = message.angular_velocity
+    numbers = (q.w, q.x, q.y, q.z, gyro.x, gyro.y, gyro.z)
+    return {"stamp": _to_seconds(message.header), **dict(zip((*QUAT, *GYRO), numbers, strict=True))}
 
 
-def _reward_reading(message: Float64) -> dict[str, float]:
+def _read_reward(message: Float64) -> dict[str, float]:
     return {"reward": message.data}
 
 
-def _seconds(header: Header) -> float:
+def _to_seconds(header: Header) -> float:
     return float(header.stamp.sec + header.stamp.nanosec * 1e-9)
 
 
-def _array(numbers: list[float]) -> Float64MultiArray:
+def _make_array_message(numbers: list[float]) -> Float64MultiArray:
     from metarobot.bridge.robots.ros2_messages import Float64MultiArray, MultiArrayLayout
 
     return Float64MultiArray(MultiArrayLayout([], 0), numbers)

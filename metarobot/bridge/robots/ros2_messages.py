@@ -1,7 +1,9 @@
-"""The ROS 2 messages of the bridge, as ROS 2's own DDS names them (common_interfaces 5,
-Apache-2.0).
+"""The ROS 2 messages that the ROS 2 driver uses, as DDS types.
+
+Names and fields are those of ROS 2's own packages (common_interfaces 5, Apache-2.0).
 """
-# annotations are evaluated here: cyclonedds makes its types of them
+# annotations are evaluated here, without ``from __future__ import annotations``: cyclonedds makes
+# its types of them
 
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ from cyclonedds.idl.types import array, float64, int32, sequence, uint32
 
 @dataclass
 class Time(IdlStruct, typename="builtin_interfaces::msg::dds_::Time_"):
-    """A moment, s and ns."""
+    """A point in time, s and ns."""
 
     sec: int32
     nanosec: uint32
@@ -19,7 +21,7 @@ class Time(IdlStruct, typename="builtin_interfaces::msg::dds_::Time_"):
 
 @dataclass
 class Header(IdlStruct, typename="std_msgs::msg::dds_::Header_"):
-    """When and where something was measured."""
+    """When and in which frame something was measured."""
 
     stamp: Time
     frame_id: str
@@ -87,7 +89,7 @@ class MultiArrayLayout(IdlStruct, typename="std_msgs::msg::dds_::MultiArrayLayou
 
 @dataclass
 class Float64MultiArray(IdlStruct, typename="std_msgs::msg::dds_::Float64MultiArray_"):
-    """A list of numbers: what forward_command_controller takes."""
+    """A list of numbers, as forward_command_controller takes its commands."""
 
     layout: MultiArrayLayout
     data: sequence[float64]

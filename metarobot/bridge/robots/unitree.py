@@ -1,9 +1,9 @@
 """Unitree's Go2 by its low-level messages, over DDS and without Unitree's SDK.
 
-In: ``rt/lowstate``, what fails its checksum is dropped and counted. Out: ``rt/lowcmd``, target
-angle and gains of each motor. The robot's own walking service must have been stopped (in the app,
-or by the SDK's motion switcher): it publishes the same commands, and ``connect`` refuses while it
-does.
+Read is ``rt/lowstate``; a message with a wrong checksum is dropped and counted. Written is
+``rt/lowcmd``, with target angle and gains of each motor. The robot's own walking service publishes
+the same commands, so it must have been stopped, in the app or by the SDK's motion switcher;
+``connect`` refuses while it runs.
 """
 
 from __future__ import annotations
@@ -13,49 +13,72 @@ from typing import TYPE_CHECKING
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot_interface import GYRO, QUAT, Command
-from metarobot.bridge.robots.dds_robot import Wired
-from metarobot.bridge.safety.command_checks import checked
+from metarobot.bridge.robots.dds_robot import DdsRobot
+from metarobot.bridge.safety.command_checks import validated_command
 
 if TYPE_CHECKING:
-    from metarobot.bridge.policy.metadata import Meta
-    from metarobot.bridge.robots.dds import Wire
+    from metarobot.bridge.policy.metadata import PolicyMetadata
+    from metarobot.bridge.robots.dds import DdsConnection
     from metarobot.bridge.robots.unitree_messages import LowCmd, LowState
 
 LEGS = ("FR", "FL", "RR", "RL")
 JOINTS = tuple(f"{leg}_{part}" for leg in LEGS for part in ("hip", "thigh", "calf"))
 """The motors, in the order of the messages."""
 
-POS_STOP, VEL_STOP = 2.146e9, 16000.0
-"""Targets that mean: do not control the position, the speed (``PosStopF``, ``VelStopF`` of the
-SDK)."""
+POS_STOP = 2.146e9
+"""Target angle that means: do not control the position (``PosStopF`` of the SDK)."""
+VEL_STOP = 16000.0
+"""Target speed that means: do not control the speed (``VelStopF`` of the SDK)."""
 
-# low level; then frame, serial number, version and bandwidth
-_HEAD = [0xFE, 0xEF, 0xFF, 0, 0, 0, 0, 0, 0]
-# battery, remote, lamps, fans, gpio, reserve, checksum
-_TAIL = [0] * 61
-# a motor's mode: servo
-_ON = 1
-_IDLE, _SPARE = [_ON, POS_STOP, VEL_STOP, 0.0, 0.0, 0.0, 0, 0, 0], 8
-# how many numbers a LowState's head has, its IMU, each motor; and where in it feet and tick are
-_HEADER, _IMU, _MOTOR, _FEET, _TICK = 9, 14, 12, 288, 296
+# numbers of a LowCmd before its motors: head (two), level flag for low-level control; then frame,
+# serial number, version and bandwidth
+_COMMAND_HEAD = [0xFE, 0xEF, 0xFF, 0, 0, 0, 0, 0, 0]
+# numbers after its motors: battery, remote, lamps, fans, gpio, reserve, checksum
+_COMMAND_TAIL = [0] * 61
+_SERVO_MODE = 1
+"""A motor's mode."""
+# mode, angle, speed, torque, kp, kd, and three reserved words
+_IDLE_MOTOR = [_SERVO_MODE, POS_STOP, VEL_STOP, 0.0, 0.0, 0.0, 0, 0, 0]
+_UNUSED_MOTORS = 8
+"""Motors of the message that a Go2 lacks."""
+
+# a LowState's numbers: how many its head, its IMU and each motor have
+_HEAD_NUMBERS = 9
+_IMU_NUMBERS = 14
+_MOTOR_NUMBERS = 12
+# and where the feet's forces and the tick are
+_FEET_INDEX = 288
+_TICK_INDEX = 296
+_TICK_S = 1e-3
+
+_STATES_TOPIC = "rt/lowstate"
+_COMMANDS_TOPIC = "rt/lowcmd"
+_POSITION_KEYS = [f"{joint}.pos" for joint in JOINTS]
 
 
-class Unitree(Wired["LowState", "LowCmd"]):
+class UnitreeRobot(DdsRobot["LowState", "LowCmd"]):
     """A Go2, whose motors are position drives with the policy's gains.
 
-    interface, domain: network interface on the robot's net (its computers are 192.168.123.x), and
-    DDS domain. damping: N·m·s/rad, what each motor brakes with after ``damp``. foot_zero,
-    foot_scale: what a foot's sensor says in the air, and N for a unit more of it; the sensor itself
-    says numbers without a unit. checksums: whether readings must have a right checksum; some
-    simulators send none. timeout: s, how long ``connect`` waits. guard: whether it stands beside a
-    controller, to damp when that one dies; else another one is not suffered.
+    Args:
+        meta: The policy's metadata.
+        interface: Network interface on the robot's net; its computers are 192.168.123.x.
+        domain: DDS domain.
+        damping: Velocity gain of each motor after ``damp``, N·m·s/rad.
+        foot_zero: What a foot's sensor reads in the air; it has no unit.
+        foot_scale: Force for a unit more of it, N.
+        checksums: Whether readings must have a right checksum; some simulators send none.
+        timeout: How long ``connect`` waits for each thing it needs, s.
+        guard: Whether this is the guard process beside a controller.
+
+    Raises:
+        BridgeError: The policy's joints are not a Go2's.
     """
 
     name = "unitree"
 
     def __init__(
         self,
-        meta: Meta,
+        meta: PolicyMetadata,
         *,
         interface: str = "lo",
         domain: int = 0,
@@ -68,95 +91,105 @@ class Unitree(Wired["LowState", "LowCmd"]):
     ) -> None:
         if sorted(meta.joint_names) != sorted(JOINTS):
             raise BridgeError(
-                f"a policy for the joints {', '.join(meta.joint_names)}; a Go2 has {', '.join(JOINTS)}"
+                f"a policy for the joints {', '.join(meta.joint_names)}; "
+                f"a Go2 has {', '.join(JOINTS)}"
             )
         super().__init__(interface, domain, timeout)
         self.identity = f"unitree go2 on {interface}, domain {domain}"
         self.bad = 0
         """Readings dropped for a wrong checksum."""
-        gains = zip(meta.joint_stiffness, meta.joint_damping, strict=True)
-        by_joint = dict(zip(meta.joint_names, gains, strict=True))
-        self._gains = [by_joint[joint] for joint in JOINTS]
-        self._foot, self._damping, self._checksums, self._guard = (
-            (foot_zero, foot_scale),
-            damping,
-            checksums,
-            guard,
+
+        # the policy's gains in the order of the motors
+        stiffness = dict(zip(meta.joint_names, meta.joint_stiffness, strict=True))
+        joint_damping = dict(zip(meta.joint_names, meta.joint_damping, strict=True))
+        self._gains = [(stiffness[joint], joint_damping[joint]) for joint in JOINTS]
+        self._damping = damping
+        self._foot_zero = foot_zero
+        self._foot_scale = foot_scale
+        self._checksums = checksums
+        self._guard = guard
+
+    def _open(self) -> DdsConnection[LowState, LowCmd]:
+        from metarobot.bridge.robots import dds, unitree_messages
+
+        self._latest: dict[str, float] = {}
+        return dds.DdsConnection(
+            dds.DdsParticipant(self._interface, self._domain),
+            states=(_STATES_TOPIC, unitree_messages.LowState),
+            commands=(_COMMANDS_TOPIC, unitree_messages.LowCmd),
+            guard=self._guard,
         )
 
-    def _open(self) -> Wire[LowState, LowCmd]:
-        from metarobot.bridge.robots import dds
-        from metarobot.bridge.robots import unitree_messages as unitree_idl
-
-        states, commands = ("rt/lowstate", unitree_idl.LowState), ("rt/lowcmd", unitree_idl.LowCmd)
-        self._reading: dict[str, float] = {}
-        return dds.Wire(dds.Link(*self._place), states, commands, self._guard)
-
-    def _await(self, wire: Wire[LowState, LowCmd]) -> None:
-        wire.link.wait(lambda: bool(self._take()), self._timeout, self._silent)
-
-    def _silent(self) -> str:
-        return (
-            f"{self.bad} readings with a wrong checksum and no sound one"
-            if self.bad
-            else "nothing on rt/lowstate"
+    def _await_readings(self, connection: DdsConnection[LowState, LowCmd]) -> None:
+        connection.participant.wait(
+            lambda: bool(self._receive()), self._timeout, self._describe_silence
         )
+
+    def _describe_silence(self) -> str:
+        if self.bad:
+            return f"{self.bad} readings with a wrong checksum and no valid one"
+        return f"nothing on {_STATES_TOPIC}"
 
     def get_observation(self) -> dict[str, float]:
-        """Return the newest sound reading; ``stamp`` is the robot's tick, ``seq`` the same in
-        ms.
-        """
+        """Return the newest valid reading; ``stamp`` is the robot's tick, s, ``seq`` in ms."""
         self._connected().check()
-        return dict(self._take())
+        return dict(self._receive())
 
     def send_action(self, action: Command) -> dict[str, float]:
-        """Send the joints' targets with their gains; return none when ``damp`` has been called:
-        none is sent.
-        """
-        targets = checked(action, _POSITIONS)
+        """Send the joints' targets, rad, with their gains; after ``damp``, nothing is sent."""
+        targets = validated_command(action, _POSITION_KEYS)
         motors = [
-            (_ON, q, 0.0, 0.0, kp, kd, 0, 0, 0)
-            for q, (kp, kd) in zip(targets, self._gains, strict=True)
+            (_SERVO_MODE, target, 0.0, 0.0, kp, kd, 0, 0, 0)
+            for target, (kp, kd) in zip(targets, self._gains, strict=True)
         ]
-        return dict(action) if self._connected().send(_message(motors)) else {}
+        sent = self._connected().send(_make_command(motors))
+        return dict(action) if sent else {}
 
     def damp(self) -> None:
-        """Let every motor brake its speed and hold no position; motors keep the last command they
-        got.
-        """
-        if self._wire is not None:
-            self._wire.damp(
-                _message([(_ON, POS_STOP, 0.0, 0.0, 0.0, self._damping, 0, 0, 0)] * len(JOINTS))
-            )
+        """Make every motor brake and hold no position; motors keep the last command they got."""
+        if self._connection is not None:
+            braking = [_SERVO_MODE, POS_STOP, 0.0, 0.0, 0.0, self._damping, 0, 0, 0]
+            self._connection.damp(_make_command([braking] * len(JOINTS)))
 
-    def _take(self) -> dict[str, float]:
-        """Read what is new; return the newest sound reading."""
-        if (state := self._connected().newest()) is not None:
-            if self._checksums and not state.sound:
+    def _receive(self) -> dict[str, float]:
+        """Read what is new; return the newest valid reading."""
+        state = self._connected().newest()
+        if state is not None:
+            if self._checksums and not state.is_valid:
                 self.bad += 1
             else:
-                self._reading = _reading(state.numbers, *self._foot)
-        return self._reading
+                self._latest = _make_reading(state.numbers, self._foot_zero, self._foot_scale)
+        return self._latest
 
 
-_POSITIONS = [f"{joint}.pos" for joint in JOINTS]
+def _make_reading(
+    numbers: Sequence[float], foot_zero: float, foot_scale: float
+) -> dict[str, float]:
+    """Return the reading in a LowState's numbers."""
+    tick = numbers[_TICK_INDEX]
+    reading = {"stamp": tick * _TICK_S, "seq": tick}
 
+    # the IMU begins with its quaternion and gyroscope
+    imu_keys = (*QUAT, *GYRO)
+    imu = numbers[_HEAD_NUMBERS : _HEAD_NUMBERS + len(imu_keys)]
+    reading.update(zip(imu_keys, imu, strict=True))
 
-def _reading(numbers: Sequence[float], foot_zero: float, foot_scale: float) -> dict[str, float]:
-    """Name what a controller needs of a LowState's numbers."""
-    reading = {"stamp": numbers[_TICK] * 1e-3, "seq": numbers[_TICK]}
-    reading.update(zip((*QUAT, *GYRO), numbers[_HEADER : _HEADER + 7], strict=True))
     for i, joint in enumerate(JOINTS):
-        _, q, dq, _, tau = numbers[_HEADER + _IMU + i * _MOTOR :][:5]
-        reading |= {f"{joint}.pos": q, f"{joint}.vel": dq, f"{joint}.tau": tau}
-    return reading | {
-        f"{leg}.force": foot_scale * (numbers[_FEET + i] - foot_zero) for i, leg in enumerate(LEGS)
-    }
+        start = _HEAD_NUMBERS + _IMU_NUMBERS + i * _MOTOR_NUMBERS
+        _mode, angle, speed, _acceleration, torque = numbers[start : start + 5]
+        reading[f"{joint}.pos"] = angle
+        reading[f"{joint}.vel"] = speed
+        reading[f"{joint}.tau"] = torque
+
+    for i, leg in enumerate(LEGS):
+        reading[f"{leg}.force"] = foot_scale * (numbers[_FEET_INDEX + i] - foot_zero)
+    return reading
 
 
-def _message(motors: Sequence[Sequence[float]]) -> LowCmd:
-    """Put twelve motors' commands into a message; the eight that a Go2 lacks stay idle."""
+def _make_command(motors: Sequence[Sequence[float]]) -> LowCmd:
+    """Return the message that commands twelve motors; those that a Go2 lacks stay idle."""
     from metarobot.bridge.robots.unitree_messages import LowCmd
 
-    numbers = [number for motor in (*motors, *[_IDLE] * _SPARE) for number in motor]
-    return LowCmd([*_HEAD, *numbers, *_TAIL])
+    all_motors = [*motors, *[_IDLE_MOTOR] * _UNUSED_MOTORS]
+    motor_numbers = [number for motor in all_motors for number in motor]
+    return LowCmd([*_COMMAND_HEAD, *motor_numbers, *_COMMAND_TAIL])

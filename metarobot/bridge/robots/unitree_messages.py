@@ -1,12 +1,13 @@
-"""Unitree's Go2 messages: their fields, how they lie on the wire and in the robot's memory, and
-their checksum.
+"""Unitree's Go2 messages as DDS types: fields, layouts in bytes, and checksum.
 
 Fields, names and layout are those of Unitree's SDK2 (``unitree_go/msg/*.idl``, BSD-3). All sizes
 are fixed, so a message is a ``struct`` of numbers, in two layouts that differ in padding alone: on
-the wire every number is aligned to its own size, and a C compiler pads nested structures besides.
-One ``unpack`` and the checksum take 45 µs; cyclonedds reads the fields one by one, in 850 µs.
+the wire each number is aligned to its own size, and in the robot's memory, over which the checksum
+is computed, a C compiler also pads nested structures. One ``unpack`` and the checksum take 45 µs;
+cyclonedds, which reads the fields one by one, takes 850 µs.
 """
-# annotations are evaluated here: cyclonedds makes its types of them
+# annotations are evaluated here, without ``from __future__ import annotations``: cyclonedds makes
+# its types of them
 
 import struct
 import zlib
@@ -24,34 +25,39 @@ from metarobot.bridge.errors import BridgeError
 MOTORS = 20
 """Motors in a message; a Go2 has twelve, which come first."""
 
-_CMD = ("4B4IH", *["B5f3I"] * MOTORS, "4B", "40B12B2BB2I")
-_STATE = ("4B4IH", "13fB", *["B7fB3I"] * MOTORS, "4BiH4B15H", "8hI40BBf2B2f4H2I")
-_CMD_WIRE, _CMD_C = struct.Struct("@" + "".join(_CMD)), struct.Struct("@" + "0I".join(_CMD))
-_STATE_WIRE, _STATE_C = struct.Struct("@" + "".join(_STATE)), struct.Struct("@" + "0I".join(_STATE))
-# "0I" pads to a multiple of four, as C does around a nested structure
+# struct formats of the parts of a message: head, each motor, battery, rest
+_COMMAND_PARTS = ("4B4IH", *["B5f3I"] * MOTORS, "4B", "40B12B2BB2I")
+_STATE_PARTS = ("4B4IH", "13fB", *["B7fB3I"] * MOTORS, "4BiH4B15H", "8hI40BBf2B2f4H2I")
+_COMMAND_ON_WIRE = struct.Struct("@" + "".join(_COMMAND_PARTS))
+_STATE_ON_WIRE = struct.Struct("@" + "".join(_STATE_PARTS))
+# "0I" pads to a multiple of four bytes, as C does around a nested structure
+_COMMAND_IN_C = struct.Struct("@" + "0I".join(_COMMAND_PARTS))
+_STATE_IN_C = struct.Struct("@" + "0I".join(_STATE_PARTS))
 
-_LITTLE_ENDIAN = b"\0\1\0\0"
-_MIRROR = bytes(int(f"{b:08b}"[::-1], 2) for b in range(256))
+_LITTLE_ENDIAN_HEADER = b"\0\1\0\0"
+_LITTLE_ENDIAN_BIT = 1
+"""Bit of the header's second byte that is set in little-endian messages."""
+_REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+"""Byte -> the same with its bits in reverse order."""
 
 
 def checksum(message: bytes) -> int:
-    """Return the CRC-32 of a message in C's layout, whose last word is the place of the checksum
-    itself.
+    """Return the CRC-32 of a message in C's layout without its last word, the checksum's place.
 
-    Polynomial 0x04C11DB7, begun from 0xFFFFFFFF, over little-endian words from their highest bit
-    down. ``zlib`` counts bits from the lowest up, so what it is fed is mirrored, and its answer
-    too.
+    The polynomial is 0x04C11DB7 and the initial value 0xFFFFFFFF, over little-endian words from
+    their highest bit down.
     """
+    # zlib takes bits from the lowest up: what it is given is bit-reversed, and its answer too
     words = np.frombuffer(message, "<u4")[:-1].byteswap().tobytes()
-    mirrored = zlib.crc32(words.translate(_MIRROR)) ^ 0xFFFFFFFF
-    return int.from_bytes(mirrored.to_bytes(4, "little").translate(_MIRROR), "big")
+    reversed_crc = zlib.crc32(words.translate(_REVERSED_BITS)) ^ 0xFFFFFFFF
+    return int.from_bytes(reversed_crc.to_bytes(4, "little").translate(_REVERSED_BITS), "big")
 
 
 @dataclass
 @final
 @autoid("sequential")
 class MotorCmd(IdlStruct, typename="unitree_go.msg.dds_.MotorCmd_"):
-    """What a motor is to do: angle rad, speed rad/s, torque N·m, and the gains on the first two."""
+    """A motor's targets, rad, rad/s, N·m, and its gains on the first two."""
 
     mode: uint8
     q: float32
@@ -75,7 +81,10 @@ class BmsCmd(IdlStruct, typename="unitree_go.msg.dds_.BmsCmd_"):
 @final
 @autoid("sequential")
 class LowCmd(IdlStruct, typename="unitree_go.msg.dds_.LowCmd_"):
-    """A command to all motors, written as its numbers in order."""
+    """A command to all motors; only ``numbers`` is used, its values in the order of the fields.
+
+    The checksum, their last, is computed.
+    """
 
     head: array[uint8, 2]
     level_flag: uint8
@@ -94,13 +103,13 @@ class LowCmd(IdlStruct, typename="unitree_go.msg.dds_.LowCmd_"):
 
     def __init__(self, numbers: Sequence[float]) -> None:
         *body, _ = numbers
-        self.numbers = [*body, checksum(_CMD_C.pack(*body, 0))]
+        self.numbers = [*body, checksum(_COMMAND_IN_C.pack(*body, 0))]
 
     def serialize(
         self, buffer: Any = None, endianness: Any = None, use_version_2: Any = None
     ) -> bytes:
         """Return the message as it goes over the wire."""
-        return _LITTLE_ENDIAN + _CMD_WIRE.pack(*self.numbers)
+        return _LITTLE_ENDIAN_HEADER + _COMMAND_ON_WIRE.pack(*self.numbers)
 
 
 @dataclass
@@ -120,7 +129,7 @@ class IMUState(IdlStruct, typename="unitree_go.msg.dds_.IMUState_"):
 @final
 @autoid("sequential")
 class MotorState(IdlStruct, typename="unitree_go.msg.dds_.MotorState_"):
-    """What a motor does: rad, rad/s, rad/s², N·m, the same raw, °C, packets lost."""
+    """A motor's measurements: rad, rad/s, rad/s², N·m, the same raw, °C, packets lost."""
 
     mode: uint8
     q: float32
@@ -155,7 +164,7 @@ class BmsState(IdlStruct, typename="unitree_go.msg.dds_.BmsState_"):
 @final
 @autoid("sequential")
 class LowState(IdlStruct, typename="unitree_go.msg.dds_.LowState_"):
-    """All that the robot measures, read as its numbers in order."""
+    """The robot's measurements; only ``numbers`` is used, the values in the order of the fields."""
 
     head: array[uint8, 2]
     level_flag: uint8
@@ -185,15 +194,20 @@ class LowState(IdlStruct, typename="unitree_go.msg.dds_.LowState_"):
 
     @classmethod
     def deserialize(cls, data: bytes, has_header: bool = True, use_version_2: Any = None) -> Self:
-        """Read a message off the wire."""
-        # bit 0 of the header's second byte says little-endian
-        if not data[1] & 1 or len(data) < 4 + _STATE_WIRE.size:
+        """Read a message as it came over the wire.
+
+        Raises:
+            BridgeError: It has another size or byte order.
+        """
+        header_size = len(_LITTLE_ENDIAN_HEADER)
+        little_endian = data[1] & _LITTLE_ENDIAN_BIT
+        if not little_endian or len(data) < header_size + _STATE_ON_WIRE.size:
             raise BridgeError(
                 f"a LowState of {len(data)} bytes with the header {data[:4].hex()}: not a Go2's"
             )
-        return cls(_STATE_WIRE.unpack_from(data, 4))
+        return cls(_STATE_ON_WIRE.unpack_from(data, header_size))
 
     @property
-    def sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether the checksum is right."""
-        return checksum(_STATE_C.pack(*self.numbers)) == self.numbers[-1]
+        return checksum(_STATE_IN_C.pack(*self.numbers)) == self.numbers[-1]
