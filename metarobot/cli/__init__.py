@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: one file a group of subcommands, which call the functions of ``metarobot``."""

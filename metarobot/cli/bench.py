@@ -1,17 +1,39 @@
-"""``metarobot bench``: speed and memory, beside what they could be."""
+"""The subcommand that measures speed and memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tyro.conf import Positional
 
+from metarobot import api
+from metarobot.bench import cpu_speed, tables
 from metarobot.errors import MetarobotError
+from metarobot.files import write_json
 
-DEFAULT_FAMILY = "CheetahVel"
-MAML_FAMILY = "CheetahDir100"
-"""Episodes of 100 steps: its trials are those of Finn et al. (2017)."""
+
+class CpuBench(NamedTuple):
+    """A measurement on the CPU, how its report is shown, and what is usually measured."""
+
+    measure: Callable[..., dict[str, Any]]
+    show: Callable[[dict[str, Any]], str]
+    family: str
+    worlds: int
+
+
+CPU_BENCHES = {
+    "sim": CpuBench(cpu_speed.bench_sim, tables.simulation_lines, "CheetahVel", 512),
+    "maml": CpuBench(cpu_speed.bench_maml, tables.maml_table, "CheetahDir100", 800),
+    "pearl": CpuBench(cpu_speed.bench_pearl, tables.pearl_lines, "CheetahVel", 64),
+    "agents": CpuBench(cpu_speed.bench_agents, tables.collection_table, "CheetahVel", 64),
+}
+"""Name -> what is measured on the CPU."""
+
+DEVICE_FAMILY = "CheetahVel"
+DEVICE_WORLDS = 8192
+MOST_DEVICE_WORLDS = 2**20
 
 
 def bench(
@@ -25,10 +47,10 @@ def bench(
     device: str = "cpu",
     json: Path | None = None,
 ) -> None:
-    """Measure the speed of an environment, of an agent's learning or of sampling, or memory.
+    """Measure the speed of simulation, of learning or of collecting trials, or the memory it takes.
 
-    Everything is measured in turns with what it could reach: the bare physics engine, bare matrix
-    products, or RL².
+    Speeds are ratios: of an environment against the bare physics engine, of an agent's learning
+    against its bare matrix products, of collecting against RL².
 
     Args:
         what: sim, the environment's step loop with a model of its own in each world; maml, the
@@ -37,72 +59,47 @@ def bench(
             against RL²'s; agents, how fast each kind collects its trials, against RL²; or memory,
             with ``--sim warp``: what ever more worlds take, with RL² in them.
         family: Task family; CheetahDir100 for maml and CheetahVel for the others if not given.
-        worlds: Number of worlds; if not given 512 for sim (8192 on Warp), 800, 40 tasks of 20
-            rollouts, for maml, 64 for pearl and agents, and up to 1048576 for memory.
+        worlds: Number of worlds; if not given 512 for sim, 800, 40 tasks of 20 rollouts, for maml,
+            64 for the others.
         seconds: How long to measure, at least.
         threads: CPU threads; 0 takes all there are.
         sim: What simulates for sim, cpu or warp.
         device: Where Warp simulates, cpu or cuda.
         json: Where to write the figures.
     """
-    on_device = sim == "warp"
-    if (on_device or what == "memory") and not (on_device and what in ("sim", "memory")):
-        raise MetarobotError(
-            f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory"
-        )
-    if on_device:
-        report, text = _bench_on_device(what, family or DEFAULT_FAMILY, worlds, seconds, device)
+    if sim == "warp" or what == "memory":
+        report = _bench_device(what, family or DEVICE_FAMILY, worlds, seconds, sim, device)
     else:
-        report, text = _bench_on_cpu(what, family, worlds, seconds, threads)
-    print(text)
+        chosen = CPU_BENCHES[what]
+        report = chosen.measure(
+            api.family(family or chosen.family),
+            worlds=chosen.worlds if worlds is None else worlds,
+            seconds=seconds,
+            threads=threads,
+        )
+        print(chosen.show(report))
     if json is not None:
-        from metarobot.files import write_json
-
         write_json(json, report)
 
 
-# Benches import torch and the simulators, which the command line does not for --help.
-
-
-def _bench_on_cpu(
-    what: str, family: str, worlds: int | None, seconds: float, threads: int
-) -> tuple[dict[str, Any], str]:
-    """Measure on the CPU; return the figures and their table."""
-    from metarobot.bench import tables
-    from metarobot.bench.collection_speed import bench_agents
-    from metarobot.bench.maml_speed import bench_maml
-    from metarobot.bench.pearl_speed import bench_pearl
-    from metarobot.bench.simulation_speed import bench_sim
-    from metarobot.tasks.family import families
-
-    measure, table, default_family, default_worlds = {
-        "sim": (bench_sim, tables.simulation_lines, DEFAULT_FAMILY, 512),
-        "maml": (bench_maml, tables.maml_table, MAML_FAMILY, 800),
-        "pearl": (bench_pearl, tables.pearl_lines, DEFAULT_FAMILY, 64),
-        "agents": (bench_agents, tables.collection_table, DEFAULT_FAMILY, 64),
-    }[what]
-    report = measure(
-        families.get(family or default_family),
-        worlds=default_worlds if worlds is None else worlds,
-        seconds=seconds,
-        threads=threads,
-    )
-    return report, table(report)
-
-
-def _bench_on_device(
-    what: str, family: str, worlds: int | None, seconds: float, device: str
-) -> tuple[dict[str, Any], str]:
-    """Measure on Warp; return the figures and their table."""
-    from metarobot.bench import tables
-    from metarobot.bench.device_memory import bench_memory
-    from metarobot.bench.device_speed import bench_device
-    from metarobot.tasks.family import families
+def _bench_device(
+    what: str, family: str, worlds: int | None, seconds: float, sim: str, device: str
+) -> dict[str, Any]:
+    """Measure on Warp, and print what was found."""
+    if what not in ("sim", "memory") or sim != "warp":
+        raise MetarobotError(
+            f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory"
+        )
+    from metarobot.bench import device_speed
 
     if what == "sim":
-        count = 8192 if worlds is None else worlds
-        report = bench_device(families.get(family), worlds=count, seconds=seconds, device=device)
-        return report, tables.device_simulation_lines(report)
-    most = 2**20 if worlds is None else worlds
-    report = bench_memory(families.get(family), worlds=most, device=device)
-    return report, tables.memory_lines(report)
+        count = DEVICE_WORLDS if worlds is None else worlds
+        report = device_speed.bench_device(
+            api.family(family), worlds=count, seconds=seconds, device=device
+        )
+        print(tables.device_simulation_lines(report))
+    else:
+        count = MOST_DEVICE_WORLDS if worlds is None else worlds
+        report = device_speed.bench_memory(api.family(family), worlds=count, device=device)
+        print(tables.memory_lines(report))
+    return report

@@ -1,4 +1,4 @@
-"""The command line of demonstrations: recording them, and measuring who imitates them."""
+"""Subcommands of demonstrations: recording them, and measuring who imitates them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from metarobot.cli.progress import bar
+from metarobot import api
+from metarobot.cli.progress import make_bar
+from metarobot.training.demonstrations import read_demonstrations, record_demonstrations
 
 
 def record(
@@ -31,17 +33,14 @@ def record(
             many to match.
         seed: Draws the tasks and the starts.
         jitter: Deviation of normal noise on what the expert does; what it asked for is recorded, so
-            that whoever
-            imitates it sees how to come back.
+            that whoever imitates it sees how to come back.
         threads: Physics threads; 0 takes all there are.
     """
-    from metarobot.tasks.family import families
-    from metarobot.training.demonstrations import record_demonstrations as write
-
-    known = families.get(family)
-    with bar() as progress:
-        task = progress.add_task("recording", total=tasks * shots * known.interaction.variants)
-        count = write(
+    known = api.family(family)
+    per_task = shots * known.interaction.variants
+    with make_bar() as bar:
+        bar_task = bar.add_task("recording", total=tasks * per_task)
+        count = record_demonstrations(
             known,
             out,
             split=split,
@@ -50,11 +49,11 @@ def record(
             seed=seed,
             jitter=jitter,
             threads=threads,
-            tick=lambda n: progress.update(task, completed=n),
+            tick=lambda written: bar.update(bar_task, completed=written),
         )
-    left = tasks - count // (shots * known.interaction.variants)
-    out_of = f" ({left} left out, in which the expert kept failing)" if left else ""
-    print(f"wrote {count:,} demonstrations of {tasks - left:,} tasks to {out}{out_of}")
+    left_out = tasks - count // per_task
+    note = f" ({left_out} left out, in which the expert kept failing)" if left_out else ""
+    print(f"wrote {count:,} demonstrations of {tasks - left_out:,} tasks to {out}{note}")
 
 
 def shots(
@@ -67,8 +66,7 @@ def shots(
     threads: int = 0,
     json: Path | None = None,
 ) -> None:
-    """Measure few-shot imitation: success in every variant of each task after so many
-    demonstrations.
+    """Measure few-shot imitation: the success rate after so many demonstrations of each variant.
 
     Args:
         run: Run folder of an agent that imitates, or a trained one in the box.
@@ -80,25 +78,24 @@ def shots(
         threads: Physics threads; 0 takes all there are.
         json: Where to write the report.
     """
-    from metarobot.evaluation import tables
     from metarobot.evaluation.few_shot_imitation import few_shot
-    from metarobot.training import run_folder as checkpoint
-    from metarobot.training.demonstrations import read_demonstrations
+    from metarobot.evaluation.tables import few_shot_table
+    from metarobot.training.run_folder import open_run
 
-    opened = checkpoint.open_run(run)
-    shown = None if reference is None else checkpoint.open_run(reference)
-    with bar() as progress:
-        task = progress.add_task("playing", total=1 + len(shots))
+    opened = open_run(run)
+    reference_run = None if reference is None else open_run(reference)
+    with make_bar() as bar:
+        bar_task = bar.add_task("playing", total=1 + len(shots))
         report = few_shot(
             opened,
             read_demonstrations(demos, opened.family),
             shots=shots,
-            reference=shown,
+            reference=reference_run,
             seed=seed,
             threads=threads,
-            tick=lambda: progress.advance(task),
+            tick=lambda: bar.advance(bar_task),
         )
-    print(tables.few_shot_table(report))
+    print(few_shot_table(report))
     if json is not None:
         from metarobot.files import write_json
 
