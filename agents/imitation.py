@@ -1,14 +1,13 @@
-"""Few-shot imitation: MAML on demonstrations (Finn et al. 2017, "One-shot visual imitation via
-meta-learning").
+"""Few-shot imitation: MAML on demonstrations.
 
-An inner step lowers the squared error against the support's demonstrations; the outer step lowers
-the error that is left on other demonstrations of the same task. With no inner steps this is
-behaviour cloning.
+After Finn et al. (2017), "One-shot visual imitation via meta-learning". An inner step lowers the
+squared error against the support's demonstrations; the outer step lowers the error that is left on
+other demonstrations of the same task, the query. With no inner steps this is behaviour cloning.
 
-The policy acts on what it sees and on a guess of where it will all end: after Finn et al., whose
-network also tells the gripper's pose at a demonstration's end. It learns to act from the true end,
-and apart from that to tell the end from what a demonstration begins with; without that a policy
-only learns to go on as the hand already goes.
+The policy acts on its observation and on a guess of the final observation, as Finn et al.'s network
+also predicts the gripper's final pose. It learns to act from the true final observation, and
+separately to guess that one from the first steps of a demonstration. Without this a policy only
+learns to continue the motion that the gripper already makes.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metarobot.bounds import Count, CountOrZero, Fraction, NonNegative, check_bounds
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.gradient_agent import by_task
 from metarobot.learning.meta_gradient import (
     adapt_weights,
     call_with_weights,
+    clip_and_step,
     exact_derivatives,
     first_order_derivatives,
     per_task_gradients,
@@ -33,6 +34,7 @@ from metarobot.learning.meta_gradient import (
 )
 from metarobot.learning.networks import RunningNorm, mlp
 from metarobot.learning.optimiser_state import flatten_state, restore_state
+from metarobot.learning.ppo_core import decayed, set_learning_rate
 from metarobot.types import Percept, Rollout, Trials
 
 
@@ -40,192 +42,222 @@ from metarobot.types import Percept, Rollout, Trials
 class ImitationConfig:
     """Settings of few-shot imitation."""
 
-    worlds: int = 32
+    worlds: Count = 32
     """Demonstrations an iteration to adapt to: tasks times rollouts."""
-    rollouts: int = 4
+    rollouts: Count = 4
     """Demonstrations of a task to adapt to: shots times the variants of its episodes."""
-    episodes: int = 2
+    episodes: Count = 2
     """Support and query."""
-    width: int = 128
+    width: Count = 128
     """Width of the two hidden layers."""
-    inner_lr: float = 0.05
-    """Size of every weight's first inner steps; the rates are learned (Meta-SGD, Li et al.
+    inner_lr: NonNegative = 0.05
+    """Initial size of every weight's inner step; the rates are learned (Meta-SGD, Li et al.
     2017)."""
-    guess: int = 2
+    guess: CountOrZero = 2
     """How many of the first observations, as they are at the end, the policy guesses and acts
     on."""
-    guess_lr: float = 0.04
+    guess_lr: NonNegative = 0.04
     """The same as ``inner_lr``, of the weights that guess."""
-    early: int = 10
-    """From so many of its first steps a demonstration's end is to be told."""
-    inner_steps: int = 5
+    early: Count = 10
+    """The end is guessed from so many of a demonstration's first steps."""
+    inner_steps: CountOrZero = 5
     """Gradient steps on the support; 0 clones behaviour and adapts to nothing."""
     first_order: bool = False
     """Leave second derivatives out."""
-    lr: float = 1e-3
+    lr: NonNegative = 1e-3
     """Adam's learning rate at the start."""
-    lr_end: float = 0.05
+    lr_end: Fraction = 0.05
     """Fraction of it that is left at the end; linear between."""
-    grad_norm: float = 1.0
-    """Bound on the outer gradient's length."""
+    grad_norm: NonNegative = 1.0
+    """Bound on the norm of the meta-gradient."""
 
 
-class Support(NamedTuple):
-    """Demonstrations, ``(task, step, ...)``; steps that weigh nothing are padding, or too late to
-    guess.
-    """
+class DemonstrationBatch(NamedTuple):
+    """The steps of all demonstrations of each task, ``(task, step, ...)``."""
 
     x: Tensor
+    """Normalised observations, ``(task, step, obs)``."""
     action: Tensor
-    end: Tensor
-    weight: Tensor
-    early: Tensor
+    """The teacher's actions, ``(task, step, act)``."""
+    final_x: Tensor
+    """What is to be guessed: the first features of the demonstration's last ``x``,
+    ``(task, step, guess)``."""
+    action_weight: Tensor
+    """Weight of a step in the task's mean error of actions, ``(task, step)``; zero for padding."""
+    guess_weight: Tensor
+    """The same for the error of the guess; zero for steps too late to guess from."""
 
 
-class Actor(nn.Module):
-    """A perceptron over what is seen and how it ends, which a linear layer guesses."""
+class ImitationActor(nn.Module):
+    """A perceptron over the observation and a linear guess of the final observation."""
 
-    def __init__(self, seen: int, guess: int, width: int, act: int) -> None:
+    def __init__(self, obs: int, guess: int, width: int, act: int) -> None:
         super().__init__()
-        self.guess = nn.Linear(seen, guess) if guess else None
-        self.act = mlp(seen + guess, (width, width), act, gain=0.01)
+        self.guess = nn.Linear(obs, guess) if guess else None
+        self.act = mlp(obs + guess, (width, width), act, gain=0.01)
         if self.guess is not None:
             nn.init.zeros_(self.guess.weight)
             nn.init.zeros_(self.guess.bias)
 
-    def forward(self, x: Tensor, end: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return actions ``(..., act)`` for observations, acting on ``end`` if it is given; and the
-        guess.
+    def forward(self, x: Tensor, final_x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return actions ``(..., act)`` and the guess ``(..., guess)`` for observations ``x``.
+
+        The action depends on ``final_x`` ``(..., guess)`` if it is given, else on the guess.
         """
         guess = x[..., :0] if self.guess is None else self.guess(x)
-        return self.act(torch.cat([x, guess if end is None else end], -1)), guess
+        condition = guess if final_x is None else final_x
+        return self.act(torch.cat([x, condition], -1)), guess
 
 
 class ImitationAgent(nn.Module):
-    """A policy without noise, and an inner rate for each of its weights; its context is its own
-    weights.
+    """A deterministic policy that adapts to demonstrations, and an inner rate for each weight.
+
+    Its context is a copy of the policy's weights for each task.
     """
 
-    privileged = explores = False
-    imitates = True
+    privileged = False
+    explores = False
     context_names = ("weights",)
 
-    def __init__(self, shapes: Dimensions, config: ImitationConfig) -> None:
+    def __init__(self, dims: Dimensions, config: ImitationConfig) -> None:
+        """Initialise weights from torch's global generator.
+
+        Raises:
+            MetarobotError: A setting out of bounds, ``worlds`` not a multiple of ``rollouts``, or
+                more observations to guess than there are.
+        """
         super().__init__()
+        check_bounds(config)
         if config.worlds % config.rollouts:
             raise MetarobotError(
                 f"worlds = {config.worlds} is not a multiple of rollouts = {config.rollouts}"
             )
-        if config.guess > shapes.obs:
+        if config.guess > dims.obs:
             raise MetarobotError(
-                f"guess must be at most {shapes.obs}, what there is to see, not {config.guess}"
+                f"guess must be at most {dims.obs}, the number of observations, not {config.guess}"
             )
         self.config = config
-        self.norm = RunningNorm(shapes.obs)
-        self.actor = Actor(shapes.obs, config.guess, config.width, shapes.act)
-        rates = {
-            k: config.guess_lr if k.startswith("guess") else config.inner_lr
-            for k, _ in self.actor.named_parameters()
-        }
-        first = torch.cat(
-            [torch.full((p.numel(),), rates[k]) for k, p in self.actor.named_parameters()]
-        )
-        self.rates = nn.Parameter(first, requires_grad=config.inner_steps > 0)
+        self.norm = RunningNorm(dims.obs)
+        self.actor = ImitationActor(dims.obs, config.guess, config.width, dims.act)
+
+        rates = []
+        for name, weights in self.actor.named_parameters():
+            rate = config.guess_lr if name.startswith("guess") else config.inner_lr
+            rates.append(torch.full((weights.numel(),), rate))
+        self.rates = nn.Parameter(torch.cat(rates), requires_grad=config.inner_steps > 0)
 
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return a copy of the initial weights for each task, ``(task, P)``."""
-        return (nn.utils.parameters_to_vector(self.actor.parameters()).detach().expand(worlds, -1),)
+        weights = nn.utils.parameters_to_vector(self.actor.parameters()).detach()
+        return (weights.expand(worlds, -1),)
 
     def act(
         self, percept: Percept, context: Context, noise: Tensor | None = None
     ) -> tuple[Tensor, Context]:
-        """Act with each task's own weights; the worlds of a task stand together."""
+        """Act with each task's own weights; the worlds of a task are consecutive."""
         (weights,) = context
         x = self.norm(percept.obs).view(len(weights), -1, percept.obs.shape[-1])
-        action: Tensor = vmap_tasks(lambda w, seen: call_with_weights(self.actor, w, seen)[0])(
-            weights, x
-        )
+
+        def task_action(task_weights: Tensor, task_x: Tensor) -> Tensor:
+            action: Tensor = call_with_weights(self.actor, task_weights, task_x)[0]
+            return action
+
+        action: Tensor = vmap_tasks(task_action)(weights, x)
         return action.flatten(0, 1), context
 
     def adapt(self, context: Context, episode: Rollout) -> Context:
-        """Take gradient steps towards what the episode shows: demonstrations of the task."""
+        """Take gradient steps on demonstrations of the task."""
         (weights,) = context
-        support = self.support(episode, len(weights))
+        rates = self.rates.detach()
+        support = self.demonstration_batch(episode, len(weights))
         for _ in range(self.config.inner_steps):
-            weights = weights + self.rates.detach() * per_task_gradients(
-                self.likeness, weights, support
-            )
+            # θ' = θ + α ∇J(θ)
+            weights = weights + rates * per_task_gradients(self.objective, weights, support)
         return (weights,)
 
-    def support(self, episode: Rollout, tasks: int) -> Support:
-        """Prepare demonstrations for gradient steps."""
-        seen, lived = self.norm(episode.obs), episode.valid.to(episode.obs.dtype)
-        last = (episode.valid.sum(0) - 1).clamp_min(0)
-        end = seen[last, torch.arange(len(last), device=last.device), : self.config.guess].expand(
-            len(seen), -1, -1
-        )
-        early = lived * (torch.arange(len(seen), device=last.device) < self.config.early)[:, None]
-        x, action, end, weight, early = (
-            by_task(v, tasks) for v in (seen, episode.action, end, lived, early)
-        )
-        weight, early = (v / v.sum(1, keepdim=True).clamp_min(1.0) for v in (weight, early))
-        return Support(x, action, end, weight, early)
+    def demonstration_batch(self, episode: Rollout, tasks: int) -> DemonstrationBatch:
+        """Prepare demonstrations for gradient steps; the worlds of a task are consecutive."""
+        x = self.norm(episode.obs)
+        time = torch.arange(len(x), device=x.device)
+        worlds = torch.arange(x.shape[1], device=x.device)
 
-    def likeness(self, weights: Tensor, data: Support) -> Tensor:
-        """Return minus the mean squared error of one task's actions, and of the guess."""
-        action, guess = call_with_weights(self.actor, weights, data.x, data.end)
-        error, missed = (
-            (action - data.action).square().mean(-1),
-            (guess - data.end).square().sum(-1),
+        last_step = (episode.valid.sum(0) - 1).clamp_min(0)
+        final_x = x[last_step, worlds, : self.config.guess].expand(len(x), -1, -1)
+
+        valid = episode.valid.to(episode.obs.dtype)
+        early = valid * (time < self.config.early)[:, None]
+        return DemonstrationBatch(
+            x=by_task(x, tasks),
+            action=by_task(episode.action, tasks),
+            final_x=by_task(final_x, tasks),
+            action_weight=_mean_weights(by_task(valid, tasks)),
+            guess_weight=_mean_weights(by_task(early, tasks)),
         )
-        likeness: Tensor = -(data.weight * error).sum() - (data.early * missed).sum()
-        return likeness
+
+    def objective(self, weights: Tensor, batch: DemonstrationBatch) -> Tensor:
+        """Return minus the mean squared errors of one task's actions and of its guess, summed."""
+        action, guess = call_with_weights(self.actor, weights, batch.x, batch.final_x)
+        action_error = (action - batch.action).square().mean(-1)
+        guess_error = (guess - batch.final_x).square().sum(-1)
+        objective: Tensor = (
+            -(batch.action_weight * action_error).sum() - (batch.guess_weight * guess_error).sum()
+        )
+        return objective
+
+
+def _mean_weights(mask: Tensor) -> Tensor:
+    """Turn a mask ``(task, step)`` of ones and zeros into the weights of each task's mean."""
+    return mask / mask.sum(1, keepdim=True).clamp_min(1.0)
 
 
 class Imitator:
     """Trains an ``ImitationAgent`` on trials of demonstrations: support, then query."""
 
-    def __init__(self, config: ImitationConfig, shapes: Dimensions) -> None:
+    def __init__(self, config: ImitationConfig, dims: Dimensions) -> None:
         self.config = config
-        self.agent = ImitationAgent(shapes, config)
+        self.agent = ImitationAgent(dims, config)
         self.optimiser = torch.optim.Adam(self.agent.parameters(), lr=config.lr, eps=1e-5)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
         """Take one outer step."""
-        c, agent = self.config, self.agent
-        shown, asked = trials.episodes
-        agent.norm.update(shown.obs[shown.valid])
-        tasks = shown.valid.shape[1] // c.rollouts
-        support, query = agent.support(shown, tasks), agent.support(asked, tasks)
-        (start,), rates = agent.begin(tasks), agent.rates.detach()
-        derivative = first_order_derivatives if c.first_order else exact_derivatives
-        path = adapt_weights(agent.likeness, start, rates, [support] * c.inner_steps, derivative)
-        by_weights, by_rates = (
-            x.mean(0) for x in path.vjp(per_task_gradients(agent.likeness, path.weights, query))
+        c = self.config
+        agent = self.agent
+        support_episode, query_episode = trials.episodes
+        agent.norm.update(support_episode.obs[support_episode.valid])
+        tasks = support_episode.valid.shape[1] // c.rollouts
+        support = agent.demonstration_batch(support_episode, tasks)
+        query = agent.demonstration_batch(query_episode, tasks)
+
+        (start,) = agent.begin(tasks)
+        rates = agent.rates.detach()
+        derivatives = first_order_derivatives if c.first_order else exact_derivatives
+        trajectory = adapt_weights(
+            agent.objective, start, rates, [support] * c.inner_steps, derivatives
         )
-        for group in self.optimiser.param_groups:
-            group["lr"] = c.lr * (1.0 - progress * (1.0 - c.lr_end))
-        set_ascent_gradients(agent.actor, by_weights)
-        agent.rates.grad = -by_rates if agent.rates.requires_grad else None
-        norm = nn.utils.clip_grad_norm_(agent.parameters(), c.grad_norm)
-        if norm.isfinite():
-            self.optimiser.step()
+
+        # meta-gradient ∇ mean_i J_i(θ_i) by initial weights and rates, with θ_i the adapted weights
+        outer_gradients = per_task_gradients(agent.objective, trajectory.weights, query)
+        by_weights, by_rates = trajectory.vjp(outer_gradients)
+        set_ascent_gradients(agent.actor, by_weights.mean(0))
+        agent.rates.grad = -by_rates.mean(0) if agent.rates.requires_grad else None
+        set_learning_rate(self.optimiser, decayed(c.lr, c.lr_end, progress))
+        norm = clip_and_step(self.optimiser, agent.parameters(), c.grad_norm)
+
         with torch.no_grad():
-            before, after = (
-                -vmap_tasks(agent.likeness)(w, query).mean() for w in (start, path.weights)
-            )
+            loss_before = -vmap_tasks(agent.objective)(start, query).mean()
+            loss = -vmap_tasks(agent.objective)(trajectory.weights, query).mean()
         return {
-            "train/loss_before": float(before),
-            "train/loss": float(after),
+            "train/loss_before": float(loss_before),
+            "train/loss": float(loss),
             "train/grad_norm": float(norm),
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights, the normaliser and the optimiser."""
+        """Return weights, rates, the normaliser and the optimiser."""
         return flatten_state(self.optimiser, agent=self.agent)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
+        """Restore what ``state`` returned."""
         restore_state(state, self.optimiser, agent=self.agent)
 
 

@@ -1,20 +1,18 @@
-"""MAML-TRPO: initial weights from which a few policy gradient steps on a new task are enough (Finn
-et al. 2017).
+"""MAML-TRPO: initial weights from which a few policy gradient steps adapt (Finn et al. 2017).
 
-The outer step is TRPO (Schulman et al. 2015): the exact second-order meta-gradient of the return
-after adaptation, a natural direction in the space of adapted policies, and a line search under a
-bound on their KL divergence.
+The outer step is TRPO (Schulman et al. 2015) on the return after adaptation: the exact second-order
+meta-gradient, a natural gradient direction in the space of adapted policies, and a line search
+under a bound on their KL divergence from the policies that acted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from metarobot.learning import trust_region as trust
+from metarobot.bounds import Count, Fraction, NonNegative
 from metarobot.learning.agent_interface import AgentKind, Dimensions
 from metarobot.learning.gradient_agent import (
     GradientAgent,
@@ -23,131 +21,165 @@ from metarobot.learning.gradient_agent import (
     ignored_rollouts,
 )
 from metarobot.learning.meta_gradient import (
-    Derivative,
+    DerivativeRule,
+    MatrixVectorProduct,
     Objective,
-    Product,
     exact_derivatives,
     first_order_derivatives,
     per_task_gradients,
     vmap_tasks,
 )
 from metarobot.learning.outer_critic import OuterCritic
+from metarobot.learning.ppo_core import decayed
+from metarobot.learning.trust_region import (
+    backtracking_line_search,
+    conjugate_gradient,
+    scale_to_kl_bound,
+)
 from metarobot.types import Trials
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAMLConfig(InnerConfig):
-    """Settings of MAML-TRPO; the defaults reach the results in the README."""
+    """Settings of MAML-TRPO; the defaults reach the published results."""
 
-    kl: float = 0.2
+    kl: NonNegative = 0.2
     """Bound on the mean KL divergence of the adapted policies in one outer step, at the start."""
-    kl_end: float = 0.1
+    kl_end: Fraction = 0.1
     """Fraction of it that is left at the end; linear between."""
-    cg_steps: int = 10
+    cg_steps: Count = 10
     """Conjugate gradient iterations."""
-    damping: float = 1e-3
+    damping: NonNegative = 1e-3
     """Multiple of the identity added to the Fisher matrix."""
-    thin: int = 4
+    thin: Count = 4
     """One step in this many enters the Fisher-vector products; gradient and line search take
     all."""
-    shrink: float = 0.7
+    shrink: Fraction = 0.7
     """Factor between tries of the line search."""
-    tries: int = 10
+    tries: Count = 10
     """Tries of the line search; after the last the old weights stay."""
 
 
 class MAML:
-    """Trains a ``GradientAgent`` by TRPO on what its adapted policies earn."""
+    """Trains a ``GradientAgent`` by TRPO on the returns of its adapted policies."""
 
-    derivative: Derivative = staticmethod(exact_derivatives)
+    derivatives: DerivativeRule = staticmethod(exact_derivatives)
 
-    def __init__(self, config: MAMLConfig, shapes: Dimensions) -> None:
+    def __init__(self, config: MAMLConfig, dims: Dimensions) -> None:
         self.config = config
-        self.agent = GradientAgent(shapes, config)
-        self.critic = OuterCritic(shapes, config.outer_gamma, config.lam)
+        self.agent = GradientAgent(dims, config)
+        self.critic = OuterCritic(dims, config.outer_gamma, config.lam)
 
     def update(self, trials: Trials, progress: float, seed: int) -> dict[str, float]:
-        """Take one outer step."""
-        c, agent = self.config, self.agent
+        """Take one outer step.
+
+        The last episode of the trials is the query, the others are the support.
+        """
+        c = self.config
+        agent = self.agent
         *support, query = agent.batches(trials)
         query, explained = agent.with_critic_advantages(query, trials, self.critic, seed)
-        start = agent.vector()
-        path = agent.adapt_meta_parameters(start, support, self.derivative)
-        gradient = agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))
+
+        # meta-gradient g = ∇ mean_i J_i(θ_i), with θ_i the adapted weights of task i
+        start = agent.meta_parameters()
+        trajectory = agent.adapt_meta_parameters(start, support, self.derivatives)
+        outer_gradients = per_task_gradients(agent.surrogate, trajectory.weights, query)
+        meta_gradient = agent.meta_vjp(trajectory, outer_gradients)
+
+        # natural gradient F⁻¹ g, scaled to the KL bound δ (Schulman et al. 2015, appendix C)
         fisher = self.fisher(start, support, query)
-        direction = trust.conjugate_gradient(fisher, gradient, c.cg_steps)
-        bound = c.kl * (1.0 - progress * (1.0 - c.kl_end))
+        direction = conjugate_gradient(fisher, meta_gradient, c.cg_steps)
+        kl_bound = decayed(c.kl, c.kl_end, progress)
+        longest_step = scale_to_kl_bound(direction, fisher, kl_bound)
+
         objective = partial(self.objective, start, support, query)
-        step, found = trust.backtracking_line_search(
-            trust.scale_to_kl_bound(direction, fisher, bound), objective, bound, c.shrink, c.tries
+        step, search = backtracking_line_search(
+            longest_step, objective, kl_bound, c.shrink, c.tries
         )
-        agent.assign(start + step)
-        agent.learn_norm(trials)
-        metrics = {
-            "policy_objective": found.gain,
-            "kl_divergence_loss": found.divergence,
-            "is_line_search_success": float(found.success),
-            "line_search_tries": float(found.tries),
-            "grad_norm": float(gradient.norm()),
-            "std": float(agent.policy.log_std.detach().exp().mean()),
-            "inner_lr": float(agent.rates.detach().mean()),
-            "explained_variance": float(explained),
-            "ignored_rollouts": ignored_rollouts(trials),
+        agent.set_meta_parameters(start + step)
+        agent.update_norm(trials)
+
+        return {
+            "train/policy_objective": search.gain,
+            "train/kl_divergence_loss": search.divergence,
+            "train/is_line_search_success": float(search.success),
+            "train/line_search_tries": float(search.tries),
+            "train/grad_norm": float(meta_gradient.norm()),
+            "train/std": float(agent.policy.log_std.detach().exp().mean()),
+            "train/inner_lr": float(agent.rates.detach().mean()),
+            "train/explained_variance": float(explained),
+            "train/ignored_rollouts": ignored_rollouts(trials),
         }
-        return {f"train/{k}": v for k, v in metrics.items()}
 
-    def fisher(self, start: Tensor, support: list[InnerBatch], query: InnerBatch) -> Product:
-        """Return the product of a direction ``(2 P,)`` with the Fisher matrix of the adapted
-        policies.
+    def fisher(
+        self, start: Tensor, support: list[InnerBatch], query: InnerBatch
+    ) -> MatrixVectorProduct:
+        """Return the Fisher-vector product of the adapted policies, on vectors ``(2 P,)``.
 
-        Adapted policies move by J v, so the matrix is Jᵀ F J with J the derivative of the path and
-        F the Hessian of the KL divergence at its end, where the divergence is zero.
+        In the meta-parameters the Fisher matrix is Jᵀ F J: J is the Jacobian of the adapted
+        weights, F the Hessian of the KL divergence there, where the divergence is zero.
         """
-        n, agent = self.config.thin, self.agent
-        path = agent.adapt_meta_parameters(start, support, partial(_thinned, self.derivative, n))
-        _, kl = exact_derivatives(agent.divergence, path.weights, query.thin(n))
-        return lambda v: agent.meta_vjp(path, kl(agent.meta_jvp(path, v))) + self.config.damping * v
+        c = self.config
+        agent = self.agent
+        derivatives = partial(_thinned_derivatives, self.derivatives, c.thin)
+        trajectory = agent.adapt_meta_parameters(start, support, derivatives)
+        _, kl_hessian = exact_derivatives(agent.divergence, trajectory.weights, query.thin(c.thin))
+
+        def fisher_product(v: Tensor) -> Tensor:
+            # (Jᵀ F J + λ I) v
+            moved_weights = agent.meta_jvp(trajectory, v)
+            return agent.meta_vjp(trajectory, kl_hessian(moved_weights)) + c.damping * v
+
+        return fisher_product
 
     def objective(
         self, start: Tensor, support: list[InnerBatch], query: InnerBatch, step: Tensor
     ) -> tuple[float, float]:
-        """Return what adapted policies earn and how far they are from those that acted, after a
-        step ``(2 P,)``.
+        """Evaluate a step ``(2 P,)`` of the meta-parameters.
+
+        Returns:
+            The surrogate objective of the adapted policies, and their KL divergence from those that
+            acted; means over tasks.
         """
         agent = self.agent
-        weights = agent.adapt_meta_parameters(
-            start + step, support, first_order_derivatives
-        ).weights
-        gain, divergence = (
-            float(vmap_tasks(f)(weights, query).mean()) for f in (agent.surrogate, agent.divergence)
-        )
-        return gain, divergence
+        # only the adapted weights are wanted here, which both rules give
+        trajectory = agent.adapt_meta_parameters(start + step, support, first_order_derivatives)
+        surrogate = vmap_tasks(agent.surrogate)(trajectory.weights, query)
+        divergence = vmap_tasks(agent.divergence)(trajectory.weights, query)
+        return float(surrogate.mean()), float(divergence.mean())
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, rates, the normaliser and the critic."""
-        agent = {f"agent.{k}": v.detach().clone() for k, v in self.agent.state_dict().items()}
-        return agent | self.critic.state()
+        state = {
+            f"agent.{name}": tensor.detach().clone()
+            for name, tensor in self.agent.state_dict().items()
+        }
+        return state | self.critic.state()
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
-        mine = {k.removeprefix("agent."): v for k, v in state.items() if k.startswith("agent.")}
-        self.agent.load_state_dict(mine)
+        """Restore what ``state`` returned."""
+        agent_state = {
+            name.removeprefix("agent."): tensor
+            for name, tensor in state.items()
+            if name.startswith("agent.")
+        }
+        self.agent.load_state_dict(agent_state)
         self.critic.load(state)
 
 
 class FirstOrderMAML(MAML):
-    """MAML that takes the derivative of an inner step for the identity."""
+    """MAML that takes the Jacobian of an inner step for the identity."""
 
-    derivative: Derivative = staticmethod(first_order_derivatives)
+    derivatives: DerivativeRule = staticmethod(first_order_derivatives)
 
 
-def _thinned(
-    derivative: Derivative, n: int, objective: Objective, weights: Tensor, data: InnerBatch
-) -> tuple[Any, Product]:
-    """Return the gradient on all steps, and the Hessian product on one in ``n``."""
-    return per_task_gradients(objective, weights, data), derivative(
-        objective, weights, data.thin(n)
-    )[1]
+def _thinned_derivatives(
+    derivatives: DerivativeRule, n: int, objective: Objective, weights: Tensor, batch: InnerBatch
+) -> tuple[Tensor, MatrixVectorProduct]:
+    """Return the gradient on all steps, and the Hessian-vector product on one step in ``n``."""
+    gradients = per_task_gradients(objective, weights, batch)
+    _, hessian = derivatives(objective, weights, batch.thin(n))
+    return gradients, hessian
 
 
 maml = AgentKind(

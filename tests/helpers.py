@@ -17,7 +17,7 @@ from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
 from metarobot.training.run_folder import Run
-from metarobot.training.train import start_run, train
+from metarobot.training.train import start_training
 from metarobot.types import Rollout, Trials
 
 
@@ -38,9 +38,9 @@ def tiny_run(
     settings = TrainConfig(
         family=family, agent=agent, steps=steps, seed=seed, threads=1, save_every=1
     )
-    run = start_run(settings, config, out)
-    assert train(run, show=False)
-    return run
+    training = start_training(settings, config, out)
+    assert training.train(show=False)
+    return training.run
 
 
 def written(path: Path, root: ET.Element, **renamed: str) -> str:
@@ -63,10 +63,10 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
-JUDGED = ("fomaml", "maml", "maml-ppo", "promp")
+WITH_CRITIC = ("fomaml", "maml", "maml-ppo", "promp")
 """Learners of an agent that adapts by gradient; their outer objective has a critic."""
-each_judged = pytest.mark.parametrize("name", JUDGED)
-each_agent = pytest.mark.parametrize("name", [*JUDGED, "reptile"])
+each_with_critic = pytest.mark.parametrize("name", WITH_CRITIC)
+each_agent = pytest.mark.parametrize("name", [*WITH_CRITIC, "reptile"])
 SHAPES = Dimensions(obs=17, act=6, task=1, episodes=2)
 STEADY = replace(families.get("CheetahDir100"), horizon=12)
 FALLING = STEADY.replace(terminate=lambda state: state.qvel[:, 0].abs() > 1.2)
@@ -94,7 +94,7 @@ def build(name: str, seed: int = 0, **settings: Any) -> Any:
     return learner
 
 
-def live(
+def collect_trials(
     agent: GradientAgent, family: Any = FALLING, seed: int = 0, episodes: int = 2, **settings: Any
 ) -> Trials:
     rollouts = agent.config.rollouts
@@ -103,15 +103,15 @@ def live(
 
 
 @cache
-def lived(episodes: int = 2) -> Trials:
+def collected_trials(episodes: int = 2) -> Trials:
     """What an untrained agent lives, with early ends and so with padding."""
-    trials = live(build("maml").agent, episodes=episodes)
+    trials = collect_trials(build("maml").agent, episodes=episodes)
     assert not all(e.valid.all() for e in trials.episodes)
     return trials
 
 
 def episode() -> Rollout:
-    return lived().episodes[0]
+    return collected_trials().episodes[0]
 
 
 def changed(rollout: Rollout, **values: Callable[[Tensor], None]) -> Rollout:
@@ -122,9 +122,12 @@ def changed(rollout: Rollout, **values: Callable[[Tensor], None]) -> Rollout:
     return replace(rollout, **copies)
 
 
-def everywhere(**values: Callable[[Tensor], None]) -> Trials:
-    """What was lived, with every episode changed."""
-    return replace(lived(), episodes=tuple(changed(e, **values) for e in lived().episodes))
+def changed_trials(**values: Callable[[Tensor], None]) -> Trials:
+    """What was collected_trials, with every episode changed."""
+    return replace(
+        collected_trials(),
+        episodes=tuple(changed(e, **values) for e in collected_trials().episodes),
+    )
 
 
 def fill(where: Any, value: float) -> Callable[[Tensor], None]:
@@ -158,20 +161,22 @@ def finite(learner: Learner) -> bool:
     return all(bool(v.isfinite().all()) for v in learner.state().values())
 
 
-def doubled(
+def in_float64(
     name: str, episodes: int = 2, **settings: Any
 ) -> tuple[Any, Tensor, list[InnerBatch], InnerBatch]:
     """A learner in float64, its meta-parameters, and batches of real trials."""
     learner = build(name, episodes=episodes, **settings)
     learner.agent.double()
-    *support, query = learner.agent.batches(lived(episodes))
-    return learner, learner.agent.vector(), support, query
+    *support, query = learner.agent.batches(collected_trials(episodes))
+    return learner, learner.agent.meta_parameters(), support, query
 
 
 def directions(n: int, size: int) -> Tensor:
     return torch.randn(n, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def slope_along(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 1e-5) -> Tensor:
+def directional_derivative(
+    f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, h: float = 1e-5
+) -> Tensor:
     """Central difference."""
     return (f(x + h * v) - f(x - h * v)) / (2 * h)

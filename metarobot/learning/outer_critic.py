@@ -1,8 +1,8 @@
-"""The critic of an outer objective: shown the task, in training only; nothing of it reaches the
-agent that adapts.
+"""The value function of an outer objective, which sees the task and is used in training only.
 
-A baseline fitted to one task's rollouts is all that adaptation may use. The outer objective may use
-what the simulator knows, and a trained critic halves the variance that a gait is learned against.
+Adaptation may use nothing but a baseline fitted to one task's own rollouts. The outer objective may
+use what the simulator knows, and a trained critic halves the variance of the advantages from which
+a gait is learned. Nothing of it reaches the agent that adapts.
 """
 
 from __future__ import annotations
@@ -17,64 +17,96 @@ from metarobot.learning.ppo_core import set_gradients
 from metarobot.learning.returns import discounted, explained_variance, gae
 from metarobot.types import Rollout
 
+FIT_EPOCHS = 4
+"""Passes over an episode's steps each time the critic is fitted."""
+FIT_MINIBATCHES = 16
+"""Gradient steps a pass."""
+MAX_GRADIENT_NORM = 1.0
+"""Bound on the norm of the critic's gradient."""
+
 
 class OuterCritic:
     """A value function of observation and task, trained on the rollouts of adapted policies."""
 
     def __init__(
-        self, shapes: Dimensions, gamma: float, lam: float, width: int = 128, lr: float = 1e-3
+        self, dims: Dimensions, gamma: float, lam: float, width: int = 128, lr: float = 1e-3
     ) -> None:
-        self.gamma, self.lam = gamma, lam
-        self.net = mlp(shapes.obs + shapes.task, (width, width), 1)
+        self.gamma = gamma
+        self.lam = lam
+        self.net = mlp(dims.obs + dims.task, (width, width), 1)
         self.return_norm = RunningNorm(1)
         self.optimiser = torch.optim.Adam(self.net.parameters(), lr=lr, eps=1e-5)
 
     def advantage(
-        self, x: Tensor, final: Tensor, task: Tensor, episode: Rollout, sound: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Estimate advantages and value targets, ``(time, world)`` each, and the fraction of
-        variance explained.
+        self, x: Tensor, final_x: Tensor, task: Tensor, episode: Rollout, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Estimate advantages and value targets; update the return normaliser.
 
-        ``x`` ``(time, world, obs)`` and the final observations ``(world, obs)`` are normalised,
-        ``task`` is ``(world, parameter)``. A time limit bootstraps from the value of the final
-        observation.
+        A time limit bootstraps from the value of the final observation.
+
+        Args:
+            x: Normalised observations, ``(time, world, obs)``.
+            final_x: Normalised final observations, ``(world, obs)``.
+            task: Encoding of each world's task, ``(world, parameter)``.
+            episode: The rollouts.
+            valid: Mask of the steps to use, ``(time, world)``.
+
+        Returns:
+            Advantages and value targets, ``(time, world)`` each, in units of the return's standard
+            deviation, and the fraction of the targets' variance that the values explain, ``()``.
         """
-        reward = torch.where(sound, episode.reward, 0.0)
-        self.return_norm.to(x.device).update(discounted(reward, self.gamma)[sound][:, None])
+        reward = torch.where(valid, episode.reward, 0.0)
+        past_return = discounted(reward, self.gamma)
+        self.return_norm.to(x.device).update(past_return[valid][:, None])
+
+        self.net.to(x.device)
         with torch.no_grad():
-            value, last = (self.net.to(x.device)(_told(seen, task))[..., 0] for seen in (x, final))
+            value = self.net(_critic_input(x, task))[..., 0]
+            final_value = self.net(_critic_input(final_x, task))[..., 0]
         ended = episode.terminated | episode.truncated
-        following = torch.where(ended, last, torch.cat([value[1:], last[None]]))
+        next_value = torch.where(ended, final_value, torch.cat([value[1:], final_value[None]]))
+
         reward = reward * self.return_norm.scale
         advantage = gae(
-            reward, value, following, episode.terminated, episode.truncated, self.gamma, self.lam
+            reward,
+            value,
+            next_value,
+            episode.terminated,
+            episode.truncated,
+            self.gamma,
+            self.lam,
         )
         target = advantage + value
-        return advantage, target, explained_variance(value[sound], target[sound])
+        return advantage, target, explained_variance(value[valid], target[valid])
 
-    def fit(self, x: Tensor, task: Tensor, target: Tensor, sound: Tensor, seed: int) -> None:
-        """Learn the targets: 4 passes of 16 gradient steps."""
-        features, wanted = _told(x, task)[sound], target[sound]
+    def fit(self, x: Tensor, task: Tensor, target: Tensor, valid: Tensor, seed: int) -> None:
+        """Regress the value targets ``(time, world)`` on the valid steps; the seed orders them."""
+        inputs = _critic_input(x, task)[valid]
+        targets = target[valid]
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(4):
-            for rows in torch.randperm(len(features), generator=generator).to(x.device).chunk(16):
-                error = (self.net(features[rows])[:, 0] - wanted[rows]).square().mean()
-                set_gradients(error, error, self.net.parameters())
-                nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        for _ in range(FIT_EPOCHS):
+            order = torch.randperm(len(inputs), generator=generator).to(x.device)
+            for rows in order.chunk(FIT_MINIBATCHES):
+                loss = (self.net(inputs[rows])[:, 0] - targets[rows]).square().mean()
+                set_gradients(loss, loss, self.net.parameters())
+                nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRADIENT_NORM)
                 self.optimiser.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Return weights, reward scale and optimiser."""
-        return {
-            f"critic.{k}": v
-            for k, v in flatten_state(self.optimiser, net=self.net, spread=self.return_norm).items()
-        }
+        """Return weights, return normaliser and optimiser, under names that begin "critic."."""
+        state = flatten_state(self.optimiser, net=self.net, spread=self.return_norm)
+        return {f"critic.{name}": tensor for name, tensor in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
-        mine = {k.removeprefix("critic."): v for k, v in state.items() if k.startswith("critic.")}
-        restore_state(mine, self.optimiser, net=self.net, spread=self.return_norm)
+        """Restore what ``state`` returned; other learners' tensors may be among it."""
+        own = {
+            name.removeprefix("critic."): tensor
+            for name, tensor in state.items()
+            if name.startswith("critic.")
+        }
+        restore_state(own, self.optimiser, net=self.net, spread=self.return_norm)
 
 
-def _told(x: Tensor, task: Tensor) -> Tensor:
+def _critic_input(x: Tensor, task: Tensor) -> Tensor:
+    """Join observations ``(..., world, obs)`` and the task encodings ``(world, parameter)``."""
     return torch.cat([x, task.expand(*x.shape[:-1], -1)], -1)

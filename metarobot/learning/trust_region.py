@@ -1,5 +1,6 @@
-"""Trust-region steps: the natural gradient, and how far along it one may go (Schulman et al.
-2015).
+"""Trust-region policy optimisation: natural gradient, KL-bounded step and line search.
+
+Schulman et al. 2015, appendix C.
 """
 
 from __future__ import annotations
@@ -12,33 +13,44 @@ from torch import Tensor
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
-    """Solve ``A x = b`` for a symmetric positive matrix known by its products; all vectors
-    ``(P,)``.
+    """Solve ``A x = b`` for a symmetric positive definite matrix known by its products.
 
-    Stops early where the residual vanishes or the matrix turns out not to be positive.
+    All vectors are ``(P,)``. Stops early where the residual vanishes, or where a direction shows
+    that the matrix is not positive definite.
     """
-    x, r = torch.zeros_like(b), b.clone()
-    p, rr = r.clone(), r @ r
+    x = torch.zeros_like(b)
+    residual = b.clone()
+    direction = residual.clone()
+    squared_residual = residual @ residual
     for _ in range(iterations):
-        if rr <= 1e-10 * (b @ b):
+        if squared_residual <= 1e-10 * (b @ b):
             break
-        ap = product(p)
-        curvature = p @ ap
-        if not curvature > 0:
+
+        a_direction = product(direction)
+        curvature = direction @ a_direction
+        if not curvature > 0:  # written so that NaN stops too
             break
-        x = x + rr / curvature * p
-        r = r - rr / curvature * ap
-        rr, before = r @ r, rr
-        p = r + rr / before * p
+
+        # α = rᵀr / pᵀAp,   x += α p,   r −= α A p
+        step_size = squared_residual / curvature
+        x = x + step_size * direction
+        residual = residual - step_size * a_direction
+
+        # β = r'ᵀr' / rᵀr,   p = r' + β p
+        previous = squared_residual
+        squared_residual = residual @ residual
+        direction = residual + squared_residual / previous * direction
     return x
 
 
 def scale_to_kl_bound(
     direction: Tensor, product: Callable[[Tensor], Tensor], bound: float
 ) -> Tensor:
-    """Scale a direction so that ``½ xᵀ A x``, the KL divergence to second order, is ``bound``; zero
-    if it cannot be.
+    """Scale a direction ``(P,)`` to the bound on the KL divergence, to second order.
+
+    ``product`` multiplies by the Fisher matrix F. Returns zeros where xᵀF x is not positive.
     """
+    # ½ (βx)ᵀ F (βx) = δ   =>   β = √(2δ / xᵀF x)
     curvature = direction @ product(direction)
     if not curvature > 0:
         return torch.zeros_like(direction)
@@ -46,12 +58,16 @@ def scale_to_kl_bound(
 
 
 class LineSearchResult(NamedTuple):
-    """What a line search came to."""
+    """Outcome of a line search."""
 
     gain: float
+    """By how much the objective rose."""
     divergence: float
+    """KL divergence of the accepted step."""
     success: bool
+    """Whether any step was accepted."""
     tries: int
+    """Steps that were evaluated."""
 
 
 def backtracking_line_search(
@@ -61,15 +77,25 @@ def backtracking_line_search(
     shrink: float,
     tries: int,
 ) -> tuple[Tensor, LineSearchResult]:
-    """Shrink a step until the objective gains by it and the divergence keeps its bound.
+    """Shrink a step until it raises the objective and keeps the bound on the divergence.
 
-    ``objective`` returns both, of a step. If no step will do, zeros come back: nothing moves.
+    Args:
+        step: Longest step, ``(P,)``.
+        objective: Step -> (value to increase, divergence).
+        bound: Largest divergence that is accepted.
+        shrink: Factor between one try and the next.
+        tries: Most steps to evaluate.
+
+    Returns:
+        The accepted step, or zeros if none was, and how the search went.
     """
-    tries = tries if bool(step.any()) else 0
-    before, _ = objective(torch.zeros_like(step))
-    for i in range(tries):
-        after, divergence = objective(step)
-        if after > before and divergence <= bound:
-            return step, LineSearchResult(after - before, divergence, True, i + 1)
+    max_tries = tries if bool(step.any()) else 0
+    start_value, _ = objective(torch.zeros_like(step))
+
+    for i in range(max_tries):
+        value, divergence = objective(step)
+        # comparisons with NaN are false, so a step that breaks the numbers is never accepted
+        if value > start_value and divergence <= bound:
+            return step, LineSearchResult(value - start_value, divergence, True, i + 1)
         step = step * shrink
-    return torch.zeros_like(step), LineSearchResult(0.0, 0.0, False, tries)
+    return torch.zeros_like(step), LineSearchResult(0.0, 0.0, False, max_tries)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import IN_TIME, changed, directions, fill, finite, same, slope_along
+from helpers import IN_TIME, changed, directional_derivative, directions, fill, finite, same
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -183,11 +183,11 @@ def test_the_order_of_demonstrations_and_of_their_steps_does_not_matter() -> Non
 
 def test_all_steps_of_a_task_weigh_the_same_however_they_are_spread_over_demonstrations() -> None:
     agent, support = build().agent, shown().episodes[0]
-    part = agent.support(support, TASKS)
-    assert part.weight.sum(1).tolist() == pytest.approx([1.0] * TASKS)
+    part = agent.demonstration_batch(support, TASKS)
+    assert part.action_weight.sum(1).tolist() == pytest.approx([1.0] * TASKS)
     for i in range(TASKS):
         mine = support.valid[:, i * ROLLOUTS : (i + 1) * ROLLOUTS]
-        assert part.weight[i].unique().tolist() == pytest.approx([0.0, 1 / int(mine.sum())])
+        assert part.action_weight[i].unique().tolist() == pytest.approx([0.0, 1 / int(mine.sum())])
 
 
 def test_tasks_do_not_mix() -> None:
@@ -259,7 +259,7 @@ def test_the_meta_gradient_equals_finite_differences_by_weights_and_by_rates(ste
     def value(x: Tensor) -> Tensor:
         return outer(learner.agent, x.requires_grad_(), doubled(shown()), steps).detach()
 
-    expected = torch.stack([slope_along(value, vector, v, 1e-5) for v in sides])
+    expected = torch.stack([directional_derivative(value, vector, v, 1e-5) for v in sides])
     assert torch.allclose(sides @ gradient, expected, rtol=1e-6, atol=1e-9)
     assert (expected.abs() > 1e-3).all()
     (reference,) = torch.autograd.grad(
@@ -427,6 +427,6 @@ def test_demonstrations_that_are_no_whole_tasks_are_refused() -> None:
 
 def test_more_cannot_be_guessed_than_is_seen() -> None:
     with pytest.raises(
-        MetarobotError, match="guess must be at most 5, what there is to see, not 6"
+        MetarobotError, match="guess must be at most 5, the number of observations, not 6"
     ):
         build(guess=6)

@@ -15,18 +15,18 @@ from helpers import (
     adapted,
     build,
     changed,
+    changed_trials,
+    collect_trials,
+    collected_trials,
+    directional_derivative,
     directions,
-    doubled,
     each_agent,
     episode,
-    everywhere,
     fill,
     finite,
+    in_float64,
     initial,
-    live,
-    lived,
     same,
-    slope_along,
 )
 from torch import Tensor, nn
 from torch.func import vmap
@@ -40,33 +40,39 @@ by_trust_region = pytest.mark.parametrize("name", ["maml", "fomaml"])
 @each_agent
 def test_rates_that_are_not_learned_have_no_slope_and_never_change(name: str) -> None:
     learner = build(name, learn_rates=False)
-    agent, before = learner.agent, learner.agent.vector()
-    *support, query = agent.batches(lived())
-    path = agent.adapt_meta_parameters(agent.vector(), support)
-    gradient = agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))
-    assert not gradient[: agent.size].any()
-    assert gradient[agent.size :].any()
+    agent, before = learner.agent, learner.agent.meta_parameters()
+    *support, query = agent.batches(collected_trials())
+    trajectory = agent.adapt_meta_parameters(agent.meta_parameters(), support)
+    gradient = agent.meta_vjp(
+        trajectory, per_task_gradients(agent.surrogate, trajectory.weights, query)
+    )
+    assert not gradient[: agent.weight_count].any()
+    assert gradient[agent.weight_count :].any()
     assert (
         build("maml")
-        .agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))[
-            : agent.size
+        .agent.meta_vjp(trajectory, per_task_gradients(agent.surrogate, trajectory.weights, query))[
+            : agent.weight_count
         ]
         .any()
     )
     for i in range(2):
-        learner.update(lived(), 0.0, i)
-    assert torch.equal(agent.vector()[: agent.size], before[: agent.size])
-    assert not torch.equal(agent.vector()[agent.size :], before[agent.size :])
+        learner.update(collected_trials(), 0.0, i)
+    assert torch.equal(agent.meta_parameters()[: agent.weight_count], before[: agent.weight_count])
+    assert not torch.equal(
+        agent.meta_parameters()[agent.weight_count :], before[agent.weight_count :]
+    )
 
 
 def test_promps_meta_gradient_equals_finite_differences() -> None:
-    learner, vector, support, query = doubled("promp", 3, penalty=0.5, grad_norm=1e9)
+    learner, vector, support, query = in_float64("promp", 3, penalty=0.5, grad_norm=1e9)
     agent, c = learner.agent, learner.config
     vector = vector + 0.03 * directions(1, len(vector))[0]
-    agent.assign(vector)
+    agent.set_meta_parameters(vector)
 
     def outer(x: Tensor) -> Tensor:
-        value = vmap(learner.clipped)(agent.adapt_meta_parameters(x, support).weights, query).mean()
+        value = vmap(learner.clipped_objective)(
+            agent.adapt_meta_parameters(x, support).weights, query
+        ).mean()
         for k, batch in enumerate(support):
             acting = agent.adapt_meta_parameters(x, support).first(k).weights
             value = value - c.penalty * vmap(agent.divergence)(acting, batch).mean()
@@ -75,34 +81,34 @@ def test_promps_meta_gradient_equals_finite_differences() -> None:
     ratio = vmap(agent.ratio)(agent.adapt_meta_parameters(vector, support).weights, query)
     assert ((ratio - 1).abs() > c.clip).any()
     sides = directions(4, len(vector))
-    expected = torch.stack([slope_along(outer, vector, v, 1e-6) for v in sides])
-    learner._step(support, query)
+    expected = torch.stack([directional_derivative(outer, vector, v, 1e-6) for v in sides])
+    learner._outer_step(support, query)
     gradient = -nn.utils.parameters_to_vector([p.grad for p in agent.parameters()])
     assert torch.allclose(sides @ gradient, expected, rtol=1e-5, atol=1e-7)
-    learner, _, support, query = doubled("maml-ppo", 3, grad_norm=1e9)
-    learner.agent.assign(vector)
-    learner._step(support, query)
+    learner, _, support, query = in_float64("maml-ppo", 3, grad_norm=1e9)
+    learner.agent.set_meta_parameters(vector)
+    learner._outer_step(support, query)
     clipped = -nn.utils.parameters_to_vector([p.grad for p in learner.agent.parameters()])
     assert not torch.allclose(clipped, gradient, atol=1e-3)
 
 
 def test_fomaml_takes_the_outer_slope_itself_and_updates_otherwise_than_maml() -> None:
-    learner, vector, support, query = doubled("fomaml", 3)
+    learner, vector, support, query = in_float64("fomaml", 3)
     agent = learner.agent
-    path = agent.adapt_meta_parameters(vector, support, learner.derivative)
-    slope = per_task_gradients(agent.surrogate, path.weights, query)
-    assert torch.equal(agent.meta_vjp(path, slope)[agent.size :], slope.mean(0))
+    trajectory = agent.adapt_meta_parameters(vector, support, learner.derivatives)
+    slope = per_task_gradients(agent.surrogate, trajectory.weights, query)
+    assert torch.equal(agent.meta_vjp(trajectory, slope)[agent.weight_count :], slope.mean(0))
     learners = [build(name) for name in ("fomaml", "maml")]
     for one in learners:
-        one.update(lived(), 0.0, 0)
-    assert not torch.allclose(*(one.agent.vector() for one in learners), atol=1e-4)
+        one.update(collected_trials(), 0.0, 0)
+    assert not torch.allclose(*(one.agent.meta_parameters() for one in learners), atol=1e-4)
 
 
 @pytest.mark.parametrize("inner_steps", [1, 2])
 def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(
     inner_steps: int,
 ) -> None:
-    learner, vector, support, query = doubled(
+    learner, vector, support, query = in_float64(
         "maml", 3, thin=1, damping=0.0, inner_steps=inner_steps
     )
     agent = learner.agent
@@ -117,7 +123,7 @@ def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(
         product = fisher(v)
         assert torch.allclose(
             product,
-            slope_along(slope, vector, v),
+            directional_derivative(slope, vector, v),
             rtol=1e-5,
             atol=1e-6 * float(product.abs().max()),
         )
@@ -125,27 +131,28 @@ def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(
 
 @by_trust_region
 def test_thinning_touches_the_curvature_alone(name: str) -> None:
-    learner, vector, support, query = doubled(name, 3, thin=4, damping=0.0)
+    learner, vector, support, query = in_float64(name, 3, thin=4, damping=0.0)
     agent = learner.agent
-    path = agent.adapt_meta_parameters(vector, support, learner.derivative)
+    trajectory = agent.adapt_meta_parameters(vector, support, learner.derivatives)
     sparse = (
-        learner.derivative(agent.surrogate, s.start, b.thin(4))[1]
-        for s, b in zip(path.steps, support, strict=True)
+        learner.derivatives(agent.surrogate, s.start, b.thin(4))[1]
+        for s, b in zip(trajectory.steps, support, strict=True)
     )
-    path = replace(
-        path, steps=tuple(replace(s, hessian=h) for s, h in zip(path.steps, sparse, strict=True))
+    trajectory = replace(
+        trajectory,
+        steps=tuple(replace(s, hessian=h) for s, h in zip(trajectory.steps, sparse, strict=True)),
     )
     for v in directions(2, len(vector)):
-        pushed, moved = agent.meta_jvp(path, v), []
+        pushed, moved = agent.meta_jvp(trajectory, v), []
         for i in range(len(TASKS)):
             shown = InnerBatch(*(x[i] for x in query.thin(4)))
             kl = torch.autograd.functional.hvp(
-                lambda w, b=shown: agent.divergence(w, b), path.weights[i], pushed[i]
+                lambda w, b=shown: agent.divergence(w, b), trajectory.weights[i], pushed[i]
             )
             moved.append(kl[1])
         assert torch.allclose(
             learner.fisher(vector, support, query)(v),
-            agent.meta_vjp(path, torch.stack(moved)),
+            agent.meta_vjp(trajectory, torch.stack(moved)),
             rtol=1e-9,
         )
 
@@ -153,7 +160,7 @@ def test_thinning_touches_the_curvature_alone(name: str) -> None:
 @by_trust_region
 @pytest.mark.parametrize("thin", [1, 4])
 def test_the_fisher_matrix_is_symmetric_and_positive(name: str, thin: int) -> None:
-    learner, vector, support, query = doubled(name, 3, thin=thin, damping=0.0)
+    learner, vector, support, query = in_float64(name, 3, thin=thin, damping=0.0)
     fisher = learner.fisher(vector, support, query)
     sides = directions(5, len(vector))
     gram = torch.stack([fisher(v) for v in sides]) @ sides.T
@@ -173,13 +180,15 @@ def test_an_outer_step_gains_within_a_bound_that_shrinks(
     name: str, seed: int, progress: float, bound: float
 ) -> None:
     learner, old = build(name, kl=0.02, kl_end=0.2), build(name)
-    trials = live(old.agent, seed=seed)
+    trials = collect_trials(old.agent, seed=seed)
     *support, query = old.agent.batches(trials)
     query, explained = old.agent.with_critic_advantages(query, trials, old.critic, 0)
     metrics = learner.update(trials, progress, 0)
-    step = learner.agent.vector() - old.agent.vector()
-    before, none = old.objective(old.agent.vector(), support, query, torch.zeros_like(step))
-    after, divergence = old.objective(old.agent.vector(), support, query, step)
+    step = learner.agent.meta_parameters() - old.agent.meta_parameters()
+    before, none = old.objective(
+        old.agent.meta_parameters(), support, query, torch.zeros_like(step)
+    )
+    after, divergence = old.objective(old.agent.meta_parameters(), support, query, step)
     assert metrics["train/is_line_search_success"] == 1.0
     assert none == pytest.approx(0.0, abs=1e-6)
     assert 0.4 * bound < divergence <= bound * (1 + 1e-4)
@@ -195,24 +204,24 @@ def test_where_the_line_search_finds_nothing_the_weights_stay(
     name: str, kl: float, tries: int
 ) -> None:
     learner = build(name, kl=kl, tries=tries)
-    before = learner.agent.vector()
-    metrics = learner.update(lived(), 0.0, 0)
+    before = learner.agent.meta_parameters()
+    metrics = learner.update(collected_trials(), 0.0, 0)
     assert metrics["train/is_line_search_success"] == 0.0
     assert metrics["train/policy_objective"] == metrics["train/kl_divergence_loss"] == 0.0
-    assert torch.equal(learner.agent.vector(), before)
-    assert learner.agent.norm.count == lived().steps()
+    assert torch.equal(learner.agent.meta_parameters(), before)
+    assert learner.agent.norm.count == collected_trials().steps()
 
 
 @each_agent
 def test_without_a_signal_the_weights_stay(name: str) -> None:
     learner = build(name)
-    before = learner.agent.vector()
+    before = learner.agent.meta_parameters()
     if name != "reptile":
         for p in learner.critic.net.parameters():  # expects nothing
             nn.init.zeros_(p)
-    metrics = learner.update(everywhere(reward=fill(slice(None), 0.0)), 0.0, 0)
+    metrics = learner.update(changed_trials(reward=fill(slice(None), 0.0)), 0.0, 0)
     assert torch.allclose(
-        learner.agent.vector(), before, rtol=0, atol=1e-7 if name == "promp" else 0.0
+        learner.agent.meta_parameters(), before, rtol=0, atol=1e-7 if name == "promp" else 0.0
     )
     assert metrics.get("train/is_line_search_success", 0.0) == 0.0
 
@@ -223,7 +232,7 @@ def test_an_update_is_a_function_of_weights_trials_and_seed(name: str) -> None:
     for clutter, seed in ((1, 0), (2, 0), (1, 5)):
         learner = build(name)
         torch.manual_seed(clutter)
-        metrics = learner.update(lived(), 0.0, seed)
+        metrics = learner.update(collected_trials(), 0.0, seed)
         assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
         assert finite(learner)
         states.append(learner.state())
@@ -241,13 +250,15 @@ def test_an_update_is_a_function_of_weights_trials_and_seed(name: str) -> None:
 @each_agent
 def test_a_restored_learner_goes_on_bit_for_bit(name: str) -> None:
     learner, restored = build(name), build(name, seed=1)
-    learner.update(lived(), 0.0, 0)
+    learner.update(collected_trials(), 0.0, 0)
     state = learner.state()
     kept = {k: v.clone() for k, v in state.items()}
     restored.load(state)
     assert same(restored.state(), state)
-    trials = live(learner.agent, seed=1)
-    assert torch.equal(live(restored.agent, seed=1).episodes[1].action, trials.episodes[1].action)
+    trials = collect_trials(learner.agent, seed=1)
+    assert torch.equal(
+        collect_trials(restored.agent, seed=1).episodes[1].action, trials.episodes[1].action
+    )
     for i in range(2):
         for one in (learner, restored):
             one.update(trials, 0.3, i)
@@ -262,10 +273,10 @@ def test_a_step_that_breaks_the_bound_is_undone(name: str, trained: bool) -> Non
     learner = build(name, lr=10.0)
     if trained:
         veteran = build(name)
-        assert veteran.update(lived(), 0.0, 0)["train/undone"] == 0.0
+        assert veteran.update(collected_trials(), 0.0, 0)["train/undone"] == 0.0
         learner.load(veteran.state())
     before = learner.state()
-    metrics = learner.update(lived(), 0.0, 0)
+    metrics = learner.update(collected_trials(), 0.0, 0)
     assert metrics["train/undone"] == 1.0
     assert metrics["train/gradient_steps"] == 0.0
     state = learner.state()
@@ -279,10 +290,10 @@ def test_a_step_that_breaks_the_bound_is_undone(name: str, trained: bool) -> Non
 
 def test_a_step_within_the_bound_is_taken() -> None:
     learner, old = build("promp", epochs=3), build("promp").agent
-    metrics = learner.update(lived(), 0.5, 0)
-    *support, query = old.batches(lived())
+    metrics = learner.update(collected_trials(), 0.5, 0)
+    *support, query = old.batches(collected_trials())
     reached = vmap(old.divergence)(
-        old.adapt_meta_parameters(learner.agent.vector(), support).weights, query
+        old.adapt_meta_parameters(learner.agent.meta_parameters(), support).weights, query
     ).mean()
     assert metrics["train/approx_kl"] == pytest.approx(float(reached), rel=1e-3)
     assert metrics["train/undone"] == 0.0
@@ -294,7 +305,7 @@ def test_a_step_within_the_bound_is_taken() -> None:
 def test_promp_without_its_penalty_is_maml_ppo() -> None:
     learners = [build("promp", penalty=0.0), build("maml-ppo"), build("promp", penalty=0.5)]
     for one in learners:
-        one.update(lived(), 0.0, 0)
+        one.update(collected_trials(), 0.0, 0)
     states = [one.state() for one in learners]
     assert same(states[0], states[1])
     assert not same(states[0], states[2])
@@ -303,10 +314,10 @@ def test_promp_without_its_penalty_is_maml_ppo() -> None:
 def test_reptile_follows_the_mean_way_of_its_tasks_through_all_episodes() -> None:
     learner, old = build("reptile", grad_norm=1e6), build("reptile").agent
     context = old.begin(2)
-    for e in lived().episodes:
+    for e in collected_trials().episodes:
         context = old.adapt(context, e)
     way = (context[0] - initial(old)).mean(0)
-    metrics = learner.update(lived(), 0.0, 0)
+    metrics = learner.update(collected_trials(), 0.0, 0)
     followed = -nn.utils.parameters_to_vector([p.grad for p in learner.agent.policy.parameters()])
     assert torch.equal(followed, way)
     assert metrics["train/way"] == pytest.approx(float(way.norm()))
@@ -323,9 +334,9 @@ def test_a_rollout_with_a_broken_number_is_not_learned_from(name: str, where: in
         {"obs": fill((0, 4, 3), math.nan), "reward": fill((0, 2), math.inf)},
         {"valid": fill((slice(None), [2, 4]), False)},
     ):
-        episodes = list(lived().episodes)
+        episodes = list(collected_trials().episodes)
         episodes[where] = changed(episodes[where], **change)
-        trials.append(replace(lived(), episodes=tuple(episodes)))
+        trials.append(replace(collected_trials(), episodes=tuple(episodes)))
     counts = [
         one.update(t, 0.0, 0)["train/ignored_rollouts"]
         for one, t in zip(learners, trials, strict=True)
@@ -334,7 +345,7 @@ def test_a_rollout_with_a_broken_number_is_not_learned_from(name: str, where: in
     assert ignored_rollouts(trials[0]) == 2.0
     assert same(*(one.state() for one in learners))
     assert finite(learners[0])
-    assert not torch.equal(learners[0].agent.vector(), build(name).agent.vector())
+    assert not torch.equal(learners[0].agent.meta_parameters(), build(name).agent.meta_parameters())
 
 
 @each_agent
@@ -343,11 +354,11 @@ def test_where_there_is_nothing_to_learn_from_nothing_is_lost(
     name: str, empty: dict[str, Any]
 ) -> None:
     learner = build(name)
-    before = learner.agent.vector()
-    trials = everywhere(**empty)
+    before = learner.agent.meta_parameters()
+    trials = changed_trials(**empty)
     assert torch.equal(adapted(learner.agent, trials.episodes[0]), initial(learner.agent))
     learner.update(trials, 0.0, 0)
-    assert torch.equal(learner.agent.vector(), before)
+    assert torch.equal(learner.agent.meta_parameters(), before)
     assert finite(learner)
 
 
@@ -356,9 +367,9 @@ def test_an_episode_of_no_steps_teaches_nothing(name: str) -> None:
     learner = build(name)
     none = replace(episode(), **{k: getattr(episode(), k)[:0] for k in IN_TIME})
     assert torch.equal(adapted(learner.agent, none), initial(learner.agent))
-    before = learner.agent.vector()
-    learner.update(replace(lived(), episodes=(none, none)), 0.0, 0)
-    assert torch.equal(learner.agent.vector(), before)
+    before = learner.agent.meta_parameters()
+    learner.update(replace(collected_trials(), episodes=(none, none)), 0.0, 0)
+    assert torch.equal(learner.agent.meta_parameters(), before)
 
 
 ODD = {
@@ -382,7 +393,7 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD)
 def test_odd_episodes_leave_all_weights_finite(name: str, odd: str) -> None:
     learner = build(name)
-    trials = everywhere(**ODD[odd])
+    trials = changed_trials(**ODD[odd])
     assert adapted(learner.agent, trials.episodes[0]).isfinite().all()
     metrics = learner.update(trials, 0.0, 0)
     assert finite(learner)
@@ -392,14 +403,14 @@ def test_odd_episodes_leave_all_weights_finite(name: str, odd: str) -> None:
 @each_agent
 def test_one_rollout_is_enough(name: str) -> None:
     learner = build(name, worlds=2, rollouts=1)
-    trials = live(learner.agent, STEADY)
+    trials = collect_trials(learner.agent, STEADY)
     assert not torch.equal(
-        trials.episodes[1].action, live(learner.agent, STEADY, seed=1).episodes[1].action
+        trials.episodes[1].action, collect_trials(learner.agent, STEADY, seed=1).episodes[1].action
     )
-    before = learner.agent.vector()
+    before = learner.agent.meta_parameters()
     learner.update(trials, 0.0, 0)
     assert finite(learner)
-    assert not torch.equal(learner.agent.vector(), before)
+    assert not torch.equal(learner.agent.meta_parameters(), before)
 
 
 @each_agent
@@ -407,7 +418,7 @@ def test_one_rollout_is_enough(name: str) -> None:
 def test_inner_steps_far_too_long_leave_all_weights_finite(name: str, inner_lr: float) -> None:
     learner = build(name, inner_lr=inner_lr, inner_steps=5)
     for seed in range(2):
-        trials = live(learner.agent, STEADY, seed=seed)
+        trials = collect_trials(learner.agent, STEADY, seed=seed)
         assert all(adapted(learner.agent, e).isfinite().all() for e in trials.episodes)
         learner.update(trials, 0.0, 0)
         assert finite(learner)
@@ -429,7 +440,7 @@ def footprint() -> tuple[int, int, int]:
     ("name", "settings"), [("maml", {"cg_steps": 3}), ("promp", {"epochs": 2}), ("reptile", {})]
 )
 def test_updates_leave_nothing_behind(name: str, settings: dict[str, int]) -> None:
-    learner, trials, found = build(name, **settings), lived(), []
+    learner, trials, found = build(name, **settings), collected_trials(), []
     for i in range(25):
         if i == 5:
             found.append(footprint())

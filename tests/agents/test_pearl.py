@@ -9,7 +9,7 @@ from helpers import FALLING, TASKS, run, same
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from metarobot.agents.pearl import PEARL, PEARLConfig, Twins, squashed
+from metarobot.agents.pearl import PEARL, PEARLConfig, TwinCritics, sample_squashed
 from metarobot.env.base import Env
 from metarobot.learning.agent_interface import Dimensions
 from metarobot.learning.gaussian_posterior import PosteriorError
@@ -176,9 +176,9 @@ def test_actions_depend_on_z_and_stay_within_their_bounds() -> None:
         wild, _ = agent.act(percept(), (zeros, zeros + 1, zeros), torch.full((2, 11), 50.0))
     assert not torch.allclose(action, other)
     assert torch.allclose(wild, torch.tensor(2.0))
-    assert torch.allclose(agent.centred(action), torch.tanh(torch.tensor(0.3)), atol=0.1)
+    assert torch.allclose(agent.normalised_action(action), torch.tanh(torch.tensor(0.3)), atol=0.1)
     assert torch.equal(
-        agent.centred(torch.tensor([-4.0, -1.0, 2.0]).repeat(2)),
+        agent.normalised_action(torch.tensor([-4.0, -1.0, 2.0]).repeat(2)),
         torch.tensor([-1.0, 0.0, 1.0]).repeat(2),
     )
 
@@ -206,7 +206,7 @@ def test_the_log_density_of_a_squashed_action_is_torchs(log_std: float) -> None:
     g = torch.Generator().manual_seed(0)
     mean, noise = (torch.randn(50, 3, generator=g, dtype=torch.float64) for _ in range(2))
     std = torch.full_like(mean, log_std)
-    action, density = squashed(mean, std, noise)
+    action, density = sample_squashed(mean, std, noise)
     u = mean + std.exp() * noise
     truth = TransformedDistribution(Normal(mean, std.exp()), [TanhTransform(cache_size=1)])
     assert torch.equal(action, torch.tanh(u))
@@ -220,7 +220,7 @@ def test_the_log_density_of_a_squashed_action_is_torchs(log_std: float) -> None:
 
 def test_twin_critics_equal_two_perceptrons() -> None:
     torch.manual_seed(0)
-    twins = Twins(9, 8)
+    twins = TwinCritics(9, 8)
     x = torch.randn(20, 9)
     for i, value in enumerate(twins(x)):
         h = x
@@ -232,8 +232,8 @@ def test_twin_critics_equal_two_perceptrons() -> None:
 
 def test_the_actors_loss_reaches_no_critic() -> None:
     torch.manual_seed(0)
-    twins, x = Twins(9, 8), torch.randn(20, 9, requires_grad=True)
-    learning, given = twins(x), twins(x, learns=False)
+    twins, x = TwinCritics(9, 8), torch.randn(20, 9, requires_grad=True)
+    learning, given = twins(x), twins(x, train_weights=False)
     assert torch.equal(learning, given)
     slopes = torch.autograd.grad(given.sum(), [x, *twins.parameters()], allow_unused=True)
     assert slopes[0].abs().sum() > 0
@@ -270,7 +270,7 @@ def test_several_threads_learn_the_same_reproducibly() -> None:
 
 def test_the_belief_head_teaches_the_encoder_nothing() -> None:
     learner = skilled()
-    batch = learner._draw(torch.Generator().manual_seed(0))
+    batch = learner._sample_batch(torch.Generator().manual_seed(0))
     names, weights = zip(*learner.agent.named_parameters(), strict=True)
     found = []
     for shift in (0.0, 3.0):
@@ -356,7 +356,7 @@ def test_a_collapsed_posterior_is_named() -> None:
     learner = build()
     nn.init.zeros_(learner.agent.encoder[-1].weight)
     with pytest.raises(PosteriorError, match="collapsed"):
-        learner._sound(live(learner))
+        learner._checked_posterior_std(live(learner))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])

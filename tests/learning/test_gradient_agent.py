@@ -14,15 +14,15 @@ from helpers import (
     adapted,
     build,
     changed,
+    collect_trials,
+    collected_trials,
+    directional_derivative,
     directions,
-    doubled,
     episode,
     fill,
+    in_float64,
     initial,
-    live,
-    lived,
     same,
-    slope_along,
 )
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
@@ -62,13 +62,15 @@ def policy(agent: GradientAgent, weights: Tensor, x: Tensor) -> Independent:
 
 @pytest.mark.parametrize(("episodes", "inner_steps"), [(2, 1), (3, 1), (2, 2), (3, 2)])
 def test_the_meta_gradient_equals_finite_differences(episodes: int, inner_steps: int) -> None:
-    learner, vector, support, query = doubled(
+    learner, vector, support, query = in_float64(
         "maml", episodes, inner_steps=inner_steps, inner_lr=0.05 / inner_steps
     )
     agent = learner.agent
-    path = agent.adapt_meta_parameters(vector, support)
-    assert len(path.steps) == (episodes - 1) * inner_steps
-    gradient = agent.meta_vjp(path, per_task_gradients(agent.surrogate, path.weights, query))
+    trajectory = agent.adapt_meta_parameters(vector, support)
+    assert len(trajectory.steps) == (episodes - 1) * inner_steps
+    gradient = agent.meta_vjp(
+        trajectory, per_task_gradients(agent.surrogate, trajectory.weights, query)
+    )
 
     def end(x: Tensor) -> Tensor:
         return agent.adapt_meta_parameters(x, support).weights
@@ -76,35 +78,38 @@ def test_the_meta_gradient_equals_finite_differences(episodes: int, inner_steps:
     def outer(x: Tensor) -> Tensor:
         return vmap(agent.surrogate)(end(x), query).mean()
 
-    for v in directions(4, agent.size):
-        for side in (torch.cat([v * vector[: agent.size], 0 * v]), torch.cat([0 * v, v])):
+    for v in directions(4, agent.weight_count):
+        for side in (torch.cat([v * vector[: agent.weight_count], 0 * v]), torch.cat([0 * v, v])):
             scale = float(gradient.norm() * side.norm())
             assert float(gradient @ side) == pytest.approx(
-                float(slope_along(outer, vector, side)), abs=1e-6 * scale
+                float(directional_derivative(outer, vector, side)), abs=1e-6 * scale
             )
-            moved = agent.meta_jvp(path, side)
+            moved = agent.meta_jvp(trajectory, side)
             assert torch.allclose(
-                moved, slope_along(end, vector, side), rtol=0, atol=1e-6 * float(moved.norm())
+                moved,
+                directional_derivative(end, vector, side),
+                rtol=0,
+                atol=1e-6 * float(moved.norm()),
             )
 
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_adapting_is_gradient_ascent_task_by_task(inner_steps: int) -> None:
     agent = build("maml", inner_steps=inner_steps).agent.double()
-    vector = agent.vector()
-    vector[: agent.size] *= torch.rand(agent.size, dtype=vector.dtype)
-    agent.assign(vector)
-    _, rates = agent.split(vector)
+    vector = agent.meta_parameters()
+    vector[: agent.weight_count] *= torch.rand(agent.weight_count, dtype=vector.dtype)
+    agent.set_meta_parameters(vector)
+    _, rates = agent.split_meta_parameters(vector)
     batch, together = agent.batch(initial(agent), episode()), adapted(agent, episode())
     for i in range(len(TASKS)):
         weights = initial(agent)[i].clone()
         for _ in range(inner_steps):
             weights.requires_grad_()
             ratio = (
-                policy(agent, weights, batch.x[i]).log_prob(batch.action[i]) - batch.old[i]
+                policy(agent, weights, batch.x[i]).log_prob(batch.action[i]) - batch.old_log_prob[i]
             ).exp()
             (slope,) = torch.autograd.grad(
-                (batch.weight[i] * ratio * batch.advantage[i]).sum(), weights
+                (batch.step_weight[i] * ratio * batch.advantage[i]).sum(), weights
             )
             weights = (weights + rates * slope).detach()
         assert torch.allclose(together[i], weights, rtol=1e-11, atol=1e-12)
@@ -112,19 +117,19 @@ def test_adapting_is_gradient_ascent_task_by_task(inner_steps: int) -> None:
 
 def test_many_tasks_at_once_equal_one_after_the_other() -> None:
     agent = build("maml").agent.double()
-    trials, both = lived(), initial(agent)
+    trials, both = collected_trials(), initial(agent)
     batch, after = agent.batch(both, episode()), adapted(agent, episode())
-    path = agent.adapt_meta_parameters(agent.vector(), [batch])
+    trajectory = agent.adapt_meta_parameters(agent.meta_parameters(), [batch])
     query = agent.batch(after, trials.episodes[1])
-    slope = per_task_gradients(agent.surrogate, path.weights, query)
-    pulled, pushed = path.vjp(slope), agent.meta_jvp(path, agent.vector())
+    slope = per_task_gradients(agent.surrogate, trajectory.weights, query)
+    pulled, pushed = trajectory.vjp(slope), agent.meta_jvp(trajectory, agent.meta_parameters())
     for i in range(len(TASKS)):
         rollout = worlds(episode(), slice(ROLLOUTS * i, ROLLOUTS * (i + 1)))
         alone = agent.batch(both[:1], rollout)
         for x, y in zip(alone, batch, strict=True):
             assert torch.allclose(x, y[i : i + 1], rtol=1e-9, atol=1e-10)
         single = InnerBatch(*(x[i : i + 1] for x in batch))
-        short = agent.adapt_meta_parameters(agent.vector(), [single])
+        short = agent.adapt_meta_parameters(agent.meta_parameters(), [single])
         shown = InnerBatch(*(x[i : i + 1] for x in query))
         assert torch.allclose(adapted(agent, rollout)[0], after[i], rtol=1e-10, atol=1e-11)
         assert torch.allclose(
@@ -138,9 +143,9 @@ def test_many_tasks_at_once_equal_one_after_the_other() -> None:
             atol=1e-11,
         )
         assert torch.allclose(
-            agent.meta_jvp(short, agent.vector())[0], pushed[i], rtol=1e-10, atol=1e-11
+            agent.meta_jvp(short, agent.meta_parameters())[0], pushed[i], rtol=1e-10, atol=1e-11
         )
-        for x, y in zip(short.pull(slope[i : i + 1]), pulled, strict=True):
+        for x, y in zip(short.vjp(slope[i : i + 1]), pulled, strict=True):
             assert torch.allclose(x[0], y[i], rtol=1e-10, atol=1e-11)
 
 
@@ -168,20 +173,20 @@ def test_a_batch_holds_the_advantages_and_the_policy_that_acted() -> None:
         assert torch.allclose(
             batch.advantage[i][mask], (raw - raw.mean()) / raw.std(correction=0), atol=1e-5
         )
-        assert torch.allclose(batch.weight[i], share)
+        assert torch.allclose(batch.step_weight[i], share)
         assert not batch.advantage[i][~mask].any()
         acted = policy(agent, weights[i], by_task(agent.norm(e.obs[:, mine].double()), 1)[0])
         old = acted.log_prob(by_task(e.action[:, mine].double(), 1)[0])
-        assert torch.allclose(batch.mean[i][mask], acted.mean[mask], atol=1e-12)
-        assert torch.allclose(batch.old[i][mask], old[mask], atol=1e-10)
-        assert torch.allclose(batch.log_std[i, 0].exp(), acted.stddev[0])
+        assert torch.allclose(batch.old_mean[i][mask], acted.mean[mask], atol=1e-12)
+        assert torch.allclose(batch.old_log_prob[i][mask], old[mask], atol=1e-10)
+        assert torch.allclose(batch.old_log_std[i, 0].exp(), acted.stddev[0])
 
 
 def test_the_divergence_is_that_of_the_policies() -> None:
     agent = build("maml").agent.double()
     batch, moved = (
         agent.batch(initial(agent), episode()),
-        initial(agent) + 0.1 * directions(2, agent.size),
+        initial(agent) + 0.1 * directions(2, agent.weight_count),
     )
     found, none = (
         vmap(agent.divergence)(moved, batch),
@@ -192,21 +197,21 @@ def test_the_divergence_is_that_of_the_policies() -> None:
         kl = kl_divergence(
             policy(agent, initial(agent)[i], batch.x[i]), policy(agent, moved[i], batch.x[i])
         )
-        assert torch.allclose(found[i], (batch.weight[i] * kl).sum(), rtol=1e-10)
+        assert torch.allclose(found[i], (batch.step_weight[i] * kl).sum(), rtol=1e-10)
 
 
 def test_batches_are_of_the_weights_that_acted() -> None:
     agent, noise = build("maml").agent, torch.Generator().manual_seed(0)
-    trials = live(agent, STEADY, episodes=3)
+    trials = collect_trials(agent, STEADY, episodes=3)
     batches = agent.batches(trials)
     for e, batch in zip(trials.episodes, batches, strict=True):
         drawn = torch.randn(e.action.shape, generator=noise)
-        acted = e.action - drawn * batch.log_std.exp().repeat_interleave(ROLLOUTS, 0)[:, 0]
-        assert torch.allclose(batch.mean, by_task(acted, 2), atol=1e-5)
+        acted = e.action - drawn * batch.old_log_std.exp().repeat_interleave(ROLLOUTS, 0)[:, 0]
+        assert torch.allclose(batch.old_mean, by_task(acted, 2), atol=1e-5)
         for i, rows in enumerate(batch.action):
             mine = range(ROLLOUTS * i, ROLLOUTS * (i + 1))
             assert torch.equal(rows, torch.cat([e.action[:, w] for w in mine]))
-    assert not any(torch.allclose(a.mean, b.mean, atol=1e-2) for a, b in pairwise(batches))
+    assert not any(torch.allclose(a.old_mean, b.old_mean, atol=1e-2) for a, b in pairwise(batches))
 
 
 def test_thinning_keeps_one_step_in_n_and_shares_that_add_up() -> None:
@@ -215,10 +220,10 @@ def test_thinning_keeps_one_step_in_n_and_shares_that_add_up() -> None:
     thin = batch.thin(4)
     assert torch.equal(thin.x, batch.x[:, ::4])
     assert torch.equal(thin.advantage, batch.advantage[:, ::4])
-    kept = batch.weight[:, ::4]
-    assert torch.allclose(thin.weight.sum(1), torch.ones(2))
-    assert torch.allclose(thin.weight, kept / kept.sum(1, keepdim=True))
-    assert torch.equal(thin.log_std, batch.log_std)
+    kept = batch.step_weight[:, ::4]
+    assert torch.allclose(thin.step_weight.sum(1), torch.ones(2))
+    assert torch.allclose(thin.step_weight, kept / kept.sum(1, keepdim=True))
+    assert torch.equal(thin.old_log_std, batch.old_log_std)
     assert all(
         torch.allclose(x, y, rtol=1e-6, atol=0.0) for x, y in zip(batch.thin(1), batch, strict=True)
     )
@@ -226,7 +231,7 @@ def test_thinning_keeps_one_step_in_n_and_shares_that_add_up() -> None:
 
 def test_thinning_takes_from_every_rollout() -> None:
     agent = build("maml", worlds=8, rollouts=4).agent
-    rollout = live(agent, STEADY).episodes[0]
+    rollout = collect_trials(agent, STEADY).episodes[0]
     when = torch.arange(12.0)[:, None] + 100 * torch.arange(8.0)
     batch = agent.batch(initial(agent), rollout)._replace(advantage=by_task(when, 2))
     kept = [[100 * w + t for w in task for t in (0, 4, 8)] for task in (range(4), range(4, 8))]
@@ -235,14 +240,14 @@ def test_thinning_takes_from_every_rollout() -> None:
 
 def test_the_way_walked_is_the_way_adapted() -> None:
     agent = build("maml", inner_steps=2, episodes=3).agent
-    trials = lived(3)
+    trials = collected_trials(3)
     support = agent.batches(trials)[:2]
     context = agent.begin(2)
     for e in trials.episodes[:2]:
         context = agent.adapt(context, e)
-    for derivative in ({}, {"derivative": first_order_derivatives}):
+    for derivative in ({}, {"derivatives": first_order_derivatives}):
         assert torch.allclose(
-            agent.adapt_meta_parameters(agent.vector(), support, **derivative).weights,
+            agent.adapt_meta_parameters(agent.meta_parameters(), support, **derivative).weights,
             context[0],
             atol=1e-6,
         )
@@ -313,11 +318,11 @@ def test_how_long_others_live_changes_nothing_in_this_task() -> None:
 def test_small_steps_climb_the_surrogate() -> None:
     agent = build("maml", inner_steps=4, inner_lr=0.02).agent
     batch = agent.batch(initial(agent), episode())
-    path = agent.adapt_meta_parameters(agent.vector(), [batch])
-    heights = [vmap(agent.surrogate)(path.first(k).weights, batch) for k in range(5)]
+    trajectory = agent.adapt_meta_parameters(agent.meta_parameters(), [batch])
+    heights = [vmap(agent.surrogate)(trajectory.first(k).weights, batch) for k in range(5)]
     assert heights[0].abs().max() < 1e-5
     assert all((b > a).all() for a, b in pairwise(heights))
-    assert torch.allclose(path.weights, adapted(agent, episode()), atol=1e-7)
+    assert torch.allclose(trajectory.weights, adapted(agent, episode()), atol=1e-7)
 
 
 BROKEN = {
@@ -389,7 +394,7 @@ def test_each_tasks_worlds_act_by_its_own_weights() -> None:
     agent = build("maml").agent
     agent.norm.update(3 * torch.randn(50, 17))
     seen, context = percept(agent), agent.adapt(agent.begin(2), episode())
-    context = (context[0] + 0.3 * directions(2, agent.size).float(),)
+    context = (context[0] + 0.3 * directions(2, agent.weight_count).float(),)
     noise = torch.randn(6, 6, generator=torch.Generator().manual_seed(4))
     (mean, after), (noisy, _) = agent.act(seen, context), agent.act(seen, context, noise)
     assert after is context
@@ -407,13 +412,13 @@ def test_a_trial_begins_with_the_initial_weights_in_every_task() -> None:
     agent = build("maml").agent
     (weights,) = agent.begin(5)
     expected = nn.utils.parameters_to_vector(agent.policy.parameters())
-    assert weights.shape == (5, agent.size)
+    assert weights.shape == (5, agent.weight_count)
     assert all(torch.equal(w, expected) for w in weights)
     assert not weights.requires_grad
-    vector = torch.randn(2 * agent.size)
-    agent.assign(vector)
-    assert torch.equal(agent.vector(), vector)
-    assert torch.equal(agent.split(vector)[0], agent.begin(1)[0][0])
+    vector = torch.randn(2 * agent.weight_count)
+    agent.set_meta_parameters(vector)
+    assert torch.equal(agent.meta_parameters(), vector)
+    assert torch.equal(agent.split_meta_parameters(vector)[0], agent.begin(1)[0][0])
 
 
 @pytest.mark.parametrize("width", [8, 16])
@@ -426,7 +431,10 @@ def test_another_policy_can_be_fine_tuned(width: int) -> None:
             p += 0.2 * torch.randn_like(p)
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (agent, source)]
     tuned, seen = agent.fine_tuned_from(source, 0.1), percept(agent)
-    assert torch.allclose(tuned.split(tuned.vector())[1], torch.full((tuned.size,), 0.1))
+    assert torch.allclose(
+        tuned.split_meta_parameters(tuned.meta_parameters())[1],
+        torch.full((tuned.weight_count,), 0.1),
+    )
     context = tuned.begin(2)
     action, _ = tuned.act(seen, context)
     assert torch.allclose(action, source.act(seen, ())[0], atol=1e-6)
@@ -441,9 +449,9 @@ def test_another_policy_can_be_fine_tuned(width: int) -> None:
     )
     assert not torch.allclose(after, context[0], atol=1e-3)
     assert not torch.allclose(tuned.act(seen, (after,))[0], action, atol=1e-3)
-    trials = live(tuned)
+    trials = collect_trials(tuned)
     assert trials.episodes[1].action.isfinite().all()
     for m, kept in zip((agent, source), before, strict=True):
         assert same(m.state_dict(), kept)
-    assert initial(agent).shape[1] == agent.size
-    assert (width == 8) == (tuned.size == agent.size)
+    assert initial(agent).shape[1] == agent.weight_count
+    assert (width == 8) == (tuned.weight_count == agent.weight_count)

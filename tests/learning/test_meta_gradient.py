@@ -1,6 +1,5 @@
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,12 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from metarobot.learning.agent_interface import Dimensions
-from metarobot.learning.gradient_agent import GradientAgent, InnerBatch, InnerConfig
+from metarobot.learning.gradient_agent import (
+    GaussianPolicy,
+    GradientAgent,
+    InnerBatch,
+    InnerConfig,
+)
 from metarobot.learning.meta_gradient import (
     InnerTrajectory,
     adapt_weights,
@@ -76,8 +80,8 @@ def outer(weights: Tensor, rates: Tensor, steps: int) -> Tensor:
 @each_rate
 @each_length
 def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
-    path = gone(START, rates, steps)
-    by_weights, by_rates = path.vjp(per_task_gradients(objective, path.weights, QUERY))
+    trajectory = gone(START, rates, steps)
+    by_weights, by_rates = trajectory.vjp(per_task_gradients(objective, trajectory.weights, QUERY))
     assert torch.allclose(
         by_weights, differences(lambda w: outer(w, rates, steps), START), rtol=1e-6, atol=1e-8
     )
@@ -96,8 +100,8 @@ def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
 def test_pulling_equals_differentiating_through_the_graph_of_each_task(
     rates: Tensor, steps: int
 ) -> None:
-    path = gone(START, rates, steps)
-    by_weights, by_rates = path.vjp(per_task_gradients(objective, path.weights, QUERY))
+    trajectory = gone(START, rates, steps)
+    by_weights, by_rates = trajectory.vjp(per_task_gradients(objective, trajectory.weights, QUERY))
     for task in range(TASKS):
         start, rate = START[task].clone().requires_grad_(), rates.clone().requires_grad_()
         weights = start
@@ -107,7 +111,7 @@ def test_pulling_equals_differentiating_through_the_graph_of_each_task(
             weights = weights + rate * slope
         end = objective(weights, [x[task] for x in QUERY])
         one, two = torch.autograd.grad(end, (start, rate))
-        assert torch.allclose(weights, path.weights[task], rtol=1e-12, atol=1e-12)
+        assert torch.allclose(weights, trajectory.weights[task], rtol=1e-12, atol=1e-12)
         assert torch.allclose(one, by_weights[task], rtol=1e-10, atol=1e-12)
         assert torch.allclose(
             two,
@@ -120,16 +124,18 @@ def test_pulling_equals_differentiating_through_the_graph_of_each_task(
 @each_rate
 @each_length
 def test_pushing_is_the_transpose_of_pulling(rates: Tensor, steps: int) -> None:
-    path = gone(START, rates, steps)
+    trajectory = gone(START, rates, steps)
     u, v, faster = (numbers(TASKS, SIZE, seed=s) for s in (5, 6, 7))
     faster = faster[0, 0] if rates.dim() == 0 else faster[0]
-    by_weights, by_rates = path.vjp(u)
-    pushed = path.jvp(v, faster)
+    by_weights, by_rates = trajectory.vjp(u)
+    pushed = trajectory.jvp(v, faster)
     assert torch.allclose(
         (pushed * u).sum(-1), (v * by_weights + faster * by_rates).sum(-1), rtol=1e-10
     )
     still = torch.zeros_like(faster)
-    assert torch.allclose((path.jvp(v, still) * u).sum(-1), (v * by_weights).sum(-1), rtol=1e-10)
+    assert torch.allclose(
+        (trajectory.jvp(v, still) * u).sum(-1), (v * by_weights).sum(-1), rtol=1e-10
+    )
 
 
 @each_rate
@@ -137,24 +143,24 @@ def test_pushing_is_the_transpose_of_pulling(rates: Tensor, steps: int) -> None:
 def test_pushing_equals_finite_differences(rates: Tensor, steps: int) -> None:
     v, faster, h = numbers(TASKS, SIZE, seed=6), numbers(*rates.shape, seed=7), 1e-5
     ahead, behind = (gone(START + s * v, rates + s * faster, steps).weights for s in (h, -h))
-    pushed = gone(START, rates, steps).push(v, faster)
+    pushed = gone(START, rates, steps).jvp(v, faster)
     assert torch.allclose(pushed, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
 def test_a_path_can_be_carried_along_again_and_again() -> None:
-    path = gone(START, RATES["rates"], 3)
+    trajectory = gone(START, RATES["rates"], 3)
     u = numbers(TASKS, SIZE, seed=5)
-    first, pushed = path.vjp(u), path.jvp(u, u[0])
-    assert all(torch.equal(a, b) for a, b in zip(first, path.vjp(u), strict=True))
-    assert torch.equal(pushed, path.jvp(u, u[0]))
-    assert not path.weights.requires_grad
+    first, pushed = trajectory.vjp(u), trajectory.jvp(u, u[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, trajectory.vjp(u), strict=True))
+    assert torch.equal(pushed, trajectory.jvp(u, u[0]))
+    assert not trajectory.weights.requires_grad
 
 
 @pytest.mark.parametrize("derivative", [exact_derivatives, first_order_derivatives])
 def test_many_tasks_at_once_equal_one_after_the_other(derivative: Any) -> None:
     rates, u = RATES["rates"], numbers(TASKS, SIZE, seed=5)
     together = gone(START, rates, 3, derivative)
-    pulled, pushed = together.pull(u), together.push(u, u[0])
+    pulled, pushed = together.vjp(u), together.jvp(u, u[0])
     for i in range(TASKS):
         data = [tuple(x[i : i + 1] for x in points(k)) for k in range(3)]
         alone = adapt_weights(objective, START[i : i + 1], rates, data, derivative)
@@ -164,7 +170,7 @@ def test_many_tasks_at_once_equal_one_after_the_other(derivative: Any) -> None:
         )
         assert torch.allclose(alone.weights[0], together.weights[i], rtol=1e-12, atol=1e-13)
         for one, many in zip(
-            (*alone.pull(u[i : i + 1]), alone.push(u[i : i + 1], u[0])),
+            (*alone.vjp(u[i : i + 1]), alone.jvp(u[i : i + 1], u[0])),
             (*pulled, pushed),
             strict=True,
         ):
@@ -179,10 +185,10 @@ def test_a_python_loop_over_tasks_gives_what_vmap_gives() -> None:
     )
 
     def everything() -> list[Tensor]:
-        path = gone(START, rates, 3)
+        trajectory = gone(START, rates, 3)
         return [
-            *path.vjp(u),
-            path.jvp(u, u[0]),
+            *trajectory.vjp(u),
+            trajectory.jvp(u, u[0]),
             per_task_gradients(objective, START, QUERY),
             *vmap_tasks(one)(START, QUERY),
         ]
@@ -205,11 +211,11 @@ def test_first_order_walks_the_same_way_and_gives_exactly_the_outer_slope() -> N
     rough, sharp = gone(START, rates, 3, first_order_derivatives), gone(START, rates, 3)
     assert torch.allclose(rough.weights, sharp.weights, rtol=1e-13, atol=1e-14)
     u = numbers(TASKS, SIZE, seed=5)
-    by_weights, by_rates = rough.pull(u)
+    by_weights, by_rates = rough.vjp(u)
     assert torch.equal(by_weights, u)
     assert torch.allclose(by_rates, sum(s.gradient for s in rough.steps) * u, rtol=1e-12)
-    assert not torch.allclose(sharp.pull(u)[0], u, atol=0.01)
-    assert torch.equal(rough.push(u, torch.zeros(SIZE, dtype=u.dtype)), u)
+    assert not torch.allclose(sharp.vjp(u)[0], u, atol=0.01)
+    assert torch.equal(rough.jvp(u, torch.zeros(SIZE, dtype=u.dtype)), u)
 
 
 def test_the_product_is_with_the_hessian() -> None:
@@ -224,15 +230,15 @@ def test_the_product_is_with_the_hessian() -> None:
 
 def test_a_path_can_be_cut_short() -> None:
     rates, u = RATES["rates"], numbers(TASKS, SIZE, seed=5)
-    path = gone(START, rates, 3)
+    trajectory = gone(START, rates, 3)
     for k in range(4):
-        short, again = path.first(k), gone(START, rates, k)
+        short, again = trajectory.first(k), gone(START, rates, k)
         assert torch.equal(short.weights, again.weights)
-        assert all(torch.equal(a, b) for a, b in zip(short.pull(u), again.pull(u), strict=True))
-    assert torch.equal(path.first(0).weights, START)
-    assert torch.equal(path.first(0).pull(u)[0], u)
-    assert not path.first(0).pull(u)[1].any()
-    assert path.first(7) is path
+        assert all(torch.equal(a, b) for a, b in zip(short.vjp(u), again.vjp(u), strict=True))
+    assert torch.equal(trajectory.first(0).weights, START)
+    assert torch.equal(trajectory.first(0).vjp(u)[0], u)
+    assert not trajectory.first(0).vjp(u)[1].any()
+    assert trajectory.first(7) is trajectory
 
 
 def test_calling_a_module_with_other_weights_equals_setting_them() -> None:
@@ -300,10 +306,8 @@ def bandit() -> GradientAgent:
     agent = GradientAgent(
         Dimensions(obs=1, act=1, task=1, episodes=2), InnerConfig(worlds=2, rollouts=1)
     )
-    agent = agent.fine_tuned_from(
-        SimpleNamespace(actor=Constant(0.4), log_std=torch.tensor([-0.5])), 1.0
-    )
-    agent.assign(agent.vector() * torch.tensor([0.3, 0.7, 1.0, 1.0]))
+    agent = agent.fine_tuned_from(GaussianPolicy(Constant(0.4), torch.tensor([-0.5])), 1.0)
+    agent.set_meta_parameters(agent.meta_parameters() * torch.tensor([0.3, 0.7, 1.0, 1.0]))
     return agent.double().requires_grad_()
 
 
@@ -319,13 +323,15 @@ def sampled(agent: GradientAgent, weights: Tensor) -> InnerBatch:
 def meta_gradient(agent: GradientAgent, inner: Any, episodes: int) -> tuple[Tensor, Tensor]:
     """The derivative of the adapted policy's objective by rates and weights, and the adapted
     weights."""
-    weights, rates = agent.split(agent.vector())
-    support, path = [], adapt_weights(inner, weights[None], rates, [])
+    weights, rates = agent.split_meta_parameters(agent.meta_parameters())
+    support, trajectory = [], adapt_weights(inner, weights[None], rates, [])
     for _ in range(episodes):
-        support.append(sampled(agent, path.weights))
-        path = adapt_weights(inner, weights[None], rates, support)
-    slope = per_task_gradients(agent.surrogate, path.weights, sampled(agent, path.weights))
-    return agent.meta_vjp(path, slope), path.weights
+        support.append(sampled(agent, trajectory.weights))
+        trajectory = adapt_weights(inner, weights[None], rates, support)
+    slope = per_task_gradients(
+        agent.surrogate, trajectory.weights, sampled(agent, trajectory.weights)
+    )
+    return agent.meta_vjp(trajectory, slope), trajectory.weights
 
 
 @pytest.mark.parametrize("episodes", [1, 2])
@@ -333,33 +339,33 @@ def test_the_meta_gradient_goes_through_the_sampling_distribution(episodes: int)
     agent = bandit()
 
     def adapted(vector: Tensor) -> Tensor:
-        theta, rates = agent.split(vector)
+        theta, rates = agent.split_meta_parameters(vector)
         for _ in range(episodes):
             theta = theta + rates * torch.autograd.functional.jacobian(expected, theta)
         return theta
 
-    truth = differences(lambda v: expected(adapted(v)), agent.vector())
+    truth = differences(lambda v: expected(adapted(v)), agent.meta_parameters())
     found, weights = meta_gradient(agent, agent.surrogate, episodes)
-    assert torch.allclose(weights[0], adapted(agent.vector()), rtol=1e-10)
+    assert torch.allclose(weights[0], adapted(agent.meta_parameters()), rtol=1e-10)
     assert torch.allclose(found, truth, rtol=1e-6, atol=1e-9)
 
     def score(weights: Tensor, batch: InnerBatch) -> Tensor:
         mean, log_std = call_with_weights(agent.policy, weights, batch.x)
-        return (batch.weight * log_prob(mean, log_std, batch.action) * batch.advantage).sum()
+        return (batch.step_weight * log_prob(mean, log_std, batch.action) * batch.advantage).sum()
 
     wrong, same = meta_gradient(agent, score, episodes)
     assert torch.allclose(same, weights, rtol=1e-10)
-    by_weights = agent.split(truth)[0]
-    assert (agent.split(wrong)[0] - by_weights).norm() > by_weights.norm()
+    by_weights = agent.split_meta_parameters(truth)[0]
+    assert (agent.split_meta_parameters(wrong)[0] - by_weights).norm() > by_weights.norm()
     rough = per_task_gradients(agent.surrogate, weights, sampled(agent, weights))[0]
-    assert (agent.split(found)[0] - rough).norm() > 0.1 * rough.norm()
+    assert (agent.split_meta_parameters(found)[0] - rough).norm() > 0.1 * rough.norm()
 
 
 def test_the_agents_own_walk_is_that_of_the_bandit() -> None:
     agent = bandit()
-    batch = sampled(agent, agent.split(agent.vector())[0][None])
-    path = agent.adapt_meta_parameters(agent.vector(), [batch])
+    batch = sampled(agent, agent.split_meta_parameters(agent.meta_parameters())[0][None])
+    trajectory = agent.adapt_meta_parameters(agent.meta_parameters(), [batch])
     found, weights = meta_gradient(agent, agent.surrogate, 1)
-    assert torch.equal(path.weights, weights)
+    assert torch.equal(trajectory.weights, weights)
     slope = per_task_gradients(agent.surrogate, weights, sampled(agent, weights))
-    assert torch.equal(agent.meta_vjp(path, slope), found)
+    assert torch.equal(agent.meta_vjp(trajectory, slope), found)

@@ -11,11 +11,11 @@ from helpers import (
     adapted,
     build,
     changed,
-    each_judged,
+    collect_trials,
+    collected_trials,
+    each_with_critic,
     episode,
     fill,
-    live,
-    lived,
     same,
 )
 from torch import Tensor
@@ -34,7 +34,7 @@ def make(seed: int = 0) -> OuterCritic:
 
 def last() -> Rollout:
     """An episode with falls, time limits and padding."""
-    e = lived().episodes[-1]
+    e = collected_trials().episodes[-1]
     assert e.terminated.any()
     assert e.truncated.any()
     assert not e.valid.all()
@@ -44,7 +44,7 @@ def last() -> Rollout:
 def shown(e: Rollout) -> tuple[Tensor, Tensor, Tensor, Rollout, Tensor]:
     """What a critic is shown of an episode, in float64."""
     exact = replace(e, reward=e.reward.double())
-    return e.obs.double(), e.final_obs.double(), lived().task.double(), exact, e.valid
+    return e.obs.double(), e.final_obs.double(), collected_trials().task.double(), exact, e.valid
 
 
 def learn(critic: OuterCritic, e: Rollout, seed: int) -> tuple[Tensor, ...]:
@@ -150,7 +150,7 @@ def test_lessons_are_a_function_of_weights_episode_and_seed() -> None:
     assert not same(states[0], states[2])
 
 
-@each_judged
+@each_with_critic
 def test_the_critic_never_reaches_the_agent(name: str) -> None:
     learner, other = build(name), build(name)
     with torch.no_grad():
@@ -165,23 +165,25 @@ def test_the_critic_never_reaches_the_agent(name: str) -> None:
     assert {id(p) for p in agent.parameters()}.isdisjoint(
         id(p) for p in learner.critic.net.parameters()
     )
-    for a, b in zip(*(live(one.agent, seed=2).episodes for one in (learner, other)), strict=True):
+    for a, b in zip(
+        *(collect_trials(one.agent, seed=2).episodes for one in (learner, other)), strict=True
+    ):
         assert torch.equal(a.action, b.action)
     assert torch.equal(adapted(agent, episode()), adapted(other.agent, episode()))
     for one in (learner, other):
-        one.update(lived(), 0.0, 0)
-    assert not torch.equal(agent.vector(), other.agent.vector())
+        one.update(collected_trials(), 0.0, 0)
+    assert not torch.equal(agent.meta_parameters(), other.agent.meta_parameters())
 
 
 def test_the_query_is_judged_before_the_critic_learns_from_it() -> None:
     learner, alone, e = build("maml"), build("maml").critic, last()
-    agent, query = learner.agent, learner.agent.batches(lived())[-1]
-    judged, explained = agent.with_critic_advantages(query, lived(), learner.critic, 5)
+    agent, query = learner.agent, learner.agent.batches(collected_trials())[-1]
+    judged, explained = agent.with_critic_advantages(query, collected_trials(), learner.critic, 5)
     x = agent.norm(e.obs)
     advantage, target, expected = alone.advantage(
-        x, agent.norm(e.final_obs), lived().task, e, e.valid
+        x, agent.norm(e.final_obs), collected_trials().task, e, e.valid
     )
-    alone.fit(x, lived().task, target, e.valid, 5)
+    alone.fit(x, collected_trials().task, target, e.valid, 5)
     assert torch.equal(explained, expected)
     assert same(learner.critic.state(), alone.state())
     for i in range(len(TASKS)):
@@ -195,12 +197,12 @@ def test_the_query_is_judged_before_the_critic_learns_from_it() -> None:
     )
 
 
-@each_judged
+@each_with_critic
 def test_the_task_teaches_by_the_critic_alone(name: str) -> None:
-    swapped = replace(lived(), task=lived().task.flip(0))
+    swapped = replace(collected_trials(), task=collected_trials().task.flip(0))
     for blind in (False, True):
         learners = [build(name) for _ in range(2)]
-        for one, trials in zip(learners, (lived(), swapped), strict=True):
+        for one, trials in zip(learners, (collected_trials(), swapped), strict=True):
             if blind:
                 torch.nn.init.zeros_(one.critic.net[0].weight[:, SHAPES.obs :])
             one.update(trials, 0.0, 0)
@@ -221,9 +223,9 @@ def test_a_query_with_nothing_to_compare_leaves_the_critic_as_it_was(
     name: str, last: dict[str, Any]
 ) -> None:
     learner = build(name)
-    learner.update(lived(), 0.0, 0)
-    before, (first, second) = learner.critic.state(), lived().episodes
-    trials = replace(lived(), episodes=(first, changed(second, **last)))
+    learner.update(collected_trials(), 0.0, 0)
+    before, (first, second) = learner.critic.state(), collected_trials().episodes
+    trials = replace(collected_trials(), episodes=(first, changed(second, **last)))
     query = learner.agent.batches(trials)[-1]
     assert learner.agent.with_critic_advantages(query, trials, learner.critic, 1)[0] is query
     assert learner.update(trials, 0.0, 1)["train/explained_variance"] == 0.0

@@ -76,7 +76,9 @@ def test_what_is_picked_was_lived_and_all_that_was_lived_is_picked(
 ) -> None:
     replay, worlds = TrialReplay(SHAPES, 4 * TRIAL), len(lengths[0])
     replay.add(written(lengths))
-    steps = replay.steps(replay.pick(torch.arange(worlds), 400, episodes, generator()))
+    steps = replay.transitions_at(
+        replay.sample_transitions(torch.arange(worlds), 400, episodes, generator())
+    )
     trial, k, t = steps.obs.unbind(-1)
     assert torch.equal(steps.next_obs, torch.stack([trial, k, t + 1], -1))
     assert torch.equal(steps.action, steps.obs[..., :2] + 0.5)
@@ -109,7 +111,7 @@ def test_transitions_of_real_trials_are_those_of_their_sequence() -> None:
     )
     replay.add(trials)
     steps, seq = (
-        replay.steps(replay.pick(torch.arange(2), 500, 2, generator())),
+        replay.transitions_at(replay.sample_transitions(torch.arange(2), 500, 2, generator())),
         join_episodes(trials.episodes),
     )
     assert seq.truncated.any() or seq.terminated.any()
@@ -130,7 +132,7 @@ def test_transitions_of_real_trials_are_those_of_their_sequence() -> None:
 
 def test_a_time_limit_is_no_failure_and_leads_to_the_observation_before_the_reset() -> None:
     replay = filled(1)
-    steps = replay.steps(replay.pick(torch.tensor([0]), 300, 1, generator()))
+    steps = replay.transitions_at(replay.sample_transitions(torch.tensor([0]), 300, 1, generator()))
     last = steps.obs[..., 2] == HORIZON - 1
     assert last.any()
     assert not steps.terminated.any()
@@ -140,25 +142,30 @@ def test_a_time_limit_is_no_failure_and_leads_to_the_observation_before_the_rese
 def test_the_oldest_trials_are_written_over() -> None:
     replay = filled(8)
     assert len(replay) == 6
-    assert replay.transitions == 6 * 12
+    assert replay.transition_count == 6 * 12
     assert sorted(replay.task(torch.arange(6))[:, 0].tolist()) == [2, 3, 4, 5, 6, 7]
 
 
 def test_every_second_task_is_a_recent_one() -> None:
     replay = filled(8)
-    tasks = torch.stack([replay.task(replay.draw(8, 2, generator(i)))[:, 0] for i in range(200)])
+    tasks = torch.stack(
+        [replay.task(replay.sample_trials(8, 2, generator(i)))[:, 0] for i in range(200)]
+    )
     assert set(tasks[:, ::2].flatten().tolist()) == {6, 7}
     assert set(tasks[:, 1::2].flatten().tolist()) == {2, 3, 4, 5, 6, 7}
-    assert set(filled(1).draw(8, 2, generator()).tolist()) == {0}
+    assert set(filled(1).sample_trials(8, 2, generator()).tolist()) == {0}
 
 
 def test_drawing_is_a_function_of_the_generator_alone() -> None:
     a, b = filled(8), filled(8)
     torch.manual_seed(1)
-    rows = a.draw(4, 3, generator(5))
+    rows = a.sample_trials(4, 3, generator(5))
     torch.manual_seed(2)
-    assert torch.equal(rows, b.draw(4, 3, generator(5)))
-    assert torch.equal(a.pick(rows, 9, 2, generator(6)), b.pick(rows, 9, 2, generator(6)))
+    assert torch.equal(rows, b.sample_trials(4, 3, generator(5)))
+    assert torch.equal(
+        a.sample_transitions(rows, 9, 2, generator(6)),
+        b.sample_transitions(rows, 9, 2, generator(6)),
+    )
 
 
 @pytest.mark.parametrize("trials", [0, 3, 8])
@@ -204,5 +211,5 @@ def test_a_broken_number_in_the_padding_stays_outside() -> None:
     reward = torch.where(first.valid, first.reward, float("nan"))
     replay = TrialReplay(SHAPES, 4 * TRIAL)
     replay.add(replace(trials, episodes=(replace(first, reward=reward), *trials.episodes[1:])))
-    steps = replay.steps(replay.pick(torch.arange(2), 300, 3, generator()))
+    steps = replay.transitions_at(replay.sample_transitions(torch.arange(2), 300, 3, generator()))
     assert all(bool(x.isfinite().all()) for x in steps)
