@@ -9,7 +9,11 @@ from typing import Any, Literal, NamedTuple
 from tyro.conf import Positional
 
 from metarobot import api
-from metarobot.bench import cpu_speed, tables
+from metarobot.bench import tables
+from metarobot.bench.collection_speed import bench_agents
+from metarobot.bench.maml_speed import bench_maml
+from metarobot.bench.pearl_speed import bench_pearl
+from metarobot.bench.simulation_speed import bench_sim
 from metarobot.errors import MetarobotError
 from metarobot.files import write_json
 
@@ -24,10 +28,10 @@ class CpuBench(NamedTuple):
 
 
 CPU_BENCHES = {
-    "sim": CpuBench(cpu_speed.bench_sim, tables.simulation_lines, "CheetahVel", 512),
-    "maml": CpuBench(cpu_speed.bench_maml, tables.maml_table, "CheetahDir100", 800),
-    "pearl": CpuBench(cpu_speed.bench_pearl, tables.pearl_lines, "CheetahVel", 64),
-    "agents": CpuBench(cpu_speed.bench_agents, tables.collection_table, "CheetahVel", 64),
+    "sim": CpuBench(bench_sim, tables.simulation_lines, "CheetahVel", 512),
+    "maml": CpuBench(bench_maml, tables.maml_table, "CheetahDir100", 800),
+    "pearl": CpuBench(bench_pearl, tables.pearl_lines, "CheetahVel", 64),
+    "agents": CpuBench(bench_agents, tables.collection_table, "CheetahVel", 64),
 }
 """Name -> what is measured on the CPU."""
 
@@ -90,16 +94,16 @@ def _bench_device(
         raise MetarobotError(
             f"bench {what} with --sim {sim} measures nothing; on Warp there are: sim, memory"
         )
-    from metarobot.bench import device_speed
+    # Warp is an optional package.
+    from metarobot.bench.device_memory import bench_memory
+    from metarobot.bench.device_speed import bench_device
 
     if what == "sim":
         count = DEVICE_WORLDS if worlds is None else worlds
-        report = device_speed.bench_device(
-            api.family(family), worlds=count, seconds=seconds, device=device
-        )
+        report = bench_device(api.family(family), worlds=count, seconds=seconds, device=device)
         print(tables.device_simulation_lines(report))
     else:
         count = MOST_DEVICE_WORLDS if worlds is None else worlds
-        report = device_speed.bench_memory(api.family(family), worlds=count, device=device)
+        report = bench_memory(api.family(family), worlds=count, device=device)
         print(tables.memory_lines(report))
     return report
