@@ -76,7 +76,7 @@ IN_TIME = ("obs", "action", "reward", "terminated", "truncated", "valid")
 
 
 def build(name: str, seed: int = 0, **settings: Any) -> Any:
-    """A learner of a policy that does something; the same policy for all learners."""
+    """A learner of a policy that is not zero; the same policy for all learners."""
     torch.manual_seed(seed)
     kind = agents.get(name)
     usual = {
@@ -87,7 +87,7 @@ def build(name: str, seed: int = 0, **settings: Any) -> Any:
         "inner_lr": 0.05,
     }
     learner = kind.build(kind.config(**usual | settings), SHAPES)
-    torch.manual_seed(seed + 1)  # a critic has drawn its weights, or there is none
+    torch.manual_seed(seed + 1)  # the same generator state with and without a critic
     with torch.no_grad():
         for p in learner.agent.policy.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -103,15 +103,15 @@ def collect_trials(
 
 
 @cache
-def collected_trials(episodes: int = 2) -> Trials:
-    """What an untrained agent lives, with early ends and so with padding."""
+def example_trials(episodes: int = 2) -> Trials:
+    """Trials of an untrained agent, with early ends and so with padding."""
     trials = collect_trials(build("maml").agent, episodes=episodes)
     assert not all(e.valid.all() for e in trials.episodes)
     return trials
 
 
 def episode() -> Rollout:
-    return collected_trials().episodes[0]
+    return example_trials().episodes[0]
 
 
 def changed(rollout: Rollout, **values: Callable[[Tensor], None]) -> Rollout:
@@ -123,10 +123,10 @@ def changed(rollout: Rollout, **values: Callable[[Tensor], None]) -> Rollout:
 
 
 def changed_trials(**values: Callable[[Tensor], None]) -> Trials:
-    """What was collected_trials, with every episode changed."""
+    """The example trials with every episode changed."""
     return replace(
-        collected_trials(),
-        episodes=tuple(changed(e, **values) for e in collected_trials().episodes),
+        example_trials(),
+        episodes=tuple(changed(e, **values) for e in example_trials().episodes),
     )
 
 
@@ -137,7 +137,7 @@ def fill(where: Any, value: float) -> Callable[[Tensor], None]:
 EMPTY = {
     "all broken": {"reward": fill(slice(None), float("nan"))},
     "all broken observations": {"obs": fill(slice(None), float("inf"))},
-    "nothing lived": {"valid": fill(slice(None), False)},
+    "no valid steps": {"valid": fill(slice(None), False)},
 }
 """Changes after which an episode holds nothing to learn from."""
 
@@ -167,7 +167,7 @@ def in_float64(
     """A learner in float64, its meta-parameters, and batches of real trials."""
     learner = build(name, episodes=episodes, **settings)
     learner.agent.double()
-    *support, query = learner.agent.batches(collected_trials(episodes))
+    *support, query = learner.agent.batches(example_trials(episodes))
     return learner, learner.agent.meta_parameters(), support, query
 
 

@@ -7,8 +7,10 @@ import torch
 from helpers import tiny_run
 
 from metarobot.env.base import Env
-from metarobot.files import atomic_path, read_json
-from metarobot.training import run_folder as checkpoint
+from metarobot.files import FileError, atomic_path, read_json
+from metarobot.learning.agent_interface import agents
+from metarobot.training import run_folder
+from metarobot.training.config import TrainConfig
 from metarobot.training.run_folder import (
     CheckpointError,
     open_run,
@@ -78,7 +80,7 @@ def empty_counters(run: Path) -> None:
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line(run: Path, harm, message: str) -> None:
     harm(run)
-    with pytest.raises(CheckpointError, match=message) as error:
+    with pytest.raises(FileError, match=message) as error:
         open_run(run).load_agent()
     assert "\n" not in str(error.value)
 
@@ -112,6 +114,28 @@ def test_weights_of_another_agent_are_refused(run: Path, edit_json) -> None:
         open_run(run).load_agent()
 
 
+def test_settings_come_back_typed_and_what_is_missing_has_its_default(run: Path) -> None:
+    opened = open_run(run)
+    assert isinstance(opened.train_config, TrainConfig)
+    assert isinstance(opened.agent_config, agents.get("rl2").config)
+    assert (opened.train_config.steps, opened.agent_config.worlds) == (400, 4)
+    config = json.loads((run / "config.json").read_text())
+    del config["pool"], config["sim"], config["agent_config"]["teach"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert open_run(run).train_config == opened.train_config  # an old run was simulated on the CPU
+    assert open_run(run).agent_config == opened.agent_config
+
+
+@pytest.mark.parametrize("where", ["", "agent_config"])
+def test_an_unknown_setting_is_refused_in_one_line(run: Path, where: str) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (config[where] if where else config)["tempo"] = 1
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="does not know: tempo; it knows: ") as error:
+        open_run(run)
+    assert "\n" not in str(error.value)
+
+
 def test_a_changed_task_space_is_refused(run: Path, edit_json) -> None:
     edit_json(run / "tasks.json", "name", "Other")
     with pytest.raises(Exception, match="was changed after it was written"):
@@ -129,7 +153,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_new(tmp_path: Path) 
     target = tmp_path / "x.json"
     target.write_text("old")
     with (
-        pytest.raises(CheckpointError, match=r"cannot write .*x.json: No space left on device"),
+        pytest.raises(FileError, match=r"cannot write .*x.json: No space left on device"),
         atomic_path(target),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -142,7 +166,7 @@ def test_a_save_that_fails_midway_leaves_the_last_checkpoint_whole(run: Path, mo
         raise CheckpointError("cannot write: No space left on device")
 
     before, counters = open_run(run).checkpoint()
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(run_folder, "write_json", full)
     with pytest.raises(CheckpointError):
         save_checkpoint(run, {k: v + 1 for k, v in before.items()}, counters)
     monkeypatch.undo()

@@ -94,15 +94,15 @@ def test_resuming_from_any_checkpoint_gives_the_uninterrupted_bits(
 
     import metarobot.training.train as module
 
-    real = module.save
-    module.save = die_after_two
+    real = module.save_checkpoint
+    module.save_checkpoint = die_after_two
     try:
         with pytest.raises(RuntimeError, match="power cut"):
             train(broken, show=False)
     finally:
-        module.save = real
+        module.save_checkpoint = real
     assert json.loads((broken.folder / "checkpoint.json").read_text())["iteration"] == 2
-    assert train(open_run(broken.folder), resume=True, show=False)
+    assert train(open_run(broken.folder), show=False)
     assert digest(broken.folder) == digest(whole.folder)
     rows = [read_metrics(r.folder / "metrics.jsonl") for r in (whole, broken)]
     clock = {"time/fps", "time/collect_fps", "time/learn_fps", "time/time_elapsed"}
@@ -154,9 +154,9 @@ def test_a_run_that_is_through_can_be_made_longer_but_not_shorter(tmp_path: Path
         reopen_run(replace(longer, steps=900), kind, run.folder)
     again = reopen_run(replace(longer, steps=1600), kind, run.folder)
     before = digest(run.folder)
-    assert train(again, resume=True, show=False)
+    assert train(again, show=False)
     assert digest(run.folder) == before
-    assert train(reopen_run(longer, kind, run.folder), resume=True, show=False)
+    assert train(reopen_run(longer, kind, run.folder), show=False)
     rows = read_metrics(run.folder / "metrics.jsonl")
     assert rows[-1]["time/total_timesteps"] >= 4000
     assert open_run(run.folder).config["steps"] == 4000
