@@ -17,7 +17,7 @@ from metarobot.learning.agent_interface import agents
 from metarobot.training.run_folder import open_run, pretrained
 from metarobot.env.base import Env, families
 
-extras = ("metarobot.env.sb3_vec_env", "metarobot.deploy.onnx_export", "metarobot.bridge.", "metarobot.bench.device_speed", "metarobot.env.device", "metarobot.sim.warp", "metarobot.scan_")
+extras = ("metarobot.env.sb3_vec_env", "metarobot.deploy.onnx_export", "metarobot.bridge.", "metarobot.bench.device_", "metarobot.env.device", "metarobot.sim.warp", "metarobot.scan_")
 names = [m.name for m in pkgutil.walk_packages(metarobot.__path__, "metarobot.")]
 for name in names:
     if not name.startswith(extras):
@@ -46,7 +46,7 @@ import sys
 from importlib.util import find_spec
 
 import metarobot.bridge
-from metarobot.bridge.policy.onnx_policy import Policy
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 
 assert not [name for name in ("torch", "mujoco", "gymnasium", "tyro", "rich") if find_spec(name)]
 needs_dds = {"metarobot.bridge." + name for name in ("dds", "ros2_idl", "unitree_idl", "__main__")}
@@ -54,6 +54,6 @@ names = [m.name for m in pkgutil.iter_modules(metarobot.bridge.__path__, "metaro
 for name in names:
     if name not in needs_dds:
         importlib.import_module(name)
-policy = Policy.load(sys.argv[1])
+policy = OnnxPolicy.load(sys.argv[1])
 print(f"robot: {len(names)} modules, {policy.act([0.0] * len(policy.meta.observation_names), 0.0, False).size} actions")
 PY
