@@ -135,7 +135,9 @@ def exact_derivatives(
     The product is reverse mode over reverse mode: as the Hessian is symmetric, the vector-Jacobian
     product of the gradient is ∇²J(θ) v.
     """
-    gradients, vjp_of_gradients = vjp(lambda w: per_task_gradients(objective, w, data), weights)
+    result = vjp(lambda w: per_task_gradients(objective, w, data), weights)
+    gradients: Tensor = result[0]
+    vjp_of_gradients = result[1]
 
     def hessian_product(v: Tensor) -> Tensor:
         product: Tensor = vjp_of_gradients(v)[0]

@@ -41,24 +41,26 @@ def build(seed: int = 0, shapes: Dimensions = SHAPES, **settings: Any) -> Imitat
 
 
 @cache
-def shown() -> Trials:
+def demonstration_trials() -> Trials:
     """Support and query: in every task the action is another linear function of what is seen; of
     various lengths."""
     rng = torch.Generator().manual_seed(7)
-    way = torch.randn(TASKS, OBS, ACT, generator=rng).repeat_interleave(ROLLOUTS, 0)
+    teacher = torch.randn(TASKS, OBS, ACT, generator=rng).repeat_interleave(ROLLOUTS, 0)
     episodes = []
     for _ in range(2):
         obs = 2 * torch.randn(TIME, TASKS * ROLLOUTS, OBS, generator=rng) + 1
         valid = torch.arange(TIME)[:, None] < torch.randint(
             2, TIME + 1, (TASKS * ROLLOUTS,), generator=rng
         )
-        episodes.append(demonstrated(obs, torch.einsum("two,wof->twf", obs, way), valid))
+        episodes.append(demonstrated(obs, torch.einsum("two,wof->twf", obs, teacher), valid))
     assert not all(e.valid.all() for e in episodes)
     return Trials(episodes=tuple(episodes), task=torch.zeros(TASKS * ROLLOUTS, 1))
 
 
 def both(change: Callable[[Rollout], Rollout]) -> Trials:
-    return replace(shown(), episodes=tuple(map(change, shown().episodes)))
+    return replace(
+        demonstration_trials(), episodes=tuple(map(change, demonstration_trials().episodes))
+    )
 
 
 def adapted(agent: ImitationAgent, episode: Rollout) -> Tensor:
@@ -88,15 +90,16 @@ def error(agent: ImitationAgent, weights: Tensor, episode: Rollout) -> list[Tens
 
 def test_adapting_by_no_steps_changes_nothing() -> None:
     agent = build(inner_steps=0).agent
-    assert torch.equal(adapted(agent, shown().episodes[0]), agent.begin(TASKS)[0])
+    assert torch.equal(adapted(agent, demonstration_trials().episodes[0]), agent.begin(TASKS)[0])
     assert not torch.equal(
-        adapted(build(inner_steps=1).agent, shown().episodes[0]), agent.begin(TASKS)[0]
+        adapted(build(inner_steps=1).agent, demonstration_trials().episodes[0]),
+        agent.begin(TASKS)[0],
     )
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_adapting_lowers_every_tasks_error_on_what_it_was_shown(steps: int) -> None:
-    agent, support = build(inner_steps=steps).agent, shown().episodes[0]
+def test_adapting_lowers_every_tasks_error_on_the_support(steps: int) -> None:
+    agent, support = build(inner_steps=steps).agent, demonstration_trials().episodes[0]
     before, after = (
         torch.stack(error(agent, w, support))
         for w in (agent.begin(TASKS)[0], adapted(agent, support))
@@ -104,16 +107,16 @@ def test_adapting_lowers_every_tasks_error_on_what_it_was_shown(steps: int) -> N
     assert (after < before * (0.98 if steps == 1 else 0.9)).all()
 
 
-def test_an_inner_step_is_the_errors_slope_times_the_rates() -> None:
-    agent, support = build(inner_steps=1).agent, shown().episodes[0]
+def test_an_inner_step_is_the_gradient_times_the_rates() -> None:
+    agent, support = build(inner_steps=1).agent, demonstration_trials().episodes[0]
     (weights,) = agent.begin(TASKS)
     weights = weights.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(torch.stack(error(agent, weights, support)).sum(), weights)
-    assert torch.allclose(adapted(agent, support), weights - agent.rates * slope, atol=1e-6)
+    (gradient,) = torch.autograd.grad(torch.stack(error(agent, weights, support)).sum(), weights)
+    assert torch.allclose(adapted(agent, support), weights - agent.rates * gradient, atol=1e-6)
 
 
 def test_adapting_is_pure() -> None:
-    agent, (support, query) = build().agent, shown().episodes
+    agent, (support, query) = build().agent, demonstration_trials().episodes
     context, state = agent.begin(TASKS), {k: v.clone() for k, v in agent.state_dict().items()}
     kept, before = context[0].clone(), {k: getattr(support, k).clone() for k in IN_TIME}
     first = agent.adapt(context, support)
@@ -129,7 +132,7 @@ def test_adapting_is_pure() -> None:
 
 def test_adapting_again_goes_on_from_where_it_was() -> None:
     (support, query), one, two = (
-        shown().episodes,
+        demonstration_trials().episodes,
         build(inner_steps=1).agent,
         build(inner_steps=2).agent,
     )
@@ -142,8 +145,7 @@ def test_adapting_again_goes_on_from_where_it_was() -> None:
 
 
 def padded(episode: Rollout, garbage: float) -> Rollout:
-    """The same demonstrations with more steps that nobody lived, and something in all that were
-    not."""
+    """The same demonstrations with more padding, and garbage in all of it."""
     more = {k: torch.cat([x, torch.zeros_like(x)]) for k in IN_TIME for x in [getattr(episode, k)]}
     empty = ~more["valid"]
     for k in ("obs", "action"):
@@ -153,7 +155,10 @@ def padded(episode: Rollout, garbage: float) -> Rollout:
 
 @pytest.mark.parametrize("garbage", [1.0, 1e15])
 def test_what_stands_in_padding_does_not_matter(garbage: float) -> None:
-    learners, trials = [build(), build()], [shown(), both(lambda e: padded(e, garbage))]
+    learners, trials = (
+        [build(), build()],
+        [demonstration_trials(), both(lambda e: padded(e, garbage))],
+    )
     assert torch.allclose(*(adapted(learners[0].agent, t.episodes[0]) for t in trials), atol=1e-6)
     metrics = [one.update(t, 0.0, 0) for one, t in zip(learners, trials, strict=True)]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
@@ -173,16 +178,17 @@ def test_the_order_of_demonstrations_and_of_their_steps_does_not_matter() -> Non
 
     learners = [build(guess=0) for _ in range(2)]
     assert torch.allclose(
-        *(adapted(learners[0].agent, t.episodes[0]) for t in (shown(), both(mixed))), atol=1e-6
+        *(adapted(learners[0].agent, t.episodes[0]) for t in (demonstration_trials(), both(mixed))),
+        atol=1e-6,
     )
-    for one, trials in zip(learners, (shown(), both(mixed)), strict=True):
+    for one, trials in zip(learners, (demonstration_trials(), both(mixed)), strict=True):
         one.update(trials, 0.0, 0)
     states = [one.state() for one in learners]
     assert all(torch.allclose(states[0][k], states[1][k], atol=1e-5) for k in states[0])
 
 
 def test_all_steps_of_a_task_weigh_the_same_however_they_are_spread_over_demonstrations() -> None:
-    agent, support = build().agent, shown().episodes[0]
+    agent, support = build().agent, demonstration_trials().episodes[0]
     part = agent.demonstration_batch(support, TASKS)
     assert part.action_weight.sum(1).tolist() == pytest.approx([1.0] * TASKS)
     for i in range(TASKS):
@@ -191,7 +197,7 @@ def test_all_steps_of_a_task_weigh_the_same_however_they_are_spread_over_demonst
 
 
 def test_tasks_do_not_mix() -> None:
-    agent, support = build().agent, shown().episodes[0]
+    agent, support = build().agent, demonstration_trials().episodes[0]
     other = changed(support, action=fill((slice(None), slice(ROLLOUTS, 2 * ROLLOUTS)), 3.0))
     before, after = adapted(agent, support), adapted(agent, other)
     assert torch.equal(before[[0, 2]], after[[0, 2]])
@@ -199,7 +205,7 @@ def test_tasks_do_not_mix() -> None:
 
 
 def test_each_task_acts_with_its_own_weights() -> None:
-    agent, (support, query) = build(inner_steps=5, guess=0).agent, shown().episodes
+    agent, (support, query) = build(inner_steps=5, guess=0).agent, demonstration_trials().episodes
     context = agent.adapt(agent.begin(TASKS), support)
     zeros = torch.zeros(TASKS * ROLLOUTS)
     percept = Percept(query.obs[0], torch.zeros(TASKS * ROLLOUTS, ACT), zeros, zeros, zeros)
@@ -227,8 +233,8 @@ def outer(agent: ImitationAgent, vector: Tensor, trials: Trials, steps: int) -> 
     weights = start.expand(TASKS, -1)
     for _ in range(steps):
         loss = torch.stack(error(agent, weights, support)).sum()
-        (slope,) = torch.autograd.grad(loss, weights, create_graph=True)
-        weights = weights - rates * slope
+        (gradient,) = torch.autograd.grad(loss, weights, create_graph=True)
+        weights = weights - rates * gradient
     return torch.stack(error(agent, weights, query)).mean()
 
 
@@ -242,7 +248,7 @@ def exactly(steps: int, **settings: Any) -> tuple[Imitator, Tensor, Tensor]:
         .detach()
         .clone()
     )
-    learner.update(doubled(shown()), 0.0, 0)
+    learner.update(doubled(demonstration_trials()), 0.0, 0)
     return (
         learner,
         vector,
@@ -257,13 +263,16 @@ def test_the_meta_gradient_equals_finite_differences_by_weights_and_by_rates(ste
     sides[:2, :size], sides[2:4, size:] = 0, 0
 
     def value(x: Tensor) -> Tensor:
-        return outer(learner.agent, x.requires_grad_(), doubled(shown()), steps).detach()
+        return outer(
+            learner.agent, x.requires_grad_(), doubled(demonstration_trials()), steps
+        ).detach()
 
     expected = torch.stack([directional_derivative(value, vector, v, 1e-5) for v in sides])
     assert torch.allclose(sides @ gradient, expected, rtol=1e-6, atol=1e-9)
     assert (expected.abs() > 1e-3).all()
     (reference,) = torch.autograd.grad(
-        outer(learner.agent, vector.requires_grad_(), doubled(shown()), steps), vector
+        outer(learner.agent, vector.requires_grad_(), doubled(demonstration_trials()), steps),
+        vector,
     )
     assert torch.allclose(gradient, reference, rtol=1e-9, atol=1e-12)
 
@@ -275,36 +284,41 @@ def test_first_order_leaves_second_derivatives_out_and_only_them() -> None:
     assert not torch.allclose(plain[:size], exact[:size], rtol=0.05, atol=1e-3)
     agent = learner.agent
     moved = vector[:size].expand(TASKS, -1).clone().requires_grad_()
-    support, query = doubled(shown()).episodes
-    (slope,) = torch.autograd.grad(torch.stack(error(agent, moved, support)).sum(), moved)
-    reached = (moved - vector[size:] * slope).detach().requires_grad_()
+    support, query = doubled(demonstration_trials()).episodes
+    (gradient,) = torch.autograd.grad(torch.stack(error(agent, moved, support)).sum(), moved)
+    reached = (moved - vector[size:] * gradient).detach().requires_grad_()
     (expected,) = torch.autograd.grad(torch.stack(error(agent, reached, query)).mean(), reached)
     assert torch.allclose(plain[:size], expected.sum(0), rtol=1e-9, atol=1e-12)
 
 
 def test_an_update_reports_the_errors_before_and_after_adapting_and_lowers_the_latter() -> None:
     learner = build(lr=2e-2)
-    first = learner.update(shown(), 0.0, 0)
+    first = learner.update(demonstration_trials(), 0.0, 0)
     agent = build().agent
-    agent.norm.update(shown().episodes[0].obs[shown().episodes[0].valid])
-    weights = agent.begin(TASKS)[0], adapted(agent, shown().episodes[0])
+    agent.norm.update(
+        demonstration_trials().episodes[0].obs[demonstration_trials().episodes[0].valid]
+    )
+    weights = agent.begin(TASKS)[0], adapted(agent, demonstration_trials().episodes[0])
     before, after = (
-        float(torch.stack(error(agent, w, shown().episodes[1])).mean()) for w in weights
+        float(torch.stack(error(agent, w, demonstration_trials().episodes[1])).mean())
+        for w in weights
     )
     assert first["train/loss_before"] == pytest.approx(before, rel=1e-5)
     assert first["train/loss"] == pytest.approx(after, rel=1e-5)
     for i in range(30):
-        last = learner.update(shown(), 0.0, i)
+        last = learner.update(demonstration_trials(), 0.0, i)
     assert last["train/loss"] < 0.7 * first["train/loss"]
     assert finite(learner)
 
 
 def test_cloning_behaviour_is_plain_regression_without_rates() -> None:
     learner, old = build(inner_steps=0, grad_norm=1e9), build(inner_steps=0)
-    metrics = learner.update(shown(), 0.0, 0)
+    metrics = learner.update(demonstration_trials(), 0.0, 0)
     old.agent.norm.load_state_dict(learner.agent.norm.state_dict())
     start = nn.utils.parameters_to_vector(old.agent.actor.parameters())
-    loss = torch.stack(error(old.agent, start.expand(TASKS, -1), shown().episodes[1])).mean()
+    loss = torch.stack(
+        error(old.agent, start.expand(TASKS, -1), demonstration_trials().episodes[1])
+    ).mean()
     loss.backward()
     for p, q in zip(learner.agent.actor.parameters(), old.agent.actor.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, atol=1e-6)
@@ -322,13 +336,13 @@ def test_cloning_behaviour_is_plain_regression_without_rates() -> None:
 def test_the_learning_rate_falls_to_its_end() -> None:
     learner = build(lr=1e-2, lr_end=0.1)
     for progress, rate in ((0.0, 1e-2), (0.5, 5.5e-3), (1.0, 1e-3)):
-        learner.update(shown(), progress, 0)
+        learner.update(demonstration_trials(), progress, 0)
         assert [g["lr"] for g in learner.optimiser.param_groups] == [pytest.approx(rate)]
 
 
 def test_the_outer_gradient_is_bounded() -> None:
     learners = [build(grad_norm=n) for n in (1e9, 1e-3)]
-    norms = [one.update(shown(), 0.0, 0)["train/grad_norm"] for one in learners]
+    norms = [one.update(demonstration_trials(), 0.0, 0)["train/grad_norm"] for one in learners]
     assert norms[0] == norms[1] > 0.1
     lengths = [
         nn.utils.get_total_norm([p.grad for p in one.agent.parameters()]) for one in learners
@@ -348,14 +362,16 @@ def test_a_gradient_that_is_no_number_is_not_followed() -> None:
 
 def test_a_restored_learner_goes_on_bit_for_bit() -> None:
     learner, restored = build(), build(seed=1)
-    learner.update(shown(), 0.0, 0)
+    learner.update(demonstration_trials(), 0.0, 0)
     state = learner.state()
     kept = {k: v.clone() for k, v in state.items()}
     restored.load(state)
     assert same(restored.state(), state)
-    assert torch.equal(*(adapted(one.agent, shown().episodes[0]) for one in (learner, restored)))
+    assert torch.equal(
+        *(adapted(one.agent, demonstration_trials().episodes[0]) for one in (learner, restored))
+    )
     for i in range(2):
-        metrics = [one.update(shown(), 0.3, i) for one in (learner, restored)]
+        metrics = [one.update(demonstration_trials(), 0.3, i) for one in (learner, restored)]
         assert metrics[0] == metrics[1]
     assert same(learner.state(), restored.state())
     assert same(kept, state)

@@ -17,11 +17,11 @@ from helpers import (
     changed,
     changed_trials,
     collect_trials,
-    collected_trials,
     directional_derivative,
     directions,
     each_agent,
     episode,
+    example_trials,
     fill,
     finite,
     in_float64,
@@ -38,10 +38,10 @@ by_trust_region = pytest.mark.parametrize("name", ["maml", "fomaml"])
 
 
 @each_agent
-def test_rates_that_are_not_learned_have_no_slope_and_never_change(name: str) -> None:
+def test_rates_that_are_not_learned_have_no_gradient_and_never_change(name: str) -> None:
     learner = build(name, learn_rates=False)
     agent, before = learner.agent, learner.agent.meta_parameters()
-    *support, query = agent.batches(collected_trials())
+    *support, query = agent.batches(example_trials())
     trajectory = agent.adapt_meta_parameters(agent.meta_parameters(), support)
     gradient = agent.meta_vjp(
         trajectory, per_task_gradients(agent.surrogate, trajectory.weights, query)
@@ -56,7 +56,7 @@ def test_rates_that_are_not_learned_have_no_slope_and_never_change(name: str) ->
         .any()
     )
     for i in range(2):
-        learner.update(collected_trials(), 0.0, i)
+        learner.update(example_trials(), 0.0, i)
     assert torch.equal(agent.meta_parameters()[: agent.weight_count], before[: agent.weight_count])
     assert not torch.equal(
         agent.meta_parameters()[agent.weight_count :], before[agent.weight_count :]
@@ -80,11 +80,11 @@ def test_promps_meta_gradient_equals_finite_differences() -> None:
 
     ratio = vmap(agent.ratio)(agent.adapt_meta_parameters(vector, support).weights, query)
     assert ((ratio - 1).abs() > c.clip).any()
-    sides = directions(4, len(vector))
-    expected = torch.stack([directional_derivative(outer, vector, v, 1e-6) for v in sides])
+    vectors = directions(4, len(vector))
+    expected = torch.stack([directional_derivative(outer, vector, v, 1e-6) for v in vectors])
     learner._outer_step(support, query)
     gradient = -nn.utils.parameters_to_vector([p.grad for p in agent.parameters()])
-    assert torch.allclose(sides @ gradient, expected, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(vectors @ gradient, expected, rtol=1e-5, atol=1e-7)
     learner, _, support, query = in_float64("maml-ppo", 3, grad_norm=1e9)
     learner.agent.set_meta_parameters(vector)
     learner._outer_step(support, query)
@@ -92,15 +92,17 @@ def test_promps_meta_gradient_equals_finite_differences() -> None:
     assert not torch.allclose(clipped, gradient, atol=1e-3)
 
 
-def test_fomaml_takes_the_outer_slope_itself_and_updates_otherwise_than_maml() -> None:
+def test_fomaml_uses_the_outer_gradient_itself_and_updates_differently_from_maml() -> None:
     learner, vector, support, query = in_float64("fomaml", 3)
     agent = learner.agent
     trajectory = agent.adapt_meta_parameters(vector, support, learner.derivatives)
-    slope = per_task_gradients(agent.surrogate, trajectory.weights, query)
-    assert torch.equal(agent.meta_vjp(trajectory, slope)[agent.weight_count :], slope.mean(0))
+    outer_gradients = per_task_gradients(agent.surrogate, trajectory.weights, query)
+    assert torch.equal(
+        agent.meta_vjp(trajectory, outer_gradients)[agent.weight_count :], outer_gradients.mean(0)
+    )
     learners = [build(name) for name in ("fomaml", "maml")]
     for one in learners:
-        one.update(collected_trials(), 0.0, 0)
+        one.update(example_trials(), 0.0, 0)
     assert not torch.allclose(*(one.agent.meta_parameters() for one in learners), atol=1e-4)
 
 
@@ -114,7 +116,7 @@ def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(
     agent = learner.agent
     fisher = learner.fisher(vector, support, query)
 
-    def slope(x: Tensor) -> Tensor:
+    def divergence_gradient(x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
         weights = agent.adapt_meta_parameters(x, support, first_order_derivatives).weights
         return torch.autograd.grad(vmap(agent.divergence)(weights, query).mean(), x)[0]
@@ -123,7 +125,7 @@ def test_the_fisher_product_is_the_hessian_of_the_adapted_policies_divergence(
         product = fisher(v)
         assert torch.allclose(
             product,
-            directional_derivative(slope, vector, v),
+            directional_derivative(divergence_gradient, vector, v),
             rtol=1e-5,
             atol=1e-6 * float(product.abs().max()),
         )
@@ -143,11 +145,11 @@ def test_thinning_touches_the_curvature_alone(name: str) -> None:
         steps=tuple(replace(s, hessian=h) for s, h in zip(trajectory.steps, sparse, strict=True)),
     )
     for v in directions(2, len(vector)):
-        pushed, moved = agent.meta_jvp(trajectory, v), []
+        tangents, moved = agent.meta_jvp(trajectory, v), []
         for i in range(len(TASKS)):
             shown = InnerBatch(*(x[i] for x in query.thin(4)))
             kl = torch.autograd.functional.hvp(
-                lambda w, b=shown: agent.divergence(w, b), trajectory.weights[i], pushed[i]
+                lambda w, b=shown: agent.divergence(w, b), trajectory.weights[i], tangents[i]
             )
             moved.append(kl[1])
         assert torch.allclose(
@@ -162,14 +164,14 @@ def test_thinning_touches_the_curvature_alone(name: str) -> None:
 def test_the_fisher_matrix_is_symmetric_and_positive(name: str, thin: int) -> None:
     learner, vector, support, query = in_float64(name, 3, thin=thin, damping=0.0)
     fisher = learner.fisher(vector, support, query)
-    sides = directions(5, len(vector))
-    gram = torch.stack([fisher(v) for v in sides]) @ sides.T
+    vectors = directions(5, len(vector))
+    gram = torch.stack([fisher(v) for v in vectors]) @ vectors.T
     assert torch.allclose(gram, gram.T, rtol=1e-9)
     assert torch.linalg.eigvalsh(gram).min() > 0
     damped = build(name, episodes=3, thin=thin, damping=0.5)
     damped.agent.double()
     assert torch.allclose(
-        damped.fisher(vector, support, query)(sides[0]), fisher(sides[0]) + 0.5 * sides[0]
+        damped.fisher(vector, support, query)(vectors[0]), fisher(vectors[0]) + 0.5 * vectors[0]
     )
 
 
@@ -205,11 +207,11 @@ def test_where_the_line_search_finds_nothing_the_weights_stay(
 ) -> None:
     learner = build(name, kl=kl, tries=tries)
     before = learner.agent.meta_parameters()
-    metrics = learner.update(collected_trials(), 0.0, 0)
+    metrics = learner.update(example_trials(), 0.0, 0)
     assert metrics["train/is_line_search_success"] == 0.0
     assert metrics["train/policy_objective"] == metrics["train/kl_divergence_loss"] == 0.0
     assert torch.equal(learner.agent.meta_parameters(), before)
-    assert learner.agent.norm.count == collected_trials().steps()
+    assert learner.agent.norm.count == example_trials().steps()
 
 
 @each_agent
@@ -232,14 +234,14 @@ def test_an_update_is_a_function_of_weights_trials_and_seed(name: str) -> None:
     for clutter, seed in ((1, 0), (2, 0), (1, 5)):
         learner = build(name)
         torch.manual_seed(clutter)
-        metrics = learner.update(collected_trials(), 0.0, seed)
+        metrics = learner.update(example_trials(), 0.0, seed)
         assert all(isinstance(v, float) and math.isfinite(v) for v in metrics.values())
         assert finite(learner)
         states.append(learner.state())
     assert same(states[0], states[1])
     assert same(
         states[0], states[2], "critic"
-    )  # the seed orders the critic's lessons, after it has judged
+    )  # the seed orders the critic's minibatches, after its advantages are computed
     assert same(states[0], states[2]) == (name == "reptile")
     for (k, p), q in zip(
         learner.agent.named_parameters(), build(name).agent.parameters(), strict=True
@@ -250,7 +252,7 @@ def test_an_update_is_a_function_of_weights_trials_and_seed(name: str) -> None:
 @each_agent
 def test_a_restored_learner_goes_on_bit_for_bit(name: str) -> None:
     learner, restored = build(name), build(name, seed=1)
-    learner.update(collected_trials(), 0.0, 0)
+    learner.update(example_trials(), 0.0, 0)
     state = learner.state()
     kept = {k: v.clone() for k, v in state.items()}
     restored.load(state)
@@ -273,10 +275,10 @@ def test_a_step_that_breaks_the_bound_is_undone(name: str, trained: bool) -> Non
     learner = build(name, lr=10.0)
     if trained:
         veteran = build(name)
-        assert veteran.update(collected_trials(), 0.0, 0)["train/undone"] == 0.0
+        assert veteran.update(example_trials(), 0.0, 0)["train/undone"] == 0.0
         learner.load(veteran.state())
     before = learner.state()
-    metrics = learner.update(collected_trials(), 0.0, 0)
+    metrics = learner.update(example_trials(), 0.0, 0)
     assert metrics["train/undone"] == 1.0
     assert metrics["train/gradient_steps"] == 0.0
     state = learner.state()
@@ -290,8 +292,8 @@ def test_a_step_that_breaks_the_bound_is_undone(name: str, trained: bool) -> Non
 
 def test_a_step_within_the_bound_is_taken() -> None:
     learner, old = build("promp", epochs=3), build("promp").agent
-    metrics = learner.update(collected_trials(), 0.5, 0)
-    *support, query = old.batches(collected_trials())
+    metrics = learner.update(example_trials(), 0.5, 0)
+    *support, query = old.batches(example_trials())
     reached = vmap(old.divergence)(
         old.adapt_meta_parameters(learner.agent.meta_parameters(), support).weights, query
     ).mean()
@@ -305,24 +307,24 @@ def test_a_step_within_the_bound_is_taken() -> None:
 def test_promp_without_its_penalty_is_maml_ppo() -> None:
     learners = [build("promp", penalty=0.0), build("maml-ppo"), build("promp", penalty=0.5)]
     for one in learners:
-        one.update(collected_trials(), 0.0, 0)
+        one.update(example_trials(), 0.0, 0)
     states = [one.state() for one in learners]
     assert same(states[0], states[1])
     assert not same(states[0], states[2])
 
 
-def test_reptile_follows_the_mean_way_of_its_tasks_through_all_episodes() -> None:
+def test_reptile_follows_the_mean_change_of_its_tasks_over_all_episodes() -> None:
     learner, old = build("reptile", grad_norm=1e6), build("reptile").agent
     context = old.begin(2)
-    for e in collected_trials().episodes:
+    for e in example_trials().episodes:
         context = old.adapt(context, e)
-    way = (context[0] - initial(old)).mean(0)
-    metrics = learner.update(collected_trials(), 0.0, 0)
+    mean_change = (context[0] - initial(old)).mean(0)
+    metrics = learner.update(example_trials(), 0.0, 0)
     followed = -nn.utils.parameters_to_vector([p.grad for p in learner.agent.policy.parameters()])
-    assert torch.equal(followed, way)
-    assert metrics["train/way"] == pytest.approx(float(way.norm()))
+    assert torch.equal(followed, mean_change)
+    assert metrics["train/way"] == pytest.approx(float(mean_change.norm()))
     moved = learner.agent.begin(1)[0][0] - initial(old)[0]
-    assert (moved * way)[way.abs() > 1e-3].gt(0).all()
+    assert (moved * mean_change)[mean_change.abs() > 1e-3].gt(0).all()
 
 
 @each_agent
@@ -334,9 +336,9 @@ def test_a_rollout_with_a_broken_number_is_not_learned_from(name: str, where: in
         {"obs": fill((0, 4, 3), math.nan), "reward": fill((0, 2), math.inf)},
         {"valid": fill((slice(None), [2, 4]), False)},
     ):
-        episodes = list(collected_trials().episodes)
+        episodes = list(example_trials().episodes)
         episodes[where] = changed(episodes[where], **change)
-        trials.append(replace(collected_trials(), episodes=tuple(episodes)))
+        trials.append(replace(example_trials(), episodes=tuple(episodes)))
     counts = [
         one.update(t, 0.0, 0)["train/ignored_rollouts"]
         for one, t in zip(learners, trials, strict=True)
@@ -368,7 +370,7 @@ def test_an_episode_of_no_steps_teaches_nothing(name: str) -> None:
     none = replace(episode(), **{k: getattr(episode(), k)[:0] for k in IN_TIME})
     assert torch.equal(adapted(learner.agent, none), initial(learner.agent))
     before = learner.agent.meta_parameters()
-    learner.update(replace(collected_trials(), episodes=(none, none)), 0.0, 0)
+    learner.update(replace(example_trials(), episodes=(none, none)), 0.0, 0)
     assert torch.equal(learner.agent.meta_parameters(), before)
 
 
@@ -440,7 +442,7 @@ def footprint() -> tuple[int, int, int]:
     ("name", "settings"), [("maml", {"cg_steps": 3}), ("promp", {"epochs": 2}), ("reptile", {})]
 )
 def test_updates_leave_nothing_behind(name: str, settings: dict[str, int]) -> None:
-    learner, trials, found = build(name, **settings), collected_trials(), []
+    learner, trials, found = build(name, **settings), example_trials(), []
     for i in range(25):
         if i == 5:
             found.append(footprint())

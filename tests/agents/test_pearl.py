@@ -36,7 +36,7 @@ def build(family: Family = FALLING, **settings: Any) -> PEARL:
     return learner
 
 
-def live(
+def collect_trials(
     learner: PEARL, tasks: Any = TASKS, family: Family = FALLING, seed: int = 0, **settings: Any
 ) -> Trials:
     usual = {"episodes": learner.config.episodes, "seed": seed}
@@ -44,17 +44,16 @@ def live(
 
 
 def skilled(**settings: Any) -> PEARL:
-    """A learner whose normalisers have seen data and whose weights are far from those it was born
-    with."""
+    """A learner whose normalisers have data and whose weights are far from its initial ones."""
     learner = build(**settings)
-    learner.update(live(learner), 0.0, 0)
+    learner.update(collect_trials(learner), 0.0, 0)
     with torch.no_grad():
         for p in learner.agent.parameters():
             p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     return learner
 
 
-def drawn(tasks: int, steps: int, seed: int = 0) -> Transitions:
+def random_transitions(tasks: int, steps: int, seed: int = 0) -> Transitions:
     g = torch.Generator().manual_seed(seed)
     sizes = (17, 6, 0, 0, 17)
     return Transitions(
@@ -69,8 +68,8 @@ def close(a: tuple[Tensor, ...], b: tuple[Tensor, ...], **tolerance: float) -> b
 @pytest.mark.parametrize("steps", [1, 3, 7])
 def test_the_posterior_is_the_normalised_product_of_prior_and_factors(steps: int) -> None:
     agent = skilled(latent=2).agent.double()
-    lived = Transitions(*(x.double() for x in drawn(1, steps)))
-    factors, got = agent.factors(lived), agent.infer(lived)
+    transitions = Transitions(*(x.double() for x in random_transitions(1, steps)))
+    factors, got = agent.factors(transitions), agent.infer(transitions)
     z = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
     for dim in range(2):
         each = Normal(factors.mean[0, :, dim], factors.var[0, :, dim].sqrt()).log_prob(z[:, None])
@@ -81,7 +80,7 @@ def test_the_posterior_is_the_normalised_product_of_prior_and_factors(steps: int
         assert got.var[0, dim].item() == pytest.approx(var.item(), rel=1e-5)
 
 
-def test_before_anything_was_lived_the_posterior_is_the_prior() -> None:
+def test_before_any_transition_the_posterior_is_the_prior() -> None:
     agent = build().agent
     mean, var = agent.posterior(agent.begin(3))
     assert torch.equal(mean, torch.zeros(3, 5))
@@ -90,34 +89,37 @@ def test_before_anything_was_lived_the_posterior_is_the_prior() -> None:
 
 def test_the_order_of_transitions_and_of_episodes_does_not_matter() -> None:
     learner = skilled()
-    agent, (first, second, _) = learner.agent, live(learner).episodes
+    agent, (first, second, _) = learner.agent, collect_trials(learner).episodes
     start = agent.begin(2)
     there = agent.adapt(agent.adapt(start, first), second)
     back = agent.adapt(agent.adapt(start, second), first)
     assert close(there, back, rtol=1e-5, atol=1e-5)
     assert not close(agent.adapt(start, first), there, rtol=1e-2)
-    lived, order = drawn(2, 50), torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    shuffled = Transitions(*(x[:, order] for x in lived))
-    assert close(agent.infer(lived), agent.infer(shuffled), rtol=1e-5, atol=1e-6)
+    transitions, order = (
+        random_transitions(2, 50),
+        torch.randperm(50, generator=torch.Generator().manual_seed(0)),
+    )
+    shuffled = Transitions(*(x[:, order] for x in transitions))
+    assert close(agent.infer(transitions), agent.infer(shuffled), rtol=1e-5, atol=1e-6)
 
 
-def test_adapting_by_episodes_equals_inferring_from_all_that_was_lived_at_once() -> None:
+def test_adapting_by_episodes_equals_inferring_from_all_transitions_at_once() -> None:
     learner = skilled()
-    agent, trials = learner.agent, live(learner)
+    agent, trials = learner.agent, collect_trials(learner)
     context = agent.begin(2)
     for episode in trials.episodes:
         context = agent.adapt(context, episode)
     seq = join_episodes(trials.episodes)
     parts = (seq.percept.obs, seq.action, seq.reward, seq.terminated.float(), seq.next_obs)
     for world in (0, 1):
-        lived = Transitions(*(x[:, world][seq.valid[:, world]][None] for x in parts))
+        transitions = Transitions(*(x[:, world][seq.valid[:, world]][None] for x in parts))
         want = tuple(x[world : world + 1] for x in agent.posterior(context))
-        assert close(agent.infer(lived), want, rtol=1e-4, atol=1e-5)
+        assert close(agent.infer(transitions), want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_stands_in_the_padding_changes_nothing() -> None:
     learner = skilled()
-    episode = next(e for e in live(learner).episodes if not e.valid.all())
+    episode = next(e for e in collect_trials(learner).episodes if not e.valid.all())
     agent, start = learner.agent, learner.agent.begin(2)
     clean = agent.adapt(start, episode)
     for value in (7.0, float("nan")):
@@ -134,7 +136,7 @@ def _outside(x: Tensor, valid: Tensor, value: float) -> Tensor:
 
 def test_adapting_is_pure_and_an_episode_narrows_the_posterior() -> None:
     learner = skilled()
-    agent, episode = learner.agent, live(learner).episodes[0]
+    agent, episode = learner.agent, collect_trials(learner).episodes[0]
     start = agent.begin(2)
     before = tuple(x.clone() for x in start)
     after = agent.adapt(start, episode)
@@ -148,18 +150,18 @@ def percept(done: float = 0.0, first: float = 0.0) -> Percept:
     return Percept(obs, torch.zeros(2, 6), one, done * one, first * one)
 
 
-def test_z_is_drawn_at_an_episodes_first_step_and_kept() -> None:
+def test_z_is_sampled_at_an_episodes_first_step_and_kept() -> None:
     learner = skilled()
     agent, noise = learner.agent, torch.randn(2, 11, generator=torch.Generator().manual_seed(0))
-    told = agent.adapt(agent.begin(2), live(learner).episodes[0])
-    mean, var = agent.posterior(told)
+    context = agent.adapt(agent.begin(2), collect_trials(learner).episodes[0])
+    mean, var = agent.posterior(context)
     for start in (percept(first=1.0), percept(done=1.0)):
-        assert torch.equal(agent.act(start, told)[1][2], mean)
-        assert torch.equal(agent.act(start, told, noise)[1][2], mean + var.sqrt() * noise[:, 6:])
-    _, kept = agent.act(percept(first=1.0), told, noise)
+        assert torch.equal(agent.act(start, context)[1][2], mean)
+        assert torch.equal(agent.act(start, context, noise)[1][2], mean + var.sqrt() * noise[:, 6:])
+    _, kept = agent.act(percept(first=1.0), context, noise)
     for other in (None, -noise):
         assert torch.equal(agent.act(percept(), kept, other)[1][2], kept[2])
-    assert all(torch.equal(a, b) for a, b in zip(kept[:2], told[:2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept[:2], context[:2], strict=True))
 
 
 def test_actions_depend_on_z_and_stay_within_their_bounds() -> None:
@@ -183,22 +185,22 @@ def test_actions_depend_on_z_and_stay_within_their_bounds() -> None:
     )
 
 
-def test_a_family_tells_its_bounds_and_its_horizon() -> None:
+def test_dimensions_hold_a_familys_bounds_and_horizon() -> None:
     shapes = agent_dimensions(families.get("QuadrupedFlat"), 2)
     assert shapes.horizon == 200
     assert shapes.low == (-4.0,) * 12
     assert shapes.high == (4.0,) * 12
 
 
-def test_exploring_draws_noise_for_z_too() -> None:
+def test_exploring_samples_noise_for_z_too() -> None:
     learner = skilled()
-    quiet, noisy = (live(learner, explore=x, seed=4) for x in (False, True))
+    quiet, noisy = (collect_trials(learner, explore=x, seed=4) for x in (False, True))
     assert torch.equal(quiet.episodes[0].obs[0], noisy.episodes[0].obs[0])
     noise = torch.randn(12, 2, 11, generator=torch.Generator().manual_seed(4))
     agent, first = learner.agent, noisy.episodes[0]
     zeros = torch.zeros(2)
-    told = Percept(first.obs[0], torch.zeros(2, 6), zeros, zeros, zeros + 1)
-    assert torch.equal(first.action[0], agent.act(told, agent.begin(2), noise[0])[0])
+    context = Percept(first.obs[0], torch.zeros(2, 6), zeros, zeros, zeros + 1)
+    assert torch.equal(first.action[0], agent.act(context, agent.begin(2), noise[0])[0])
 
 
 @pytest.mark.parametrize("log_std", [-3.0, 0.0, 1.0])
@@ -246,7 +248,7 @@ def test_the_actors_loss_reaches_no_critic() -> None:
 def test_target_critics_follow_by_tau() -> None:
     learner = build(tau=0.25, gradient_steps=1)
     old = [p.detach().clone() for p in learner.targets.parameters()]
-    learner.update(live(learner), 0.0, 0)
+    learner.update(collect_trials(learner), 0.0, 0)
     for before, target, critic in zip(
         old, learner.targets.parameters(), learner.critics.parameters(), strict=True
     ):
@@ -257,7 +259,7 @@ def test_target_critics_follow_by_tau() -> None:
 
 def test_several_threads_learn_the_same_reproducibly() -> None:
     learners = [build(gradient_steps=1) for _ in range(3)]
-    trials = live(learners[0])
+    trials = collect_trials(learners[0])
     for learner, threads in zip(learners, (1, 2, 2), strict=True):
         torch.set_num_threads(threads)
         learner.update(trials, 0.0, 0)
@@ -268,7 +270,7 @@ def test_several_threads_learn_the_same_reproducibly() -> None:
     assert all(p.grad.abs().sum() > 0 for p in learners[0]._parameters)
 
 
-def test_the_belief_head_teaches_the_encoder_nothing() -> None:
+def test_the_belief_loss_does_not_train_the_encoder() -> None:
     learner = skilled()
     batch = learner._sample_batch(torch.Generator().manual_seed(0))
     names, weights = zip(*learner.agent.named_parameters(), strict=True)
@@ -283,11 +285,11 @@ def test_the_belief_head_teaches_the_encoder_nothing() -> None:
 def test_a_restored_learner_goes_on_bit_for_bit_replay_and_all() -> None:
     whole, broken = build(), build()
     for i in range(2):
-        whole.update(live(whole, seed=i), 0.1 * i, i)
+        whole.update(collect_trials(whole, seed=i), 0.1 * i, i)
     broken.load(whole.state())
     for i in (2, 3):
         for learner in (whole, broken):
-            learner.update(live(learner, seed=i), 0.1 * i, i)
+            learner.update(collect_trials(learner, seed=i), 0.1 * i, i)
     assert same(whole.state(), broken.state())
     assert len(whole.replay) == 8
     assert len(whole.state()["replay.data"]) == 8
@@ -298,7 +300,7 @@ def test_an_update_is_a_function_of_state_trials_and_seed() -> None:
     for seed, noise in ((5, 0), (5, 1), (6, 0)):
         torch.manual_seed(noise)
         learner = build()
-        learner.update(live(learner), 0.0, seed)
+        learner.update(collect_trials(learner), 0.0, seed)
         states.append(learner.state())
     assert same(*states[:2])
     assert not same(states[0], states[2])
@@ -308,19 +310,21 @@ def test_at_test_time_there_is_nothing_but_the_test_tasks_own_episodes() -> None
     learner, fresh = skilled(), build()
     fresh.agent.load_state_dict(learner.agent.state_dict())
     for i in range(3):
-        learner.replay.add(live(learner, seed=50 + i))
+        learner.replay.add(collect_trials(learner, seed=50 + i))
     space = FALLING.space
     a, b = (space.task(direction=d) for d in (1.0, -1.0))
-    lived = [
-        live(x, tasks, seed=9)
+    transitions = [
+        collect_trials(x, tasks, seed=9)
         for x, tasks in ((learner, [a, b]), (fresh, [a, b]), (learner, [a, a]))
     ]
-    for other in lived[1:]:
-        for one, two in zip(lived[0].episodes, other.episodes, strict=True):
+    for other in transitions[1:]:
+        for one, two in zip(transitions[0].episodes, other.episodes, strict=True):
             time = min(len(one.obs), len(two.obs))
             assert torch.equal(one.valid[:time, 0], two.valid[:time, 0])
             assert torch.equal(one.action[:time, 0], two.action[:time, 0])
-    assert not torch.equal(lived[0].episodes[2].reward[:3, 1], lived[2].episodes[2].reward[:3, 1])
+    assert not torch.equal(
+        transitions[0].episodes[2].reward[:3, 1], transitions[2].episodes[2].reward[:3, 1]
+    )
 
 
 def changed(trials: Trials, **values: Any) -> Trials:
@@ -332,7 +336,7 @@ def changed(trials: Trials, **values: Any) -> Trials:
 
 def test_a_task_with_too_few_transitions_is_named() -> None:
     learner = build()
-    trials = changed(live(learner), valid=lambda e: e.valid & (torch.arange(2) == 0))
+    trials = changed(collect_trials(learner), valid=lambda e: e.valid & (torch.arange(2) == 0))
     with pytest.raises(
         PosteriorError,
         match=r"task 1 of 2 has 0 transitions to infer it from, fewer than least = 4",
@@ -347,7 +351,7 @@ def test_identical_contexts_are_named() -> None:
         k: lambda e, k=k: getattr(e, k)[:, :1].expand_as(getattr(e, k))
         for k in ("obs", "action", "reward")
     }
-    trials = changed(live(learner), **alike, valid=lambda e: torch.ones_like(e.valid))
+    trials = changed(collect_trials(learner), **alike, valid=lambda e: torch.ones_like(e.valid))
     with pytest.raises(PosteriorError, match="contexts of all 2 tasks are identical"):
         learner.update(trials, 0.0, 0)
 
@@ -356,13 +360,13 @@ def test_a_collapsed_posterior_is_named() -> None:
     learner = build()
     nn.init.zeros_(learner.agent.encoder[-1].weight)
     with pytest.raises(PosteriorError, match="collapsed"):
-        learner._checked_posterior_std(live(learner))
+        learner._checked_posterior_std(collect_trials(learner))
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_named(broken: float) -> None:
     learner = build()
-    trials = changed(live(learner), reward=lambda e: e.reward + broken)
+    trials = changed(collect_trials(learner), reward=lambda e: e.reward + broken)
     with pytest.raises(PosteriorError, match="not finite"):
         learner.update(trials, 0.0, 0)
 

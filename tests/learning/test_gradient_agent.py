@@ -15,10 +15,10 @@ from helpers import (
     build,
     changed,
     collect_trials,
-    collected_trials,
     directional_derivative,
     directions,
     episode,
+    example_trials,
     fill,
     in_float64,
     initial,
@@ -108,21 +108,21 @@ def test_adapting_is_gradient_ascent_task_by_task(inner_steps: int) -> None:
             ratio = (
                 policy(agent, weights, batch.x[i]).log_prob(batch.action[i]) - batch.old_log_prob[i]
             ).exp()
-            (slope,) = torch.autograd.grad(
+            (gradients,) = torch.autograd.grad(
                 (batch.step_weight[i] * ratio * batch.advantage[i]).sum(), weights
             )
-            weights = (weights + rates * slope).detach()
+            weights = (weights + rates * gradients).detach()
         assert torch.allclose(together[i], weights, rtol=1e-11, atol=1e-12)
 
 
 def test_many_tasks_at_once_equal_one_after_the_other() -> None:
     agent = build("maml").agent.double()
-    trials, both = collected_trials(), initial(agent)
+    trials, both = example_trials(), initial(agent)
     batch, after = agent.batch(both, episode()), adapted(agent, episode())
     trajectory = agent.adapt_meta_parameters(agent.meta_parameters(), [batch])
     query = agent.batch(after, trials.episodes[1])
-    slope = per_task_gradients(agent.surrogate, trajectory.weights, query)
-    pulled, pushed = trajectory.vjp(slope), agent.meta_jvp(trajectory, agent.meta_parameters())
+    gradients = per_task_gradients(agent.surrogate, trajectory.weights, query)
+    vjp, jvp = trajectory.vjp(gradients), agent.meta_jvp(trajectory, agent.meta_parameters())
     for i in range(len(TASKS)):
         rollout = worlds(episode(), slice(ROLLOUTS * i, ROLLOUTS * (i + 1)))
         alone = agent.batch(both[:1], rollout)
@@ -138,14 +138,14 @@ def test_many_tasks_at_once_equal_one_after_the_other() -> None:
         )
         assert torch.allclose(
             per_task_gradients(agent.surrogate, short.weights, shown)[0],
-            slope[i],
+            gradients[i],
             rtol=1e-10,
             atol=1e-11,
         )
         assert torch.allclose(
-            agent.meta_jvp(short, agent.meta_parameters())[0], pushed[i], rtol=1e-10, atol=1e-11
+            agent.meta_jvp(short, agent.meta_parameters())[0], jvp[i], rtol=1e-10, atol=1e-11
         )
-        for x, y in zip(short.vjp(slope[i : i + 1]), pulled, strict=True):
+        for x, y in zip(short.vjp(gradients[i : i + 1]), vjp, strict=True):
             assert torch.allclose(x[0], y[i], rtol=1e-10, atol=1e-11)
 
 
@@ -238,9 +238,9 @@ def test_thinning_takes_from_every_rollout() -> None:
     assert batch.thin(4).advantage.tolist() == kept
 
 
-def test_the_way_walked_is_the_way_adapted() -> None:
+def test_the_trajectory_ends_where_the_agent_adapts_to() -> None:
     agent = build("maml", inner_steps=2, episodes=3).agent
-    trials = collected_trials(3)
+    trials = example_trials(3)
     support = agent.batches(trials)[:2]
     context = agent.begin(2)
     for e in trials.episodes[:2]:
@@ -270,7 +270,7 @@ def test_adapting_leaves_the_context_and_the_episode_as_they_were() -> None:
     assert not first.requires_grad
 
 
-def test_adapting_uses_nothing_but_what_was_seen_done_and_earned() -> None:
+def test_adapting_uses_nothing_but_observations_actions_and_rewards() -> None:
     agent, e = build("maml").agent, episode()
     expected = adapted(agent, e)
     padding = ~e.valid
@@ -307,7 +307,7 @@ def test_another_tasks_rollouts_change_nothing_in_this_task() -> None:
     assert torch.allclose(adapted(agent, worlds(e, mine))[0], expected[0], atol=1e-7)
 
 
-def test_how_long_others_live_changes_nothing_in_this_task() -> None:
+def test_how_long_other_episodes_last_changes_nothing_in_this_task() -> None:
     agent, e = build("maml", inner_lr=1.0).agent, episode()
     padded = replace(
         e, **{k: torch.cat([x, torch.zeros_like(x[:9])]) for k in IN_TIME for x in [getattr(e, k)]}
@@ -345,7 +345,7 @@ def test_a_rollout_with_a_broken_number_is_not_adapted_to(broken: dict[str, Any]
     assert not torch.equal(adapted(agent, rollout), adapted(agent, episode()))
 
 
-def test_a_task_without_a_sound_rollout_keeps_its_weights_and_the_others_adapt() -> None:
+def test_a_task_without_a_valid_rollout_keeps_its_weights_and_the_others_adapt() -> None:
     agent, last = build("maml").agent, (slice(None), slice(ROLLOUTS, None))
     for change in (
         {"valid": fill(last, False)},

@@ -61,7 +61,7 @@ each_rate = pytest.mark.parametrize("rates", RATES.values(), ids=RATES.keys())
 each_length = pytest.mark.parametrize("steps", [1, 3])
 
 
-def gone(
+def adapted(
     weights: Tensor, rates: Tensor, steps: int, derivative: Any = exact_derivatives
 ) -> InnerTrajectory:
     return adapt_weights(objective, weights, rates, [points(i) for i in range(steps)], derivative)
@@ -74,13 +74,13 @@ def differences(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-5) -> Te
 
 
 def outer(weights: Tensor, rates: Tensor, steps: int) -> Tensor:
-    return vmap(objective)(gone(weights, rates, steps).weights, QUERY)
+    return vmap(objective)(adapted(weights, rates, steps).weights, QUERY)
 
 
 @each_rate
 @each_length
-def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
-    trajectory = gone(START, rates, steps)
+def test_the_vjp_equals_finite_differences(rates: Tensor, steps: int) -> None:
+    trajectory = adapted(START, rates, steps)
     by_weights, by_rates = trajectory.vjp(per_task_gradients(objective, trajectory.weights, QUERY))
     assert torch.allclose(
         by_weights, differences(lambda w: outer(w, rates, steps), START), rtol=1e-6, atol=1e-8
@@ -97,18 +97,18 @@ def test_pulling_equals_finite_differences(rates: Tensor, steps: int) -> None:
 
 @each_rate
 @each_length
-def test_pulling_equals_differentiating_through_the_graph_of_each_task(
+def test_the_vjp_equals_differentiating_through_the_graph_of_each_task(
     rates: Tensor, steps: int
 ) -> None:
-    trajectory = gone(START, rates, steps)
+    trajectory = adapted(START, rates, steps)
     by_weights, by_rates = trajectory.vjp(per_task_gradients(objective, trajectory.weights, QUERY))
     for task in range(TASKS):
         start, rate = START[task].clone().requires_grad_(), rates.clone().requires_grad_()
         weights = start
         for i in range(steps):
-            seen = [x[task] for x in points(i)]
-            (slope,) = torch.autograd.grad(objective(weights, seen), weights, create_graph=True)
-            weights = weights + rate * slope
+            batch = [x[task] for x in points(i)]
+            (gradient,) = torch.autograd.grad(objective(weights, batch), weights, create_graph=True)
+            weights = weights + rate * gradient
         end = objective(weights, [x[task] for x in QUERY])
         one, two = torch.autograd.grad(end, (start, rate))
         assert torch.allclose(weights, trajectory.weights[task], rtol=1e-12, atol=1e-12)
@@ -123,14 +123,14 @@ def test_pulling_equals_differentiating_through_the_graph_of_each_task(
 
 @each_rate
 @each_length
-def test_pushing_is_the_transpose_of_pulling(rates: Tensor, steps: int) -> None:
-    trajectory = gone(START, rates, steps)
+def test_the_jvp_is_the_transpose_of_the_vjp(rates: Tensor, steps: int) -> None:
+    trajectory = adapted(START, rates, steps)
     u, v, faster = (numbers(TASKS, SIZE, seed=s) for s in (5, 6, 7))
     faster = faster[0, 0] if rates.dim() == 0 else faster[0]
     by_weights, by_rates = trajectory.vjp(u)
-    pushed = trajectory.jvp(v, faster)
+    jvp_product = trajectory.jvp(v, faster)
     assert torch.allclose(
-        (pushed * u).sum(-1), (v * by_weights + faster * by_rates).sum(-1), rtol=1e-10
+        (jvp_product * u).sum(-1), (v * by_weights + faster * by_rates).sum(-1), rtol=1e-10
     )
     still = torch.zeros_like(faster)
     assert torch.allclose(
@@ -140,38 +140,38 @@ def test_pushing_is_the_transpose_of_pulling(rates: Tensor, steps: int) -> None:
 
 @each_rate
 @each_length
-def test_pushing_equals_finite_differences(rates: Tensor, steps: int) -> None:
+def test_the_jvp_equals_finite_differences(rates: Tensor, steps: int) -> None:
     v, faster, h = numbers(TASKS, SIZE, seed=6), numbers(*rates.shape, seed=7), 1e-5
-    ahead, behind = (gone(START + s * v, rates + s * faster, steps).weights for s in (h, -h))
-    pushed = gone(START, rates, steps).jvp(v, faster)
-    assert torch.allclose(pushed, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
+    ahead, behind = (adapted(START + s * v, rates + s * faster, steps).weights for s in (h, -h))
+    jvp_product = adapted(START, rates, steps).jvp(v, faster)
+    assert torch.allclose(jvp_product, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
-def test_a_path_can_be_carried_along_again_and_again() -> None:
-    trajectory = gone(START, RATES["rates"], 3)
+def test_products_can_be_taken_again_and_again() -> None:
+    trajectory = adapted(START, RATES["rates"], 3)
     u = numbers(TASKS, SIZE, seed=5)
-    first, pushed = trajectory.vjp(u), trajectory.jvp(u, u[0])
+    first, jvp_product = trajectory.vjp(u), trajectory.jvp(u, u[0])
     assert all(torch.equal(a, b) for a, b in zip(first, trajectory.vjp(u), strict=True))
-    assert torch.equal(pushed, trajectory.jvp(u, u[0]))
+    assert torch.equal(jvp_product, trajectory.jvp(u, u[0]))
     assert not trajectory.weights.requires_grad
 
 
 @pytest.mark.parametrize("derivative", [exact_derivatives, first_order_derivatives])
 def test_many_tasks_at_once_equal_one_after_the_other(derivative: Any) -> None:
     rates, u = RATES["rates"], numbers(TASKS, SIZE, seed=5)
-    together = gone(START, rates, 3, derivative)
-    pulled, pushed = together.vjp(u), together.jvp(u, u[0])
+    together = adapted(START, rates, 3, derivative)
+    vjp_product, jvp_product = together.vjp(u), together.jvp(u, u[0])
     for i in range(TASKS):
         data = [tuple(x[i : i + 1] for x in points(k)) for k in range(3)]
         alone = adapt_weights(objective, START[i : i + 1], rates, data, derivative)
-        slope = grad(objective)(START[i], [x[i] for x in points(0)])
+        gradient = grad(objective)(START[i], [x[i] for x in points(0)])
         assert torch.allclose(
-            per_task_gradients(objective, START, points(0))[i], slope, rtol=1e-12, atol=1e-13
+            per_task_gradients(objective, START, points(0))[i], gradient, rtol=1e-12, atol=1e-13
         )
         assert torch.allclose(alone.weights[0], together.weights[i], rtol=1e-12, atol=1e-13)
         for one, many in zip(
             (*alone.vjp(u[i : i + 1]), alone.jvp(u[i : i + 1], u[0])),
-            (*pulled, pushed),
+            (*vjp_product, jvp_product),
             strict=True,
         ):
             assert torch.allclose(one[0], many[i], rtol=1e-11, atol=1e-12)
@@ -181,11 +181,11 @@ def test_a_python_loop_over_tasks_gives_what_vmap_gives() -> None:
     rates, u, one = (
         RATES["rates"],
         numbers(TASKS, SIZE, seed=5),
-        lambda w, seen: (objective(w, seen), 2 * w),
+        lambda w, batch: (objective(w, batch), 2 * w),
     )
 
     def everything() -> list[Tensor]:
-        trajectory = gone(START, rates, 3)
+        trajectory = adapted(START, rates, 3)
         return [
             *trajectory.vjp(u),
             trajectory.jvp(u, u[0]),
@@ -206,9 +206,9 @@ def test_a_python_loop_over_tasks_gives_what_vmap_gives() -> None:
     assert all(torch.equal(a, b) for a, b in zip(mapped, everything(), strict=True))
 
 
-def test_first_order_walks_the_same_way_and_gives_exactly_the_outer_slope() -> None:
+def test_first_order_takes_the_same_steps_and_its_vjp_is_the_outer_gradient() -> None:
     rates = RATES["rates"]
-    rough, sharp = gone(START, rates, 3, first_order_derivatives), gone(START, rates, 3)
+    rough, sharp = adapted(START, rates, 3, first_order_derivatives), adapted(START, rates, 3)
     assert torch.allclose(rough.weights, sharp.weights, rtol=1e-13, atol=1e-14)
     u = numbers(TASKS, SIZE, seed=5)
     by_weights, by_rates = rough.vjp(u)
@@ -228,11 +228,11 @@ def test_the_product_is_with_the_hessian() -> None:
         assert torch.allclose(product(v)[i], hessian @ v[i], rtol=1e-10, atol=1e-12)
 
 
-def test_a_path_can_be_cut_short() -> None:
+def test_a_trajectory_can_be_cut_short() -> None:
     rates, u = RATES["rates"], numbers(TASKS, SIZE, seed=5)
-    trajectory = gone(START, rates, 3)
+    trajectory = adapted(START, rates, 3)
     for k in range(4):
-        short, again = trajectory.first(k), gone(START, rates, k)
+        short, again = trajectory.first(k), adapted(START, rates, k)
         assert torch.equal(short.weights, again.weights)
         assert all(torch.equal(a, b) for a, b in zip(short.vjp(u), again.vjp(u), strict=True))
     assert torch.equal(trajectory.first(0).weights, START)
@@ -255,21 +255,21 @@ def test_calling_a_module_with_other_weights_equals_setting_them() -> None:
     assert torch.allclose(by_weights, torch.cat([g.flatten() for g in expected]), rtol=1e-12)
 
 
-def test_a_minimiser_climbs_along_the_slope_it_is_given() -> None:
+def test_a_minimiser_climbs_along_the_direction_it_is_given() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     net[1].bias.requires_grad_(False)
-    before, slope = nn.utils.parameters_to_vector(net.parameters()).detach(), torch.randn(26)
-    pieces = unflatten(slope, net)
+    before, gradient = nn.utils.parameters_to_vector(net.parameters()).detach(), torch.randn(26)
+    pieces = unflatten(gradient, net)
     assert [p.shape for p in pieces] == [p.shape for p in net.parameters()]
-    assert torch.equal(nn.utils.parameters_to_vector(pieces), slope)
-    set_ascent_gradients(net, slope)
+    assert torch.equal(nn.utils.parameters_to_vector(pieces), gradient)
+    set_ascent_gradients(net, gradient)
     torch.optim.SGD(net.parameters(), lr=0.5).step()
-    slope[24:] = 0.0
-    assert torch.allclose(nn.utils.parameters_to_vector(net.parameters()), before + 0.5 * slope)
+    gradient[24:] = 0.0
+    assert torch.allclose(nn.utils.parameters_to_vector(net.parameters()), before + 0.5 * gradient)
 
 
 class Constant(nn.Module):
-    """The actor of a bandit: a mean action, whatever is seen."""
+    """The actor of a bandit: a mean action, whatever is batch."""
 
     def __init__(self, mean: float) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def reward(action: Tensor) -> Tensor:
     return torch.sin(1.5 * action + 0.3) + action * torch.exp(-action.square() / 4)
 
 
-def drawn(theta: Tensor) -> Tensor:
+def quadrature_actions(theta: Tensor) -> Tensor:
     """Actions of the policy (log-deviation, mean), at the nodes of the quadrature: they move as the
     policy does."""
     log_std, mean = theta
@@ -297,7 +297,7 @@ def drawn(theta: Tensor) -> Tensor:
 def expected(theta: Tensor) -> Tensor:
     """E[r(a)] under the policy, its derivatives by the reparameterised actions: no likelihood ratio
     anywhere."""
-    return (SHARES * reward(drawn(theta))).sum()
+    return (SHARES * reward(quadrature_actions(theta))).sum()
 
 
 def bandit() -> GradientAgent:
@@ -311,9 +311,9 @@ def bandit() -> GradientAgent:
     return agent.double().requires_grad_()
 
 
-def sampled(agent: GradientAgent, weights: Tensor) -> InnerBatch:
-    """What the policy of these weights ``(1, 2)`` lives through, its expectations exact."""
-    action = drawn(weights[0])[None, :, None]
+def exact_batch(agent: GradientAgent, weights: Tensor) -> InnerBatch:
+    """A batch of the policy of these weights ``(1, 2)``, its expectations exact."""
+    action = quadrature_actions(weights[0])[None, :, None]
     x = torch.zeros_like(action)
     mean, log_std = agent.distribution(weights, x)
     old = log_prob(mean, log_std, action)
@@ -326,12 +326,12 @@ def meta_gradient(agent: GradientAgent, inner: Any, episodes: int) -> tuple[Tens
     weights, rates = agent.split_meta_parameters(agent.meta_parameters())
     support, trajectory = [], adapt_weights(inner, weights[None], rates, [])
     for _ in range(episodes):
-        support.append(sampled(agent, trajectory.weights))
+        support.append(exact_batch(agent, trajectory.weights))
         trajectory = adapt_weights(inner, weights[None], rates, support)
-    slope = per_task_gradients(
-        agent.surrogate, trajectory.weights, sampled(agent, trajectory.weights)
+    gradient = per_task_gradients(
+        agent.surrogate, trajectory.weights, exact_batch(agent, trajectory.weights)
     )
-    return agent.meta_vjp(trajectory, slope), trajectory.weights
+    return agent.meta_vjp(trajectory, gradient), trajectory.weights
 
 
 @pytest.mark.parametrize("episodes", [1, 2])
@@ -357,15 +357,15 @@ def test_the_meta_gradient_goes_through_the_sampling_distribution(episodes: int)
     assert torch.allclose(same, weights, rtol=1e-10)
     by_weights = agent.split_meta_parameters(truth)[0]
     assert (agent.split_meta_parameters(wrong)[0] - by_weights).norm() > by_weights.norm()
-    rough = per_task_gradients(agent.surrogate, weights, sampled(agent, weights))[0]
+    rough = per_task_gradients(agent.surrogate, weights, exact_batch(agent, weights))[0]
     assert (agent.split_meta_parameters(found)[0] - rough).norm() > 0.1 * rough.norm()
 
 
-def test_the_agents_own_walk_is_that_of_the_bandit() -> None:
+def test_the_agents_own_trajectory_is_that_of_the_bandit() -> None:
     agent = bandit()
-    batch = sampled(agent, agent.split_meta_parameters(agent.meta_parameters())[0][None])
+    batch = exact_batch(agent, agent.split_meta_parameters(agent.meta_parameters())[0][None])
     trajectory = agent.adapt_meta_parameters(agent.meta_parameters(), [batch])
     found, weights = meta_gradient(agent, agent.surrogate, 1)
     assert torch.equal(trajectory.weights, weights)
-    slope = per_task_gradients(agent.surrogate, weights, sampled(agent, weights))
-    assert torch.equal(agent.meta_vjp(trajectory, slope), found)
+    gradient = per_task_gradients(agent.surrogate, weights, exact_batch(agent, weights))
+    assert torch.equal(agent.meta_vjp(trajectory, gradient), found)

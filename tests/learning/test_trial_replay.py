@@ -71,7 +71,7 @@ episode_lengths = st.integers(1, 4).flatmap(
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=episode_lengths, episodes=st.integers(1, EPISODES))
-def test_what_is_picked_was_lived_and_all_that_was_lived_is_picked(
+def test_samples_were_collected_and_everything_collected_is_sampled(
     lengths: list[list[int]], episodes: int
 ) -> None:
     replay, worlds = TrialReplay(SHAPES, 4 * TRIAL), len(lengths[0])
@@ -116,7 +116,7 @@ def test_transitions_of_real_trials_are_those_of_their_sequence() -> None:
     )
     assert seq.truncated.any() or seq.terminated.any()
     for world in range(2):
-        lived = seq.valid[:, world]
+        valid = seq.valid[:, world]
         names = (
             seq.percept.obs,
             seq.action,
@@ -124,7 +124,7 @@ def test_transitions_of_real_trials_are_those_of_their_sequence() -> None:
             seq.terminated[..., None].float(),
             seq.next_obs,
         )
-        truth = torch.cat([x[:, world][lived] for x in names], -1)
+        truth = torch.cat([x[:, world][valid] for x in names], -1)
         found = torch.cat([x[world] if x.dim() > 2 else x[world][:, None] for x in steps], -1)
         assert torch.equal(found.unique(dim=0), truth.unique(dim=0))
     assert torch.equal(replay.task(torch.arange(2)), trials.task)
@@ -156,7 +156,7 @@ def test_every_second_task_is_a_recent_one() -> None:
     assert set(filled(1).sample_trials(8, 2, generator()).tolist()) == {0}
 
 
-def test_drawing_is_a_function_of_the_generator_alone() -> None:
+def test_sampling_is_a_function_of_the_generator_alone() -> None:
     a, b = filled(8), filled(8)
     torch.manual_seed(1)
     rows = a.sample_trials(4, 3, generator(5))
@@ -169,7 +169,7 @@ def test_drawing_is_a_function_of_the_generator_alone() -> None:
 
 
 @pytest.mark.parametrize("trials", [0, 3, 8])
-def test_a_restored_replay_is_the_same_and_only_what_is_held_is_written(trials: int) -> None:
+def test_a_restored_replay_is_the_same_and_only_what_is_stored_is_saved(trials: int) -> None:
     replay, other = filled(trials), filled(0)
     state = replay.state()
     assert len(state["data"]) == min(trials, 6)
@@ -180,7 +180,7 @@ def test_a_restored_replay_is_the_same_and_only_what_is_held_is_written(trials: 
     assert all(torch.equal(v, other.state()[k]) for k, v in replay.state().items())
 
 
-def test_a_state_is_no_view_of_what_is_held() -> None:
+def test_a_state_is_no_view_of_what_is_stored() -> None:
     replay = filled(6)
     state = replay.state()
     before = {k: v.clone() for k, v in state.items()}
