@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# An environment with Unitree's own SDK (unitree_sdk2_python as PyPI carries it) for scripts/unitree_peer.py; prints its python.
+# Make an environment with Unitree's own SDK (unitree_sdk2_python, as PyPI carries it) for
+# scripts/unitree_peer.py, and print its Python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${UNITREE_VENV:-.unitree}

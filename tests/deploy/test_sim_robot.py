@@ -206,6 +206,43 @@ def test_a_robot_whose_command_is_hidden_is_told_its_reward_and_not_the_command(
     assert "command.x" not in keys
 
 
+def test_sensors_are_found_in_the_observation_by_their_declared_names() -> None:
+    """A legged family may order its observations as it likes: here they are reversed."""
+    family = families.get("QuadrupedFlat")
+    reversed_family = family.replace(
+        observations=family.observations[::-1],
+        observe=lambda state: family.observe(state).flip(1),
+        noise=family.interaction.noise[::-1],
+    )
+    robot = SimulatedRobot(reversed_family, family.space.sample("test", 1))
+    reading = dict(zip(robot.signals.reading, robot.reading(), strict=True))
+    state = robot.env.snapshot
+    clean = reversed_family.observe(state)[0].numpy()
+    noise = dict(zip(reversed_family.observations, robot.obs[0].numpy() - clean, strict=True))
+    assert len({float(x) for x in noise.values()}) > 30  # sensors are noisy, each for itself
+
+    joints = family.deployment.hardware().joints
+    for i, joint in enumerate(joints):
+        angle = state.qpos[0, 7 + i].item() + noise[f"{joint}_rad"]
+        speed = state.qvel[0, 6 + i].item() + noise[f"{joint}_rad/s"]
+        assert reading[f"{joint}.pos"] == pytest.approx(angle)
+        assert reading[f"{joint}.vel"] == pytest.approx(speed)
+    for i, axis in enumerate("xyz"):
+        turn = state.qvel[0, 3 + i].item() + noise[f"turn_{axis}_rad/s"]
+        assert reading[f"imu.gyro.{axis}"] == pytest.approx(turn)
+    task = robot.task
+    assert reading["command.x"] == pytest.approx(task["command_x"])
+    assert reading["command.turn"] == pytest.approx(task["command_turn"])
+
+
+def test_a_legged_robot_without_declared_sensors_is_refused() -> None:
+    family = families.get("QuadrupedFlat")
+    hardware = replace(family.deployment.hardware(), sensors=None)
+    undeclared = family.replace(hardware=lambda: hardware)
+    with pytest.raises(MetarobotError, match=r"QuadrupedFlat declares no Hardware\.sensors"):
+        SimulatedRobot(undeclared, family.space.sample("test", 1))
+
+
 def turned(quat: np.ndarray, v: Any) -> np.ndarray:
     out = np.zeros(3)
     mujoco.mju_rotVecQuat(out, np.array(v, float), quat)
