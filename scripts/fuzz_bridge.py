@@ -1,5 +1,9 @@
-"""Throw faults of every kind at the controller and check what reaches the robot: ``fuzz_bridge.py
-[TICKS] [SEED]``."""
+"""Throw faults of every kind at the controller, and check what reaches the robot.
+
+    python scripts/fuzz_bridge.py [TICKS] [SEED]
+
+Time is stepped, so 100,000 ticks take half a minute.
+"""
 
 import sys
 import time
@@ -11,14 +15,18 @@ from fuzzing import fuzz
 
 ticks = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
 seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-began, met = time.monotonic(), fuzz(ticks, seed)
-counts = {name: met.pop(name) for name in ("ticks", "commands", "runs")}
-took = time.monotonic() - began
+
+started = time.monotonic()
+runs_with_fault = fuzz(ticks, seed)
+seconds = time.monotonic() - started
+
+ticks = runs_with_fault.pop("ticks")
+commands = runs_with_fault.pop("commands")
+runs_with_fault.pop("runs")
+print(f"{ticks:,} steps, {commands:,} commands in {seconds:.0f} s; runs with each fault:")
+for fault, runs in sorted(runs_with_fault.items()):
+    print(f"  {runs:>5} {fault}")
 print(
-    f"{counts['ticks']:,} steps, {counts['commands']:,} commands in {took:.0f} s; runs with each fault:"
-)
-for name, runs in sorted(met.items()):
-    print(f"  {runs:>5} {name}")
-print(
-    "no command was non-finite, out of its limits or stale; damping followed each fault in time, and no command it"
+    "no command was non-finite, out of its limits or stale; damping followed each fault in time, "
+    "and no command it"
 )

@@ -1,5 +1,4 @@
-"""A small robot of two joints, and real numpy code at the places of a policy, a layout and a
-robot."""
+"""A small robot of two joints, with a policy and a layout in numpy, for tests of the controller."""
 
 import math
 import time
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.loop_timing import SteppedClock
 from metarobot.bridge.policy.metadata import PolicyMetadata
 
@@ -45,43 +43,56 @@ ABOUT: dict[str, Any] = {
 
 
 def meta(**changes: Any) -> PolicyMetadata:
-    """The metadata of a policy for two joints."""
+    """Return the metadata of a policy for two joints."""
     return replace(PolicyMetadata.parse(ABOUT), **changes)
 
 
-class Wave:
-    """A policy that swings both joints, and writes down what it was told."""
+class WavePolicy:
+    """A policy that swings both joints, and records its inputs.
+
+    Args:
+        about: Metadata.
+        act: Chooses the action instead, from the policy and the observation.
+    """
 
     def __init__(
-        self, about: PolicyMetadata | None = None, act: Callable[["Wave", Any], Any] | None = None
+        self,
+        about: PolicyMetadata | None = None,
+        act: Callable[["WavePolicy", Any], Any] | None = None,
     ) -> None:
         self.meta = meta() if about is None else about
         self.chosen = np.zeros(len(self.meta.action.names), np.float32)
-        self.told: list[tuple[Any, float, bool]] = []
-        self.trials, self.adopted, self._act = 0, [], act
+        self.inputs: list[tuple[Any, float, bool]] = []
+        """Observation, reward and done of each step."""
+        self.trials = 0
+        self.contexts: list[Mapping[str, Any]] = []
+        """Contexts that were set."""
+        self._act = act
 
     def begin(self) -> None:
         self.trials += 1
 
     def act(self, obs: Any, reward: float, done: bool, noise: Any = None) -> Any:
-        self.told.append((np.array(obs), reward, done))
+        self.inputs.append((np.array(obs), reward, done))
         if self._act is not None:
             return self._act(self, obs)
-        self.chosen[:] = np.sin(0.3 * len(self.told)) + obs[:2]
+        self.chosen[:] = np.sin(0.3 * len(self.inputs)) + obs[:2]
         return np.clip(self.chosen, self.meta.action.low, self.meta.action.high)
 
     def set_context(self, context: Mapping[str, Any]) -> None:
-        self.adopted.append(context)
+        self.contexts.append(context)
 
     def context(self) -> Mapping[str, Any]:
         return {"weights": np.zeros(3, np.float32)}
 
 
-class Plain:
-    """A layout without odometry: the readings themselves, and the first joint's angle as reward."""
+class PlainLayout:
+    """A layout without odometry: it observes readings, and rewards the first joint's angle."""
 
     def __init__(self, about: PolicyMetadata) -> None:
-        self.meta, self.pairs = about, []
+        self.meta = about
+        self.pairs: list[list[tuple[float, float]]] = []
+        """Episode -> numbers of the two readings of each reward."""
 
     def needed(self) -> tuple[str, ...]:
         return self.meta.observation_names
@@ -90,11 +101,12 @@ class Plain:
         self.pairs.append([])
 
     def observe(self, reading: Any, last_action: Any) -> Any:
-        return np.array([reading[k] for k in self.meta.observation_names], np.float32)
+        return np.array([reading[key] for key in self.meta.observation_names], np.float32)
 
     def targets(self, action: Any) -> dict[str, float]:
         pose = np.array(self.meta.default_joint_pos) + np.array(self.meta.action_scale) * action
-        return dict(zip([f"{j}.pos" for j in self.meta.joint_names], pose.tolist(), strict=True))
+        names = [f"{joint}.pos" for joint in self.meta.joint_names]
+        return dict(zip(names, pose.tolist(), strict=True))
 
     def reward(self, before: Any, after: Any, action: Any, last_action: Any) -> float:
         self.pairs[-1].append((before["seq"], after["seq"]))
@@ -104,31 +116,39 @@ class Plain:
         return reading.get("terminated", 0.0) > 0.5
 
 
-class Recorder:
-    """A robot of two joints that follow their targets, on a clock of the test's; writes down all
-    that reaches it.
+class RecordingRobot:
+    """A robot of two joints that follow their targets; it records all that reaches it.
 
-    ``spoil`` may change a reading before it goes out, or raise.
+    Args:
+        about: Metadata of the policy.
+        clock: Clock of the readings' stamps.
+        spoil: May change a reading, given its number, before it goes out; or raise.
     """
 
-    name, identity, guarded = "recorder", "recorder", False
+    name = "recorder"
+    identity = "recorder"
+    guarded = False
 
     def __init__(
         self,
         about: PolicyMetadata,
         clock: Any = None,
         spoil: Callable[[int, dict[str, float]], Any] | None = None,
-    ):
-        self.meta, self.clock = about, SteppedClock() if clock is None else clock
+    ) -> None:
+        self.meta = about
+        self.clock = SteppedClock() if clock is None else clock
         self.spoil = spoil
-        self.pos, self.vel = np.array([0.6, 0.5]), np.zeros(2)
-        self.reads, self.damps, self.connected = 0, [], False
+        self.pos = np.array([0.6, 0.5])
+        self.vel = np.zeros(2)
+        self.reads = 0
+        self.damps: list[float] = []
+        """Times of damping."""
+        self.connected = False
         self.commands: list[tuple[float, dict[str, float], dict[str, float]]] = []
-        """When, what, and the reading that went out last."""
+        """Time, command, and the reading that went out last."""
         self.order: list[str] = []
+        """``command``, ``damp`` and ``restart``, in the order in which they came."""
         self.reading: dict[str, float] = {}
-        self.heard = 0.0
-        """When the last good reading went out."""
 
     def connect(self) -> None:
         self.connected = True
@@ -138,26 +158,21 @@ class Recorder:
 
     def get_observation(self) -> dict[str, float]:
         self.reads += 1
-        now = self.clock.now()
-        reading = {"stamp": now + 1000.0, "seq": float(self.reads)}
-        for i, j in enumerate(JOINTS):
-            reading |= {
-                f"{j}.pos": float(self.pos[i]),
-                f"{j}.vel": float(self.vel[i]),
-                f"{j}.tau": 0.0,
-            }
-        spoiled = reading if self.spoil is None else self.spoil(self.reads, dict(reading))
-        if spoiled == reading:
-            self.heard = now
-        self.reading = spoiled
-        return spoiled
+        # The robot's clock is far ahead of the controller's, as it may be
+        reading = {"stamp": self.clock.now() + 1000.0, "seq": float(self.reads)}
+        for i, joint in enumerate(JOINTS):
+            reading[f"{joint}.pos"] = float(self.pos[i])
+            reading[f"{joint}.vel"] = float(self.vel[i])
+            reading[f"{joint}.tau"] = 0.0
+        if self.spoil is not None:
+            reading = self.spoil(self.reads, dict(reading))
+        self.reading = reading
+        return reading
 
     def send_action(self, action: Mapping[str, float]) -> dict[str, float]:
-        if self.order[-1:] == ["lost"]:
-            raise BridgeError("the link is lost")
         self.commands.append((self.clock.now(), dict(action), self.reading))
         self.order.append("command")
-        target = np.array([action[f"{j}.pos"] for j in JOINTS])
+        target = np.array([action[f"{joint}.pos"] for joint in JOINTS])
         self.vel = (target - self.pos) * 5.0
         self.pos = self.pos + self.vel / self.meta.control_hz
         return dict(action)
@@ -167,17 +182,19 @@ class Recorder:
         self.order.append("damp")
 
 
-class Restarting(Recorder):
-    """The same, and it can put itself where an episode begins."""
+class RestartingRobot(RecordingRobot):
+    """A recording robot that can put itself where an episode begins."""
 
-    def __init__(self, *a: Any, **k: Any) -> None:
-        super().__init__(*a, **k)
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
         self.restarts: list[int] = []
+        """Episodes of the restarts."""
 
     def restart(self, episode: int) -> None:
         self.restarts.append(episode)
         self.order.append("restart")
-        self.pos, self.vel = np.array([0.2, -0.4]), np.zeros(2)
+        self.pos = np.array([0.2, -0.4])
+        self.vel = np.zeros(2)
 
 
 class Slider:

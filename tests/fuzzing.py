@@ -1,5 +1,7 @@
-"""Faults of every kind thrown at the controller, and the checks of what reached the robot; time is
-stepped."""
+"""Faults of every kind against the controller, and checks of what reached the robot.
+
+Time is stepped: a run of 1.5 s takes milliseconds, and every bound is checked exactly.
+"""
 
 import math
 from collections import Counter
@@ -7,7 +9,15 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from bridging import JOINTS, LIMIT, Plain, Recorder, Restarting, Wave, meta
+from bridging import (
+    JOINTS,
+    LIMIT,
+    PlainLayout,
+    RecordingRobot,
+    RestartingRobot,
+    WavePolicy,
+    meta,
+)
 
 from metarobot.bridge.controller import MOST_SLOW_STEPS, Controller
 from metarobot.bridge.errors import BridgeError
@@ -16,46 +26,47 @@ from metarobot.bridge.run_report import RunSettings
 from metarobot.bridge.safety.command_gate import CommandGate, DampedError, damping_bounds_s
 from metarobot.bridge.safety.reading_checks import CLOCK_JUMP_S
 
-PERIOD = 0.02
-NUMBERS = (math.nan, math.inf, -math.inf, 1e300, -1e300, 1e12, -5.0, 5.0)
-HARMLESS = ("none", "swapped", "huge action", "bumped", "fast joint", "one late step")
-FAULTS = (
-    *HARMLESS,
-    *(
-        "not a number",
-        "missing",
-        "no float",
-        "frozen stamp",
-        "frozen seq",
-        "frozen all",
-        "older for ever",
-    ),
-    *(
-        "clock ahead",
-        "clock back",
-        "clock creeps",
-        "link lost",
-        "link breaks at command",
-        "driver hangs",
-    ),
-    *(
-        "policy nan",
-        "policy shape",
-        "policy nothing",
-        "policy raises",
-        "policy hangs",
-        "policy late",
-        "damping fails",
-    ),
+PERIOD_S = 0.02
+WEIRD_NUMBERS = (math.nan, math.inf, -math.inf)
+
+SHAKING_FAULTS = ("bumped", "fast joint")
+"""Faults that may make a joint so wrong that no target is safe: then damping is right."""
+HARMLESS_FAULTS = ("none", "swapped", "huge action", *SHAKING_FAULTS, "one late step")
+READING_FAULTS = (
+    "not a number",
+    "missing",
+    "no float",
+    "frozen stamp",
+    "frozen seq",
+    "frozen all",
+    "older for ever",
 )
+CONNECTION_FAULTS = (
+    "clock ahead",
+    "clock back",
+    "clock creeps",
+    "link lost",
+    "link breaks at command",
+    "driver hangs",
+)
+POLICY_FAULTS = (
+    "policy nan",
+    "policy shape",
+    "policy nothing",
+    "policy raises",
+    "policy hangs",
+    "policy late",
+    "damping fails",
+)
+FAULTS = (*HARMLESS_FAULTS, *READING_FAULTS, *CONNECTION_FAULTS, *POLICY_FAULTS)
 
 
-class Watched(SteppedClock):
-    """A stepped clock that wakes the gate where the thread that watches it would."""
+class WatchdogClock(SteppedClock):
+    """A stepped clock that checks the gate where the watchdog's thread would."""
 
     gate: CommandGate | None = None
 
-    def pass_(self, seconds: float) -> None:
+    def let_pass(self, seconds: float) -> None:
         """Let time go by while the loop is stuck."""
         end = self.time + seconds
         if self.gate is not None and self.gate.due < end:
@@ -65,37 +76,44 @@ class Watched(SteppedClock):
         self.time = max(self.time, end)
 
 
-class Fuzz:
-    """One run with one fault, begun at a random step."""
+class FuzzedRun:
+    """One run with one fault, which begins at a random reading."""
 
     def __init__(self, rng: np.random.Generator, fault: str) -> None:
-        self.rng, self.fault, self.clock = rng, fault, Watched()
-        self.at = int(rng.integers(2, 45))
-        self.about = meta(
-            trial=meta().trial.__class__(int(rng.integers(2, 25)), int(rng.integers(1, 4)))
-        )
-        jumps = (
-            fault.startswith("clock") or fault == "frozen stamp"
-        )  # a restart may do as much to a clock
-        kind = Recorder if jumps else (Recorder, Restarting)[int(rng.integers(2))]
-        self.robot: Any = kind(self.about, self.clock, self.spoil)
+        self.rng = rng
+        self.fault = fault
+        self.clock = WatchdogClock()
+        self.first_bad_reading = int(rng.integers(2, 45))
+        trial = meta().trial.__class__(int(rng.integers(2, 25)), int(rng.integers(1, 4)))
+        self.about = meta(trial=trial)
+
+        # A restart may move the clock as much as these faults do, so they would not be faults then
+        clock_jumps = fault.startswith("clock") or fault == "frozen stamp"
+        robot_class = RecordingRobot
+        if not clock_jumps:
+            robot_class = (RecordingRobot, RestartingRobot)[int(rng.integers(2))]
+        self.robot: Any = robot_class(self.about, self.clock, self.spoil)
         self.robot.pos = rng.uniform(-1, 1, 2)
-        self._send, self._damp = self.robot.send_action, self.robot.damp
-        self.robot.send_action, self.robot.damp = self.command, self.limp
-        self.struck = math.inf
-        """When the fault began."""
-        self.good: list[float] = []
-        """When good new readings went out."""
-        self.kept: dict[str, float] = {}
-        self.failures = self.late = 0
+        self._robot_send = self.robot.send_action
+        self._robot_damp = self.robot.damp
+        self.robot.send_action = self.send_action
+        self.robot.damp = self.damp
+
+        self.fault_began_at = math.inf
+        self.good_readings_at: list[float] = []
+        """Times at which good new readings went out."""
+        self.last_good: dict[str, float] = {}
+        self.dampings = 0
+        self.late_steps = 0
 
     @property
     def on(self) -> bool:
         """Whether the fault has begun."""
-        return self.robot.reads >= self.at
+        return self.robot.reads >= self.first_bad_reading
 
-    def strike(self) -> None:
-        self.struck = min(self.struck, self.clock.now())
+    def note_fault(self) -> None:
+        """Note the time of the first effect of the fault."""
+        self.fault_began_at = min(self.fault_began_at, self.clock.now())
 
     def spoil(self, count: int, reading: dict[str, float]) -> dict[str, float]:
         """Change a reading as the fault has it."""
@@ -103,169 +121,188 @@ class Fuzz:
             reading[f"{JOINTS[0]}.pos"] += self.rng.uniform(-0.6, 0.6)
         if self.fault == "fast joint" and self.rng.random() < 0.3:
             reading[f"{JOINTS[1]}.vel"] = self.rng.uniform(-30, 30)
-        before = dict(reading)
+
+        true = dict(reading)
         if self.on:
-            reading = self.spoiled(reading)
-        if reading != before and (
-            self.fault != "clock creeps" or before["stamp"] - reading["stamp"] > CLOCK_JUMP_S
-        ):
-            self.strike()
-        if reading == before or self.fault.startswith("clock"):  # a wrong stamp on a true reading
-            self.good.append(self.clock.now())
-            self.kept = dict(reading)
+            reading = self._spoiled(reading)
+        # A clock that creeps is wrong only once it is behind by more than a jump
+        behind = true["stamp"] - reading["stamp"] if self.fault == "clock creeps" else math.inf
+        if reading != true and behind > CLOCK_JUMP_S:
+            self.note_fault()
+        # A wrong stamp on a true reading: what the robot does is known
+        if reading == true or self.fault.startswith("clock"):
+            self.good_readings_at.append(self.clock.now())
+            self.last_good = dict(reading)
         return reading
 
-    def spoiled(self, r: dict[str, float]) -> dict[str, float]:
-        kept, key = (
-            self.kept or r,
-            ("stamp", "hip.pos", "knee.vel", "seq")[int(self.rng.integers(4))],
-        )
+    def _spoiled(self, reading: dict[str, float]) -> dict[str, float]:
+        last = self.last_good or reading
+        key = ("stamp", "hip.pos", "knee.vel", "seq")[int(self.rng.integers(4))]
         match self.fault:
             case "not a number":
-                return r | {key: NUMBERS[int(self.rng.integers(3))]}
+                return reading | {key: WEIRD_NUMBERS[int(self.rng.integers(3))]}
             case "missing":
-                return {k: v for k, v in r.items() if k != key}
+                return {k: value for k, value in reading.items() if k != key}
             case "no float":
-                return r | {key: (None, "x", [1.0])[int(self.rng.integers(3))]}  # type: ignore[dict-item]
+                odd: Any = (None, "x", [1.0])[int(self.rng.integers(3))]
+                return reading | {key: odd}
             case "frozen stamp":
-                return r | {"stamp": kept["stamp"]}
+                return reading | {"stamp": last["stamp"]}
             case "frozen seq":
-                return r | {"seq": kept["seq"]}
+                return reading | {"seq": last["seq"]}
             case "frozen all":
-                return dict(kept)
+                return dict(last)
             case "older for ever":
-                return r | {
-                    "stamp": kept["stamp"] - 0.001 * self.robot.reads,
-                    "seq": kept["seq"] - 1,
-                }
-            case "swapped" if self.robot.reads == self.at:
-                return r | {"stamp": kept["stamp"] - 0.001, "seq": kept["seq"] - 0.5}
+                stamp = last["stamp"] - 0.001 * self.robot.reads
+                return reading | {"stamp": stamp, "seq": last["seq"] - 1}
+            case "swapped" if self.robot.reads == self.first_bad_reading:
+                return reading | {"stamp": last["stamp"] - 0.001, "seq": last["seq"] - 0.5}
             case "clock ahead":
-                return r | {"stamp": r["stamp"] + 0.5}
+                return reading | {"stamp": reading["stamp"] + 0.5}
             case "clock back":
-                return r | {"stamp": r["stamp"] - 0.5}
+                return reading | {"stamp": reading["stamp"] - 0.5}
             case "clock creeps":
-                return r | {"stamp": r["stamp"] - 0.01 * (self.robot.reads - self.at)}
+                creep = 0.01 * (self.robot.reads - self.first_bad_reading)
+                return reading | {"stamp": reading["stamp"] - creep}
             case "link lost":
-                self.strike()
-                raise (BridgeError("the link is lost"), OSError("network is down"))[
-                    int(self.rng.integers(2))
-                ]
-        return r
+                self.note_fault()
+                if self.rng.integers(2) == 0:
+                    raise BridgeError("the link is lost")
+                raise OSError("network is down")
+        return reading
 
-    def command(self, action: Any) -> Any:
+    def send_action(self, action: Any) -> Any:
         """Take a command, or fail to."""
         if self.on and self.fault == "link breaks at command":
-            self.strike()
+            self.note_fault()
             raise BridgeError("the link is lost")
-        if self.on and self.fault == "driver hangs" and self.struck == math.inf:
-            self.strike()
-            sent = self._send(action)
-            self.clock.pass_(0.3)
+        if self.on and self.fault == "driver hangs" and self.fault_began_at == math.inf:
+            self.note_fault()
+            sent = self._robot_send(action)
+            self.clock.let_pass(0.3)
             return sent
-        return self._send(action)
+        return self._robot_send(action)
 
-    def limp(self) -> None:
-        self.failures += 1
-        self._damp()
-        if self.fault == "damping fails" and self.failures < 5:
+    def damp(self) -> None:
+        """Damp, or fail to a few times."""
+        self.dampings += 1
+        self._robot_damp()
+        if self.fault == "damping fails" and self.dampings < 5:
             raise OSError("no buffer space")
 
-    def act(self, policy: Wave, obs: Any) -> Any:
+    def act(self, policy: WavePolicy, obs: Any) -> Any:
         """Choose an action, or fail to."""
-        fine = np.clip(np.sin(0.3 * len(policy.told)) + obs[:2], -4, 4)
+        action = np.clip(np.sin(0.3 * len(policy.inputs)) + obs[:2], -4, 4)
         if not self.on:
-            return fine
-        odd = NUMBERS[int(self.rng.integers(3))]
+            return action
+        odd = WEIRD_NUMBERS[int(self.rng.integers(3))]
         match self.fault:
             case "huge action":
                 return self.rng.uniform(-1, 1, 2) * 10.0 ** self.rng.integers(0, 8)
             case "policy nan":
-                self.strike()
+                self.note_fault()
                 return np.array([0.0, odd])
             case "policy shape":
-                self.strike()
+                self.note_fault()
                 return np.zeros((0, 1, 3)[int(self.rng.integers(3))])
             case "policy nothing":
-                self.strike()
+                self.note_fault()
                 return None
             case "policy raises":
-                self.strike()
+                self.note_fault()
                 raise RuntimeError("a bug in the policy")
-            case "policy hangs" if self.struck == math.inf:
-                self.strike()
-                self.clock.pass_(self.rng.uniform(0.06, 0.5))
+            case "policy hangs" if self.fault_began_at == math.inf:
+                self.note_fault()
+                self.clock.let_pass(self.rng.uniform(0.06, 0.5))
             case "policy late":
-                self.late += 1
-                self.clock.pass_(0.03)
-            case "one late step" if self.struck == math.inf:
-                self.strike()
-                self.clock.pass_(0.03)
-        return fine
+                self.late_steps += 1
+                self.clock.let_pass(0.03)
+            case "one late step" if self.fault_began_at == math.inf:
+                self.note_fault()
+                self.clock.let_pass(0.03)
+        return action
 
     def run(self) -> Controller:
-        """Live the run."""
-        policy = Wave(self.about, act=self.act)
+        """Run the controller; return it, with its report."""
+        policy = WavePolicy(self.about, act=self.act)
         settings = RunSettings(
-            hz=50, seconds=1.5, ready_s=float(self.rng.uniform(0, 0.3)), soft_s=0.1, damp_s=0.06
+            hz=1 / PERIOD_S,
+            seconds=1.5,
+            ready_s=float(self.rng.uniform(0, 0.3)),
+            soft_s=0.1,
+            damp_s=0.06,
         )
-        one = Controller(policy, self.robot, Plain(self.about), settings, clock=self.clock)
-        self.clock.gate = one.gate
+        controller = Controller(
+            policy, self.robot, PlainLayout(self.about), settings, clock=self.clock
+        )
+        self.clock.gate = controller.gate
+        # Bugs are raised, after damping
         with suppress(RuntimeError, OSError):
-            one.run()
-        return one
+            controller.run()
+        return controller
 
-    def check(self, one: Controller) -> None:
+    def check(self, controller: Controller) -> None:
         """Raise ``AssertionError`` if anything unsafe reached the robot, or damping came late."""
-        robot, told = self.robot, f"{self.fault} at {self.at}"
-        assert robot.order[-1] == "damp", told
-        first = robot.order.index("damp")
-        assert "command" not in robot.order[first:], told
-        for when, command, seen in robot.commands:
-            heard = max(t for t in self.good if t <= when)
-            assert when - heard <= damping_bounds_s(PERIOD)[0], (told, "stale", when, heard)
-            self._safe(command, seen, told)
-        if self.fault not in HARMLESS and self.struck < robot.damps[0]:
-            held = robot.order[first - 1] == "restart"  # a robot that holds itself has more time
-            assert held or robot.damps[0] - self.struck <= damping_bounds_s(PERIOD)[0] + 1e-9, told
-            assert held or one.report.fault, told
-        assert self.late <= MOST_SLOW_STEPS, told
-        if self.fault in HARMLESS:
-            unsafe = self.fault in HARMLESS[-3:-1] and "no target is safe" in one.report.reason
-            assert unsafe or not one.report.fault, (told, one.report.reason)
+        robot = self.robot
+        where = f"{self.fault} at {self.first_bad_reading}"
+        after_reading_s, _ = damping_bounds_s(PERIOD_S)
 
-    def _safe(self, command: Any, seen: Any, told: str) -> None:
+        # The run ends with damping, and no command follows damping
+        assert robot.order[-1] == "damp", where
+        first_damp = robot.order.index("damp")
+        assert "command" not in robot.order[first_damp:], where
+
+        # Every command answers a fresh reading, within the limits
+        for when, command, reading in robot.commands:
+            read_at = max(t for t in self.good_readings_at if t <= when)
+            assert when - read_at <= after_reading_s, (where, "stale", when, read_at)
+            self._check_command(command, reading, where)
+        assert self.late_steps <= MOST_SLOW_STEPS, where
+
+        # Damping follows a fault in time, unless the robot was just restarted and holds itself
+        report = controller.report
+        harmful = self.fault not in HARMLESS_FAULTS and self.fault_began_at < robot.damps[0]
+        if harmful and robot.order[first_damp - 1] != "restart":
+            assert robot.damps[0] - self.fault_began_at <= after_reading_s + 1e-9, where
+            assert report.fault, where
+        if self.fault in HARMLESS_FAULTS:
+            unsafe = self.fault in SHAKING_FAULTS and "no target is safe" in report.reason
+            assert unsafe or not report.fault, (where, report.reason)
+
+    def _check_command(self, command: Any, reading: Any, where: str) -> None:
         for joint in JOINTS:
-            target, pos, vel = (
-                command[f"{joint}.pos"],
-                seen.get(f"{joint}.pos"),
-                seen.get(f"{joint}.vel"),
-            )
-            assert math.isfinite(target), told
-            assert LIMIT["low"] <= target <= LIMIT["high"], told
-            if (
-                pos is None
-                or vel is None
-                or not (math.isfinite(pos) and math.isfinite(vel))
-                or self.on
-            ):
+            target = command[f"{joint}.pos"]
+            assert math.isfinite(target), where
+            assert LIMIT["low"] <= target <= LIMIT["high"], where
+
+            # With a spoiled reading the controller cannot know the joint's true state
+            pos = reading.get(f"{joint}.pos")
+            vel = reading.get(f"{joint}.vel")
+            if pos is None or vel is None or self.on:
                 continue
-            drive = 40 * (target - pos) - vel
-            assert abs(drive) <= LIMIT["torque"] + 1e-9, (told, drive)
-            assert abs(vel) <= LIMIT["velocity"] or drive * math.copysign(1, vel) <= 1e-9, told
+            if not (math.isfinite(pos) and math.isfinite(vel)):
+                continue
+            # τ = kp (target − q) − kd q̇
+            torque = 40 * (target - pos) - vel
+            assert abs(torque) <= LIMIT["torque"] + 1e-9, (where, torque)
+            if abs(vel) > LIMIT["velocity"]:
+                assert torque * math.copysign(1, vel) <= 1e-9, where
 
 
 def fuzz(ticks: int, seed: int) -> Counter[str]:
-    """Throw faults until so many steps have been lived; return how often each kind was met, and
-    ``ticks``."""
-    rng, met = np.random.default_rng(seed), Counter[str]()
-    while met["ticks"] < ticks:
-        fault = FAULTS[met["runs"] % len(FAULTS)]
-        one = Fuzz(rng, fault)
-        controller = one.run()
-        one.check(controller)
-        met[fault] += 1
-        met["runs"] += 1
-        met["ticks"] += int(controller.report.pace["ticks"])
-        met["commands"] += len(one.robot.commands)
-    return met
+    """Run with faults until so many ticks have passed.
+
+    Returns the number of runs with each fault, and of ``ticks``, ``commands`` and ``runs``.
+    """
+    rng = np.random.default_rng(seed)
+    counts = Counter[str]()
+    while counts["ticks"] < ticks:
+        fault = FAULTS[counts["runs"] % len(FAULTS)]
+        run = FuzzedRun(rng, fault)
+        controller = run.run()
+        run.check(controller)
+        counts[fault] += 1
+        counts["runs"] += 1
+        counts["ticks"] += int(controller.report.pace["ticks"])
+        counts["commands"] += len(run.robot.commands)
+    return counts

@@ -1,10 +1,10 @@
-"""A robot of two joints at the other end of a wire: its client, its controller process, and the
-peer that records.
+"""A robot of two joints over UDP: its driver, a controller process, and the robot's own end.
 
-``python udp_robot.py FOLDER PORT HOW`` is a controller with a guard; ``HOW`` says what its policy
-does wrong.
+``python udp_robot.py FOLDER PORT FAULT`` runs a controller with a guard process. ``FAULT`` is what
+its policy does wrong (``policy hangs``, ``policy nan``), or empty.
 """
 
+import os
 import socket
 import struct
 import sys
@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from bridging import JOINTS, Plain, Wave
+from bridging import JOINTS, PlainLayout, WavePolicy
 
 from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
@@ -27,179 +27,220 @@ from metarobot.bridge.safety.command_gate import GateWatchdog
 from metarobot.bridge.safety.emergency_stop import stop_signals
 from metarobot.bridge.safety.guard_process import guard_process
 
-READING = struct.Struct("<cQd4d")
-COMMAND = struct.Struct("<cQQ2d")
-KEYS = [*(f"{j}.pos" for j in JOINTS), *(f"{j}.vel" for j in JOINTS)]
+READING_FRAME = struct.Struct("<cQd4d")
+"""Kind, number, stamp, angles and velocities."""
+COMMAND_FRAME = struct.Struct("<cQQ2d")
+"""Kind, number, number of the reading that it answers, targets."""
+HELLO = b"H"
+READING = b"R"
+COMMAND = b"C"
+DAMP = b"D"
+KEYS = [*(f"{joint}.pos" for joint in JOINTS), *(f"{joint}.vel" for joint in JOINTS)]
 FAULTS = ("silence", "freeze", "nan", "older", "ahead")
 """What the peer may do to its readings."""
+POLICY_FAULT_STEP = 30
+"""The step in which a policy goes wrong."""
 
 
-class Udp:
-    """The client; a guard beside a controller says nothing but ``damp``."""
+class UdpRobot:
+    """The robot's driver; in a guard process it sends nothing but ``damp``."""
 
-    name, guarded = "udp", True
+    name = "udp"
+    guarded = True
 
     def __init__(self, meta: Any, *, port: int, guard: bool = False) -> None:
-        self.identity, self._guard, self._number = f"udp:{port}", guard, 0
-        self._port, self._latest = port, {}
-        self._link: socket.socket | None = None
+        self.identity = f"udp:{port}"
+        self._guard = guard
+        self._port = port
+        self._number = 0
+        self._latest: dict[str, float] = {}
+        self._socket: socket.socket | None = None
 
     def connect(self) -> None:
-        self._link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._link.connect(("127.0.0.1", self._port))
-        self._link.setblocking(False)
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.connect(("127.0.0.1", self._port))
+        self._socket.setblocking(False)
         end = time.monotonic() + 10.0
         while not self._guard and not self._latest:
-            self._link.send(COMMAND.pack(b"H", 0, 0, 0, 0))
+            self._socket.send(COMMAND_FRAME.pack(HELLO, 0, 0, 0, 0))
             time.sleep(0.02)
-            self._drain()
+            self._receive()
             if time.monotonic() > end:
                 raise BridgeError("no reading")
 
-    def _drain(self) -> None:
+    def _receive(self) -> None:
         while True:
             try:
-                data = self._link.recv(1024)
+                data = self._socket.recv(1024)
             except BlockingIOError:
                 return
-            _, seq, stamp, *values = READING.unpack(data)
-            self._latest = {"stamp": stamp, "seq": float(seq)} | dict(
-                zip(KEYS, values, strict=True)
-            )
+            _, seq, stamp, *values = READING_FRAME.unpack(data)
+            self._latest = {"stamp": stamp, "seq": float(seq)}
+            self._latest |= dict(zip(KEYS, values, strict=True))
 
     def get_observation(self) -> dict[str, float]:
-        self._drain()
+        self._receive()
         return dict(self._latest)
 
     def send_action(self, action: Mapping[str, float]) -> dict[str, float]:
         self._number += 1
-        self._link.send(
-            COMMAND.pack(
-                b"C", self._number, int(self._latest["seq"]), *(action[f"{j}.pos"] for j in JOINTS)
-            )
-        )
+        answered = int(self._latest["seq"])
+        targets = [action[f"{joint}.pos"] for joint in JOINTS]
+        self._socket.send(COMMAND_FRAME.pack(COMMAND, self._number, answered, *targets))
         return dict(action)
 
     def damp(self) -> None:
-        if self._link is not None:
-            self._link.send(COMMAND.pack(b"D", 0, 0, 0, 0))
+        if self._socket is not None:
+            self._socket.send(COMMAND_FRAME.pack(DAMP, 0, 0, 0, 0))
 
     def disconnect(self) -> None:
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
-class Peer:
-    """The robot: publishes readings, follows its targets, and writes down what arrives and when."""
+class ReceivedFrame(NamedTuple):
+    """A frame that reached the robot."""
+
+    time: float
+    kind: bytes
+    answered: int
+    """Number of the reading that a command answers."""
+    targets: np.ndarray
+
+
+class SentReading(NamedTuple):
+    """The true state at a reading."""
+
+    time: float
+    pos: np.ndarray
+    vel: np.ndarray
+
+
+class UdpPeer:
+    """The robot's own end: publishes readings, follows its targets, and records what arrives."""
 
     def __init__(self, hz: float = 50.0) -> None:
-        self.link = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.link.bind(("127.0.0.1", 0))
-        self.port, self.period = self.link.getsockname()[1], 1 / hz
-        self.heard: list[tuple[float, bytes, int, np.ndarray]] = []
-        """When, kind, the reading that a command answers, targets."""
-        self.readings: dict[int, tuple[float, np.ndarray, np.ndarray]] = {}
-        self.good = 0.0
-        """When the last good reading went out."""
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.period_s = 1 / hz
+        self.received: list[ReceivedFrame] = []
+        self.readings: dict[int, SentReading] = {}
+        """Number -> reading."""
+        self.last_good_at = 0.0
+        """Time at which the last good reading went out."""
         self.fault = ""
-        self._pos, self._vel, self._target = np.array([0.3, 0.1]), np.zeros(2), np.array([0.3, 0.1])
-        self._to: Any = None
+        """One of ``FAULTS``, from now on."""
+        self._pos = np.array([0.3, 0.1])
+        self._vel = np.zeros(2)
+        self._target = np.array([0.3, 0.1])
+        self._controller: Any = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Peer":
+    def __enter__(self) -> "UdpPeer":
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
-        self.link.close()
+        self.socket.close()
 
     def _run(self) -> None:
-        seq, due, frozen = 0, time.monotonic(), b""
+        seq = 0
+        due = time.monotonic()
+        last_good = b""
         while not self._over.is_set():
-            due += self.period
+            due += self.period_s
             self._listen(due)
+
             self._vel = (self._target - self._pos) * 5
-            self._pos = self._pos + self._vel * self.period
-            seq, now = seq + 1, time.monotonic()
-            self.readings[seq] = now, self._pos.copy(), self._vel.copy()
-            stamp, pos = now + 77.0, self._pos.copy()
-            match self.fault:
+            self._pos = self._pos + self._vel * self.period_s
+            seq += 1
+            now = time.monotonic()
+            self.readings[seq] = SentReading(now, self._pos.copy(), self._vel.copy())
+
+            fault = self.fault
+            # The robot's clock is ahead of the controller's
+            stamp = now + 77.0
+            pos = self._pos.copy()
+            match fault:
                 case "nan":
                     pos[0] = np.nan
                 case "older":
                     stamp -= 5.0
                 case "ahead":
                     stamp += 5.0
-            data = READING.pack(b"R", seq, stamp, *pos, *self._vel)
-            data = frozen if self.fault == "freeze" else data
-            if self._to is not None and self.fault != "silence":
+            data = READING_FRAME.pack(READING, seq, stamp, *pos, *self._vel)
+            if fault == "freeze":
+                data = last_good
+            if self._controller is not None and fault != "silence":
                 with suppress(OSError):
-                    self.link.sendto(data, self._to)
-            if not self.fault:
-                frozen, self.good = data, now
+                    self.socket.sendto(data, self._controller)
+            if not fault:
+                last_good = data
+                self.last_good_at = now
 
     def _listen(self, until: float) -> None:
-        while (left := until - time.monotonic()) > 0:
-            self.link.settimeout(left)
+        while (left_s := until - time.monotonic()) > 0:
+            self.socket.settimeout(left_s)
             with suppress(TimeoutError, ConnectionError):
-                data, sender = self.link.recvfrom(1024)
-                kind, _, answered, *targets = COMMAND.unpack(data)
-                if kind == b"H":
-                    self._to = sender
+                data, sender = self.socket.recvfrom(1024)
+                kind, _, answered, *targets = COMMAND_FRAME.unpack(data)
+                if kind == HELLO:
+                    self._controller = sender
                     continue
-                self.heard.append((time.monotonic(), kind, answered, np.array(targets)))
-                if kind == b"C":
-                    self._target = np.array(targets)
+                frame = ReceivedFrame(time.monotonic(), kind, answered, np.array(targets))
+                self.received.append(frame)
+                if kind == COMMAND:
+                    self._target = frame.targets
 
-    def commands(self) -> list[tuple[float, bytes, int, np.ndarray]]:
-        return [x for x in self.heard if x[1] == b"C"]
+    def commands(self) -> list[ReceivedFrame]:
+        return [frame for frame in self.received if frame.kind == COMMAND]
 
-    def damped(self, since: float) -> float:
-        """Return when the first damping after a moment came; NaN if none has."""
-        return next(
-            (t for t, kind, _, _ in list(self.heard) if kind == b"D" and t >= since), float("nan")
-        )
+    def first_damping_at(self, since: float) -> float:
+        """Return when the first damping after ``since`` came; NaN if none has."""
+        for frame in list(self.received):
+            if frame.kind == DAMP and frame.time >= since:
+                return frame.time
+        return float("nan")
 
 
-def control(folder: str, port: int, how: str) -> int:
-    """Drive the robot; a policy may go wrong at its 30th step."""
+def control(folder: str, port: int, fault: str) -> int:
+    """Drive the robot with a policy that may go wrong; return an exit code."""
 
-    def act(policy: Wave, obs: Any) -> Any:
-        if how == "policy hangs" and len(policy.told) == 30:
-            time.sleep(1000)
-        if how == "policy nan" and len(policy.told) == 30:
-            return np.array([np.nan, 0.0])
-        return np.sin(0.2 * len(policy.told) + np.arange(2))
+    def act(policy: WavePolicy, obs: Any) -> Any:
+        if len(policy.inputs) == POLICY_FAULT_STEP:
+            if fault == "policy hangs":
+                time.sleep(1000)
+            if fault == "policy nan":
+                return np.array([np.nan, 0.0])
+        return np.sin(0.2 * len(policy.inputs) + np.arange(2))
 
-    about = PolicyMetadata.load(folder)
-    robot, settings = (
-        Udp(about, port=port),
-        RunSettings(hz=50, seconds=30, ready_s=0.1, soft_s=0.1, damp_s=0.3),
-    )
+    meta = PolicyMetadata.load(folder)
+    robot = UdpRobot(meta, port=port)
+    settings = RunSettings(hz=50, seconds=30, ready_s=0.1, soft_s=0.1, damp_s=0.3)
     with ExitStack() as stack:
         stack.enter_context(exclusive_control(robot.identity))
         robot.connect()
-        heartbeat = stack.enter_context(
-            guard_process(folder, "udp_robot:Udp", {"port": port}, 0.02)
-        )
+        guard = guard_process(folder, "udp_robot:UdpRobot", {"port": port}, 0.02)
+        heartbeat = stack.enter_context(guard)
         stop = stack.enter_context(stop_signals())
-        one = Controller(
-            Wave(about, act=act),
+        controller = Controller(
+            WavePolicy(meta, act=act),
             robot,
-            Plain(about),
+            PlainLayout(meta),
             settings,
             clock=MonotonicClock(),
             heartbeat=heartbeat,
         )
-        watchdog = stack.enter_context(GateWatchdog(one.gate, stop.sources))
-        watchdog.on_loop_hung = lambda: __import__("os")._exit(1)
+        watchdog = stack.enter_context(GateWatchdog(controller.gate, stop.sources))
+        watchdog.on_loop_hung = lambda: os._exit(1)
         watchdog.loop_hung_s = 0.5
         print("driving", flush=True)
-        report = one.run()
+        report = controller.run()
         print(report.reason, flush=True)
         return 1 if report.fault else 0
 

@@ -1,5 +1,4 @@
-"""One fault on the wire: drive, break something, and see when damping arrives and what came
-before."""
+"""One fault on the wire: drive, break something, and measure when damping arrives."""
 
 import json
 import os
@@ -12,90 +11,104 @@ from pathlib import Path
 
 import numpy as np
 from bridging import ABOUT, LIMIT
-from udp_robot import FAULTS, Peer
+from udp_robot import DAMP, FAULTS, UdpPeer
 
 from metarobot.bridge.safety.command_gate import damping_bounds_s
 
-HERE = Path(__file__).parent
+TESTS_FOLDER = Path(__file__).parent
 SIGNALS = {
     "kill -9": signal.SIGKILL,
     "SIGSTOP": signal.SIGSTOP,
     "SIGTERM": signal.SIGTERM,
     "SIGINT": signal.SIGINT,
 }
-ALL = (*FAULTS, *SIGNALS, "policy hangs", "policy nan")
-PERIOD = 0.02
+ALL_FAULTS = (*FAULTS, *SIGNALS, "policy hangs", "policy nan")
+PERIOD_S = 0.02
+SLACK_S = 1.0
+"""How late a busy machine may make what is timed; ``scripts/fuzz_wire.py`` reports how late."""
 
 
 @dataclass
-class Outcome:
-    """What the peer saw."""
+class WireFaultResult:
+    """What the robot's end saw of a fault."""
 
-    after_reading: float
-    """From the last good reading's leaving to damping's arrival, s."""
-    after_command: float
-    """From the last command's arrival to damping's, s."""
-    code: int
-    said: str
+    after_reading_s: float
+    """From the last good reading's departure to damping's arrival."""
+    after_command_s: float
+    """From the last command's arrival to damping's."""
+    exit_code: int
+    """Of the controller process."""
+    output: str
 
 
-def folder(path: Path) -> Path:
-    """Write the metadata of the robot's policy."""
+def write_policy_folder(path: Path) -> Path:
+    """Write the metadata of the robot's policy; return the folder."""
     (path / "policy.json").write_text(json.dumps(ABOUT))
     return path
 
 
-def start(about: Path, port: int, how: str = "") -> subprocess.Popen[str]:
+def start_controller(folder: Path, port: int, fault: str = "") -> subprocess.Popen[str]:
     """Start a controller process."""
-    command = [sys.executable, str(HERE / "udp_robot.py"), str(about), str(port), how]
-    here = {**os.environ, "PYTHONPATH": str(HERE)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here)
+    script = str(TESTS_FOLDER / "udp_robot.py")
+    command = [sys.executable, script, str(folder), str(port), fault]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS_FOLDER)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def strike(about: Path, fault: str, at: float = 0.5) -> Outcome:
+def drive_and_break(folder: Path, fault: str, after_s: float = 0.5) -> WireFaultResult:
     """Let a controller drive for a while, break something, and wait for damping."""
-    with Peer() as peer:
-        process = start(about, peer.port, fault if fault.startswith("policy") else "")
+    with UdpPeer() as peer:
+        policy_fault = fault if fault.startswith("policy") else ""
+        process = start_controller(folder, peer.port, policy_fault)
         assert process.stdout is not None
         assert process.stdout.readline() == "driving\n"
-        time.sleep(at)
+        time.sleep(after_s)
+
         since = 0.0
         if fault in FAULTS:
             peer.fault = fault
         elif fault in SIGNALS:
             since = time.monotonic()
             process.send_signal(SIGNALS[fault])
+
         end = time.monotonic() + 20.0
-        while np.isnan(damped := peer.damped(since)) and time.monotonic() < end:
+        while np.isnan(damped_at := peer.first_damping_at(since)) and time.monotonic() < end:
             time.sleep(0.005)
+
+        # Anything that comes after damping must have time to arrive
         time.sleep(0.7)
         if fault == "SIGSTOP":
             process.send_signal(signal.SIGCONT)
-        said = process.communicate(timeout=30)[0]
-        check(peer, damped)
-        commands = [t for t, *_ in peer.commands()]
-        good = (
-            peer.good
-            if fault in FAULTS
-            else max(t for t, _, _ in peer.readings.values() if t <= commands[-1])
+        output = process.communicate(timeout=30)[0]
+        check_received(peer, damped_at)
+
+        last_command_at = peer.commands()[-1].time
+        last_reading_at = peer.last_good_at
+        if fault not in FAULTS:
+            # The readings went on: the last one before the last command counts
+            sent_at = [reading.time for reading in peer.readings.values()]
+            last_reading_at = max(t for t in sent_at if t <= last_command_at)
+        return WireFaultResult(
+            after_reading_s=damped_at - last_reading_at,
+            after_command_s=damped_at - last_command_at,
+            exit_code=process.returncode,
+            output=output.strip(),
         )
-        return Outcome(damped - good, damped - commands[-1], process.returncode, said.strip())
 
 
-def check(peer: Peer, damped: float) -> None:
+def check_received(peer: UdpPeer, damped_at: float) -> None:
     """Raise ``AssertionError`` if anything that arrived was not safe."""
-    assert not np.isnan(damped)
-    assert len(peer.commands()) > 3
-    for when, _, answered, target in peer.commands():
-        assert when < damped
-        left, pos, vel = peer.readings[answered]
-        assert np.isfinite(target).all()
-        assert (np.abs(target) <= LIMIT["high"]).all()
-        assert (np.abs(40 * (target - pos) - vel) <= LIMIT["torque"] + 1e-9).all()
-        assert when - left <= damping_bounds_s(PERIOD)[0] + SLACK
-    assert peer.heard[-1][1] == b"D"
-
-
-SLACK = 1.0
-"""How late a busy machine may make what is timed, s; ``scripts/fuzz_wire.py`` says how late it
-was."""
+    assert not np.isnan(damped_at)
+    commands = peer.commands()
+    assert len(commands) > 3
+    after_reading_s, _ = damping_bounds_s(PERIOD_S)
+    for command in commands:
+        assert command.time < damped_at
+        reading = peer.readings[command.answered]
+        assert np.isfinite(command.targets).all()
+        assert (np.abs(command.targets) <= LIMIT["high"]).all()
+        # τ = kp (target − q) − kd q̇
+        torque = 40 * (command.targets - reading.pos) - reading.vel
+        assert (np.abs(torque) <= LIMIT["torque"] + 1e-9).all()
+        assert command.time - reading.time <= after_reading_s + SLACK_S
+    assert peer.received[-1].kind == DAMP

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bridging import JOINTS, Plain, Recorder, Restarting, Wave, meta
+from bridging import JOINTS, PlainLayout, RecordingRobot, RestartingRobot, WavePolicy, meta
 
 from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
@@ -28,31 +28,37 @@ BASE = {"hz": 50.0, "seconds": 60.0, "trials": 1, "ready_s": 0.2, "soft_s": 0.1,
 
 
 def controller(
-    policy: Any = None, robot: Any = None, clock: Any = None, **settings: Any
+    policy: Any = None,
+    robot: Any = None,
+    clock: Any = None,
+    *,
+    log: Path | None = None,
+    adaptation: Any = None,
+    **settings: Any,
 ) -> Controller:
-    """A controller on a robot whose clock is stepped, unless told otherwise."""
-    parts = {
-        k: settings.pop(k)
-        for k in ("log", "adaptation", "show_status", "show_message")
-        if k in settings
-    }
+    """Return a controller of a robot, both on a stepped clock unless another one is given."""
     clock = SteppedClock() if clock is None else clock
-    policy = Wave() if policy is None else policy
-    robot = Recorder(policy.meta, clock) if robot is None else robot
+    policy = WavePolicy() if policy is None else policy
+    robot = RecordingRobot(policy.meta, clock) if robot is None else robot
     robot.clock = clock
     return Controller(
-        policy, robot, Plain(policy.meta), RunSettings(**BASE | settings), clock=clock, **parts
+        policy,
+        robot,
+        PlainLayout(policy.meta),
+        RunSettings(**BASE | settings),
+        clock=clock,
+        log=log,
+        adaptation=adaptation,
     )
 
 
 def test_every_way_to_a_stop_leads_through_damping():
-    assert [s for s, after in ALLOWED_TRANSITIONS.items() if ControllerState.STOPPED in after] == [
-        ControllerState.DAMPING
+    before_stopped = [
+        state for state, after in ALLOWED_TRANSITIONS.items() if ControllerState.STOPPED in after
     ]
-    assert all(
-        ControllerState.DAMPING in ALLOWED_TRANSITIONS[s]
-        for s in (ControllerState.IDLE, ControllerState.READY, ControllerState.RUNNING)
-    )
+    assert before_stopped == [ControllerState.DAMPING]
+    for state in (ControllerState.IDLE, ControllerState.READY, ControllerState.RUNNING):
+        assert ControllerState.DAMPING in ALLOWED_TRANSITIONS[state]
     machine = ControllerStateMachine()
     with pytest.raises(
         BridgeError, match="no transition from idle to running; allowed: ready, damping"
@@ -79,27 +85,28 @@ def test_a_run_stands_up_acts_and_ends_in_damping():
     np.testing.assert_allclose(np.diff([t for t, _, _ in robot.commands]), 0.02)
 
 
-def test_the_policy_is_told_rewards_and_ends_as_in_training():
-    one = controller(robot=Restarting(meta()), trials=2)
+def test_the_policy_gets_rewards_and_episode_ends_as_in_training():
+    one = controller(robot=RestartingRobot(meta()), trials=2)
     one.run()
-    told, hips = one.policy.told, [r[f"{JOINTS[0]}.pos"] for _, _, r in one.robot.commands]
-    assert len(told) == len(hips) == 40
-    done = [i for i, (_, _, d) in enumerate(told) if d]
+    inputs = one.policy.inputs
+    hips = [reading[f"{JOINTS[0]}.pos"] for _, _, reading in one.robot.commands]
+    assert len(inputs) == len(hips) == 40
+    done = [i for i, (_, _, episode_ended) in enumerate(inputs) if episode_ended]
     assert done == [10, 30]  # the first step of every episode but the trial's first
-    rewards = [r for _, r, _ in told]
+    rewards = [reward for _, reward, _ in inputs]
     assert rewards[0] == rewards[20] == 0.0
-    # what a step earned is seen in the next reading; after an episode's last one the robot restarts
+    # the reward of a step follows from the next reading; after an episode's last the robot restarts
     np.testing.assert_allclose(
         np.delete(rewards, [0, 10, 20, 30]), np.delete(hips, [0, 10, 20, 30])
     )
     assert rewards[10] == pytest.approx(one.report.returns[0][0] - sum(rewards[1:10]))
     assert one.robot.restarts == [0, 1, 0, 1]
     assert one.policy.trials == 2
-    np.testing.assert_array_equal(told[10][0][:2], np.float32([0.2, -0.4]))
+    np.testing.assert_array_equal(inputs[10][0][:2], np.float32([0.2, -0.4]))
 
 
 def test_each_reward_is_of_readings_that_follow_each_other():
-    one = controller(robot=Restarting(meta()))
+    one = controller(robot=RestartingRobot(meta()))
     one.run()
     for pairs in one.layout.pairs:
         assert len(pairs) == 10
@@ -111,11 +118,11 @@ def test_a_fall_ends_the_episode_and_a_robot_that_cannot_get_up_is_damped():
     def fall(count: int, reading: dict[str, float]) -> dict[str, float]:
         return reading | {"terminated": float(count == 15)}
 
-    stays = controller(robot=Recorder(meta(), spoil=fall))
+    stays = controller(robot=RecordingRobot(meta(), spoil=fall))
     report = stays.run()
     assert report.fault
     assert report.reason == "the robot has fallen"
-    gets_up = controller(robot=Restarting(meta(), spoil=fall))
+    gets_up = controller(robot=RestartingRobot(meta(), spoil=fall))
     report = gets_up.run()
     assert not report.fault
     assert gets_up.robot.order.count("command") == 10 + 1  # the second episode is one step long
@@ -140,7 +147,7 @@ def test_a_fall_ends_the_episode_and_a_robot_that_cannot_get_up_is_damped():
 )
 def test_a_bad_reading_is_damped_in_the_same_step(spoil, reason):
     bad = 25
-    one = controller(robot=Recorder(meta(), spoil=lambda n, r: spoil(r) if n >= bad else r))
+    one = controller(robot=RecordingRobot(meta(), spoil=lambda n, r: spoil(r) if n >= bad else r))
     report = one.run()
     assert report.fault
     assert reason in report.reason
@@ -156,7 +163,7 @@ def test_frozen_readings_are_damped_in_the_stated_time(key):
         frozen.setdefault(key, reading[key] if count == 20 else math.nan) if count == 20 else None
         return reading | frozen if count > 20 else reading
 
-    one = controller(robot=Recorder(meta(), spoil=freeze))
+    one = controller(robot=RecordingRobot(meta(), spoil=freeze))
     report = one.run()
     assert report.fault
     assert "no new reading for 50 ms" in report.reason
@@ -170,11 +177,11 @@ def test_a_reading_out_of_order_is_not_believed():
         late = {"stamp": reading["stamp"] - 0.05, "seq": reading["seq"] - 2.5, "hip.pos": -0.9}
         return reading | late if count == 20 else reading
 
-    one = controller(robot=Recorder(meta(), spoil=swap))
+    one = controller(robot=RecordingRobot(meta(), spoil=swap))
     report = one.run()
     assert not report.fault
     assert (report.repeated, report.disordered) == (1, 1)
-    assert all(obs[0] != np.float32(-0.9) for obs, _, _ in one.policy.told)
+    assert all(obs[0] != np.float32(-0.9) for obs, _, _ in one.policy.inputs)
 
 
 def test_a_lost_link_ends_the_run():
@@ -183,7 +190,7 @@ def test_a_lost_link_ends_the_run():
             raise BridgeError("nobody publishes states any more")
         return reading
 
-    one = controller(robot=Recorder(meta(), spoil=lose))
+    one = controller(robot=RecordingRobot(meta(), spoil=lose))
     report = one.run()
     assert (report.fault, report.reason) == (True, "nobody publishes states any more")
     assert one.robot.damps
@@ -199,7 +206,7 @@ def test_a_lost_link_ends_the_run():
     ],
 )
 def test_garbage_from_a_policy_is_never_sent(answer, reason):
-    one = controller(Wave(act=answer), trials=1)
+    one = controller(WavePolicy(act=answer), trials=1)
     report = one.run()
     assert report.fault
     assert reason in report.reason
@@ -207,7 +214,7 @@ def test_garbage_from_a_policy_is_never_sent(answer, reason):
 
 
 def test_huge_actions_are_brought_within_limits_and_counted():
-    one = controller(Wave(act=lambda p, o: np.array([4000.0, -4000.0])))
+    one = controller(WavePolicy(act=lambda p, o: np.array([4000.0, -4000.0])))
     report = one.run()
     assert not report.fault
     assert report.limited["hip"]["position"] > 0
@@ -221,11 +228,11 @@ def test_huge_actions_are_brought_within_limits_and_counted():
 def test_a_policy_that_is_late_three_times_is_damped_before_its_command_is_stale():
     clock = SteppedClock()
 
-    def dawdle(policy: Wave, obs: Any) -> Any:
+    def dawdle(policy: WavePolicy, obs: Any) -> Any:
         clock.time += 0.025
         return np.zeros(2)
 
-    one = controller(Wave(act=dawdle), clock=clock)
+    one = controller(WavePolicy(act=dawdle), clock=clock)
     report = one.run()
     assert "longer than a control period 3 times" in report.reason
     assert len(one.robot.commands) == 12
@@ -234,85 +241,93 @@ def test_a_policy_that_is_late_three_times_is_damped_before_its_command_is_stale
 def test_a_policy_that_comes_back_too_late_sends_nothing_more():
     clock = SteppedClock()
 
-    def hang(policy: Wave, obs: Any) -> Any:
-        clock.time += 0.2 if len(policy.told) == 4 else 0.0
+    def hang(policy: WavePolicy, obs: Any) -> Any:
+        clock.time += 0.2 if len(policy.inputs) == 4 else 0.0
         return np.zeros(2)
 
-    one = controller(Wave(act=hang), clock=clock)
+    one = controller(WavePolicy(act=hang), clock=clock)
     report = one.run()
     assert report.fault
     assert "for 50 ms" in report.reason
     assert len(one.robot.commands) == 13
 
 
-def test_an_adaptation_is_adopted_between_episodes_or_refused():
-    class Side:
-        rollouts, ready, busy = 1, False, False
+class FakeAdaptation:
+    """An adaptation that takes 30 polls, and then has the next of its results."""
 
-        def __init__(self) -> None:
-            self.lived, self.outcomes, self.polls = [], [{"weights": np.ones(3)}, None], 0
-            self.steps: list[Any] = []
+    rollouts = 1
 
-        def step(self, obs: Any, action: Any, reward: float) -> None:
-            self.steps.append((obs.copy(), action.copy(), reward))
+    def __init__(self, contexts: list[Any]) -> None:
+        self.contexts = contexts
+        self.ready = False
+        self.busy = False
+        self.polls = 0
+        self.steps: list[Any] = []
+        self.episodes: list[Any] = []
 
-        def end(self, final_obs: Any, *, failed: bool) -> None:
-            self.lived.append(self.steps)
-            self.steps, self.ready = [], True
+    def step(self, obs: Any, action: Any, reward: float) -> None:
+        self.steps.append((obs.copy(), action.copy(), reward))
 
-        def drop(self) -> None:
-            pass
+    def end(self, final_obs: Any, *, failed: bool) -> None:
+        self.episodes.append(self.steps)
+        self.steps = []
+        self.ready = True
 
-        def clear(self) -> None:
-            self.ready = False
+    def drop(self) -> None:
+        pass
 
-        def start(self, context: Any) -> None:
-            self.ready, self.busy, self.polls = False, True, 0
+    def clear(self) -> None:
+        self.ready = False
 
-        def poll(self) -> Any:
-            self.polls += 1
-            if self.polls < 30:
-                return None
-            self.busy = False
-            context = self.outcomes.pop(0)
-            return SimpleNamespace(
-                context=context, reason="" if context else "too far", kl=0.1, seconds=0.5
-            )
+    def start(self, context: Any) -> None:
+        self.ready = False
+        self.busy = True
+        self.polls = 0
 
-        def stop(self) -> None:
-            self.busy = False
+    def poll(self) -> Any:
+        self.polls += 1
+        if self.polls < 30:
+            return None
+        self.busy = False
+        context = self.contexts.pop(0)
+        reason = "" if context else "too far"
+        return SimpleNamespace(context=context, reason=reason, kl=0.1, seconds=0.5)
 
-    side = Side()
-    one = controller(adaptation=side, episodes=3)
+    def stop(self) -> None:
+        self.busy = False
+
+
+def test_an_adapted_context_is_used_from_the_next_episode_on_or_refused():
+    adaptation = FakeAdaptation([{"weights": np.ones(3)}, None])
+    one = controller(adaptation=adaptation, episodes=3)
     report = one.run()
     assert not report.fault
     assert report.adapted == [
         "adopted new weights, KL 0.1, after 0.5 s",
         "kept the old weights: too far",
     ]
-    assert len(one.policy.adopted) == 1
-    assert [len(e) for e in side.lived] == [10, 10, 10]
+    assert len(one.policy.contexts) == 1
+    assert [len(episode) for episode in adaptation.episodes] == [10, 10, 10]
+    # meanwhile the robot was held: commands did not stop
+    np.testing.assert_allclose(np.diff([t for t, _, _ in one.robot.commands]), 0.02)
+    observed = [obs for obs, _, _ in one.policy.inputs[:10]]
+    np.testing.assert_array_equal([obs for obs, _, _ in adaptation.episodes[0]], observed)
     np.testing.assert_allclose(
-        np.diff([t for t, _, _ in one.robot.commands]), 0.02
-    )  # it was held meanwhile
-    told = [o for o, _, _ in one.policy.told[:10]]
-    np.testing.assert_array_equal([o for o, _, _ in side.lived[0]], told)
-    np.testing.assert_allclose(
-        [r for _, _, r in side.lived[0][:-1]], [r for _, r, _ in one.policy.told[1:10]]
+        [reward for _, _, reward in adaptation.episodes[0][:-1]],
+        [reward for _, reward, _ in one.policy.inputs[1:10]],
     )
 
-    side = Side()
-    side.outcomes[1:] = [{"weights": np.ones(3)}]
-    one = controller(adaptation=side, episodes=2, trials=2)
+
+def test_the_last_episode_of_a_trial_is_not_adapted_to():
+    adaptation = FakeAdaptation([{"weights": np.ones(3)}, {"weights": np.ones(3)}])
+    one = controller(adaptation=adaptation, episodes=2, trials=2)
     assert not one.run().fault
-    assert (
-        len(one.policy.adopted) == 2
-    )  # once a trial: what its last episode teaches is nothing to the next
+    assert len(one.policy.contexts) == 2
     assert one.policy.trials == 2
 
 
 def test_the_log_holds_every_step_and_what_happened(tmp_path: Path):
-    one = controller(log=tmp_path / "run.mcap", robot=Restarting(meta()))
+    one = controller(log=tmp_path / "run.mcap", robot=RestartingRobot(meta()))
     report = one.run()
     content = list(read_log(tmp_path / "run.mcap"))
     ticks = [c for topic, c in content if topic == "/tick"]
@@ -320,8 +335,8 @@ def test_the_log_holds_every_step_and_what_happened(tmp_path: Path):
     assert report.dropped == 0
     assert len(ticks) == report.pace["ticks"] == 2 * 12
     acted = [t for t in ticks if t["action"][0] is not None]
-    np.testing.assert_array_equal([t["obs"] for t in acted], [o for o, _, _ in one.policy.told])
-    assert [t["reward"] for t in acted] == [r for _, r, _ in one.policy.told]
+    np.testing.assert_array_equal([t["obs"] for t in acted], [o for o, _, _ in one.policy.inputs])
+    assert [t["reward"] for t in acted] == [r for _, r, _ in one.policy.inputs]
     assert [t["sent"] for t in acted] == [c for _, c, _ in one.robot.commands]
     assert [e["value"] for e in events if e["what"] == "episode"] == report.returns[0]
     states = [e["state"] for e in events if e["what"] == "state"]
@@ -331,13 +346,13 @@ def test_the_log_holds_every_step_and_what_happened(tmp_path: Path):
 def test_damping_goes_out_in_real_time_while_the_policy_hangs():
     hanging, go_on = threading.Event(), threading.Event()
 
-    def hang(policy: Wave, obs: Any) -> Any:
-        if len(policy.told) == 5:
+    def hang(policy: WavePolicy, obs: Any) -> Any:
+        if len(policy.inputs) == 5:
             hanging.set()
             go_on.wait(10.0)
         return np.zeros(2)
 
-    one = controller(Wave(act=hang), clock=MonotonicClock(), ready_s=0.04)
+    one = controller(WavePolicy(act=hang), clock=MonotonicClock(), ready_s=0.04)
     with GateWatchdog(one.gate):
         thread = threading.Thread(target=one.run)
         thread.start()
@@ -355,7 +370,7 @@ def test_damping_goes_out_in_real_time_while_the_policy_hangs():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_damps_even_while_the_main_thread_is_busy(number):
-    robot = Recorder(meta(), MonotonicClock())
+    robot = RecordingRobot(meta(), MonotonicClock())
     handler = signal.getsignal(number)
     with (
         stop_signals(keys=False) as stop,
@@ -408,7 +423,7 @@ def test_missed_deadlines_are_skipped_and_not_made_up_for():
 def test_only_a_loop_that_does_not_come_back_is_given_up():
     given_up: list[str] = []
     for noticed in (True, False):
-        gate = CommandGate(Recorder(meta(), MonotonicClock()), MonotonicClock(), 0.02)
+        gate = CommandGate(RecordingRobot(meta(), MonotonicClock()), MonotonicClock(), 0.02)
         with GateWatchdog(gate) as watchdog:
             watchdog.loop_hung_s = 0.05
             watchdog.on_loop_hung = lambda: given_up.append("hung")

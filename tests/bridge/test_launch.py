@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bridging import Recorder, meta
+from bridging import RecordingRobot, meta
 from helpers import run as command
 
 from metarobot.bridge.errors import BridgeError
@@ -28,7 +28,7 @@ Exported = Callable[[str], tuple[Run, Path]]
 
 
 def test_a_robot_is_made_by_name_and_its_settings_are_checked():
-    assert robots.make_robot("bridging:Recorder", meta()).name == "recorder"
+    assert robots.make_robot("bridging:RecordingRobot", meta()).name == "recorder"
     made = robots.make_robot("bridging:Slider", meta(), lacks="x")
     assert made.lacks == "x"
     for spec, settings, message in [
@@ -91,7 +91,7 @@ def test_one_controller_at_a_time_has_a_robot():
 
 
 def test_what_a_robot_does_not_give_is_named():
-    robot = Recorder(meta())
+    robot = RecordingRobot(meta())
     robots.check_robot_readings(meta(), ("hip.pos", "knee.vel"), robot)
     with pytest.raises(
         BridgeError, match=r"needs FL_hip.pos, which recorder does not give; it gives stamp, seq, "
