@@ -1,42 +1,41 @@
-"""HalfCheetah on unknown ground, under an unknown load, with motors that are weak, dead or wired
-the wrong way round.
+"""HalfCheetah on unknown ground, under an unknown load, with unknown motors.
 
-Nothing of the task is observed: floor friction, slope, payload and the strength of each motor have
-to be felt. The published robot with its masses made explicit (so that a payload adds to them) and a
-box on its back.
+Floor friction, slope, payload and the strength of each motor, which may be weak, dead or reversed,
+are hidden: none is observed, all have to be inferred from the motion. The robot is the published
+one with its masses made explicit, so that a payload adds to them, and a box on its back.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import mujoco
-from torch import Tensor
 
-from metarobot.envs.cheetah import JOINTS, cheetah, cheetah_vel, effort, speed
+from metarobot.envs.cheetah import (
+    JOINTS,
+    cheetah_spec,
+    cheetah_vel,
+    control_cost,
+    forward_speed,
+)
+from metarobot.envs.robots.model_files import make_inertias_explicit
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, Uniform
 from metarobot.tasks.family import WorldState
-from metarobot.tasks.mujoco_models import Edit, compile_spec
+from metarobot.tasks.mujoco_models import Edit
 from metarobot.tasks.space import Param, TaskSpace
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def loaded_cheetah() -> mujoco.MjSpec:
-    """Build the published cheetah with explicit masses and a welded payload box, 1 kg in the
-    nominal model.
-    """
-    spec = cheetah()
-    nominal = compile_spec(spec)
+
+def loaded_cheetah_spec() -> mujoco.MjSpec:
+    """Build the published cheetah with a box on its back, 1 kg in the nominal model."""
+    spec = cheetah_spec()
+    make_inertias_explicit(spec)
+    # the published model scales all masses to 14 kg; with a payload the sum must be free
     spec.compiler.settotalmass = -1.0
-    spec.compiler.inertiafromgeom = mujoco.mjtInertiaFromGeom.mjINERTIAFROMGEOM_AUTO
-    for body in spec.bodies[1:]:
-        row = nominal.body(body.name)
-        body.explicitinertial = True
-        body.mass, body.ipos, body.iquat, body.inertia = (
-            float(row.mass[0]),
-            row.ipos,
-            row.iquat,
-            row.inertia,
-        )
+
     box = spec.body("torso").add_body(name="payload", pos=[0, 0, 0.12])
     box.add_geom(
         name="payload",
@@ -50,23 +49,29 @@ def loaded_cheetah() -> mujoco.MjSpec:
     return spec
 
 
-def run(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
-    """Forward speed and −‖a‖²."""
-    return {"speed": speed(before, after, dt), "control": -effort(after.action)}
+def forward_reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
+    """Return the forward speed and −‖a‖²."""
+    return {
+        "speed": forward_speed(before, after, dt),
+        "control": -control_cost(after.action),
+    }
 
 
-def motor(name: str) -> Param:
-    """Build the strength of one motor, a factor on its torque: healthy, reversed or dead."""
+def motor_strength(name: str) -> Param:
+    """Return the parameter of one motor, a factor on its torque: healthy, reversed or dead."""
+    healthy = Uniform(0.8, 1.2)
+    reversed_ = Uniform(-1.2, -0.8)
+    dead = Choice((0.0,))
     return Param(
         name=f"{name}_motor",
-        train=Mixture((0.7, 0.25, 0.05), (Uniform(0.8, 1.2), Uniform(-1.2, -0.8), Choice((0.0,)))),
+        train=Mixture((0.7, 0.25, 0.05), (healthy, reversed_, dead)),
         extrapolation=Mixture((0.5, 0.5), (Uniform(0.5, 0.8), Uniform(-0.8, -0.5))),
         edits=(Edit(element="actuator", name=name, field="gear", index=0, op="scale"),),
         doc="torque factor; negative is reversed, 0 is dead",
     )
 
 
-SPACE = TaskSpace(
+TERRAIN_SPACE = TaskSpace(
     "CheetahTerrain",
     (
         Param(
@@ -93,15 +98,16 @@ SPACE = TaskSpace(
             unit="kg",
             doc="on the back of the 14 kg robot",
         ),
-        *(motor(name) for name in JOINTS),
+        *(motor_strength(name) for name in JOINTS),
     ),
 )
 
 cheetah_terrain = replace(
     cheetah_vel,
     name="CheetahTerrain",
-    doc="Run on unknown ground, under an unknown load, with weak, dead or reversed motors: horizon 200.",
-    space=SPACE,
-    spec=loaded_cheetah,
-    reward=run,
+    doc="Run on unknown ground, under an unknown load, with weak, dead or reversed motors: "
+    "horizon 200.",
+    space=TERRAIN_SPACE,
+    spec=loaded_cheetah_spec,
+    reward=forward_reward,
 )

@@ -1,8 +1,8 @@
-"""A Panda that has to put things where they belong: one of several classes is presented, each has a
-place of its own.
+"""A Panda that puts objects where they belong: the K-shot object task.
 
-The class is seen, as a code of its colours and texture; where it belongs is hidden, and other for
-every task. It is found out by trial, or read off demonstrations: the K-shot object task.
+Each task has several classes of objects, and each class has a place of its own. The class of the
+presented object is observed, as a code of its colours and texture. Where it belongs is hidden and
+differs from task to task: the agent finds it out by trial, or from demonstrations.
 """
 
 from __future__ import annotations
@@ -10,15 +10,26 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache, partial
 from itertools import permutations
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from metarobot.envs.grasp import SIZE
-from metarobot.envs.robots import arm_control as manipulation
-from metarobot.envs.robots.arm_control import AIM, FORCE, GRIPPED, HAND, REACH, TURN, YAW, scene_of
-from metarobot.envs.scenery import graspable_objects as objects
+from metarobot.envs.grasp import SIZE, turn_to_object
+from metarobot.envs.robots import arm_control
+from metarobot.envs.robots.arm_control import (
+    ACTION_MOTION,
+    ARM_STATISTICS,
+    MAX_MOVE,
+    MAX_TURN,
+    STAT_GRIP_FORCE,
+    STAT_GRIPPED,
+    STAT_TARGET_POSITION,
+    TOUCH_FORCE,
+    ArmState,
+    arm_state,
+)
+from metarobot.envs.scenery import graspable_objects
+from metarobot.lazy import lazy_module
 from metarobot.tasks.distributions import Choice, LogUniform
 from metarobot.tasks.family import (
     Deployment,
@@ -32,254 +43,320 @@ from metarobot.tasks.family import (
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats, constant_like
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
 HORIZON = 120
-"""Control steps an episode."""
-CLASSES, KNOWN = 4, 1000
-"""Classes of a task, each with a place of its own; and how many there are to train on. As many
-others are for tests."""
-CODE = 16
-"""Length of the code that colours and texture are seen as."""
-PLACES = torch.tensor([[0.42, -0.2], [0.62, -0.12], [0.62, 0.12], [0.42, 0.2]]).double()
-"""Middles of the places, x and y, m."""
-NEAR, SETTLED = 0.04, 5
-"""Put down means: within so many metres of a place's middle, let go of, for so many control
-steps."""
-OBSERVATIONS = (*manipulation.OBSERVATIONS, *(f"code_{i}" for i in range(CODE)))
-NOISE = (*manipulation.NOISE, *[0.05] * CODE)
-SHOWN = (*manipulation.OBSERVATIONS, "place_x_m", "place_y_m")
+"""Control steps in an episode: 4.8 s."""
+CLASSES = 4
+"""Classes of objects in a task, each with a place of its own."""
+TRAINING_CLASSES = 1000
+"""Classes in all for training; as many others are for extrapolation."""
+CODE_LENGTH = 16
+"""Length of the code in which colours and texture are observed."""
+# rounded to float32, as the workspace
+PLACES = np.array([[0.42, -0.2], [0.62, -0.12], [0.62, 0.12], [0.42, 0.2]], np.float32).astype(
+    np.float64
+)
+"""Centres of the places, x and y, m."""
+PLACE_RADIUS = 0.04
+"""Distance from a place's centre within which an object is in the place, m."""
+SETTLED_STEPS = 5
+"""Control steps after which an object that was let go counts as put down."""
+CARRY_HEIGHT = 0.13
+"""Height at which the expert carries the object, m."""
+OBSERVATIONS = (*arm_control.OBSERVATIONS, *(f"code_{i}" for i in range(CODE_LENGTH)))
+"""Names of the elements of the observation."""
+NOISE = (*arm_control.NOISE, *[0.05] * CODE_LENGTH)
+"""Uniform sensor noise, ± this."""
+OBSERVATIONS_WITH_PLACE = (*arm_control.OBSERVATIONS, "place_x_m", "place_y_m")
+"""Names of the elements of the observation where the right place is shown."""
+NOISE_WITH_PLACE = (*arm_control.NOISE, 0.005, 0.005)
 WEIGHTS = {"reach": 0.3, "grip": 0.3, "carry": 1.0, "success": 20.0, "wrong": 10.0, "calm": 0.05}
 
-SEEN, AWAY, DONE, WRONG = HAND, HAND + 1, HAND + 2, HAND + 3
-"""Of the statistics, after the hand's: control steps put down, whether the object has been carried,
-whether it was put down in its place, and in another's."""
-STATISTICS_SIZE = HAND + 4
-_ORDERS = torch.tensor(list(permutations(range(CLASSES))))
+STAT_STEPS_DOWN = ARM_STATISTICS
+"""Column of the episode statistics: control steps the object has lain in a place, let go of."""
+STAT_CARRIED = ARM_STATISTICS + 1
+"""Column of the episode statistics: 1 once the object has been lifted."""
+STAT_SUCCESS = ARM_STATISTICS + 2
+"""Column of the episode statistics: 1 once the object was put down where it belongs."""
+STAT_WRONG_PLACE = ARM_STATISTICS + 3
+"""Column of the episode statistics: 1 once it was put down in another place."""
+STATISTICS_SIZE = ARM_STATISTICS + 4
+
+_PLACE_ORDERS = np.array(list(permutations(range(CLASSES))))
+"""``(order, class)``: the place of each class under each order."""
 
 
 @cache
-def codes() -> Tensor:
-    """Return the code of every class, ``(2 * KNOWN, CODE)``: unit vectors, drawn once and for
-    all.
+def class_codes() -> Floats:
+    """Return the code of every class, ``(2 * TRAINING_CLASSES, CODE_LENGTH)``: unit vectors.
+
+    They are always the same; the second half is for extrapolation.
     """
-    draws = np.random.Generator(np.random.PCG64(20)).standard_normal((2 * KNOWN, CODE))
+    rng = np.random.Generator(np.random.PCG64(20))
+    draws = rng.standard_normal((2 * TRAINING_CLASSES, CODE_LENGTH))
     units: Floats = draws / np.linalg.norm(draws, axis=1, keepdims=True)
-    return torch.from_numpy(units)
+    return units
 
 
-def belongs(state: WorldState) -> Tensor:
-    """Return the middle of the place where the presented object belongs, ``(world, 2)``, m."""
-    orders = constant_like(_ORDERS, state.variant)
-    return constant_like(PLACES, state.qpos)[orders[state.task["order"].long(), state.variant]]
+def right_place(state: WorldState) -> Tensor:
+    """Return the centre of the place where the presented object belongs, ``(world, 2)``, m."""
+    orders = constant_like(_PLACE_ORDERS, state.variant)
+    place = orders[state.task["order"].long(), state.variant]
+    return constant_like(PLACES, state.qpos)[place]
 
 
-def code(state: WorldState) -> Tensor:
-    """Return the presented object's code, ``(world, CODE)``."""
-    named = torch.stack([state.task[f"class_{i}"] for i in range(CLASSES)], 1).long()
-    return constant_like(codes(), state.qpos)[
-        named.gather(1, state.variant[:, None])[:, 0] + KNOWN * state.task["unseen"].long()
-    ]
+def distance_to_place(state: WorldState) -> Tensor:
+    """Return the horizontal distance from the object to its place, m, ``(world,)``."""
+    return (arm_state(state).object_position[:, :2] - right_place(state)).norm(dim=1)
+
+
+def presented_code(state: WorldState) -> Tensor:
+    """Return the code of the presented object's class, ``(world, CODE_LENGTH)``."""
+    classes = torch.stack([state.task[f"class_{i}"] for i in range(CLASSES)], 1).long()
+    presented = classes.gather(1, state.variant[:, None])[:, 0]
+    row = presented + TRAINING_CLASSES * state.task["unseen"].long()
+    return constant_like(class_codes(), state.qpos)[row]
 
 
 def observe(state: WorldState) -> Tensor:
-    """Return ``(world, 35)``: what a grasping hand sees, and the presented object's code."""
-    return torch.cat([manipulation.observe(state), code(state).float()], 1)
+    """Return the observation of a grasping arm and the presented object's code, ``(world, 35)``."""
+    return torch.cat([arm_control.observe(state), presented_code(state).float()], 1)
 
 
-def observe_shown(state: WorldState) -> Tensor:
-    """Return ``(world, 21)``: what a grasping hand sees, and where the object belongs, from the
-    workspace's middle.
+def observe_with_place(state: WorldState) -> Tensor:
+    """Return the observation of a grasping arm and where the object belongs, ``(world, 21)``.
+
+    The place is relative to the workspace's centre, as all positions are.
     """
-    place = belongs(state) - constant_like(manipulation.CENTRE, state.qpos)[:2]
-    return torch.cat([manipulation.observe(state), place.float()], 1)
+    centre = constant_like(arm_control.WORKSPACE_CENTRE, state.qpos)[:2]
+    place = right_place(state) - centre
+    return torch.cat([arm_control.observe(state), place.float()], 1)
 
 
 def critic_observe(state: WorldState) -> Tensor:
-    """Return the way from the object to its place, and the statistics of the placing."""
-    return torch.cat(
-        [10 * (belongs(state) - scene_of(state).object[:, :2]), state.statistics[:, HAND:]], 1
-    ).float()
+    """Return the vector from the object to its place and the statistics, ``(world, 6)``."""
+    to_place = right_place(state) - arm_state(state).object_position[:, :2]
+    return torch.cat([10 * to_place, state.statistics[:, ARM_STATISTICS:]], 1).float()
 
 
-def begin(state: WorldState) -> Tensor:
-    """Start with an open hand, and nothing placed."""
-    return torch.nn.functional.pad(manipulation.begin(state), (0, STATISTICS_SIZE - HAND))
+def begin_statistics(state: WorldState) -> Tensor:
+    """Return the statistics of an open hand and an object that was not placed yet."""
+    arm = arm_control.begin_statistics(state)
+    return torch.nn.functional.pad(arm, (0, STATISTICS_SIZE - ARM_STATISTICS))
 
 
-def count(before: WorldState, after: WorldState) -> Tensor:
-    """Keep the statistics: see ``SEEN``."""
-    old, scene = before.statistics, scene_of(after)
-    hand = manipulation.count(before, after, scene)
-    gaps = torch.cdist(scene.object[:, :2], constant_like(PLACES, scene.object))
-    down = (
-        (hand[:, FORCE] == 0)
-        & (scene.pads.amax(1) < 0.05)
-        & (scene.lift.abs() < 0.01)
-        & (gaps.amin(1) < NEAR)
-    )
-    seen = torch.where(down, old[:, SEEN] + 1, 0.0)
-    away = (old[:, AWAY] > 0) | (scene.held & (scene.lift > 0.02))
-    settled, right = seen >= SETTLED, (scene.object[:, :2] - belongs(after)).norm(dim=1) < NEAR
-    rows = [
-        seen,
-        away,
-        (old[:, DONE] > 0) | (settled & right),
-        (old[:, WRONG] > 0) | (settled & ~right),
-    ]
-    return torch.cat([hand, torch.stack([r.to(hand) for r in rows], 1)], 1)
+def update_statistics(before: WorldState, after: WorldState) -> Tensor:
+    """Return the episode statistics after an action, ``(world, STATISTICS_SIZE)``."""
+    old = before.statistics
+    arm = arm_state(after)
+    arm_statistics = arm_control.update_statistics(before, after)
+
+    # down: in any place, on the table, and let go of
+    position = arm.object_position[:, :2]
+    distances = torch.cdist(position, constant_like(PLACES, arm.object_position))
+    in_a_place = distances.amin(1) < PLACE_RADIUS
+    on_table = arm.lift.abs() < 0.01
+    let_go = (arm_statistics[:, STAT_GRIP_FORCE] == 0) & (arm.pad_forces.amax(1) < TOUCH_FORCE)
+    down = let_go & on_table & in_a_place
+    steps_down = torch.where(down, old[:, STAT_STEPS_DOWN] + 1, 0.0)
+
+    carried = (old[:, STAT_CARRIED] > 0) | (arm.holding & (arm.lift > 0.02))
+    settled = steps_down >= SETTLED_STEPS
+    right = distance_to_place(after) < PLACE_RADIUS
+    success = (old[:, STAT_SUCCESS] > 0) | (settled & right)
+    wrong = (old[:, STAT_WRONG_PLACE] > 0) | (settled & ~right)
+
+    # in the order of the columns
+    own = [steps_down, carried, success, wrong]
+    columns = [column.to(arm_statistics) for column in own]
+    return torch.cat([arm_statistics, torch.stack(columns, 1)], 1)
 
 
 def reward(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
-    """Return named terms in [0, 1], or [−1, 0] for what should not be; ``success`` is 1 once an
-    episode.
+    """Return named terms in [0, 1], costs in [−1, 0].
+
+    ``success`` and ``wrong`` are paid once an episode, at the step where it happens.
     """
-    scene, statistics = scene_of(after), after.statistics
-    gap = (scene.object[:, :2] - belongs(after)).norm(dim=1)
+    arm = arm_state(after)
+    old = before.statistics
+    new = after.statistics
     return {
-        "reach": 1 - torch.tanh(8 * scene.offset.norm(dim=1)),
-        "grip": statistics[:, GRIPPED] * scene.held,
-        "carry": statistics[:, AWAY] * (1 - torch.tanh(5 * gap)),
-        "success": statistics[:, DONE] - before.statistics[:, DONE],
-        "wrong": before.statistics[:, WRONG] - statistics[:, WRONG],
-        "calm": -after.action[:, :4].square().mean(1),
+        "reach": 1 - torch.tanh(8 * arm.tip_to_object.norm(dim=1)),
+        "grip": new[:, STAT_GRIPPED] * arm.holding,
+        "carry": new[:, STAT_CARRIED] * (1 - torch.tanh(5 * distance_to_place(after))),
+        "success": new[:, STAT_SUCCESS] - old[:, STAT_SUCCESS],
+        "wrong": old[:, STAT_WRONG_PLACE] - new[:, STAT_WRONG_PLACE],
+        "calm": -after.action[:, ACTION_MOTION].square().mean(1),
     }
 
 
-def over(state: WorldState) -> Tensor:
-    """Say where the object has been put down, or left the table."""
-    scene, statistics = scene_of(state), state.statistics
-    low, high = (
-        constant_like(x, scene.object)[:2] for x in (manipulation.LOWEST, manipulation.HIGHEST)
-    )
-    away = ((scene.object[:, :2] < low - 0.1) | (scene.object[:, :2] > high + 0.1)).any(1)
-    return (statistics[:, DONE] > 0) | (statistics[:, WRONG] > 0) | away
+def finished(state: WorldState) -> Tensor:
+    """Return where the object was put down in a place, or is out of reach."""
+    position = arm_state(state).object_position
+    low = constant_like(arm_control.WORKSPACE_LOW, position)[:2]
+    high = constant_like(arm_control.WORKSPACE_HIGH, position)[:2]
+    outside = (position[:, :2] < low - 0.1) | (position[:, :2] > high + 0.1)
+    success = state.statistics[:, STAT_SUCCESS] > 0
+    wrong = state.statistics[:, STAT_WRONG_PLACE] > 0
+    return success | wrong | outside.any(1)
 
 
 def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
     """Show which class is presented and how far it is from its place."""
-    gap = (scene_of(after).object[:, :2] - belongs(after)).norm(dim=1)
-    return {"class": after.variant + 1.0, "to its place cm": 100 * gap}
+    return {"class": after.variant + 1.0, "to its place cm": 100 * distance_to_place(after)}
 
 
 def expert(state: WorldState) -> Tensor:
-    """Grasp, lift, carry and put down with everything known; actions ``(world, 6)``."""
-    scene, statistics = scene_of(state), state.statistics
-    closed, away = statistics[:, FORCE] > 0, statistics[:, AWAY] > 0
-    rest = scene.rest
-    low = (rest - 0.002).clamp_min(0.014)
-    goal = belongs(state)
-    gap, off = (scene.object[:, :2] - goal).norm(dim=1), scene.offset[:, :2].norm(dim=1)
-    there, landed = gap < 0.02, scene.object[:, 2] < rest + 0.005
-    # before: over it, down and close; then up, across, down and open; then up again
-    carried = closed & scene.held & (statistics[:, GRIPPED] > 0)
-    over = torch.where(off < 0.01, low, low + 0.06)
-    height = torch.where(closed, torch.where(carried, torch.where(there, low, 0.13), low), over)
-    height = torch.where(away & ~closed, 0.16, height)
-    # keep clear of the table while it is carried across
-    lifted = scene.object[:, 2] > rest + 0.03
-    across = torch.where(
-        (lifted | there)[:, None], goal - scene.offset[:, :2], statistics[:, AIM][:, :2]
-    )
-    place = torch.where(
-        carried[:, None],
-        across,
-        torch.where(closed[:, None], statistics[:, AIM][:, :2], scene.object[:, :2]),
-    )
-    place = torch.where((away & ~closed)[:, None], statistics[:, AIM][:, :2], place)
-    move = (torch.cat([place, height[:, None]], 1) - statistics[:, AIM]) / REACH
-    y = scene.y[:, :2]
-    turn = torch.where(
-        closed | away, 0.0, (torch.atan(-y[:, 0] / y[:, 1]) - statistics[:, YAW]) / TURN
-    )
-    still = scene.speed.norm(dim=1) < 0.08
-    ready = (off < 0.006) & ((scene.tip[:, 2] - low).abs() < 0.006) & still & ~away
-    release = away & closed & there & landed & still
-    close = torch.where((closed & ~release) | ready, 1.0, -1.0)
-    force = manipulation.strength(1 + 3 * state.task["mass"] * 9.81 / (2 * state.task["friction"]))
+    """Return the actions of a program that is told the task, ``(world, 6)``.
+
+    It goes over the object, down, and closes; then up, across, down, and opens; then up again.
+    """
+    arm = arm_state(state)
+    statistics = state.statistics
+    target = statistics[:, STAT_TARGET_POSITION]
+    goal = right_place(state)
+    closed = statistics[:, STAT_GRIP_FORCE] > 0
+    carried = statistics[:, STAT_CARRIED] > 0
+    grasped = closed & arm.holding & (statistics[:, STAT_GRIPPED] > 0)
+    leaving = carried & ~closed
+    offset = arm.tip_to_object[:, :2].norm(dim=1)
+    at_goal = distance_to_place(state) < 0.02
+
+    # height: down to the object, up to carry it, down at the goal, and up when it is let go of
+    grasp_height = (arm.resting_height - 0.002).clamp_min(0.014)
+    before_grasp = torch.where(offset < 0.01, grasp_height, grasp_height + 0.06)
+    with_object = torch.where(at_goal, grasp_height, CARRY_HEIGHT)
+    height = torch.where(closed, torch.where(grasped, with_object, grasp_height), before_grasp)
+    height = torch.where(leaving, 0.16, height)
+
+    # horizontally: to the object; across only once it is clear of the table; or stay
+    stay = target[:, :2]
+    lifted = arm.object_position[:, 2] > arm.resting_height + 0.03
+    across = torch.where((lifted | at_goal)[:, None], goal - arm.tip_to_object[:, :2], stay)
+    to_object = torch.where(closed[:, None], stay, arm.object_position[:, :2])
+    horizontal = torch.where(grasped[:, None], across, to_object)
+    horizontal = torch.where(leaving[:, None], stay, horizontal)
+
+    move = (torch.cat([horizontal, height[:, None]], 1) - target) / MAX_MOVE
     move = torch.cat([move[:, :2].clamp(-0.6, 0.6), move[:, 2:].clamp(-1.0, 0.5)], 1)
+    turn = torch.where(closed | carried, 0.0, turn_to_object(state, arm) / MAX_TURN)
+
+    still = arm.tip_velocity.norm(dim=1) < 0.08
+    at_height = (arm.tip_position[:, 2] - grasp_height).abs() < 0.006
+    ready = (offset < 0.006) & at_height & still & ~carried
+    landed = arm.object_position[:, 2] < arm.resting_height + 0.005
+    release = carried & closed & at_goal & landed & still
+    close = torch.where((closed & ~release) | ready, 1.0, -1.0)
+
+    # one and a half times what just holds, and a little more
+    wanted = 1 + 3 * state.task["mass"] * 9.81 / (2 * state.task["friction"])
+    force = arm_control.force_action(wanted)
     return torch.cat([move, torch.stack([turn, close, force], 1)], 1).clamp(-1, 1)
 
 
-def named(i: int) -> Param:
-    """Build one of a task's classes; no two of a task are alike."""
-    known = tuple(map(float, range(i, KNOWN, CLASSES)))
-    return Param(name=f"class_{i}", train=Choice(known), nuisance=True, doc="a class of objects")
+def class_param(i: int) -> Param:
+    """Return the parameter of one of a task's classes; no two of a task are alike."""
+    candidates = tuple(float(c) for c in range(i, TRAINING_CLASSES, CLASSES))
+    return Param(
+        name=f"class_{i}", train=Choice(candidates), nuisance=True, doc="a class of objects"
+    )
 
 
-UNSEEN = Param(
+NEW_CLASSES = Param(
     name="unseen",
     train=Choice((0.0,)),
     extrapolation=Choice((1.0,)),
     nuisance=True,
     doc="whether all classes are others, that are never trained on",
 )
-
-
-FORM = tuple(replace(p, extrapolation=None) for p in SIZE)
-ORDER = Param(
+PLACE_ORDER = Param(
     name="order",
-    train=Choice(tuple(map(float, range(len(_ORDERS))))),
+    train=Choice(tuple(float(i) for i in range(len(_PLACE_ORDERS)))),
     doc="which class belongs where: a permutation",
 )
-MASS = Param(
-    name="mass", train=LogUniform(0.05, 0.3), edits_spec=True, unit="kg", doc="of the object"
-)
-FRICTION = Param(name="friction", train=LogUniform(0.6, 1.2), edits_spec=True, doc="of the object")
-KIND = Param(
+OBJECT_KIND = Param(
     name="kind",
     train=Choice((0.0, 1.0)),
     edits_spec=True,
     doc="shape",
-    words=tuple(f"{i} {k}" for i, k in enumerate(objects.KINDS)),
+    words=tuple(f"{i} {k}" for i, k in enumerate(graspable_objects.OBJECT_KINDS)),
+)
+OBJECT_SIZE = tuple(replace(param, extrapolation=None) for param in SIZE)
+OBJECT_MASS = Param(
+    name="mass", train=LogUniform(0.05, 0.3), edits_spec=True, unit="kg", doc="of the object"
+)
+OBJECT_FRICTION = Param(
+    name="friction", train=LogUniform(0.6, 1.2), edits_spec=True, doc="of the object"
+)
+PARAMS = (
+    *(class_param(i) for i in range(CLASSES)),
+    NEW_CLASSES,
+    PLACE_ORDER,
+    OBJECT_KIND,
+    *OBJECT_SIZE,
+    OBJECT_MASS,
+    OBJECT_FRICTION,
 )
 
 
-def placement(name: str, doc: str, *, shown: bool = False, robot: str = "") -> Family:
-    """Build a family; ``shown``: the agent sees where the object belongs, not what it is;
-    ``robot``: another arm.
+def placement_family(name: str, doc: str, *, show_place: bool = False, robot: str = "") -> Family:
+    """Build a family of placement tasks.
+
+    Args:
+        name: Name of the family and of its task space.
+        doc: One sentence on what the agent must find out.
+        show_place: Whether the agent observes where the object belongs instead of what it is.
+        robot: Another model of the arm: a path to an MJCF file or ``menagerie:name``; our own Panda
+            if empty.
+
+    Raises:
+        ModelError: The other model does not fit.
     """
+
+    def on_robot(other: str) -> Family:
+        return placement_family(name, doc, show_place=show_place, robot=other)
+
     return Family(
         name=name,
         doc=doc,
-        space=TaskSpace(
-            name, (*map(named, range(CLASSES)), UNSEEN, ORDER, KIND, *FORM, MASS, FRICTION)
-        ),
+        space=TaskSpace(name, PARAMS),
         horizon=HORIZON,
-        substeps=manipulation.SUBSTEPS,
-        spec=partial(manipulation.build, robot),
-        observations=SHOWN if shown else OBSERVATIONS,
-        observe=observe_shown if shown else observe,
+        substeps=arm_control.SUBSTEPS,
+        spec=partial(arm_control.build_spec, robot),
+        observations=OBSERVATIONS_WITH_PLACE if show_place else OBSERVATIONS,
+        observe=observe_with_place if show_place else observe,
         reward=reward,
         weights=WEIGHTS,
-        start=manipulation.starter(robot),
+        start=arm_control.start_of(robot),
         interaction=Interaction(
-            edit_spec=objects.shape,
-            derive=manipulation.Scene,
-            noise=(*manipulation.NOISE, 0.005, 0.005) if shown else NOISE,
-            controller=manipulation.CONTROL,
-            statistics=EpisodeStatistics(size=STATISTICS_SIZE, begin=begin, update=count),
+            edit_spec=graspable_objects.edit_object,
+            derive=ArmState,
+            noise=NOISE_WITH_PLACE if show_place else NOISE,
+            controller=arm_control.CONTROLLER,
+            statistics=EpisodeStatistics(
+                size=STATISTICS_SIZE, begin=begin_statistics, update=update_statistics
+            ),
             variants=CLASSES,
-            terminate=over,
+            terminate=finished,
         ),
-        teaching=Teaching(
-            critic_observe=critic_observe,
-            expert=expert,
-        ),
-        display=Display(
-            readout=readout,
-            view=((0.5, 0.0, 0.15), 0.38),
-        ),
-        deployment=Deployment(
-            on_robot=lambda other: placement(name, doc, shown=shown, robot=other),
-        ),
+        teaching=Teaching(critic_observe=critic_observe, expert=expert),
+        display=Display(readout=readout, view=((0.5, 0.0, 0.15), 0.38)),
+        deployment=Deployment(on_robot=on_robot),
     )
 
 
-placement_task = placement(
+placement_task = placement_family(
     "Placement",
-    "Put each class of objects in its place, which demonstrations show or trials reveal: horizon 120, 25 Hz.",
+    "Put each class of objects in its place, which demonstrations show or trials reveal: "
+    "horizon 120, 25 Hz.",
 )
-placement_shown = placement(
+placement_shown = placement_family(
     "PlacementShown",
     "The same with the right place in view, in the code's stead: what Placement is compared with.",
-    shown=True,
+    show_place=True,
 )

@@ -1,25 +1,24 @@
-"""A Go2 that has to keep a commanded speed on unknown ground, under unknown loads, with broken
-motors.
+"""A Go2 that keeps a commanded speed on unknown ground, under unknown loads, with broken motors.
 
 The robot observes what the real one measures: the direction of gravity and the angular velocity in
 its own frame (IMU), joint angles and velocities, its last action and the command, with noise.
-Everything else is hidden. Actions move the joints' targets around a default pose, 50 times a
-second, late and lagging as on the robot.
+Everything else is hidden. Actions move the joints' targets around a default pose 50 times a second,
+with a delay and a lag as on the robot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import mujoco
 import numpy as np
-import torch
-from torch import Tensor
 
 from metarobot.envs.robots import go2
-from metarobot.envs.robots.quaternions import rotation
+from metarobot.envs.robots.quaternions import rotation_matrix
 from metarobot.envs.scenery import terrain
+from metarobot.lazy import lazy_module
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
 from metarobot.tasks.family import (
     Deployment,
@@ -35,33 +34,55 @@ from metarobot.tasks.mujoco_models import Edit, compile_spec
 from metarobot.tasks.space import Param, SparseFaults, TaskSpace
 from metarobot.types import Floats, constant_like
 
-SUBSTEPS, HORIZON = 4, 200
-"""Physics steps of 5 ms a control step; control steps an episode."""
-LOCK = 2000.0
-"""Damping of a seized joint, N·m·s/rad: the whole robot's weight moves it by less than 1 degree in
-an episode."""
-SPARED = ("FL_hip", "RR_thigh", "RL_calf")
-"""Joints that break in ``extrapolate`` alone, one of each kind."""
-LOWEST, UPRIGHT = 0.17, 0.7
-"""Height of the trunk over the lowest foot, m, and cosine of its tilt, below which it has fallen:
-no gait kneels."""
-TOUCH = 1.0
-"""Force on a foot that is down, N."""
-STEP_HEIGHT = 0.07
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")
+
+SUBSTEPS = 4
+"""Physics steps of 5 ms in a control step."""
+HORIZON = 200
+"""Control steps in an episode: 4 s."""
+LOCKED_DAMPING = 2000.0
+"""Damping of a seized joint, N·m·s/rad.
+
+The weight of the whole robot moves it by less than 1 degree in an episode."""
+HEALTHY_DAMPING = 0.1
+"""Damping of every other joint, N·m·s/rad."""
+EXTRAPOLATION_JOINTS = ("FL_hip", "RR_thigh", "RL_calf")
+"""Joints that break in the split ``extrapolate`` alone, one of each kind."""
+MIN_TRUNK_HEIGHT = 0.17
+"""Height of the trunk over the lowest foot below which it has fallen, m: no gait kneels."""
+MIN_UPRIGHTNESS = 0.7
+"""Cosine of the trunk's tilt below which it has fallen."""
+CONTACT_FORCE = 1.0
+"""Force above which a foot is in contact, N."""
+SWING_HEIGHT = 0.07
 """How high feet are to swing, m."""
 
 OBSERVATIONS = (
-    *(f"gravity_{a}" for a in "xyz"),
-    *(f"turn_{a}_rad/s" for a in "xyz"),
-    *(f"{j}_rad" for j in go2.JOINTS),
-    *(f"{j}_rad/s" for j in go2.JOINTS),
-    *(f"{j}_action" for j in go2.JOINTS),
+    *(f"gravity_{axis}" for axis in "xyz"),
+    *(f"turn_{axis}_rad/s" for axis in "xyz"),
+    *(f"{joint}_rad" for joint in go2.JOINTS),
+    *(f"{joint}_rad/s" for joint in go2.JOINTS),
+    *(f"{joint}_action" for joint in go2.JOINTS),
     "command_x_m/s",
     "command_y_m/s",
     "command_turn_rad/s",
 )
-NOISE = (*[0.05] * 3, *[0.2] * 3, *[0.01] * 12, *[1.5] * 12, *[0.0] * 12, *[0.0] * 3)
-"""Uniform sensor noise as Unitree's own training assumes it, ± so much."""
+"""Names of the elements of the observation."""
+COMMANDS = OBSERVATIONS[-3:]
+"""The observations that an operator sets on a real robot."""
+NOISE = (
+    *[0.05] * 3,  # gravity
+    *[0.2] * 3,  # angular velocity
+    *[0.01] * 12,  # joint angles
+    *[1.5] * 12,  # joint velocities
+    *[0.0] * 12,  # last action
+    *[0.0] * 3,  # command
+)
+"""Uniform sensor noise, ± this, as Unitree's own training assumes it."""
 WEIGHTS = {
     "track": 2.0,
     "turn": 0.3,
@@ -76,182 +97,231 @@ WEIGHTS = {
     "limits": 0.1,
 }
 
-POSE, TORQUE, SPEED = (torch.from_numpy(x) for x in (go2.POSE, go2.TORQUE, go2.SPEED))
-
-
 Columns = slice | list[int]
-"""Where ``qvel`` holds the joints in our order; another model may have its legs in another."""
-OURS = slice(6, 18)
+"""Where ``qvel`` has the joints in our order; another model may have its legs in another order."""
+OWN_COLUMNS = slice(6, 18)
+"""Where our own Go2 has them."""
 
 
-def joints(state: WorldState, where: Columns) -> tuple[Tensor, Tensor]:
-    """Return the joints' angles off the default pose, rad, and their velocities, rad/s, ``(world,
-    12)`` each.
+def joint_state(state: WorldState, columns: Columns) -> tuple[Tensor, Tensor]:
+    """Return the joints' offsets from the default pose, rad, and velocities, rad/s.
+
+    Shape ``(world, 12)`` each.
     """
-    return state.qpos[:, 1:][:, where] - constant_like(POSE, state.qpos), state.qvel[:, where]
+    angles = state.qpos[:, 1:][:, columns]
+    return angles - constant_like(go2.DEFAULT_POSE, state.qpos), state.qvel[:, columns]
+
+
+def derive_rotation(state: WorldState) -> Tensor:
+    """Return the rotation from the trunk's frame to the world's, ``(world, 3, 3)``.
+
+    The environment calls it once a step (``Interaction.derive``) and keeps the result.
+    """
+    return rotation_matrix(state.qpos[:, 3:7])
 
 
 def trunk_rotation(state: WorldState) -> Tensor:
-    """Return the trunk's rotation from its own frame to the world's, ``(world, 3, 3)``."""
-    return rotation(state.qpos[:, 3:7])
+    """Return the rotation from the trunk's frame to the world's, computed once a step."""
+    rotation: Tensor = derive_rotation(state) if state.derived is None else state.derived
+    return rotation
 
 
-def turned(state: WorldState) -> Tensor:
-    """Return what ``trunk_rotation`` made of a moment."""
-    turn: Tensor = trunk_rotation(state) if state.derived is None else state.derived
-    return turn
+def gravity_direction(state: WorldState) -> Tensor:
+    """Return the direction of gravity in the trunk's frame, ``(world, 3)``.
 
-
-def gravity(state: WorldState, turn: Tensor) -> Tensor:
-    """Return the direction of gravity in the trunk's frame, ``(world, 3)``; a slope is gravity
-    turned.
+    On a slope the world's gravity is turned, not its ground.
     """
+    rotation = trunk_rotation(state)
     if "slope" not in state.task:
-        return -turn[:, 2]
+        return -rotation[:, 2]
     slope = torch.deg2rad(state.task["slope"])[:, None]
-    return -slope.sin() * turn[:, 0] - slope.cos() * turn[:, 2]
+    return -slope.sin() * rotation[:, 0] - slope.cos() * rotation[:, 2]
 
 
-def velocity(state: WorldState, turn: Tensor) -> Tensor:
+def trunk_velocity(state: WorldState) -> Tensor:
     """Return the trunk's velocity in its own frame, m/s, ``(world, 3)``."""
-    return (turn * state.qvel[:, :3, None]).sum(1)
+    return (trunk_rotation(state) * state.qvel[:, :3, None]).sum(1)
+
+
+def trunk_angular_velocity(state: WorldState) -> Tensor:
+    """Return the trunk's angular velocity in its own frame, rad/s, ``(world, 3)``."""
+    return state.qvel[:, 3:6]
 
 
 def command(state: WorldState) -> Tensor:
-    """Return the commanded forward and sideways velocity, m/s, and rate of turn, rad/s, ``(world,
-    3)``.
-    """
+    """Return the command, ``(world, 3)``: velocity forward and left, m/s, rate of turn, rad/s."""
     zero = torch.zeros_like(state.qpos[:, 0])
-    return torch.stack(
-        [state.task.get("command_x", zero), zero, state.task.get("command_turn", zero)], 1
-    )
+    forward = state.task.get("command_x", zero)
+    turn = state.task.get("command_turn", zero)
+    return torch.stack([forward, zero, turn], 1)
 
 
-def observe(state: WorldState, *, hidden: bool = False, where: Columns = OURS) -> Tensor:
-    """Return ``(world, 45)``; with a hidden command, zeros in its place."""
-    down = gravity(state, turned(state))
-    told = torch.zeros_like(down) if hidden else command(state)
-    return torch.cat(
-        [down, state.qvel[:, 3:6], *joints(state, where), state.action, told], 1
-    ).float()
+def observe(
+    state: WorldState, *, hide_command: bool = False, columns: Columns = OWN_COLUMNS
+) -> Tensor:
+    """Return the observation, ``(world, 45)``; a hidden command is zero."""
+    gravity = gravity_direction(state)
+    shown_command = torch.zeros_like(gravity) if hide_command else command(state)
+    angles, velocities = joint_state(state, columns)
+    parts = [
+        gravity,
+        trunk_angular_velocity(state),
+        angles,
+        velocities,
+        state.action,
+        shown_command,
+    ]
+    return torch.cat(parts, 1).float()
 
 
-class Feet:
-    """What the sensors say of the feet, ``(world, 4)`` in the order of the legs, and of the
-    drives.
-    """
+class QuadrupedSensors:
+    """The model's sensors by name, ``(world, leg)`` or ``(world, joint)``."""
 
     def __init__(self, state: WorldState) -> None:
-        place, motion, force, self.torque = torch.split(state.sensors, [12, 12, 4, 12], 1)
-        self.height = place[:, 2::3]
-        self.speed = torch.hypot(motion[:, 0::3], motion[:, 1::3])
-        self.down = force > TOUCH
+        position, velocity, force, torque = torch.split(state.sensors, [12, 12, 4, 12], 1)
+        self.foot_height = position[:, 2::3]
+        """Height of each foot's centre, m."""
+        self.foot_speed = torch.hypot(velocity[:, 0::3], velocity[:, 1::3])
+        """Horizontal speed of each foot, m/s."""
+        self.in_contact = force > CONTACT_FORCE
+        """Whether each foot is on the ground."""
+        self.torque = torque
+        """Torque of each joint, N·m."""
 
 
 def critic_observe(state: WorldState) -> Tensor:
-    """Return what the robot cannot measure: its velocity, its height over its feet, and which feet
-    are down.
+    """Return what the robot cannot measure, ``(world, 14)``.
+
+    The trunk's velocity, its height over each foot, which feet are in contact, and the command.
     """
-    feet, height = Feet(state), state.qpos[:, 2:3]
-    return torch.cat(
-        [velocity(state, turned(state)), height - feet.height, feet.down, command(state)], 1
-    ).float()
+    sensors = QuadrupedSensors(state)
+    height = state.qpos[:, 2:3] - sensors.foot_height
+    parts = [trunk_velocity(state), height, sensors.in_contact, command(state)]
+    return torch.cat(parts, 1).float()
 
 
-_SQUARES = torch.from_numpy(
-    np.repeat(np.diag([4, 0.25, 10 / 12, 1 / 12, 2 / 12]), [1, 2, 12, 12, 12], axis=0)
+_COST_OF_SQUARES = np.repeat(
+    np.diag([4, 0.25, 10 / 12, 1 / 12, 2 / 12]), [1, 2, 12, 12, 12], axis=0
 )
-"""Adds the squares of velocity up, spin, torques, change of action and pose up to five costs,
-``(39, 5)``."""
-_ONES = torch.ones(24, dtype=torch.float64)
+"""``(39, 5)``: from squares to the costs bounce, wobble, effort, jerk and pose.
+
+The squares are those of vertical velocity, roll and pitch rate, torques, changes of action, and
+joint offsets. One matrix product is faster than five weighted sums."""
+_SLIP_WEIGHTS = np.full(4, 4.0)
+_LIMIT_WEIGHTS = np.full(24, 10.0)
+_MEAN_OVER_FEET = np.full(4, 0.25)
 
 
 def reward(
-    before: WorldState, after: WorldState, dt: float, *, where: Columns = OURS
+    before: WorldState, after: WorldState, dt: float, *, columns: Columns = OWN_COLUMNS
 ) -> dict[str, Tensor]:
-    """Return named terms: tracking and swing in [0, 1], everything else in [−1, 0]."""
-    pose, fast = joints(after, where)
-    turn, feet, wanted = turned(after), Feet(after), command(after)
-    moving, spin = velocity(after, turn), after.qvel[:, 3:6]
-    ones = constant_like(_ONES, feet.torque)
-    torque = feet.torque / constant_like(TORQUE, feet.torque)
-    squared = torch.cat(
-        [moving[:, 2:], spin[:, :2], torque, after.action - before.action, pose], 1
+    """Return named terms: tracking and swing in [0, 1], all costs in [−1, 0].
+
+    Costs are squashed by −tanh, so that no broken state outweighs the rest of an episode.
+    """
+    offsets, velocities = joint_state(after, columns)
+    rotation = trunk_rotation(after)
+    velocity = trunk_velocity(after)
+    angular_velocity = trunk_angular_velocity(after)
+    wanted = command(after)
+    sensors = QuadrupedSensors(after)
+    torque = sensors.torque / constant_like(go2.TORQUE_LIMITS, sensors.torque)
+    speed = velocities / constant_like(go2.SPEED_LIMITS, velocities)
+
+    # tracking: steep where the error is small, and not flat where it is large
+    error = torch.hypot(velocity[:, 0] - wanted[:, 0], velocity[:, 1] - wanted[:, 1])
+    track = 1 - torch.tanh(2 * error)
+    turn = torch.exp(-4 * (angular_velocity[:, 2] - wanted[:, 2]).square())
+
+    # each foot's swing is rewarded alone: fast and high; not where the command is to stand
+    swing_height = ((sensors.foot_height - go2.FOOT_RADIUS) / SWING_HEIGHT).clamp(0, 1)
+    swing = torch.tanh(2 * ~sensors.in_contact * swing_height.square() * sensors.foot_speed)
+    swing = swing @ constant_like(_MEAN_OVER_FEET, swing)
+    swing = swing * (torch.hypot(wanted[:, 0], wanted[:, 1]) / 0.3).clamp_max(1)
+
+    changes = after.action - before.action
+    squares = torch.cat(
+        [velocity[:, 2:], angular_velocity[:, :2], torque, changes, offsets], 1
     ).square()
-    bounce, wobble, effort, jerk, crouch = (squared @ constant_like(_SQUARES, squared)).unbind(1)
+    weighted = squares @ constant_like(_COST_OF_SQUARES, squares)
+    bounce, wobble, effort, jerk, pose = weighted.unbind(1)
+
+    # feet in contact are not to slide
+    slide = sensors.in_contact * sensors.foot_speed.square()
+    # torques and speeds may reach 90 % of their limits for nothing
+    excess = (torch.cat([torque, speed], 1).abs() - 0.9).clamp_min(0)
+
     costs = {
         "bounce": bounce,
         "wobble": wobble,
-        "tilt": 10 * (1 - turn[:, 2, 2]),
+        "tilt": 10 * (1 - rotation[:, 2, 2]),
         "effort": effort,
         "jerk": jerk,
-        "slip": (feet.down * feet.speed.square()) @ (4 * ones[:4]),
-        "pose": crouch,
-        "limits": (torch.cat([torque, fast / constant_like(SPEED, fast)], 1).abs() - 0.9).clamp_min(
-            0
-        )
-        @ (10 * ones),
+        "slip": slide @ constant_like(_SLIP_WEIGHTS, slide),
+        "pose": pose,
+        "limits": excess @ constant_like(_LIMIT_WEIGHTS, excess),
     }
-    # steep where the error is small, and not flat where it is large
-    off = torch.hypot(moving[:, 0] - wanted[:, 0], moving[:, 1] - wanted[:, 1])
-    track, turning = 1 - torch.tanh(2 * off), torch.exp(-4 * (spin[:, 2] - wanted[:, 2]).square())
-    # each foot's swing for itself: fast and high; not where the command is to stand
-    high = ((feet.height - go2.FOOT) / STEP_HEIGHT).clamp(0, 1)
-    swing = torch.tanh(2 * ~feet.down * high.square() * feet.speed) @ (0.25 * ones[:4])
-    swing = swing * (torch.hypot(wanted[:, 0], wanted[:, 1]) / 0.3).clamp_max(1)
     bounded = -torch.tanh(torch.stack(list(costs.values())))
     return {
         "track": track,
-        "turn": turning,
+        "turn": turn,
         "swing": swing,
         **dict(zip(costs, bounded, strict=True)),
     }
 
 
 def start(
-    rng: np.random.Generator, model: mujoco.MjModel, *, where: Columns = OURS
+    rng: np.random.Generator, model: mujoco.MjModel, *, columns: Columns = OWN_COLUMNS
 ) -> tuple[Floats, Floats]:
-    """Stand in the default pose, disturbed: joints by ±0.1 rad, heading by ±0.1 rad, velocities by
-    0.1.
+    """Stand in the default pose, disturbed.
+
+    Joints and heading are off by up to 0.1 rad, velocities by 0.1 (standard deviation).
     """
-    qpos = np.zeros(model.nq)
     yaw = rng.uniform(-0.1, 0.1)
-    qpos[2], qpos[3], qpos[6] = go2.START, np.cos(yaw / 2), np.sin(yaw / 2)
-    qpos[1:][where] = go2.POSE + rng.uniform(-0.1, 0.1, 12)
+    qpos = np.zeros(model.nq)
+    qpos[2] = go2.START_HEIGHT
+    qpos[3] = np.cos(yaw / 2)
+    qpos[6] = np.sin(yaw / 2)
+    qpos[1:][columns] = go2.DEFAULT_POSE + rng.uniform(-0.1, 0.1, 12)
+
+    # drawn in our order, so that a model with its legs in another order starts in the same state
     noise = 0.1 * rng.standard_normal(model.nv)
     qvel = noise.copy()
-    qvel[where] = noise[OURS]
+    qvel[columns] = noise[OWN_COLUMNS]
     return qpos, qvel
 
 
 def fallen(state: WorldState) -> Tensor:
-    """Say where the trunk is tilted by more than 45 degrees, or sinks down between its feet."""
-    low = state.qpos[:, 2] - state.sensors[:, 2:12:3].amin(1) < LOWEST
-    upright = 1 - 2 * state.qpos[:, 4:6].square().sum(1)
-    return low | (upright < UPRIGHT)
+    """Return where the trunk is tilted by more than 45 degrees or is down between its feet."""
+    lowest_foot = state.sensors[:, 2:12:3].amin(1)
+    too_low = state.qpos[:, 2] - lowest_foot < MIN_TRUNK_HEIGHT
+    # the last element of the trunk's rotation matrix: the cosine of its tilt
+    uprightness = 1 - 2 * state.qpos[:, 4:6].square().sum(1)
+    return too_low | (uprightness < MIN_UPRIGHTNESS)
 
 
 def readout(before: WorldState, after: WorldState, dt: float) -> dict[str, Tensor]:
-    """Show the speed and what was commanded."""
-    return {"speed m/s": velocity(after, turned(after))[:, 0], "wanted m/s": command(after)[:, 0]}
+    """Show the forward speed and the commanded one."""
+    return {"speed m/s": trunk_velocity(after)[:, 0], "wanted m/s": command(after)[:, 0]}
 
 
 def broken_links(task: Mapping[str, float]) -> list[str]:
-    """Name the links that a weak, dead or locked joint moves."""
+    """Return the names of the links that a weak, dead or locked joint moves."""
     return [name for name in go2.JOINTS if task.get(name, 1.0) < 0.6]
 
 
-def shape(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
+def edit_spec(spec: mujoco.MjSpec, task: Mapping[str, float]) -> None:
     """Write terrain, broken joints and latency into the model."""
     if "terrain" in task:
         ground = terrain.heights(int(task["terrain"]), task["roughness"], int(task["terrain_seed"]))
-        terrain.shape(spec, ground)
+        terrain.set_heights(spec, ground)
     for i, name in enumerate(go2.JOINTS):
-        drive = spec.actuator(name)
+        actuator = spec.actuator(name)
         health = task.get(name, 1.0)
-        go2.set_strength(drive, i, max(health, 0.0))
-        spec.joint(drive.target).damping[0] = LOCK if health < 0 else 0.1
-        go2.set_latency(drive, task.get("latency", go2.LATENCY))
+        locked = health < 0
+        go2.set_strength(actuator, i, max(health, 0.0))
+        spec.joint(actuator.target).damping[0] = LOCKED_DAMPING if locked else HEALTHY_DAMPING
+        go2.set_latency(actuator, task.get("latency", go2.LATENCY))
 
 
 FRICTION = Param(
@@ -285,7 +355,7 @@ TERRAIN = (
         extrapolation=Choice((3.0,)),
         edits_spec=True,
         doc="kind of ground",
-        words=tuple(f"{i} {k}" for i, k in enumerate(terrain.KINDS)),
+        words=tuple(f"{i} {k}" for i, k in enumerate(terrain.TERRAIN_KINDS)),
     ),
     Param(
         name="terrain_seed",
@@ -329,115 +399,152 @@ LATENCY = Param(
 )
 
 
-def commanded(low: float, high: float, beyond: float) -> Param:
-    """Build the commanded forward speed."""
+def command_speed(low: float, high: float, extrapolation_high: float) -> Param:
+    """Return the parameter of the commanded forward speed, m/s."""
     return Param(
         name="command_x",
         train=Uniform(low, high),
-        extrapolation=Uniform(high, beyond),
+        extrapolation=Uniform(high, extrapolation_high),
         unit="m/s",
         doc="forward speed",
     )
 
 
-def joint(name: str) -> Param:
-    """Build the health of one joint's drive: healthy, weak, dead or locked."""
+COMMAND_TURN = Param(
+    name="command_turn", train=Uniform(-0.6, 0.6), unit="rad/s", doc="rate of turn, left positive"
+)
+
+
+def joint_health(name: str) -> Param:
+    """Return the parameter of one joint's actuator: healthy, weak, dead or locked."""
+    healthy = Uniform(0.9, 1.1)
+    weak = Uniform(0.2, 0.5)
+    dead = Choice((0.0,))
+    locked = Choice((-1.0,))
     return Param(
         name=name,
-        train=Mixture(
-            (0.83, 0.06, 0.07, 0.04),
-            (Uniform(0.9, 1.1), Uniform(0.2, 0.5), Choice((0.0,)), Choice((-1.0,))),
-        ),
+        train=Mixture((0.83, 0.06, 0.07, 0.04), (healthy, weak, dead, locked)),
         edits_spec=True,
         doc="torque factor of its drive; 0 is dead, -1 locked",
         words=("0 dead", "-1 locked"),
     )
 
 
-def broken(least: int, most: int) -> SparseFaults:
-    """Break so many joints at a time."""
+JOINT_HEALTH = tuple(joint_health(name) for name in go2.JOINTS)
+
+
+def joint_faults(least: int, most: int) -> SparseFaults:
+    """Return the rule that ``least`` to ``most`` joints are broken in a task."""
     return SparseFaults(
-        params=tuple(j for j in go2.JOINTS if j not in SPARED),
+        params=tuple(j for j in go2.JOINTS if j not in EXTRAPOLATION_JOINTS),
         least=least,
         most=most,
-        extrapolation_params=SPARED,
+        extrapolation_params=EXTRAPOLATION_JOINTS,
     )
 
 
-HEALTH = tuple(joint(name) for name in go2.JOINTS)
-
-
-def quadruped(
+def quadruped_family(
     name: str,
     doc: str,
     params: tuple[Param, ...],
-    few: tuple[SparseFaults, ...] = (),
+    sparse_faults: tuple[SparseFaults, ...] = (),
     *,
-    hidden: bool = False,
+    hide_command: bool = False,
     robot: str = "",
 ) -> Family:
-    """Build a family; ``hidden`` keeps the command from the robot, ``robot`` is another model of
-    it.
+    """Build a family of tasks for a quadruped.
+
+    Args:
+        name: Name of the family and of its task space.
+        doc: One sentence on what the agent must find out.
+        params: What varies.
+        sparse_faults: How many joints break at a time.
+        hide_command: Whether the command is kept from the agent.
+        robot: Another model: a path to an MJCF file or ``menagerie:name``; our own Go2 if empty.
+
+    Raises:
+        TaskError: The robot could run off the terrain.
+        ModelError: The other model does not fit.
     """
-    space = TaskSpace(name, params, few)
+    space = TaskSpace(name, params, sparse_faults)
     rough = "terrain" in space.names
-    fast = next(
-        (
-            max(p.train.high, p.extrapolation.high if p.extrapolation else 0)
-            for p in params
-            if p.name == "command_x"
-        ),
-        0.0,
-    )
-    if rough and HORIZON * SUBSTEPS * go2.TIMESTEP * 1.3 * fast > terrain.RADIUS:
-        raise TaskError(
-            f"{name}: a terrain of {2 * terrain.RADIUS:g} m does not fit a speed of {fast:g} m/s"
+    if rough:
+        _check_terrain_size(name, params)
+    columns = go2.joint_columns(go2.robot_spec(robot)) if robot else OWN_COLUMNS
+
+    def on_robot(other: str) -> Family:
+        return quadruped_family(
+            name, doc, params, sparse_faults, hide_command=hide_command, robot=other
         )
-    where = go2.columns(go2.model(robot)) if robot else OURS
+
     return Family(
         name=name,
         doc=doc,
         space=space,
         horizon=HORIZON,
         substeps=SUBSTEPS,
-        spec=partial(_build, robot, rough, "payload" in space.names),
+        spec=partial(build_spec, robot, rough=rough, loaded="payload" in space.names),
         observations=OBSERVATIONS,
-        observe=partial(observe, hidden=hidden, where=where),
-        reward=partial(reward, where=where),
+        observe=partial(observe, hide_command=hide_command, columns=columns),
+        reward=partial(reward, columns=columns),
         weights=WEIGHTS,
-        start=partial(start, where=where),
+        start=partial(start, columns=columns),
         interaction=Interaction(
-            edit_spec=shape,
-            derive=trunk_rotation,
-            noise=NOISE,
-            terminate=fallen,
+            edit_spec=edit_spec, derive=derive_rotation, noise=NOISE, terminate=fallen
         ),
-        teaching=Teaching(
-            critic_observe=critic_observe,
-        ),
-        display=Display(
-            readout=readout,
-            highlight=broken_links,
-        ),
+        teaching=Teaching(critic_observe=critic_observe),
+        display=Display(readout=readout, highlight=broken_links),
         deployment=Deployment(
-            on_robot=lambda other: quadruped(name, doc, params, few, hidden=hidden, robot=other),
-            hardware=partial(hardware, robot, hidden),
+            on_robot=on_robot, hardware=partial(hardware, robot, hide_command=hide_command)
         ),
     )
 
 
-def hardware(robot: str, hidden: bool) -> Hardware:
-    """Say what the robot's drives must be told, and what it needs to reward itself."""
-    compiled = compile_spec(go2.model(robot))
-    measures = {
-        "foot_radius": go2.FOOT,
-        "step_height": STEP_HEIGHT,
-        "touch": TOUCH,
-        "lowest": LOWEST,
+def _check_terrain_size(name: str, params: tuple[Param, ...]) -> None:
+    """Refuse speeds at which the robot could run off the terrain.
+
+    Raises:
+        TaskError: The distance of an episode, with a margin of 30 %, exceeds the terrain.
+    """
+    speed = 0.0
+    for param in params:
+        if param.name == "command_x":
+            extrapolation_high = param.extrapolation.high if param.extrapolation else 0
+            speed = max(param.train.high, extrapolation_high)
+    episode_s = HORIZON * SUBSTEPS * go2.TIMESTEP
+    if episode_s * 1.3 * speed > terrain.HALF_LENGTH:
+        raise TaskError(
+            f"{name}: a terrain of {2 * terrain.HALF_LENGTH:g} m "
+            f"does not fit a speed of {speed:g} m/s"
+        )
+
+
+def build_spec(robot: str, *, rough: bool, loaded: bool) -> mujoco.MjSpec:
+    """Build the robot on level or rough ground, with or without a payload."""
+    spec = go2.robot_spec(robot)
+    if not loaded:
+        spec.delete(spec.body("payload"))
+    return terrain.add_height_field(spec) if rough else spec
+
+
+def hardware(robot: str, *, hide_command: bool) -> Hardware:
+    """Return the settings of the real robot's motors, and what it needs to compute its reward.
+
+    ``metarobot.bridge.layouts.legged`` computes the same reward from the robot's own signals.
+    """
+    compiled = compile_spec(go2.robot_spec(robot))
+    reward_settings = {
+        "kind": "quadruped",
+        "legs": go2.leg_geometry(compiled),
+        "foot_radius": go2.FOOT_RADIUS,
+        "step_height": SWING_HEIGHT,
+        "touch": CONTACT_FORCE,
+        "lowest": MIN_TRUNK_HEIGHT,
+        "upright": MIN_UPRIGHTNESS,
     }
     return Hardware(
-        **go2.drives(compiled),
-        commands=() if hidden else OBSERVATIONS[-3:],
+        **go2.actuator_settings(compiled),
+        commands=() if hide_command else COMMANDS,
         sensors=LeggedSensors(
             gravity=OBSERVATIONS[:3],
             gyro=OBSERVATIONS[3:6],
@@ -446,46 +553,37 @@ def hardware(robot: str, hidden: bool) -> Hardware:
             joint_torque=tuple(f"{joint}_torque" for joint in go2.JOINTS),
             foot_force={leg: f"{leg}_touch" for leg in go2.LEGS},
         ),
-        reward={"kind": "quadruped", "legs": go2.legs(compiled), **measures, "upright": UPRIGHT},
+        reward=reward_settings,
     )
 
 
-def _build(robot: str, rough: bool, loaded: bool) -> mujoco.MjSpec:
-    spec = go2.model(robot)
-    if not loaded:
-        spec.delete(spec.body("payload"))
-    return terrain.lay(spec) if rough else spec
-
-
-COMMAND_TURN = Param(
-    name="command_turn", train=Uniform(-0.6, 0.6), unit="rad/s", doc="rate of turn, left positive"
-)
-
-quadruped_flat = quadruped(
+quadruped_flat = quadruped_family(
     "QuadrupedFlat",
     "Walk and turn as commanded on level ground of unknown friction: horizon 200, 50 Hz.",
-    (commanded(0.0, 1.0, 1.3), COMMAND_TURN, FRICTION),
+    (command_speed(0.0, 1.0, 1.3), COMMAND_TURN, FRICTION),
 )
-quadruped_vel = quadruped(
+quadruped_vel = quadruped_family(
     "QuadrupedVel",
     "Walk at a speed that only the reward reveals: U[0, 1] m/s, horizon 200, 50 Hz.",
-    (commanded(0.0, 1.0, 1.3),),
-    hidden=True,
+    (command_speed(0.0, 1.0, 1.3),),
+    hide_command=True,
 )
-quadruped_terrain = quadruped(
+quadruped_terrain = quadruped_family(
     "QuadrupedTerrain",
-    "Keep a commanded speed on a slope and rough ground that is felt, not seen: horizon 200, 50 Hz.",
-    (commanded(0.4, 0.8, 1.0), FRICTION, SLOPE, *TERRAIN),
+    "Keep a commanded speed on a slope and rough ground that is felt, not seen: "
+    "horizon 200, 50 Hz.",
+    (command_speed(0.4, 0.8, 1.0), FRICTION, SLOPE, *TERRAIN),
 )
-quadruped_damage = quadruped(
+quadruped_damage = quadruped_family(
     "QuadrupedDamage",
     "Keep a commanded speed with one or two joints weak, dead or locked: horizon 200, 50 Hz.",
-    (commanded(0.4, 0.8, 1.0), *HEALTH),
-    (broken(1, 2),),
+    (command_speed(0.4, 0.8, 1.0), *JOINT_HEALTH),
+    (joint_faults(1, 2),),
 )
-quadruped_mix = quadruped(
+quadruped_mix = quadruped_family(
     "QuadrupedMix",
-    "Keep a commanded speed with everything unknown: ground, load, latency and up to two broken joints.",
-    (commanded(0.4, 0.8, 1.0), FRICTION, SLOPE, *TERRAIN, *PAYLOAD, LATENCY, *HEALTH),
-    (broken(0, 2),),
+    "Keep a commanded speed with everything unknown: ground, load, latency and up to two "
+    "broken joints.",
+    (command_speed(0.4, 0.8, 1.0), FRICTION, SLOPE, *TERRAIN, *PAYLOAD, LATENCY, *JOINT_HEALTH),
+    (joint_faults(0, 2),),
 )

@@ -1,7 +1,6 @@
 """What the tests of the arm share: easy objects, programs for the hand, and what is seen of
 both."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metarobot.env.base import Env
-from metarobot.envs.robots.arm_control import Scene
+from metarobot.envs.robots.arm_control import ArmState
 from metarobot.tasks.family import Family, families
 
 NAMES = ["GraspFragile", "GraspMix", "GraspShapes"]
@@ -59,11 +58,11 @@ def up(env: Env) -> Tensor:
 
 def tilt(env: Env) -> Tensor:
     """Between each hand's axis and straight down, degrees."""
-    return torch.rad2deg(torch.arccos((-Scene(env.state).hand[:, 2, 2]).clamp(-1, 1)))
+    return torch.rad2deg(torch.arccos((-ArmState(env.state).hand_axes[:, 2, 2]).clamp(-1, 1)))
 
 
 def small(family: Family, worlds: int, seed: int = 0, **changes: Any) -> Env:
-    return Env(replace(family, **changes), family.space.sample("train", worlds, seed), threads=1)
+    return Env(family.replace(**changes), family.space.sample("train", worlds, seed), threads=1)
 
 
 each_family = pytest.mark.parametrize("family", [SHAPES, FRAGILE], ids=lambda f: f.name)

@@ -1,1 +1,1 @@
-"""Robot models and how they are driven."""
+"""Robot models, their actuators and sensors, and the control of an arm."""

@@ -1,4 +1,4 @@
-"""Franka Emika's Panda with its hand, built from primitive shapes with the published numbers.
+"""Franka Emika's Panda with its hand, from primitive shapes and the published numbers.
 
 Kinematics, limits and forces: Franka's data sheet and FCI manual ("Denavit-Hartenberg parameters",
 "Limits"; Franka Hand: stroke, force). Masses, centres of mass and inertias: identified by Gaz et
@@ -9,98 +9,136 @@ masses in kg, angles in rad.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
 
-ARM = tuple(f"joint{i}" for i in range(1, 8))
-FINGERS = ("finger_joint1", "finger_joint2")
-LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
-HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
-"""Joint limits, rad."""
-SPEED = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
-"""Joint speed limits, rad/s."""
-TORQUE = np.array([87.0, 87.0, 87.0, 87.0, 12.0, 12.0, 12.0])
-"""Torque limits, N·m."""
-STROKE, FORCE = 0.08, 70.0
-"""Of the hand: widest opening, m, and continuous grip force, N."""
+ARM_JOINTS = tuple(f"joint{i}" for i in range(1, 8))
+FINGER_JOINTS = ("finger_joint1", "finger_joint2")
+JOINT_LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
+"""Lowest angle of each joint of the arm, rad."""
+JOINT_HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
+"""Highest angle of each joint of the arm, rad."""
+SPEED_LIMITS = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
+"""Largest speed of each joint of the arm, rad/s."""
+TORQUE_LIMITS = np.array([87.0, 87.0, 87.0, 87.0, 12.0, 12.0, 12.0])
+"""Largest torque of each joint of the arm, N·m."""
+MAX_OPENING = 0.08
+"""Widest opening of the hand, m."""
+MAX_GRIP_FORCE = 70.0
+"""Continuous grip force of the hand, N."""
 STIFFNESS = np.array([4500.0, 4500.0, 3500.0, 3500.0, 2000.0, 2000.0, 2000.0])
+"""Position gains of the arm's joints, N·m/rad."""
 DAMPING = 0.05 * STIFFNESS
-"""Gains of the arm's joint position control, N·m/rad and N·m·s/rad."""
+"""Velocity gains of the arm's joints, N·m·s/rad."""
 LAG = 0.04
-"""Time constant of every drive's response, s: targets that come in steps are moved to smoothly, as
-by Franka's own."""
+"""Time constant of every actuator's response, s.
+
+Targets that jump once a control step are approached smoothly, as by Franka's own controller."""
 FINGER_INERTIA = 0.05
-"""Of the drive, felt at each finger, kg."""
+"""Inertia of the hand's motor, as felt at each finger, kg."""
 FINGER_DAMPING = 10.0
 """Resistance of each finger, N·s/m: a force of 1 N closes at Franka's top speed of 0.1 m/s."""
-READY = np.array([0.0, 0.15133, 0.0, -2.39803, 0.0, 2.54936, 0.7854])
-"""Joint angles with the hand pointing down, its tip at (0.5, 0, 0.15)."""
-TIP = 0.1034
-"""From the hand's frame to between the pads, m."""
-PAD = (0.0105, 0.004, 0.0105)
+READY_POSE = np.array([0.0, 0.15133, 0.0, -2.39803, 0.0, 2.54936, 0.7854])
+"""Joint angles with the hand pointing down and its tip at (0.5, 0, 0.15) m, rad."""
+TIP_OFFSET = 0.1034
+"""Distance from the hand's frame to the point between the pads, m."""
+PAD_HALF_SIZE = (0.0105, 0.004, 0.0105)
 """Half-sizes of a finger's pad, m: across, along the closing direction, and down."""
 
-_TURN = {"+": (1, 1, 0, 0), "-": (1, -1, 0, 0), "0": (1, 0, 0, 0)}
-# where each link's frame is in the one before (m), its quarter turn about x; mass kg, centre of
-# mass m,
-# inertia kg·m² (xx, yy, zz, xy, xz, yz)
+SENSOR_WIDTHS = {
+    "joint_positions": 21,
+    "joint_axes": 21,
+    "tip_position": 3,
+    "hand_x": 3,
+    "hand_y": 3,
+    "hand_z": 3,
+    "tip_velocity": 3,
+    "pad_forces": 2,
+    "joint_angles": 7,
+    "pad_positions": 6,
+    "pad_velocities": 6,
+}
+"""Sensors of an arm in their order, name -> numbers; see ``add_actuators_and_sensors``."""
+
+_NO_TURN = (1, 0, 0, 0)
+_QUARTER_TURN = (1, 1, 0, 0)
+_QUARTER_TURN_BACK = (1, -1, 0, 0)
+
+Vector = tuple[float, float, float]
+Capsule = tuple[Vector, Vector, float]
+"""Start and end of the axis in the link's frame, and radius, m."""
+
+
+class ArmLink(NamedTuple):
+    """One link of the arm, in the frame of the link before it."""
+
+    position: Vector
+    """Of the link's frame, m."""
+    turn: tuple[int, int, int, int]
+    """Rotation of the link's frame about x, as a quaternion to be normalised."""
+    mass: float
+    """kg."""
+    centre: Vector
+    """Centre of mass, m."""
+    inertia: tuple[float, float, float, float, float, float]
+    """About the centre of mass, kg·m²: xx, yy, zz, xy, xz, yz."""
+
+
 _LINKS = (
-    (
-        (0, 0, 0.333),
-        "0",
-        4.970684,
-        (0.003875, 0.002081, -0.04762),
-        (0.70337, 0.70661, 0.009117, -0.000139, 0.006772, 0.019169),
+    ArmLink(
+        position=(0, 0, 0.333),
+        turn=_NO_TURN,
+        mass=4.970684,
+        centre=(0.003875, 0.002081, -0.04762),
+        inertia=(0.70337, 0.70661, 0.009117, -0.000139, 0.006772, 0.019169),
     ),
-    (
-        (0, 0, 0),
-        "-",
-        0.646926,
-        (-0.003141, -0.02872, 0.003495),
-        (0.007962, 0.02811, 0.025995, -0.003925, 0.010254, 0.000704),
+    ArmLink(
+        position=(0, 0, 0),
+        turn=_QUARTER_TURN_BACK,
+        mass=0.646926,
+        centre=(-0.003141, -0.02872, 0.003495),
+        inertia=(0.007962, 0.02811, 0.025995, -0.003925, 0.010254, 0.000704),
     ),
-    (
-        (0, -0.316, 0),
-        "+",
-        3.228604,
-        (0.027518, 0.039252, -0.066502),
-        (0.037242, 0.036155, 0.01083, -0.004761, -0.011396, -0.012805),
+    ArmLink(
+        position=(0, -0.316, 0),
+        turn=_QUARTER_TURN,
+        mass=3.228604,
+        centre=(0.027518, 0.039252, -0.066502),
+        inertia=(0.037242, 0.036155, 0.01083, -0.004761, -0.011396, -0.012805),
     ),
-    (
-        (0.0825, 0, 0),
-        "+",
-        3.587895,
-        (-0.05317, 0.104419, 0.027454),
-        (0.025853, 0.019552, 0.028323, 0.007796, -0.001332, 0.008641),
+    ArmLink(
+        position=(0.0825, 0, 0),
+        turn=_QUARTER_TURN,
+        mass=3.587895,
+        centre=(-0.05317, 0.104419, 0.027454),
+        inertia=(0.025853, 0.019552, 0.028323, 0.007796, -0.001332, 0.008641),
     ),
-    (
-        (-0.0825, 0.384, 0),
-        "-",
-        1.225946,
-        (-0.011953, 0.041065, -0.038437),
-        (0.035549, 0.029474, 0.008627, -0.002117, -0.004037, 0.000229),
+    ArmLink(
+        position=(-0.0825, 0.384, 0),
+        turn=_QUARTER_TURN_BACK,
+        mass=1.225946,
+        centre=(-0.011953, 0.041065, -0.038437),
+        inertia=(0.035549, 0.029474, 0.008627, -0.002117, -0.004037, 0.000229),
     ),
-    (
-        (0, 0, 0),
-        "+",
-        1.666555,
-        (0.060149, -0.014117, -0.010517),
-        (0.001964, 0.004354, 0.005433, 0.000109, -0.001158, 0.000341),
+    ArmLink(
+        position=(0, 0, 0),
+        turn=_QUARTER_TURN,
+        mass=1.666555,
+        centre=(0.060149, -0.014117, -0.010517),
+        inertia=(0.001964, 0.004354, 0.005433, 0.000109, -0.001158, 0.000341),
     ),
-    (
-        (0.088, 0, 0),
-        "+",
-        0.735522,
-        (0.010517, -0.004252, 0.061597),
-        (0.012516, 0.010027, 0.004815, -0.000428, -0.001196, -0.000741),
+    ArmLink(
+        position=(0.088, 0, 0),
+        turn=_QUARTER_TURN,
+        mass=0.735522,
+        centre=(0.010517, -0.004252, 0.061597),
+        inertia=(0.012516, 0.010027, 0.004815, -0.000428, -0.001196, -0.000741),
     ),
 )
-# pictures alone: capsules from one point to another in a link's frame, m, and their radius
-_SHAPES: dict[
-    int, tuple[tuple[tuple[float, float, float], tuple[float, float, float], float], ...]
-] = {
+"""The seven links, from the base outwards."""
+_VISUAL_CAPSULES: dict[int, tuple[Capsule, ...]] = {
     0: (((0, 0, -0.28), (0, 0, -0.06), 0.06), ((0, -0.05, 0), (0, 0.05, 0), 0.06)),
     1: (((0, -0.07, 0), (0, -0.20, 0), 0.06),),
     2: (((0, 0, -0.12), (0, 0, -0.05), 0.06), ((0.0825, -0.04, 0), (0.0825, 0.04, 0), 0.055)),
@@ -113,153 +151,185 @@ _SHAPES: dict[
     5: (((0, 0, -0.02), (0.07, 0, 0), 0.05),),
     6: (((0, 0, -0.02), (0, 0, 0.08), 0.045),),
 }
-_WHITE, _GREY = (0.93, 0.93, 0.95, 1.0), (0.25, 0.26, 0.28, 1.0)
+"""Shapes that are shown and touch nothing, by index of the link."""
+_WHITE = (0.93, 0.93, 0.95, 1.0)
+_GREY = (0.25, 0.26, 0.28, 1.0)
+_INVISIBLE = (0.0, 0.0, 0.0, 0.0)
+
+_BOX = mujoco.mjtGeom.mjGEOM_BOX
+_CAPSULE = mujoco.mjtGeom.mjGEOM_CAPSULE
 
 
 def panda() -> mujoco.MjSpec:
-    """Build the arm on a table at the height of its base, its drives, and what its sensors feel.
+    """Build the arm on a table at the height of its base.
 
-    Pads, palm and table touch objects, pads and palm touch the table, and nothing else touches
-    anything. The arm is held against gravity by its own controller, as Franka's is. It takes an
-    implicit integrator.
+    Pads, palm and table collide with objects, pads and palm collide with the table, and nothing
+    else collides. The arm is held against gravity by its own controller, as Franka's is. It needs
+    an implicit integrator. ``add_actuators_and_sensors`` completes it.
     """
     spec = mujoco.MjSpec()
     spec.modelname = "panda"
     spec.compiler.degree = False
     spec.compiler.autolimits = True
     body = spec.worldbody
-    for i, (pos, turn, mass, com, (xx, yy, zz, xy, xz, yz)) in enumerate(_LINKS):
-        body = body.add_body(name=f"link{i + 1}", pos=pos, quat=_TURN[turn], gravcomp=1)
-        body.explicitinertial, body.mass, body.ipos, body.fullinertia = (
-            True,
-            mass,
-            com,
-            (xx, yy, zz, xy, xz, yz),
-        )
-        joint = body.add_joint(name=ARM[i], axis=[0, 0, 1], range=[LOW[i], HIGH[i]], armature=0.1)
+    for i, link in enumerate(_LINKS):
+        body = body.add_body(name=f"link{i + 1}", pos=link.position, quat=link.turn, gravcomp=1)
+        body.explicitinertial = True
+        body.mass = link.mass
+        body.ipos = link.centre
+        body.fullinertia = link.inertia
+
+        limits = [JOINT_LOW[i], JOINT_HIGH[i]]
+        joint = body.add_joint(name=ARM_JOINTS[i], axis=[0, 0, 1], range=limits, armature=0.1)
         joint.damping[0] = 1.0
-        for start, end, radius in _SHAPES[i]:
-            _shown(
-                body,
-                mujoco.mjtGeom.mjGEOM_CAPSULE,
-                size=[radius, 0, 0],
-                fromto=[*start, *end],
-                rgba=_WHITE,
-            )
-    _add_hand(body)
+
+        for start, end, radius in _VISUAL_CAPSULES[i]:
+            _add_visual(body, _CAPSULE, size=[radius, 0, 0], fromto=[*start, *end], rgba=_WHITE)
+    flange = body
+    _add_hand(flange)
     return spec
 
 
 def _add_hand(flange: Any) -> None:
-    """Mount the hand: two fingers that move as one."""
+    """Add the hand: a palm and two fingers."""
+    # turned by −45° about z against the flange, as Franka mounts it
     hand = flange.add_body(
         name="hand", pos=[0, 0, 0.107], quat=[0.9238795, 0, 0, -0.3826834], gravcomp=1
     )
-    hand.explicitinertial, hand.mass, hand.ipos, hand.inertia = (
-        True,
-        0.73,
-        (-0.01, 0, 0.03),
-        (0.001, 0.0025, 0.0017),
-    )
-    box = mujoco.mjtGeom.mjGEOM_BOX
-    _touching(hand, "palm", [0.02, 0.1, 0.03], [0, 0, 0.028], _WHITE)
-    hand.add_site(name="tip", pos=[0, 0, TIP], size=[0.005, 0, 0])
-    for name, side in zip(("left", "right"), (1, -1), strict=True):
+    hand.explicitinertial = True
+    hand.mass = 0.73
+    hand.ipos = (-0.01, 0, 0.03)
+    hand.inertia = (0.001, 0.0025, 0.0017)
+    _add_collision(hand, "palm", [0.02, 0.1, 0.03], [0, 0, 0.028], _WHITE)
+    hand.add_site(name="tip", pos=[0, 0, TIP_OFFSET], size=[0.005, 0, 0])
+
+    for name, joint_name, side in zip(("left", "right"), FINGER_JOINTS, (1, -1), strict=True):
         finger = hand.add_body(name=f"{name}_finger", pos=[0, 0, 0.0584], gravcomp=1)
-        finger.explicitinertial, finger.mass, finger.inertia = (
-            True,
-            0.015,
-            (2.375e-6, 2.375e-6, 7.5e-7),
-        )
+        finger.explicitinertial = True
+        finger.mass = 0.015
+        finger.inertia = (2.375e-6, 2.375e-6, 7.5e-7)
         joint = finger.add_joint(
-            name=FINGERS[side < 0], type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, side, 0]
+            name=joint_name, type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, side, 0]
         )
-        joint.range = [0, STROKE / 2]
-        resist(joint)
-        _shown(
-            finger, box, size=[0.0105, 0.007, 0.0225], pos=[0, side * 0.0145, 0.0225], rgba=_GREY
+        joint.range = [0, MAX_OPENING / 2]
+        set_finger_resistance(joint)
+
+        _add_visual(
+            finger, _BOX, size=[0.0105, 0.007, 0.0225], pos=[0, side * 0.0145, 0.0225], rgba=_GREY
         )
-        _touching(finger, f"{name}_pad", list(PAD), [0, side * PAD[1], 0.0445], _GREY)
-        size = [PAD[0] + 0.003, PAD[1], PAD[2] + 0.003]
+        pad_position = [0, side * PAD_HALF_SIZE[1], 0.0445]
+        _add_collision(finger, f"{name}_pad", list(PAD_HALF_SIZE), pad_position, _GREY)
+        # the site encloses the pad's face: a touch sensor counts the contacts within
+        size = [PAD_HALF_SIZE[0] + 0.003, PAD_HALF_SIZE[1], PAD_HALF_SIZE[2] + 0.003]
         finger.add_site(
-            name=f"{name}_pad", type=box, size=size, pos=[0, 0, 0.0445], rgba=[0, 0, 0, 0]
+            name=f"{name}_pad", type=_BOX, size=size, pos=[0, 0, 0.0445], rgba=_INVISIBLE
         )
 
 
-def resist(joint: Any, lever: float = -1.0) -> None:
-    """Give a finger's joint its inertia, its resistance and hard stops; ``lever`` as for
-    ``equip``.
+def set_finger_resistance(joint: Any, lever: float = -1.0) -> None:
+    """Give a finger's joint its inertia, its resistance and hard stops.
+
+    ``lever`` is how far a pad closes for the joint, m per its unit.
     """
-    joint.armature, joint.damping[0] = FINGER_INERTIA * lever**2, FINGER_DAMPING * lever**2
-    joint.solref_limit, joint.solimp_limit[:3] = [0.01, 1], [0.99, 0.999, 0.001]
+    joint.armature = FINGER_INERTIA * lever**2
+    joint.damping[0] = FINGER_DAMPING * lever**2
+    joint.solref_limit = [0.01, 1]
+    joint.solimp_limit[:3] = [0.99, 0.999, 0.001]
 
 
-def _touching(body: Any, name: str, size: list[float], pos: list[float], rgba: Any) -> None:
-    kind = mujoco.mjtGeom.mjGEOM_BOX
+def _add_collision(body: Any, name: str, size: list[float], pos: list[float], rgba: Any) -> None:
+    """Add a box without mass that collides with objects and the table."""
     body.add_geom(
-        name=name, type=kind, size=size, pos=pos, rgba=rgba, mass=0, contype=2, conaffinity=1
+        name=name, type=_BOX, size=size, pos=pos, rgba=rgba, mass=0, contype=2, conaffinity=1
     )
 
 
-def _shown(body: Any, kind: Any, **shape: Any) -> None:
+def _add_visual(body: Any, kind: Any, **shape: Any) -> None:
+    """Add a geom without mass that is shown and collides with nothing."""
     body.add_geom(type=kind, mass=0, contype=0, conaffinity=0, **shape)
 
 
-def equip(
+def add_actuators_and_sensors(
     spec: mujoco.MjSpec,
-    arm: Sequence[str] = ARM,
-    fingers: Sequence[str] = FINGERS,
+    arm_joints: Sequence[str] = ARM_JOINTS,
+    finger_joints: Sequence[str] = FINGER_JOINTS,
     lever: float = -1.0,
     *,
     tied: bool = False,
 ) -> mujoco.MjSpec:
-    """Add drives and sensors; for another model, to its joints of the arm and to those that close
-    its hand.
+    """Add actuators and sensors, to our own or to another model of the arm.
 
-    ``lever``: how far a pad closes for a finger's joint, m per its unit; ``tied``: whether the
-    fingers move as one. Drives: the arm's joints take target angles, rad, the hand a grip force, N,
-    positive to close. Sensors, in this order: where each joint stands (21) and how its axis points
-    (21); the tip's position (3), the hand's x (3), y (3) and z axes (3), the tip's velocity (3);
-    the force on each pad (2); the joints' angles (7); where the pads' faces are (6), and their
-    velocities (6).
+    Actuators: the arm's joints take target angles, rad; the hand takes a grip force, N, positive to
+    close. Sensors, in the order of ``SENSOR_WIDTHS``: position of each joint and direction of its
+    axis; the tip's position, the hand's x, y and z axes, the tip's velocity; the force on each pad,
+    left then right; the joints' angles; position and velocity of the pads' faces.
+
+    Args:
+        spec: The model, to which they are added.
+        arm_joints: Its names of the arm's joints.
+        finger_joints: Its names of the two joints that close its hand.
+        lever: How far a pad closes for a finger's joint, m per its unit.
+        tied: Whether the model itself makes the fingers move as one.
     """
-    for i, (name, target) in enumerate(zip(ARM, arm, strict=True)):
-        drive = spec.add_actuator(name=name, target=target, trntype=mujoco.mjtTrn.mjTRN_JOINT)
-        drive.gaintype, drive.biastype = mujoco.mjtGain.mjGAIN_FIXED, mujoco.mjtBias.mjBIAS_AFFINE
-        drive.gainprm[0], drive.biasprm[:3] = STIFFNESS[i], [0, -STIFFNESS[i], -DAMPING[i]]
-        drive.ctrlrange, drive.forcerange = [LOW[i], HIGH[i]], [-TORQUE[i], TORQUE[i]]
-        joint = spec.joint(target)
-        place = joint.parent.add_site(
-            name=name, pos=joint.pos, size=[0.001, 0, 0], rgba=[0, 0, 0, 0]
-        )
-        place.alt.type, place.alt.zaxis = mujoco.mjtOrientation.mjORIENTATION_ZAXIS, joint.axis
-    grip = spec.add_tendon(name="grip")
-    for name in fingers:
-        grip.wrap_joint(name, 1.0)
-    if not tied:
-        tie = spec.add_equality(type=mujoco.mjtEq.mjEQ_JOINT, name1=fingers[0], name2=fingers[1])
-        tie.data[1], tie.objtype = 1.0, mujoco.mjtObj.mjOBJ_JOINT
-    drive = spec.add_actuator(name="grip", target="grip", trntype=mujoco.mjtTrn.mjTRN_TENDON)
-    drive.gainprm[0], drive.ctrlrange = lever, [-1, FORCE]
-    for drive in spec.actuators:
-        drive.dyntype, drive.dynprm[0] = mujoco.mjtDyn.mjDYN_FILTEREXACT, LAG
-    site, of = mujoco.mjtObj.mjOBJ_SITE, mujoco.mjtSensor
-    for kind in (of.mjSENS_FRAMEPOS, of.mjSENS_FRAMEZAXIS):
-        for name in ARM:
+    for i, (name, target) in enumerate(zip(ARM_JOINTS, arm_joints, strict=True)):
+        _add_joint_actuator(spec, i, name, target)
+    _add_grip(spec, finger_joints, lever, tied=tied)
+    for actuator in spec.actuators:
+        actuator.dyntype = mujoco.mjtDyn.mjDYN_FILTEREXACT
+        actuator.dynprm[0] = LAG
+
+    kinds = mujoco.mjtSensor
+    site = mujoco.mjtObj.mjOBJ_SITE
+    pads = ("left_pad", "right_pad")
+    for kind in (kinds.mjSENS_FRAMEPOS, kinds.mjSENS_FRAMEZAXIS):
+        for name in ARM_JOINTS:
             spec.add_sensor(type=kind, objtype=site, objname=name)
     for kind in (
-        of.mjSENS_FRAMEPOS,
-        of.mjSENS_FRAMEXAXIS,
-        of.mjSENS_FRAMEYAXIS,
-        of.mjSENS_FRAMEZAXIS,
-        of.mjSENS_FRAMELINVEL,
+        kinds.mjSENS_FRAMEPOS,
+        kinds.mjSENS_FRAMEXAXIS,
+        kinds.mjSENS_FRAMEYAXIS,
+        kinds.mjSENS_FRAMEZAXIS,
+        kinds.mjSENS_FRAMELINVEL,
     ):
         spec.add_sensor(type=kind, objtype=site, objname="tip")
-    for name in ("left_pad", "right_pad"):
-        spec.add_sensor(type=of.mjSENS_TOUCH, objtype=site, objname=name)
-    for name in arm:
-        spec.add_sensor(type=of.mjSENS_JOINTPOS, objtype=mujoco.mjtObj.mjOBJ_JOINT, objname=name)
-    for kind in (of.mjSENS_FRAMEPOS, of.mjSENS_FRAMELINVEL):
-        for name in ("left_pad", "right_pad"):
+    for name in pads:
+        spec.add_sensor(type=kinds.mjSENS_TOUCH, objtype=site, objname=name)
+    for name in arm_joints:
+        spec.add_sensor(type=kinds.mjSENS_JOINTPOS, objtype=mujoco.mjtObj.mjOBJ_JOINT, objname=name)
+    for kind in (kinds.mjSENS_FRAMEPOS, kinds.mjSENS_FRAMELINVEL):
+        for name in pads:
             spec.add_sensor(type=kind, objtype=site, objname=name)
     return spec
+
+
+def _add_joint_actuator(spec: mujoco.MjSpec, i: int, name: str, target: str) -> None:
+    """Add the position control of joint ``i``, and a site at the joint with z along its axis."""
+    actuator = spec.add_actuator(name=name, target=target, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    actuator.gaintype = mujoco.mjtGain.mjGAIN_FIXED
+    actuator.biastype = mujoco.mjtBias.mjBIAS_AFFINE
+    actuator.gainprm[0] = STIFFNESS[i]
+    actuator.biasprm[:3] = [0, -STIFFNESS[i], -DAMPING[i]]
+    actuator.ctrlrange = [JOINT_LOW[i], JOINT_HIGH[i]]
+    actuator.forcerange = [-TORQUE_LIMITS[i], TORQUE_LIMITS[i]]
+
+    joint = spec.joint(target)
+    site = joint.parent.add_site(name=name, pos=joint.pos, size=[0.001, 0, 0], rgba=_INVISIBLE)
+    site.alt.type = mujoco.mjtOrientation.mjORIENTATION_ZAXIS
+    site.alt.zaxis = joint.axis
+
+
+def _add_grip(
+    spec: mujoco.MjSpec, finger_joints: Sequence[str], lever: float, *, tied: bool
+) -> None:
+    """Add the actuator of the grip force, which pulls on both fingers' joints."""
+    tendon = spec.add_tendon(name="grip")
+    for name in finger_joints:
+        tendon.wrap_joint(name, 1.0)
+    if not tied:
+        left, right = finger_joints
+        tie = spec.add_equality(type=mujoco.mjtEq.mjEQ_JOINT, name1=left, name2=right)
+        tie.data[1] = 1.0
+        tie.objtype = mujoco.mjtObj.mjOBJ_JOINT
+    actuator = spec.add_actuator(name="grip", target="grip", trntype=mujoco.mjtTrn.mjTRN_TENDON)
+    actuator.gainprm[0] = lever
+    actuator.ctrlrange = [-1, MAX_GRIP_FORCE]

@@ -1,1 +1,1 @@
-"""What robots meet: ground and objects."""
+"""Surroundings of the robots: ground and objects."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metarobot.env.base import Env
 from metarobot.envs import grasp
-from metarobot.envs.robots.arm_control import FORCE
+from metarobot.envs.robots.arm_control import STAT_GRIP_FORCE
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
 from metarobot.learning.ppo_core import distillation_loss
@@ -64,9 +64,9 @@ def test_advice_is_written_down_step_by_step_where_something_is_known() -> None:
 def test_the_force_advised_holds_and_does_not_crush() -> None:
     env = Env(FAMILY, FAMILY.space.sample("train", 64, 1), threads=1)
     force = 0.5 * 120 ** ((env.teacher_action()[:, ASKED].double() + 1) / 2)
-    assert (force > 1.2 * grasp.need(env.snapshot)).all()
-    assert (force < 0.9 * grasp.limit(env.snapshot)).all()
-    assert (env.snapshot.statistics[:, FORCE] == 0).all()
+    assert (force > 1.2 * grasp.holding_force(env.snapshot)).all()
+    assert (force < 0.9 * grasp.crushing_force(env.snapshot)).all()
+    assert (env.snapshot.statistics[:, STAT_GRIP_FORCE] == 0).all()
 
 
 def test_nobody_is_advised_who_does_not_ask() -> None:

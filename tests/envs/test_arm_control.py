@@ -15,7 +15,7 @@ from torch import Tensor
 from metarobot.env.base import Env
 from metarobot.envs import grasp
 from metarobot.envs.robots import panda
-from metarobot.envs.robots.arm_control import Scene
+from metarobot.envs.robots.arm_control import ArmState
 from metarobot.types import Floats
 
 
@@ -24,21 +24,24 @@ def grasped() -> Env:
     env = Env(replace(LOOSE, horizon=1000), [BOX], threads=1)
     for _ in range(70):
         env.step(clever(env))
-    assert float(up(env)) > grasp.LIFT
+    assert float(up(env)) > grasp.LIFT_HEIGHT
     return env
 
 
 def test_a_force_once_asked_for_stays_until_the_hand_opens() -> None:
     env = grasped()
-    asked, felt = float(env.state.statistics[0, grasp.FORCE]), Scene(env.state).pads.clone()
+    asked, felt = (
+        float(env.state.statistics[0, grasp.STAT_GRIP_FORCE]),
+        ArmState(env.state).pad_forces.clone(),
+    )
     assert asked == pytest.approx(2 * float(need(env)), rel=1e-5)
     for k in range(30):
         # closing again, and neither closing nor opening
         still = [0, 0, 0, 0, (1.0, 0.0, -0.45, 0.6)[k % 4], (-1.0, 1.0, 0.3)[k % 3]]
         env.step(torch.tensor([still]))
-        assert float(env.state.statistics[0, grasp.FORCE]) == asked
+        assert float(env.state.statistics[0, grasp.STAT_GRIP_FORCE]) == asked
         assert float(env.sim.bind("ctrl")[0, 7]) == asked
-    assert Scene(env.state).pads == pytest.approx(felt, rel=0.05)
+    assert ArmState(env.state).pad_forces == pytest.approx(felt, rel=0.05)
 
 
 def test_a_hand_that_opened_closes_with_the_force_asked_for_anew() -> None:
@@ -46,20 +49,22 @@ def test_a_hand_that_opened_closes_with_the_force_asked_for_anew() -> None:
     for force in (5.0, 0.5, 60.0, 12.3):
         for close in (0.0, 0.5, -0.5):
             env.step(torch.tensor([[0, 0, 0, 0, close, float(strength(torch.tensor(force)))]]))
-            assert env.state.statistics[0, grasp.FORCE] == 0
+            assert env.state.statistics[0, grasp.STAT_GRIP_FORCE] == 0
         env.step(torch.tensor([[0, 0, 0, 0, 0.6, float(strength(torch.tensor(force)))]]))
-        assert float(env.state.statistics[0, grasp.FORCE]) == pytest.approx(force, rel=1e-5)
+        assert float(env.state.statistics[0, grasp.STAT_GRIP_FORCE]) == pytest.approx(
+            force, rel=1e-5
+        )
         env.step(torch.tensor([[0, 0, 0, 0, -0.6, 1.0]]))
-        assert env.state.statistics[0, grasp.FORCE] == 0
-        assert env.state.statistics[0, grasp.GRIPPED] == 0
+        assert env.state.statistics[0, grasp.STAT_GRIP_FORCE] == 0
+        assert env.state.statistics[0, grasp.STAT_GRIPPED] == 0
 
 
 def test_the_hand_closes_gently_until_it_meets_something_and_presses_then() -> None:
     env, forces = Env(SHAPES, [BOX], threads=1), set()
     for _ in range(60):
         met, force = (
-            bool(env.state.statistics[0, grasp.GRIPPED]),
-            float(env.state.statistics[0, grasp.FORCE]),
+            bool(env.state.statistics[0, grasp.STAT_GRIPPED]),
+            float(env.state.statistics[0, grasp.STAT_GRIP_FORCE]),
         )
         env.step(clever(env))
         told = float(env.sim.bind("ctrl")[0, 7])
@@ -77,11 +82,11 @@ def anywhere(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, F
     """Any pose of the arm, singular ones too, moving at any speed it can have."""
     qpos, qvel = SHAPES.start(rng, model)
     qpos[:7] = (
-        rng.uniform(panda.LOW, panda.HIGH)
+        rng.uniform(panda.JOINT_LOW, panda.JOINT_HIGH)
         if rng.random() < 0.8
-        else rng.choice([panda.LOW, panda.HIGH])
+        else rng.choice([panda.JOINT_LOW, panda.JOINT_HIGH])
     )
-    qvel[:7] = rng.uniform(-panda.SPEED, panda.SPEED)
+    qvel[:7] = rng.uniform(-panda.SPEED_LIMITS, panda.SPEED_LIMITS)
     return qpos, qvel
 
 
@@ -98,7 +103,7 @@ def test_targets_stay_within_the_limits_of_joints_and_grip(
     env = flung()
     env.reset(seed)
     rng = torch.Generator().manual_seed(seed)
-    low, high = torch.from_numpy(panda.LOW), torch.from_numpy(panda.HIGH)
+    low, high = torch.from_numpy(panda.JOINT_LOW), torch.from_numpy(panda.JOINT_HIGH)
     for k in range(12):
         if k % repeat == 0:
             action = magnitude * torch.randn(4, 6, generator=rng)
@@ -113,7 +118,7 @@ def test_targets_stay_within_the_limits_of_joints_and_grip(
             assert targets.isfinite().all()
             assert ((targets[:, :7] >= low) & (targets[:, :7] <= high)).all()
             assert (targets[:, 7].abs() <= 70).all()
-        assert (env.state.statistics[:, grasp.FORCE] <= FORCES[1] + 1e-9).all()
+        assert (env.state.statistics[:, grasp.STAT_GRIP_FORCE] <= FORCES[1] + 1e-9).all()
 
 
 def cleared(rng: np.random.Generator, model: mujoco.MjModel) -> tuple[Floats, Floats]:
@@ -131,12 +136,12 @@ def moved(speed: float, steps: int) -> Tensor:
     """How far each hand moved in each step, m, ``(move, step, 3)``: one hand along each of
     ``MOVES``."""
     env, action = Env(FREE, [BOX] * 6, threads=1), torch.zeros(6, 6)
-    tips = [Scene(env.state).tip.clone()]
+    tips = [ArmState(env.state).tip_position.clone()]
     for world, (axis, sign) in enumerate(MOVES):
         action[world, axis] = sign * speed
     for _ in range(steps):
         env.step(action)
-        tips.append(Scene(env.state).tip.clone())
+        tips.append(ArmState(env.state).tip_position.clone())
     return torch.stack(tips, 1).diff(dim=1)
 
 
@@ -162,17 +167,17 @@ def test_an_action_turns_the_hand(turn: float) -> None:
     env, angles = Env(FREE, [BOX], threads=1), []
     for _ in range(10):
         env.step(torch.tensor([[0, 0, 0, turn, 0, 0]]))
-        x = Scene(env.state).hand[0, 0]
+        x = ArmState(env.state).hand_axes[0, 0]
         angles.append(torch.atan2(x[1], x[0]))
     assert torch.stack(angles).diff()[4:].tolist() == pytest.approx([0.12 * turn] * 5, rel=0.2)
 
 
 def test_a_hand_without_orders_stays_where_it_is() -> None:
     env = small(LOOSE, 8)
-    before = Scene(env.state).tip.clone()
+    before = ArmState(env.state).tip_position.clone()
     for _ in range(50):
         env.step(torch.zeros(8, 6))
-    assert (Scene(env.state).tip - before).norm(dim=1).max() < 2e-3
+    assert (ArmState(env.state).tip_position - before).norm(dim=1).max() < 2e-3
     assert tilt(env).max() < 0.1
 
 
@@ -195,8 +200,8 @@ def test_the_hand_reaches_every_corner_of_its_part_of_the_table(speed: float) ->
     )
     for _ in range(80):
         env.step(torch.cat([speed * corners, torch.zeros(8, 3)], 1))
-        assert (Scene(env.state).pads == 0).all(), "the table is not touched"
-    tip, aim = Scene(env.state).tip, env.state.statistics[:, grasp.AIM]
+        assert (ArmState(env.state).pad_forces == 0).all(), "the table is not touched"
+    tip, aim = ArmState(env.state).tip_position, env.state.statistics[:, grasp.STAT_TARGET_POSITION]
     assert (tip - aim).abs().max() < 2e-3
     for axis, (low, high) in enumerate(((0.35, 0.65), (-0.2, 0.2), (0.02, 0.25))):
         assert (tip[corners[:, axis] < 0, axis] < low + 1e-3).all()

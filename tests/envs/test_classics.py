@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metarobot.env.base import Env
-from metarobot.envs.ant import published
+from metarobot.envs.robots.model_files import read_gymnasium_model
 from metarobot.tasks.distributions import TaskError
 from metarobot.tasks.family import Family, WorldState, families
 from metarobot.tasks.mujoco_models import ModelFactory
@@ -155,7 +155,9 @@ def test_the_humanoids_actions_are_rescaled_and_its_torques_are_not() -> None:
 def test_writing_masses_down_changes_nothing_of_the_published_model(name: str, file: str) -> None:
     family = families.get(name)
     ours = TaskModels(family).compile(family.space.task(**nominal(family)))
-    assert differences(ours, ModelFactory(lambda: published(file), []).compile([])) == set()
+    assert (
+        differences(ours, ModelFactory(lambda: read_gymnasium_model(file), []).compile([])) == set()
+    )
 
 
 @pytest.mark.parametrize(("name", "parameter"), SCALED)

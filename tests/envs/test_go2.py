@@ -15,7 +15,7 @@ from metarobot.envs.robots import go2
 from metarobot.tasks.family import Family, family_on
 from metarobot.tasks.mujoco_models import ModelError, compile_spec
 
-BODIES = [(leg, part) for leg in ("FL", "RL") for part in go2.PARTS]
+BODIES = [(leg, part) for leg in ("FL", "RL") for part in go2.LEG_PARTS]
 MIRROR = np.diag([1.0, -1.0, 1.0])
 MESHES = os.environ.get("METAROBOT_GO2_MJCF", "")
 
@@ -30,8 +30,8 @@ def stood(
 ) -> tuple[mujoco.MjData, np.ndarray]:
     """Let a robot stand from its default pose; its trunk's height over time, m."""
     data = mujoco.MjData(model)
-    data.qpos[:7], data.ctrl[:] = [0, 0, go2.HEIGHT + 0.02, 1, 0, 0, 0], action
-    for name, angle in zip(joints(model), go2.POSE, strict=True):
+    data.qpos[:7], data.ctrl[:] = [0, 0, go2.STANDING_HEIGHT + 0.02, 1, 0, 0, 0], action
+    for name, angle in zip(joints(model), go2.DEFAULT_POSE, strict=True):
         data.joint(name).qpos[0] = angle
     heights = []
     for _ in range(round(seconds / model.opt.timestep)):
@@ -69,20 +69,20 @@ def test_joints_and_drives_are_in_the_order_of_the_robots_own_motors(robot: mujo
 def test_limits_are_those_published(robot: mujoco.MjModel) -> None:
     assert robot.actuator_forcerange[:, 1].tolist() == [23.7, 23.7, 45.43] * 4
     assert (robot.actuator_forcerange[:, 0] == -robot.actuator_forcerange[:, 1]).all()
-    assert go2.SPEED.tolist() == [30.1, 30.1, 15.70] * 4
+    assert go2.SPEED_LIMITS.tolist() == [30.1, 30.1, 15.70] * 4
     for leg in go2.LEGS:
-        ranges = [robot.joint(f"{leg}_{part}_joint").range.tolist() for part in go2.PARTS]
+        ranges = [robot.joint(f"{leg}_{part}_joint").range.tolist() for part in go2.LEG_PARTS]
         thigh = [-1.5708, 3.4907] if leg[0] == "F" else [-0.5236, 4.5379]
         assert ranges == [[-1.0472, 1.0472], thigh, [-2.7227, -0.83776]]
     assert robot.jnt_limited[1:].all()
-    assert (robot.jnt_range[1:, 0] < go2.POSE).all()
-    assert (robot.jnt_range[1:, 1] > go2.POSE).all()
+    assert (robot.jnt_range[1:, 0] < go2.DEFAULT_POSE).all()
+    assert (robot.jnt_range[1:, 1] > go2.DEFAULT_POSE).all()
 
 
 def test_it_weighs_what_the_robot_weighs(robot: mujoco.MjModel) -> None:
     assert robot.body_mass.sum() == pytest.approx(15.2, rel=0.02)
     assert robot.body_mass.sum() - robot.body("payload").mass[0] == pytest.approx(
-        go2.MASS, abs=0.01
+        go2.TOTAL_MASS, abs=0.01
     )
     assert robot.body("payload").mass[0] == pytest.approx(1e-3)
 
@@ -110,7 +110,7 @@ def test_the_mass_matrix_is_mirrored_but_for_the_trunks_own_asymmetry(
     data, full = mujoco.MjData(robot), []
     swap = [3, 4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8]
     sign = np.array([-1.0, 1.0, 1.0] * 4)
-    legs = go2.POSE + np.random.default_rng(0).uniform(-0.5, 0.5, 12)
+    legs = go2.DEFAULT_POSE + np.random.default_rng(0).uniform(-0.5, 0.5, 12)
     for q in (legs, (sign * legs)[swap]):
         data.qpos[3:7], data.qpos[7:] = [1, 0, 0, 0], q
         mujoco.mj_forward(robot, data)
@@ -128,7 +128,7 @@ def test_the_mass_matrix_is_mirrored_but_for_the_trunks_own_asymmetry(
 
 def test_the_default_pose_has_its_centre_of_mass_in_the_middle(robot: mujoco.MjModel) -> None:
     data = mujoco.MjData(robot)
-    data.qpos[3], data.qpos[7:] = 1, go2.POSE
+    data.qpos[3], data.qpos[7:] = 1, go2.DEFAULT_POSE
     mujoco.mj_forward(robot, data)
     assert data.subtree_com[0][1] - data.qpos[1] == pytest.approx(0, abs=1e-6)
     feet = np.stack([data.site(f"{leg}_foot").xpos for leg in go2.LEGS])
@@ -138,14 +138,14 @@ def test_the_default_pose_has_its_centre_of_mass_in_the_middle(robot: mujoco.MjM
 def test_it_stands_at_its_height_and_does_not_sink(robot: mujoco.MjModel) -> None:
     _, heights = stood(robot, 10)
     settled = heights[200:]
-    assert heights[200] == pytest.approx(go2.HEIGHT, abs=0.01)
+    assert heights[200] == pytest.approx(go2.STANDING_HEIGHT, abs=0.01)
     assert np.ptp(settled) < 0.01
 
 
 def test_it_holds_the_default_pose_for_ten_seconds(robot: mujoco.MjModel) -> None:
     data, _ = stood(robot, 10)
     assert upright(data) > math.cos(math.radians(5))
-    assert abs(pose(robot, data) - go2.POSE).max() < 0.3
+    assert abs(pose(robot, data) - go2.DEFAULT_POSE).max() < 0.3
     assert abs(data.qvel).max() < 0.1
     assert np.hypot(*data.qpos[:2]) < 0.1
     forces = [data.sensor(f"{leg}_touch").data[0] for leg in go2.LEGS]
@@ -154,7 +154,11 @@ def test_it_holds_the_default_pose_for_ten_seconds(robot: mujoco.MjModel) -> Non
 
 def held(robot: mujoco.MjModel, offset: float, velocity: float = 0.0) -> mujoco.MjData:
     data = mujoco.MjData(robot)
-    data.qpos[:7], data.qpos[7:], data.qvel[6:] = [0, 0, 2, 1, 0, 0, 0], go2.POSE + offset, velocity
+    data.qpos[:7], data.qpos[7:], data.qvel[6:] = (
+        [0, 0, 2, 1, 0, 0, 0],
+        go2.DEFAULT_POSE + offset,
+        velocity,
+    )
     mujoco.mj_forward(robot, data)
     return data
 
@@ -169,7 +173,9 @@ def test_drives_pull_towards_the_pose_with_their_gains(robot: mujoco.MjModel) ->
 
 def test_torques_saturate(robot: mujoco.MjModel) -> None:
     for offset in (3.0, -3.0, 100.0):
-        assert held(robot, offset).actuator_force == pytest.approx(-np.sign(offset) * go2.TORQUE)
+        assert held(robot, offset).actuator_force == pytest.approx(
+            -np.sign(offset) * go2.TORQUE_LIMITS
+        )
 
 
 def response(steps: int, delay: float, at: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +187,7 @@ def response(steps: int, delay: float, at: int = 0) -> tuple[np.ndarray, np.ndar
     model = compile_spec(spec)
     data, reached, torque = held(model, 0.0), [], []
     for step in range(at + steps):
-        data.qpos[:7], data.qpos[7:], data.qvel[:] = [0, 0, 2, 1, 0, 0, 0], go2.POSE, 0
+        data.qpos[:7], data.qpos[7:], data.qvel[:] = [0, 0, 2, 1, 0, 0, 0], go2.DEFAULT_POSE, 0
         data.ctrl[:] = step >= at
         mujoco.mj_step(model, data)
         reached.append(data.act.copy())
@@ -212,7 +218,7 @@ def test_a_delay_of_whole_steps_is_the_same_at_all_times(steps: int) -> None:
         spec.actuator(name).delay = steps * go2.TIMESTEP
     model = compile_spec(spec)
     data, sent = mujoco.MjData(model), np.random.default_rng(0).uniform(-1, 1, 800)
-    data.qpos[:4], data.qpos[7:] = [0, 0, 2, 1], go2.POSE
+    data.qpos[:4], data.qpos[7:] = [0, 0, 2, 1], go2.DEFAULT_POSE
     for step, action in enumerate(sent):
         before, data.ctrl[:] = data.act[0], action
         mujoco.mj_step(model, data)
@@ -383,10 +389,10 @@ def test_menagerie_without_its_package_names_the_command_that_installs_it() -> N
 @pytest.mark.skipif(not MESHES, reason="METAROBOT_GO2_MJCF names no model of a Go2")
 def test_a_published_model_with_meshes_holds_the_pose() -> None:
     data, heights = stood(model := compile_spec(go2.load(MESHES)), 5)
-    assert model.body_mass.sum() == pytest.approx(go2.MASS, rel=0.05)
+    assert model.body_mass.sum() == pytest.approx(go2.TOTAL_MASS, rel=0.05)
     assert upright(data) > math.cos(math.radians(5))
-    assert abs(pose(model, data) - go2.POSE).max() < 0.3
-    assert heights[-1] == pytest.approx(go2.HEIGHT, abs=0.03)
+    assert abs(pose(model, data) - go2.DEFAULT_POSE).max() < 0.3
+    assert heights[-1] == pytest.approx(go2.STANDING_HEIGHT, abs=0.03)
     ours, theirs = (small(family_on("QuadrupedFlat", robot)) for robot in ("", MESHES))
     for _ in range(199):
         a, b = (env.step(torch.zeros(2, 12)) for env in (ours, theirs))

@@ -26,7 +26,7 @@ from torch import Tensor
 from metarobot.env.base import Env, StepResult
 from metarobot.envs import grasp
 from metarobot.envs.robots import panda
-from metarobot.envs.robots.arm_control import Scene
+from metarobot.envs.robots.arm_control import ArmState
 from metarobot.tasks.family import Family, families
 from metarobot.training.collect import ExpertAgent, collect
 
@@ -55,7 +55,7 @@ def held(name: str) -> tuple[Env, Tensor, list[StepResult], Tensor]:
         steps.append(env.step(clever(env)))
         alive &= ~steps[-1].terminated
         if k in (100, 225):
-            within.append(Scene(env.state).within)
+            within.append(ArmState(env.state).object_in_hand)
     return env, torch.stack(within), steps, alive
 
 
@@ -63,7 +63,7 @@ def held(name: str) -> tuple[Env, Tensor, list[StepResult], Tensor]:
 def test_a_held_object_does_not_creep(family: Family) -> None:
     env, within, _, alive = held(family.name)
     assert alive.float().mean() >= 0.9
-    assert (up(env)[alive] > grasp.LIFT).all()
+    assert (up(env)[alive] > grasp.LIFT_HEIGHT).all()
     assert (within[1] - within[0])[alive].norm(dim=1).max() < 2e-3
 
 
@@ -75,10 +75,10 @@ def test_success_comes_once_an_episode(family: Family) -> None:
     assert (success.sum(0) == 1).all()
     lifted = torch.stack([s.terms["hold"] for s in steps])[:, alive]
     first = success.argmax(0)
-    assert (first >= grasp.HOLD).all()
+    assert (first >= grasp.HOLD_STEPS).all()
     for world, step in enumerate(first.tolist()):
-        expected = torch.arange(1, grasp.HOLD + 1) / grasp.HOLD
-        assert lifted[step - grasp.HOLD + 1 : step + 1, world].tolist() == pytest.approx(
+        expected = torch.arange(1, grasp.HOLD_STEPS + 1) / grasp.HOLD_STEPS
+        assert lifted[step - grasp.HOLD_STEPS + 1 : step + 1, world].tolist() == pytest.approx(
             expected.tolist()
         )
 
@@ -107,9 +107,11 @@ def test_friction_carries_the_weight(family: Family) -> None:
         upwards, into = pressed(env, world)
         assert upwards == pytest.approx(env.tasks[world]["mass"] * 9.81, rel=0.03)
         assert min(into.values()) >= float(need(env)[world]) / 1.02
-        assert Scene(env.state).pads[world].tolist() == pytest.approx(list(into.values()), rel=0.02)
+        assert ArmState(env.state).pad_forces[world].tolist() == pytest.approx(
+            list(into.values()), rel=0.02
+        )
         assert list(into.values()) == pytest.approx(
-            [float(env.state.statistics[world, grasp.FORCE])] * 2, rel=0.05
+            [float(env.state.statistics[world, grasp.STAT_GRIP_FORCE])] * 2, rel=0.05
         )
 
 
@@ -152,14 +154,14 @@ def test_a_grip_too_weak_for_the_friction_slips(family: Family, multiple: float)
     assert (need(env) * multiple > FORCES[0]).all()
     assert (sums["success"] == 0).all()
     assert (sums["hold"] == 0).all()
-    assert top.max() < (0.02 if multiple < 0.9 else grasp.LIFT / 2)
+    assert top.max() < (0.02 if multiple < 0.9 else grasp.LIFT_HEIGHT / 2)
 
 
 @each_family
 def test_a_grip_half_again_as_strong_as_needed_holds(family: Family) -> None:
     _, sums, top, _ = lived(family, 1.5, 12)
     assert (sums["success"] == 1).all()
-    assert (top > grasp.LIFT).all()
+    assert (top > grasp.LIFT_HEIGHT).all()
 
 
 def test_a_grip_over_the_limit_crushes_the_object() -> None:
@@ -217,9 +219,9 @@ def test_an_object_off_the_table_and_a_jammed_hand_end_the_episode_cleanly(famil
     assert all(x.isfinite().all() for x in (step.obs, step.reward, step.final_obs))
     assert env.elapsed.tolist() == [1, 0, 1, 1]
     pads = env.snapshot.sensors.clone()
-    pads[2, PADS] = torch.tensor([10.0, 4 * panda.FORCE]).double()
+    pads[2, PADS] = torch.tensor([10.0, 4 * panda.MAX_GRIP_FORCE]).double()
     jammed = env.snapshot._replace(sensors=pads)
-    jammed = jammed._replace(derived=Scene(jammed._replace(derived=None)))
+    jammed = jammed._replace(derived=ArmState(jammed._replace(derived=None)))
     assert family.interaction.terminate(jammed).tolist() == [False, False, True, False]
 
 
@@ -258,8 +260,8 @@ def test_the_observation_is_what_its_names_say() -> None:
         expected |= {f"object_z_axis_{a}": x for a, x in zip("xyz", turned[:, 2], strict=True)}
         expected |= {"opening_m": data.qpos[7:9].sum()}
         expected |= {
-            "closing": env.state.statistics[world, grasp.FORCE] > 0,
-            "grasped": env.state.statistics[world, grasp.GRIPPED],
+            "closing": env.state.statistics[world, grasp.STAT_GRIP_FORCE] > 0,
+            "grasped": env.state.statistics[world, grasp.STAT_GRIPPED],
         }
         assert {k: seen[k] for k in expected} == pytest.approx(
             {k: float(v) for k, v in expected.items()}, abs=2e-3

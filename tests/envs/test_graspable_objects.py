@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from metarobot.env.base import Env
-from metarobot.envs.scenery import graspable_objects as objects
+from metarobot.envs.scenery import graspable_objects
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import families
 from metarobot.tasks.mujoco_models import compile_spec
@@ -26,14 +26,14 @@ EASY = {
     "friction": 0.7,
 }
 UNBALANCED = {"centre_x": 0.4, "centre_y": -0.3}
-KINDS = range(len(objects.KINDS))
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=objects.KINDS)
+KINDS = range(len(graspable_objects.OBJECT_KINDS))
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=graspable_objects.OBJECT_KINDS)
 
 
 def model(**task: float) -> mujoco.MjModel:
     """A world with a task's object, whatever the task spaces allow."""
     spec = SHAPES.spec()
-    objects.shape(spec, {**EASY, **task})
+    graspable_objects.edit_object(spec, {**EASY, **task})
     return compile_spec(spec)
 
 
@@ -49,11 +49,11 @@ def hull(of: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_superquadric_is_drawn_from_its_seed_alone() -> None:
-    drawn = [objects.superquadric(seed) for seed in range(30)]
+    drawn = [graspable_objects.superquadric(seed) for seed in range(30)]
     np.random.default_rng(0).random()
     for seed, points in enumerate(drawn):
-        assert points.shape == (objects.POINTS, 3)
-        assert (objects.superquadric(seed) == points).all()
+        assert points.shape == (graspable_objects.SUPERQUADRIC_VERTICES, 3)
+        assert (graspable_objects.superquadric(seed) == points).all()
         assert np.abs(points).max(0).tolist() == [1, 1, 1], (
             "it fills the cube and does not leave it"
         )
@@ -62,7 +62,9 @@ def test_a_superquadric_is_drawn_from_its_seed_alone() -> None:
 
 
 def test_superquadrics_range_from_round_to_boxy() -> None:
-    corner = [np.linalg.norm(objects.superquadric(seed), axis=1).max() for seed in range(200)]
+    corner = [
+        np.linalg.norm(graspable_objects.superquadric(seed), axis=1).max() for seed in range(200)
+    ]
     assert min(corner) < 1.15, "a sphere's are at 1"
     assert np.ptp(corner) > 0.2
 
@@ -73,14 +75,14 @@ def test_a_superquadric_is_strictly_convex() -> None:
     for seed in range(0, 1000, 25):
         of = model(kind=5.0, shape_seed=float(seed))
         corners, faces = hull(of)
-        assert len(corners) == objects.POINTS
-        assert set(faces.ravel()) == set(range(objects.POINTS)), seed
-        assert len(faces) == 2 * objects.POINTS - 4
+        assert len(corners) == graspable_objects.SUPERQUADRIC_VERTICES
+        assert set(faces.ravel()) == set(range(graspable_objects.SUPERQUADRIC_VERTICES)), seed
+        assert len(faces) == 2 * graspable_objects.SUPERQUADRIC_VERTICES - 4
         a, b, c = (corners[faces[:, i]] for i in range(3))
         normal = np.cross(b - a, c - a)
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)
         beneath = np.einsum("fi,fpi->fp", normal, a[:, None] - corners[None])
-        on = (np.arange(objects.POINTS) == faces[:, :, None]).any(1)
+        on = (np.arange(graspable_objects.SUPERQUADRIC_VERTICES) == faces[:, :, None]).any(1)
         assert (beneath[~on] > 1e-8).all(), seed
         assert np.abs(beneath[on]).max() < 1e-8
 
@@ -94,7 +96,7 @@ def test_every_kind_compiles_to_its_shape(kind: int) -> None:
     assert of.geom("object").type[0] == getattr(mujoco.mjtGeom, f"mjGEOM_{TYPES[kind]}")
     assert of.geom("object").friction[0] == EASY["friction"]
     assert of.geom("object").condim[0] == 6
-    assert of.geom("object").rgba[:3] == pytest.approx(objects.COLOURS[kind])
+    assert of.geom("object").rgba[:3] == pytest.approx(graspable_objects.KIND_COLOURS[kind])
 
 
 @each_kind
@@ -102,7 +104,7 @@ def test_a_shape_is_written_in_full_whatever_was_there_before(kind: int) -> None
     """One spec serves all tasks, one after the other."""
     spec, fresh = SHAPES.spec(), model(kind=float(kind))
     for other in (*KINDS, *reversed(KINDS)):
-        objects.shape(
+        graspable_objects.edit_object(
             spec,
             {
                 **EASY,
@@ -114,7 +116,7 @@ def test_a_shape_is_written_in_full_whatever_was_there_before(kind: int) -> None
             },
         )
         compile_spec(spec)
-        objects.shape(spec, {**EASY, "kind": float(kind)})
+        graspable_objects.edit_object(spec, {**EASY, "kind": float(kind)})
         again = compile_spec(spec)
         for field in (
             "geom_type",
@@ -208,7 +210,9 @@ def test_an_object_rests_as_high_as_its_shape_says(kind: int) -> None:
     for i, size in enumerate(SIZES):
         task = {**EASY, "kind": float(kind), "shape_seed": float(i), **size}
         of = model(**task)
-        low = float(objects.rest({k: torch.tensor(v).double() for k, v in task.items()}))
+        low = float(
+            graspable_objects.resting_height({k: torch.tensor(v).double() for k, v in task.items()})
+        )
         assert of.site("bottom").pos == pytest.approx([0, 0, -low])
         assert nearest(of, low + 2e-5) == []
         assert min(nearest(of, low - 1e-4)) == pytest.approx(-1e-4, abs=1e-5)
@@ -216,7 +220,7 @@ def test_an_object_rests_as_high_as_its_shape_says(kind: int) -> None:
 
 def test_a_task_without_a_kind_is_a_box() -> None:
     task = {"width": torch.tensor([0.05]), "height": torch.tensor([0.07])}
-    assert objects.rest(task).tolist() == pytest.approx([0.035])
+    assert graspable_objects.resting_height(task).tolist() == pytest.approx([0.035])
     of = model(**{"width": 0.05, "height": 0.07})
     assert of.geom("object").size == pytest.approx([0.03, 0.025, 0.035])
 

@@ -34,7 +34,7 @@ def build(*, cube: bool = False) -> mujoco.MjModel:
         body.add_geom(
             type=mujoco.mjtGeom.mjGEOM_BOX, size=[CUBE] * 3, mass=0.2, contype=1, conaffinity=2
         )
-    return compile_spec(panda.equip(spec))
+    return compile_spec(panda.add_actuators_and_sensors(spec))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def robot() -> mujoco.MjModel:
 
 
 def posed(
-    model: mujoco.MjModel, joints: np.ndarray = panda.READY, opening: float = panda.STROKE
+    model: mujoco.MjModel, joints: np.ndarray = panda.READY_POSE, opening: float = panda.MAX_OPENING
 ) -> mujoco.MjData:
     """At rest, the drives told to stay there and, as they lag, there already."""
     data = mujoco.MjData(model)
@@ -97,7 +97,7 @@ def test_limits_are_those_published(robot: mujoco.MjModel) -> None:
     assert robot.actuator_forcerange[:7, 1].tolist() == [87.0] * 4 + [12.0] * 3
     assert (robot.actuator_forcerange[:7, 0] == -robot.actuator_forcerange[:7, 1]).all()
     assert robot.actuator_ctrlrange[7, 1] == 70
-    assert panda.SPEED.tolist() == [2.175] * 4 + [2.61] * 3
+    assert panda.SPEED_LIMITS.tolist() == [2.175] * 4 + [2.61] * 3
 
 
 def test_ready_is_a_hand_that_points_down_over_the_table(robot: mujoco.MjModel) -> None:
@@ -105,7 +105,7 @@ def test_ready_is_a_hand_that_points_down_over_the_table(robot: mujoco.MjModel) 
     assert tip.xpos == pytest.approx([0.5, 0, 0.15], abs=1e-3)
     assert tip.xmat.reshape(3, 3) == pytest.approx(np.diag([1, -1, -1]), abs=1e-3)
     low, high = np.array(RANGES).T
-    assert np.minimum(panda.READY - low, high - panda.READY).min() > 0.3
+    assert np.minimum(panda.READY_POSE - low, high - panda.READY_POSE).min() > 0.3
 
 
 def flange(joints: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_the_tip_is_in_the_middle_between_the_pads(robot: mujoco.MjModel) -> Non
             left, right = (data.geom(f"{side}_pad").xpos for side in ("left", "right"))
             assert (left + right) / 2 == pytest.approx(data.site("tip").xpos, abs=1e-3)
             assert np.linalg.norm(left - right) == pytest.approx(
-                opening + 2 * panda.PAD[1], abs=1e-9
+                opening + 2 * panda.PAD_HALF_SIZE[1], abs=1e-9
             )
             across = (left - right) / np.linalg.norm(left - right)
             assert across == pytest.approx(data.site("tip").xmat.reshape(3, 3)[:, 1], abs=1e-9)
@@ -212,26 +212,26 @@ def test_drives_that_do_not_start_where_the_arm_is_throw_it_about(robot: mujoco.
 
 def test_targets_are_moved_to_with_a_lag(robot: mujoco.MjModel) -> None:
     data = posed(robot)
-    data.ctrl[:7] = panda.READY + 0.1
+    data.ctrl[:7] = panda.READY_POSE + 0.1
     for k in range(1, 41):
         mujoco.mj_step(robot, data)
         reached = 0.1 * (1 - math.exp(-k * 0.005 / panda.LAG))
-        assert data.act[:7] - panda.READY == pytest.approx(np.full(7, reached), abs=1e-9)
+        assert data.act[:7] - panda.READY_POSE == pytest.approx(np.full(7, reached), abs=1e-9)
     ran(robot, data, 2)
-    assert data.qpos[:7] == pytest.approx(panda.READY + 0.1, abs=1e-3)
+    assert data.qpos[:7] == pytest.approx(panda.READY_POSE + 0.1, abs=1e-3)
 
 
 def test_drives_pull_with_their_gains_until_torques_saturate(robot: mujoco.MjModel) -> None:
     data = posed(robot)
     for offset, speed in ((1e-3, 0.0), (-2e-3, 0.01), (0.0, 0.02)):
-        data.act[:7], data.qvel[:7] = panda.READY + offset, speed
+        data.act[:7], data.qvel[:7] = panda.READY_POSE + offset, speed
         mujoco.mj_forward(robot, data)
         assert data.actuator_force[:7] == pytest.approx(
             offset * panda.STIFFNESS - speed * panda.DAMPING
         )
     data.qvel[:] = 0
     for sign in (1, -1):
-        data.act[:7] = panda.READY + sign * 1.0
+        data.act[:7] = panda.READY_POSE + sign * 1.0
         mujoco.mj_forward(robot, data)
         assert data.actuator_force[:7].tolist() == [sign * t for t in (87.0,) * 4 + (12.0,) * 3]
 
@@ -294,13 +294,13 @@ def test_fingers_move_as_one_where_one_meets_something_first() -> None:
     assert data.body("cube").xpos[1] == pytest.approx(0, abs=1e-3), "it is pushed into the middle"
 
 
-@pytest.mark.parametrize("force", [1.5, panda.FORCE])
+@pytest.mark.parametrize("force", [1.5, panda.MAX_GRIP_FORCE])
 def test_the_hand_never_opens_wider_than_its_stroke(robot: mujoco.MjModel, force: float) -> None:
     data = posed(robot, opening=0.0)
     data.ctrl[7] = -force
     _, openings = ran(robot, data, 1.5)
-    assert openings[-1] > panda.STROKE - 1e-3
-    assert openings.max() < panda.STROKE + 1.5e-3
+    assert openings[-1] > panda.MAX_OPENING - 1e-3
+    assert openings.max() < panda.MAX_OPENING + 1.5e-3
 
 
 def test_the_hand_closes_no_further_than_shut(robot: mujoco.MjModel) -> None:

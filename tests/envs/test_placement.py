@@ -11,14 +11,21 @@ from torch import Tensor
 
 from metarobot.env.base import Env, StepResult
 from metarobot.envs import placement
-from metarobot.envs.robots import arm_control as manipulation
+from metarobot.envs.robots import arm_control
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Task
 from metarobot.training.collect import ExpertAgent, collect
 from metarobot.types import Floats
 
+PLACES = torch.from_numpy(placement.PLACES)
+
+
+def class_codes() -> Tensor:
+    return torch.from_numpy(placement.class_codes())
+
+
 FAMILY, SHOWN = families.get("Placement"), families.get("PlacementShown")
-CLASSES, CODE = placement.CLASSES, placement.CODE
+CLASSES, CODE = placement.CLASSES, placement.CODE_LENGTH
 CODES = slice(-CODE, None)
 """Where in an observation the code is."""
 CLOSE = 4
@@ -51,7 +58,7 @@ def seen(tasks: Sequence[Task | dict[str, float]]) -> Tensor:
     """Which classes a task's objects are of, by their looks: the codes' rows, ``(task,
     variant)``."""
     _, obs = presented(FAMILY.replace(noise=()), tasks)
-    gaps = torch.cdist(obs[..., CODES].double(), placement.codes())
+    gaps = torch.cdist(obs[..., CODES].double(), class_codes())
     assert gaps.amin(-1).max() < 1e-6
     return gaps.argmin(-1)
 
@@ -82,9 +89,7 @@ def test_the_expert_succeeds(family: Family, split: str) -> None:
 def test_every_class_of_a_task_has_a_place_of_its_own_and_every_order_occurs() -> None:
     (task,) = FAMILY.space.sample("train", 1, 0)
     env, _ = presented(FAMILY, [otherwise(task, order=float(o)) for o in ORDERS])
-    where = torch.cdist(placement.belongs(env.state), placement.PLACES).view(
-        len(ORDERS), CLASSES, -1
-    )
+    where = torch.cdist(placement.right_place(env.state), PLACES).view(len(ORDERS), CLASSES, -1)
     assert where.amin(-1).max() == 0
     orders = where.argmin(-1)
     assert orders.sort(1).values.tolist() == [[0, 1, 2, 3]] * 24
@@ -93,11 +98,11 @@ def test_every_class_of_a_task_has_a_place_of_its_own_and_every_order_occurs() -
 
 
 def test_places_are_apart_from_each_other_from_the_start_and_within_reach() -> None:
-    assert torch.pdist(placement.PLACES).min() > 4 * placement.NEAR
+    assert torch.pdist(PLACES).min() > 4 * placement.PLACE_RADIUS
     env = Env(FAMILY, FAMILY.space.sample("train", 40, 0), threads=1)
-    assert torch.cdist(env.state.qpos[:, -7:-5], placement.PLACES).min() > 2 * placement.NEAR
-    assert (manipulation.LOWEST[:2] + 0.02 < placement.PLACES).all()
-    assert (manipulation.HIGHEST[:2] - 0.02 > placement.PLACES).all()
+    assert torch.cdist(env.state.qpos[:, -7:-5], PLACES).min() > 2 * placement.PLACE_RADIUS
+    assert (torch.from_numpy(arm_control.WORKSPACE_LOW)[:2] + 0.02 < PLACES).all()
+    assert (torch.from_numpy(arm_control.WORKSPACE_HIGH)[:2] - 0.02 > PLACES).all()
 
 
 def test_over_episodes_all_variants_occur_as_often() -> None:
@@ -118,10 +123,10 @@ def test_the_classes_of_a_task_are_four_and_what_is_in_training_is_not_in_what_i
     classes = seen(tasks)
     assert all(len(row.unique()) == CLASSES for row in classes)
     if split == "train":
-        assert classes.max() < placement.KNOWN
+        assert classes.max() < placement.TRAINING_CLASSES
         assert len(classes.unique()) > 250
     else:
-        assert classes[classes >= placement.KNOWN].unique().numel() > 50
+        assert classes[classes >= placement.TRAINING_CLASSES].unique().numel() > 50
         assert {tuple(t.values) for t in tasks}.isdisjoint(
             tuple(t.values) for t in FAMILY.space.sample("train", 100)
         )
@@ -137,12 +142,12 @@ def test_tasks_to_extrapolate_to_share_no_class_with_training() -> None:
 
 
 def test_codes_are_distinct_unit_vectors_and_always_the_same() -> None:
-    codes = placement.codes()
-    assert codes.shape == (2 * placement.KNOWN, CODE)
+    codes = class_codes()
+    assert codes.shape == (2 * placement.TRAINING_CLASSES, CODE)
     assert torch.allclose(codes.norm(dim=1), torch.ones(len(codes)).double())
     assert torch.pdist(codes, p=torch.inf).min() > placement.NOISE[-1]
-    placement.codes.cache_clear()
-    assert torch.equal(placement.codes(), codes)
+    placement.class_codes.cache_clear()
+    assert torch.equal(class_codes(), codes)
     assert codes[0].tolist()[:3] == pytest.approx([-0.10693, 0.35786, 0.41530], abs=1e-4)
 
 
@@ -156,7 +161,7 @@ def test_a_class_looks_the_same_wherever_it_occurs() -> None:
         ..., CODES
     ]
     assert torch.equal(plain, plain[:1].expand_as(plain))
-    assert torch.equal(plain[0], placement.codes()[seen([first])[0]].float())
+    assert torch.equal(plain[0], class_codes()[seen([first])[0]].float())
     noisy = torch.cat([presented(FAMILY, alike, seed)[1] for seed in (0, 1)])[..., CODES]
     off = (noisy - plain).abs()
     assert off.max() <= 0.05 + 1e-6
@@ -178,7 +183,7 @@ def test_what_belongs_where_is_seen_by_those_alone_who_are_shown_it(family: Fami
     assert torch.equal(envs[0].elapsed, envs[1].elapsed)
     same = [torch.equal(a, b) for a, b in zip(*lived, strict=True)]
     assert same == [family is FAMILY] * 41
-    n = len(manipulation.OBSERVATIONS)
+    n = len(arm_control.OBSERVATIONS)
     body = [torch.equal(a[:, :n], b[:, :n]) for a, b in zip(*lived, strict=True)]
     assert all(body)
 
@@ -187,11 +192,14 @@ def test_who_is_shown_the_place_sees_it_and_not_the_class() -> None:
     family = SHOWN.replace(noise=())
     tasks = FAMILY.space.sample("train", 6, 0)
     env, obs = presented(family, [otherwise(t) for t in tasks])
-    place = placement.belongs(env.state) - manipulation.CENTRE[:2]
-    assert obs.shape[-1] == len(manipulation.OBSERVATIONS) + 2
+    place = placement.right_place(env.state) - torch.from_numpy(arm_control.WORKSPACE_CENTRE)[:2]
+    assert obs.shape[-1] == len(arm_control.OBSERVATIONS) + 2
     assert torch.equal(obs[..., -2:], place.float().view(6, CLASSES, 2))
     other = [
-        otherwise(t, **{f"class_{i}": (t[f"class_{i}"] + 4) % placement.KNOWN for i in range(4)})
+        otherwise(
+            t,
+            **{f"class_{i}": (t[f"class_{i}"] + 4) % placement.TRAINING_CLASSES for i in range(4)},
+        )
         for t in tasks
     ]
     assert torch.equal(presented(family, other)[1], obs)
@@ -275,7 +283,7 @@ def played(act: str) -> tuple[Env, list[StepResult]]:
             env.family.teaching.expert(env.state).float() if act == "hold" else torch.zeros(8, 6)
         )
         if act == "hold":
-            action[env.state.statistics[:, placement.AWAY] > 0, CLOSE] = 1.0
+            action[env.state.statistics[:, placement.STAT_CARRIED] > 0, CLOSE] = 1.0
         steps.append(env.step(wild(env, rng) if act == "wild" else action))
     return env, steps
 
@@ -325,7 +333,7 @@ def test_presenting_makes_exactly_those_variants_and_the_next_episode_draws_its_
         assert torch.equal(env.state.variant, variant)
         assert torch.equal(obs[:, :-CODE], drawn[:, :-CODE])
         named = seen(tasks)[torch.arange(12), variant]
-        assert (obs[:, CODES] - placement.codes()[named]).abs().max() <= 0.05 + 1e-6
+        assert (obs[:, CODES] - class_codes()[named]).abs().max() <= 0.05 + 1e-6
         env.step(torch.zeros(12, 6))
         assert torch.equal(env.state.variant, variant)
         assert torch.equal(env.restart(1), free.restart(1))

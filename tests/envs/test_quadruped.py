@@ -46,7 +46,7 @@ def state(
     quat: Sequence[float] = (1, 0, 0, 0), task: dict[str, float] | None = None, **fields: Any
 ) -> WorldState:
     """One world at rest in the default pose, but for what is said."""
-    qpos = np.concatenate([[0, 0, go2.HEIGHT], quat, go2.POSE])
+    qpos = np.concatenate([[0, 0, go2.STANDING_HEIGHT], quat, go2.DEFAULT_POSE])
     values = {
         "qpos": qpos,
         "qvel": np.zeros(18),
@@ -71,7 +71,7 @@ def roll(env: Env, steps: int, seed: int = 0) -> list[StepResult]:
 def test_the_observation_is_what_its_names_say() -> None:
     rng = np.random.default_rng(0)
     qvel, action, off = rng.normal(size=18), rng.normal(size=12), rng.normal(size=12)
-    qpos = np.concatenate([[1, 2, 3, 1, 0, 0, 0], go2.POSE + off])
+    qpos = np.concatenate([[1, 2, 3, 1, 0, 0, 0], go2.DEFAULT_POSE + off])
     at = state(qpos=qpos, qvel=qvel, action=action, task={"command_x": 0.7, "command_turn": -0.4})
     obs = dict(zip(quadruped.OBSERVATIONS, seen("QuadrupedFlat", at).tolist(), strict=True))
     expected = {f"gravity_{a}": x for a, x in zip("xyz", (0, 0, -1), strict=True)}
@@ -120,7 +120,9 @@ def test_rotations_are_mujocos(quat: np.ndarray) -> None:
     quat /= np.linalg.norm(quat)
     expected = np.zeros(9)
     mujoco.mju_quat2Mat(expected, quat)
-    assert quadruped.turned(state(quat))[0].flatten().numpy() == pytest.approx(expected, abs=1e-12)
+    assert quadruped.trunk_rotation(state(quat))[0].flatten().numpy() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_only_quadruped_vel_hides_the_command() -> None:
@@ -218,7 +220,11 @@ def model(**task: float) -> mujoco.MjModel:
 
 def posed(of: mujoco.MjModel, offset: float = 0.0, velocity: float = 0.0) -> mujoco.MjData:
     data = mujoco.MjData(of)
-    data.qpos[:7], data.qpos[7:], data.qvel[6:] = [0, 0, 0, 1, 0, 0, 0], go2.POSE + offset, velocity
+    data.qpos[:7], data.qpos[7:], data.qvel[6:] = (
+        [0, 0, 0, 1, 0, 0, 0],
+        go2.DEFAULT_POSE + offset,
+        velocity,
+    )
     mujoco.mj_forward(of, data)
     return data
 
@@ -232,7 +238,7 @@ def test_a_weak_drive_gives_its_share_of_the_torque_and_a_dead_or_locked_one_non
             factor[i] = max(health, 0.0)
             assert posed(broken, -0.2, 0.5).actuator_force == pytest.approx(whole * factor)
             damping = np.full(12, 0.1)
-            damping[i] = quadruped.LOCK if health < 0 else 0.1
+            damping[i] = quadruped.LOCKED_DAMPING if health < 0 else 0.1
             assert broken.dof_damping[6:].tolist() == damping.tolist()
 
 
@@ -308,7 +314,7 @@ def test_every_term_of_the_reward_is_bounded(seed: int, magnitude: float) -> Non
 
 
 def test_standing_as_commanded_earns_the_most_and_costs_nothing() -> None:
-    feet = np.tile([0.0, 0.0, go2.FOOT], 4)
+    feet = np.tile([0.0, 0.0, go2.FOOT_RADIUS], 4)
     at = state(
         sensors=np.concatenate([feet, np.zeros(12), np.full(4, 40.0), np.zeros(12)]),
         task={"command_x": 0.0},
@@ -320,7 +326,10 @@ def test_standing_as_commanded_earns_the_most_and_costs_nothing() -> None:
 
 
 FALLS = [("x", 40, 0.3, False), ("x", -65, 0.3, True), ("y", 65, 0.3, True), ("z", 120, 0.3, False)]
-FALLS += [("x", 0, quadruped.LOWEST + 0.01, False), ("x", 0, quadruped.LOWEST - 0.01, True)]
+FALLS += [
+    ("x", 0, quadruped.MIN_TRUNK_HEIGHT + 0.01, False),
+    ("x", 0, quadruped.MIN_TRUNK_HEIGHT - 0.01, True),
+]
 
 
 @pytest.mark.parametrize(("axis", "degrees", "height", "ended"), FALLS)
@@ -328,7 +337,9 @@ def test_a_tilt_and_lying_down_are_falls(
     axis: str, degrees: float, height: float, ended: bool
 ) -> None:
     for ground in (0.0, -0.4, 3.0):
-        qpos = np.concatenate([[0, 0, ground + height], quaternion(axis, degrees), go2.POSE])
+        qpos = np.concatenate(
+            [[0, 0, ground + height], quaternion(axis, degrees), go2.DEFAULT_POSE]
+        )
         feet = np.tile([0.0, 0.0, ground], 4)
         feet[2] += 0.1
         assert quadruped.fallen(state(qpos=qpos, sensors=np.r_[feet, np.zeros(28)])).tolist() == [
@@ -411,9 +422,12 @@ def test_ground_that_a_fast_robot_would_run_off_is_refused() -> None:
         with pytest.raises(
             TaskError, match=r"^Fast: a terrain of 12 m does not fit a speed of [0-9.]+ m/s$"
         ):
-            quadruped.quadruped("Fast", "", (quadruped.commanded(low, high, beyond), *params))
+            quadruped.quadruped_family(
+                "Fast", "", (quadruped.command_speed(low, high, beyond), *params)
+            )
     assert isinstance(
-        quadruped.quadruped("Slow", "", (quadruped.commanded(0, 0.5, 0.8), *params)), Family
+        quadruped.quadruped_family("Slow", "", (quadruped.command_speed(0, 0.5, 0.8), *params)),
+        Family,
     )
 
 

@@ -11,8 +11,8 @@ from metarobot.tasks.family import families
 from metarobot.tasks.mujoco_models import compile_spec
 from metarobot.tasks.task_models import TaskModels
 
-KINDS = range(len(terrain.KINDS))
-GRID = np.linspace(-terrain.RADIUS, terrain.RADIUS, terrain.CELLS)
+KINDS = range(len(terrain.TERRAIN_KINDS))
+GRID = np.linspace(-terrain.HALF_LENGTH, terrain.HALF_LENGTH, terrain.CELLS)
 Y, X = np.meshgrid(GRID, GRID, indexing="ij")
 FAR = np.hypot(X, Y)
 SEEN = np.array([1, 1, 1, 0, 0, 0], np.uint8)
@@ -76,7 +76,7 @@ def test_the_ground_is_level_where_robots_start() -> None:
 
 
 def level() -> mujoco.MjSpec:
-    return terrain.lay(go2.go2())
+    return terrain.add_height_field(go2.go2())
 
 
 def height(model: mujoco.MjModel, x: float, y: float) -> float:
@@ -105,7 +105,7 @@ def test_the_compiled_floor_has_these_heights(kind: int, seed: int) -> None:
     spec = level()
     for roughness in (0.3, 0.05):
         ground = terrain.heights(kind, roughness, seed)
-        terrain.shape(spec, ground)
+        terrain.set_heights(spec, ground)
         model = compile_spec(spec)
         for i, j in places(seed):
             assert height(model, GRID[j], GRID[i]) == pytest.approx(ground[i, j], abs=1e-3)
@@ -114,7 +114,7 @@ def test_the_compiled_floor_has_these_heights(kind: int, seed: int) -> None:
 @pytest.mark.parametrize("roughness", [0.0, 1e-9, 1e-4, 5e-4])
 def test_almost_level_ground_compiles_too(roughness: float) -> None:
     spec = level()
-    terrain.shape(spec, ground := terrain.heights(2, roughness, 0))
+    terrain.set_heights(spec, ground := terrain.heights(2, roughness, 0))
     model = compile_spec(spec)
     for i, j in places(0, 5):
         assert height(model, GRID[j], GRID[i]) == pytest.approx(ground[i, j], abs=1e-3)
@@ -160,7 +160,7 @@ def test_tasks_on_other_ground_have_other_models_and_on_the_same_the_same() -> N
 def test_a_ball_comes_to_rest_on_the_ground_it_is_dropped_on(kind: int) -> None:
     """Collisions see the same floor as rays."""
     spec = level()
-    terrain.shape(spec, terrain.heights(kind, 0.1, 5))
+    terrain.set_heights(spec, terrain.heights(kind, 0.1, 5))
     spec.geom("floor").friction[0] = 2.0
     rng = np.random.default_rng(0)
     for k in range(8):
@@ -170,7 +170,12 @@ def test_a_ball_comes_to_rest_on_the_ground_it_is_dropped_on(kind: int) -> None:
             name=f"post{k}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=[0, 0, 1], damping=[2, 0, 0]
         )
         post.add_geom(
-            name=f"post{k}", size=[go2.FOOT, 0, 0], mass=0.1, contype=2, conaffinity=1, group=3
+            name=f"post{k}",
+            size=[go2.FOOT_RADIUS, 0, 0],
+            mass=0.1,
+            contype=2,
+            conaffinity=1,
+            group=3,
         )
     model = compile_spec(spec)
     data = mujoco.MjData(model)
@@ -178,4 +183,4 @@ def test_a_ball_comes_to_rest_on_the_ground_it_is_dropped_on(kind: int) -> None:
     mujoco.mj_step(model, data, 800)
     for k in range(8):
         x, y, z = data.body(f"post{k}").xpos
-        assert -2e-3 < z - go2.FOOT - height(model, x, y) < go2.FOOT
+        assert -2e-3 < z - go2.FOOT_RADIUS - height(model, x, y) < go2.FOOT_RADIUS
