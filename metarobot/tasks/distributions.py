@@ -1,4 +1,4 @@
-"""What a hidden parameter is drawn from."""
+"""The distributions that hidden parameters are drawn from."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Uniform:
         return float(rng.uniform(self.low, self.high))
 
     def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
+        """Return whether ``x`` can be drawn."""
         return self.low <= x <= self.high
 
     def describe(self) -> str:
-        """Say it in a few characters."""
+        """Return it for people, in a few characters."""
         return f"U[{self.low:g}, {self.high:g}]"
 
 
@@ -59,11 +59,11 @@ class LogUniform:
         return min(max(x, self.low), self.high)
 
     def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
+        """Return whether ``x`` can be drawn."""
         return self.low <= x <= self.high
 
     def describe(self) -> str:
-        """Say it in a few characters."""
+        """Return it for people, in a few characters."""
         return f"logU[{self.low:g}, {self.high:g}]"
 
 
@@ -82,7 +82,7 @@ class Choice:
         return float(self.values[int(rng.integers(len(self.values)))])
 
     def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
+        """Return whether ``x`` can be drawn."""
         return x in self.values
 
     @property
@@ -96,15 +96,13 @@ class Choice:
         return max(self.values)
 
     def describe(self) -> str:
-        """Say it in a few characters."""
+        """Return it for people, in a few characters."""
         return "{" + ", ".join(f"{v:g}" for v in self.values) + "}"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """One of several distributions, drawn by weight: most motors healthy, some dead, some
-    reversed.
-    """
+    """One of several distributions, drawn by weight, as most motors healthy and some dead."""
 
     weights: tuple[float, ...]
     parts: tuple[Uniform | LogUniform | Choice, ...]
@@ -112,17 +110,19 @@ class Mixture:
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.parts) or min(self.weights) <= 0:
             raise TaskError(
-                f"a mixture needs one positive weight a part, not {self.weights} for {len(self.parts)}"
+                f"a mixture needs one positive weight a part, not {self.weights} for "
+                f"{len(self.parts)} parts"
             )
 
     def sample(self, rng: np.random.Generator) -> float:
         """Draw one value."""
         edges = np.cumsum(self.weights) / sum(self.weights)
-        part = min(int(np.searchsorted(edges, rng.uniform(), side="right")), len(self.parts) - 1)
-        return self.parts[part].sample(rng)
+        index = int(np.searchsorted(edges, rng.uniform(), side="right"))
+        last = len(self.parts) - 1  # the last edge may round to just below 1
+        return self.parts[min(index, last)].sample(rng)
 
     def contains(self, x: float) -> bool:
-        """Say whether ``x`` can be drawn."""
+        """Return whether ``x`` can be drawn."""
         return any(p.contains(x) for p in self.parts)
 
     @property
@@ -136,12 +136,12 @@ class Mixture:
         return max(p.high for p in self.parts)
 
     @property
-    def odd(self) -> Mixture:
-        """All parts but the first."""
+    def without_first(self) -> Mixture:
+        """The mixture of all parts but the first."""
         return Mixture(self.weights[1:], self.parts[1:])
 
     def describe(self) -> str:
-        """Say it in a few characters."""
+        """Return it for people, in a few characters."""
         total = sum(self.weights)
         return " + ".join(
             f"{w / total:.0%} {p.describe()}" for w, p in zip(self.weights, self.parts, strict=True)
@@ -149,36 +149,44 @@ class Mixture:
 
 
 Distribution = Uniform | LogUniform | Choice | Mixture
+
 _KINDS: dict[str, Any] = {
     "uniform": Uniform,
     "log_uniform": LogUniform,
     "choice": Choice,
     "mixture": Mixture,
 }
+"""Name of a distribution in ``tasks.json`` -> its class."""
 
 
 def draw_rounded(distribution: Distribution, rng: np.random.Generator) -> float:
-    """Draw to nine digits, or in full where rounding would leave the distribution, as it does for a
-    choice of 1/3.
+    """Draw a value of nine digits, so that it is the same on every machine.
+
+    Where rounding would leave the distribution, as for a choice of 1/3, all digits are kept.
     """
     x = distribution.sample(rng)
     rounded = float(f"{x:.9g}")
     return rounded if distribution.contains(rounded) else x
 
 
-def to_data(d: Distribution) -> dict[str, Any]:
+def to_data(distribution: Distribution) -> dict[str, Any]:
     """Return a distribution as plain data."""
-    kind = next(k for k, c in _KINDS.items() if c is type(d))
-    if isinstance(d, Mixture):
-        return {"kind": kind, "weights": d.weights, "parts": [to_data(p) for p in d.parts]}
-    return {"kind": kind, **asdict(d)}
+    kind = next(name for name, cls in _KINDS.items() if cls is type(distribution))
+    if isinstance(distribution, Mixture):
+        parts = [to_data(part) for part in distribution.parts]
+        return {"kind": kind, "weights": distribution.weights, "parts": parts}
+    return {"kind": kind, **asdict(distribution)}
 
 
 def from_data(data: Mapping[str, Any]) -> Any:
-    """Read a distribution back from plain data."""
+    """Read a distribution back from plain data.
+
+    Raises:
+        TaskError: An unknown kind, or values that make no distribution.
+    """
     if data["kind"] not in _KINDS:
         raise TaskError(f"no distribution called {data['kind']!r}; there are: {', '.join(_KINDS)}")
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
-    if "parts" in args:
-        args["parts"] = tuple(from_data(p) for p in args["parts"])
-    return _KINDS[data["kind"]](**args)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "kind"}
+    if "parts" in values:
+        values["parts"] = tuple(from_data(part) for part in values["parts"])
+    return _KINDS[data["kind"]](**values)

@@ -1,26 +1,25 @@
-"""What a task family is: a robot, what varies, and what is observed and rewarded, as one frozen
-value.
-"""
+"""Task families: a robot, what varies, and what is observed and rewarded, as one frozen value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mujoco
 import numpy as np
-import torch
-from torch import Tensor
 
 from metarobot.errors import MetarobotError
 from metarobot.registry import Registry
 from metarobot.tasks.space import TaskSpace
 from metarobot.types import Floats
 
+if TYPE_CHECKING:
+    from torch import Tensor  # listing families does without torch
+
 
 class WorldState(NamedTuple):
-    """All worlds at one moment, ``(world, ...)``, float64, SI units."""
+    """State of all worlds, ``(world, ...)``, in SI units: float64, on a GPU float32."""
 
     qpos: Tensor
     """Joint positions in generalised coordinates."""
@@ -32,35 +31,38 @@ class WorldState(NamedTuple):
     """The clipped action that led here; zero at an episode's start."""
     task: Mapping[str, Tensor]
     """Task parameters by name, ``(world,)`` each."""
-    statistics: Tensor = torch.zeros(0, 0).double()
-    """What the family's ``Tally`` keeps of the episode so far, ``(world, tallies)``."""
-    variant: Tensor = torch.zeros(0, dtype=torch.int64)
-    """Which of the family's ``variants`` the episode is, ``(world,)``."""
+    statistics: Tensor = cast("Tensor", None)
+    """The family's statistics of the episode so far, ``(world, statistic)``. Environments always
+    give them; a state made by hand may leave them out."""
+    variant: Tensor = cast("Tensor", None)
+    """Which of the family's variants the episode is, ``(world,)``; as ``statistics``."""
     derived: Any = None
-    """What the family's ``sense`` made of the moment."""
+    """What the family's ``derive`` computed from the state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionController:
-    """A controller between actions and drives, run once a control step."""
+    """A controller between actions and actuators, run once a control step."""
 
     actions: tuple[str, ...]
-    """One name an element of the action, each in [−1, 1]."""
+    """One name for each element of the action, which is in [−1, 1]."""
     targets: Callable[[WorldState, Tensor, Tensor], Tensor]
-    """(state, action ``(world, act)``, the drives' targets so far ``(world, drives)``) -> their
+    """(state, action ``(world, act)``, the actuators' last targets ``(world, actuator)``) -> their
     targets now."""
     rest: Callable[[Tensor], Tensor]
-    """Joint positions at an episode's start -> the targets that hold them; each drive lags and
-    starts there too."""
+    """Joint positions at an episode's start -> the targets that hold them. Actuators follow their
+    targets with a lag, and begin there too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeStatistics:
-    """Numbers kept through an episode, for what one moment does not show: how long something has
-    been held.
+    """Numbers kept through an episode, as how long an object has been held.
+
+    They are for what a single state does not show.
     """
 
     size: int
+    """Number of statistics."""
     begin: Callable[[WorldState], Tensor]
     """State at an episode's start -> the statistics, ``(world, size)``."""
     update: Callable[[WorldState, WorldState], Tensor]
@@ -91,15 +93,15 @@ class LeggedSensors:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What drives the real robot must be told; one value a joint, in the order of the action."""
+    """Settings of the real robot's actuators: one value a joint, in the order of the action."""
 
     joints: tuple[str, ...]
     stiffness: tuple[float, ...]
-    """Gains of the drives' position loops, N·m/rad."""
+    """Gains of the actuators' position loops, N·m/rad."""
     damping: tuple[float, ...]
     """Gains of their velocity loops, N·m·s/rad."""
     pose: tuple[float, ...]
-    """Joint angles that an action of zero asks for, rad."""
+    """Joint angles that an action of 0 commands, rad."""
     scale: tuple[float, ...]
     """How far from there an action of 1 moves the target, rad."""
     position: tuple[tuple[float, float], ...]
@@ -109,7 +111,7 @@ class Hardware:
     torque: tuple[float, ...]
     """Highest torque, N·m."""
     commands: tuple[str, ...] = ()
-    """Observations that an operator sets."""
+    """Names of the observations that an operator sets."""
     sensors: LeggedSensors | None = None
     """What a legged robot measures; the simulated robot needs it."""
     reward: Mapping[str, Any] = field(default_factory=dict)
@@ -119,41 +121,39 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Interaction:
-    """How the robot is acted on and what an episode keeps track of, where the plain defaults do not
-    do.
-    """
+    """How actions act on the robot, how episodes end, and what is kept during one."""
 
     controller: ActionController | None = None
     """How actions become actuator targets; None if they are these targets."""
     statistics: EpisodeStatistics | None = None
-    """What is kept of the episode so far."""
+    """Numbers kept through an episode; None if the state shows everything."""
     variants: int = 1
-    """In how many variants the episodes of a task come, as when one of several objects is
-    presented; each episode's variant is drawn at its start."""
+    """Number of variants of an episode, as when one of several objects is presented. Each
+    episode's variant is drawn at its start."""
     terminate: Callable[[WorldState], Tensor] | None = None
     """State -> ``(world,)``, true where the episode has failed; None if it never does."""
     noise: tuple[float, ...] = ()
-    """Each observation's noise, uniform within ± this; none if empty."""
+    """Amplitude of each observation's uniform noise; empty if there is none."""
     derive: Callable[[WorldState], Any] | None = None
-    """State -> what several of the family's functions need, computed once and kept as
-    ``WorldState.derived``."""
+    """State -> what several of the family's functions need, computed once for all of them and
+    kept as ``WorldState.derived``."""
     edit_spec: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None
-    """Writes the parameters marked ``edits_spec`` into the model; sets all that it touches,
-    whatever it holds."""
+    """(spec, task values by name): writes the parameters marked ``edits_spec`` into the spec. It is
+    called for one task after another, so it must set everything that it ever changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """What a simulator knows and a robot does not, for training only."""
+    """Privileged information of the simulator, for training alone."""
 
     expert: Callable[[WorldState], Tensor] | None = None
-    """State -> the action ``(world, act)`` of a program that is told the task; None if nobody wrote
-    one."""
+    """State -> action ``(world, act)`` of a scripted policy that reads the task; None if there is
+    none."""
     teacher_action: Callable[[WorldState], Tensor] | None = None
-    """State -> the action to distil from, ``(world, act)``, NaN where nothing is known; None if it
-    is the expert's."""
+    """State -> action to distil from, ``(world, act)``, NaN where none is known; None if it is the
+    expert's."""
     critic_observe: Callable[[WorldState], Tensor] | None = None
-    """State -> what the critic sees in training beside the observation, ``(world, critic)``."""
+    """State -> what the critic sees in addition to the observation, ``(world, critic)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +163,10 @@ class Display:
     readout: Callable[[WorldState, WorldState, float], dict[str, Tensor]] = field(
         default=lambda *_: {}
     )
-    """(before, after, control period in s) -> quantities that a film shows, "name unit" ->
-    ``(world,)``."""
+    """(state before, state after, control period in s) -> quantities that a film shows, "name
+    unit" -> ``(world,)``."""
     highlight: Callable[[Mapping[str, float]], Iterable[str]] = field(default=lambda _: ())
-    """Task values by name -> names of the bodies to draw in red: what is broken."""
+    """Task values by name -> names of the bodies to draw in red, as those that are broken."""
     view: tuple[tuple[float, float, float], float] | None = None
     """Centre and radius of the scene, m; None follows the whole robot."""
 
@@ -176,7 +176,7 @@ class Deployment:
     """The real robot behind the family."""
 
     hardware: Callable[[], Hardware] | None = None
-    """What the real robot's drives must be told; None if no real robot is like this one."""
+    """Settings of the real robot's actuators; None if there is no such robot."""
     on_robot: Callable[[str], Family] | None = None
     """The same family with another model of its robot: a path to an MJCF, or ``menagerie:name``."""
 
@@ -237,8 +237,14 @@ families: Registry[Family] = Registry("family", "metarobot.families")
 
 
 def family_on(name: str, robot: str = "") -> Family:
-    """Return the family of that name, on its own robot or on another: a path to an MJCF, or
-    ``menagerie:name``.
+    """Return the family of that name, on its own robot or on another.
+
+    Args:
+        name: Registered name of the family.
+        robot: Path to an MJCF, or ``menagerie:name``; empty for the family's own robot.
+
+    Raises:
+        MetarobotError: No such family, or one that runs on no other robot.
     """
     family: Family = families.get(name)
     if not robot:

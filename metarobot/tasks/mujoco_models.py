@@ -1,5 +1,7 @@
-"""From a nominal ``MjSpec`` and a task's edits to a compiled ``MjModel``: the compiled model is
-what a task means.
+"""From a nominal ``MjSpec`` and a task's edits to a compiled ``MjModel``.
+
+The compiled model is what a task means: MuJoCo computes every derived constant from the edited
+specification.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import numpy as np
 from metarobot.errors import MetarobotError
 
 ELEMENTS = ("geom", "body", "joint", "actuator", "site", "option")
+"""Kinds of elements that edits may change."""
 OPS = ("set", "scale", "add", "rotate_y")
+"""Operations of edits."""
 
 
 class ModelError(MetarobotError):
@@ -25,30 +29,34 @@ class ModelError(MetarobotError):
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """Where a task parameter goes in the model, and how it meets the nominal value there.
+    """Where a task parameter enters the model, and how it is combined with the nominal value.
 
-    ``op`` is ``set`` (value), ``scale`` (nominal × value), ``add`` (nominal + value), or
-    ``rotate_y`` (the nominal 3-vector turned about the y axis by value degrees). Always from the
-    nominal model, so edits never compound.
+    Every edit starts from the nominal model, so edits never compound.
+
+    Raises:
+        ModelError: An unknown kind of element or operation.
     """
 
     element: str
     """Kind of element: geom, body, joint, actuator, site or option."""
     name: str = ""
-    """Name of the element; empty for ``option``."""
+    """Name of the element; empty for an option."""
     field: str
     """Field of the element as ``MjSpec`` calls it, in MuJoCo's units."""
     index: int | None = None
     """Component of a vector field; None for a scalar, or for the whole vector of ``rotate_y``."""
     op: str = "set"
+    """``set`` (value), ``scale`` (nominal × value), ``add`` (nominal + value), or ``rotate_y`` (the
+    nominal 3-vector turned about the y axis by value degrees)."""
 
     def __post_init__(self) -> None:
-        for value, allowed in ((self.element, ELEMENTS), (self.op, OPS)):
-            if value not in allowed:
-                raise ModelError(f"{value!r} is not one of: {', '.join(allowed)}")
+        if self.element not in ELEMENTS:
+            raise ModelError(f"{self.element!r} is not one of: {', '.join(ELEMENTS)}")
+        if self.op not in OPS:
+            raise ModelError(f"{self.op!r} is not one of: {', '.join(OPS)}")
 
     def describe(self) -> str:
-        """Say in a few words what is changed, e.g. ``scale actuator bthigh gear[0]``."""
+        """Return what is changed for people, e.g. ``scale actuator bthigh gear[0]``."""
         index = "" if self.index is None else f"[{self.index}]"
         return " ".join(filter(None, (self.op, self.element, self.name, self.field + index)))
 
@@ -56,8 +64,16 @@ class Edit:
 class ModelFactory:
     """Compiles a family's nominal model under any task's edits; made once, used for every task.
 
-    ``visual=False`` drops what only a picture needs (a cheetah's model shrinks from 518 kB to 17
-    kB), so that thousands of worlds can each have a model of their own.
+    Args:
+        build: Builds the nominal specification.
+        edits: The edits, in the order in which ``compile`` takes their values.
+        edit_spec: (spec, task values by name): writes what edits cannot express; it must set
+            everything that it ever changes.
+        visual: Whether to keep what only a picture needs. Without it a cheetah's model shrinks from
+            518 kB to 17 kB, so that thousands of worlds can each have a model of their own.
+
+    Raises:
+        ModelError: An edit that names nothing in the model.
     """
 
     def __init__(
@@ -65,64 +81,75 @@ class ModelFactory:
         build: Callable[[], mujoco.MjSpec],
         edits: Iterable[Edit],
         *,
-        shape: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None,
+        edit_spec: Callable[[mujoco.MjSpec, Mapping[str, float]], None] | None = None,
         visual: bool = False,
     ) -> None:
-        self._spec, self._shape = build(), shape
+        self._spec = build()
+        self._edit_spec = edit_spec
         if not visual:
             strip(self._spec)
-        self._slots = [_Slot(self._spec, edit) for edit in edits]
+        self._targets = [_EditTarget(self._spec, edit) for edit in edits]
 
     def compile(
         self, values: Iterable[float], task: Mapping[str, float] | None = None
     ) -> mujoco.MjModel:
-        """Compile the model in which each edit holds its value, in the order the edits were given.
+        """Compile the model of a task.
 
-        ``shape`` then writes what edits cannot say, from the task's values by name; it must set all
-        that it touches.
+        Args:
+            values: One value for each edit, in their order.
+            task: Task values by name, for ``edit_spec``.
+
+        Raises:
+            ModelError: The model does not compile.
         """
-        for slot, value in zip(self._slots, values, strict=True):
-            slot.write(value)
-        if self._shape is not None and task is not None:
-            self._shape(self._spec, task)
+        for target, value in zip(self._targets, values, strict=True):
+            target.write(value)
+        if self._edit_spec is not None and task is not None:
+            self._edit_spec(self._spec, task)
         return compile_spec(self._spec)
 
 
-class _Slot:
-    """One edit bound to its element, with the nominal value it starts from."""
+class _EditTarget:
+    """An edit with the element that it changes and the nominal value that it starts from."""
 
     def __init__(self, spec: mujoco.MjSpec, edit: Edit) -> None:
-        self.edit = edit
-        self.target = find(spec, edit.element, edit.name)
-        fields = _fields(self.target)
+        self._edit = edit
+        self._element = find(spec, edit.element, edit.name)
+        fields = _numeric_fields(self._element)
         if edit.field not in fields:
             raise ModelError(
-                f"{edit.element} {edit.name!r} has no field {edit.field!r}; it has: {', '.join(fields)}"
+                f"{edit.element} {edit.name!r} has no field {edit.field!r}; "
+                f"it has: {', '.join(fields)}"
             )
-        self.nominal: Any = fields[edit.field]
-        _check_index(edit, np.shape(self.nominal))
+        self._nominal: Any = fields[edit.field]
+        _check_index(edit, np.shape(self._nominal))
 
     def write(self, value: float) -> None:
-        edit = self.edit
+        """Write what the edit makes of the nominal value and a task's value."""
+        edit = self._edit
+        new: Any
         if edit.op == "rotate_y":
-            new: Any = _rotate_y(self.nominal, math.radians(value))
+            new = _rotate_y(self._nominal, math.radians(value))
         else:
-            base = float(self.nominal if edit.index is None else self.nominal[edit.index])
-            new = {"set": value, "scale": base * value, "add": base + value}[edit.op]
+            nominal = float(self._nominal if edit.index is None else self._nominal[edit.index])
+            new = {"set": value, "scale": nominal * value, "add": nominal + value}[edit.op]
+
         if edit.index is None:
-            setattr(self.target, edit.field, new)
+            setattr(self._element, edit.field, new)
         else:
-            getattr(self.target, edit.field)[edit.index] = new
+            getattr(self._element, edit.field)[edit.index] = new
 
 
-def _fields(target: Any) -> dict[str, Any]:
+def _numeric_fields(element: Any) -> dict[str, Any]:
     """Return the numeric fields of an element of a spec, vectors as copies."""
-    values = {n: getattr(target, n) for n in dir(target) if not n.startswith("_")}
-    return {
-        n: np.copy(v) if np.ndim(v) else v
-        for n, v in values.items()
-        if isinstance(v, np.ndarray | float | int)
-    }
+    fields = {}
+    for name in dir(element):
+        if name.startswith("_"):
+            continue
+        value = getattr(element, name)
+        if isinstance(value, np.ndarray | float | int):
+            fields[name] = np.copy(value) if np.ndim(value) else value
+    return fields
 
 
 def _check_index(edit: Edit, shape: tuple[int, ...]) -> None:
@@ -136,41 +163,46 @@ def _check_index(edit: Edit, shape: tuple[int, ...]) -> None:
 
 
 def find(spec: mujoco.MjSpec, element: str, name: str) -> Any:
-    """Return the element of that name, or raise with the names that exist."""
+    """Return the element of that name; ``option`` needs none.
+
+    Raises:
+        ModelError: There is no such element.
+    """
     if element == "option":
         return spec.option
     found = getattr(spec, element)(name)
     if found is None:
-        every = spec.bodies if element == "body" else getattr(spec, element + "s")
-        names = ", ".join(e.name for e in every if e.name)
+        elements = spec.bodies if element == "body" else getattr(spec, element + "s")
+        names = ", ".join(e.name for e in elements if e.name)
         raise ModelError(f"no {element} called {name!r}; there are: {names}")
     return found
 
 
 def strip(spec: mujoco.MjSpec) -> None:
-    """Remove textures, materials, lights, and files' meshes that touch nothing: they weigh
-    megabytes and no force.
+    """Remove textures, materials, lights, and meshes that collide with nothing.
+
+    They take megabytes and exert no force.
     """
-    mesh = mujoco.mjtGeom.mjGEOM_MESH
     for geom in spec.geoms:
         geom.material = ""
-        if (
-            geom.type == mesh
-            and not geom.contype
-            and not geom.conaffinity
-            and geom.parent.explicitinertial
-        ):
+        is_mesh = geom.type == mujoco.mjtGeom.mjGEOM_MESH
+        collides = geom.contype or geom.conaffinity
+        # Without an explicit inertia the mesh gives its body its mass.
+        if is_mesh and not collides and geom.parent.explicitinertial:
             spec.delete(geom)
+
     used = {geom.meshname for geom in spec.geoms}
-    for thing in [m for m in spec.meshes if m.file and m.name not in used]:
-        spec.delete(thing)
-    for thing in (*spec.materials, *spec.textures, *spec.lights):
-        spec.delete(thing)
+    for mesh in [m for m in spec.meshes if m.file and m.name not in used]:
+        spec.delete(mesh)
+    for asset in (*spec.materials, *spec.textures, *spec.lights):
+        spec.delete(asset)
 
 
 def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
-    """Compile, turning MuJoCo's complaint into one line and muting its deprecation notes about
-    published models.
+    """Compile, with MuJoCo's deprecation warnings about published models suppressed.
+
+    Raises:
+        ModelError: The model does not compile; MuJoCo's message in one line.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="compiler attribute", category=UserWarning)
@@ -181,6 +213,8 @@ def compile_spec(spec: mujoco.MjSpec) -> mujoco.MjModel:
 
 
 def _rotate_y(vector: Any, angle: float) -> list[float]:
+    """Rotate a 3-vector about the y axis by an angle in rad."""
     x, y, z = (float(v) for v in vector)
-    c, s = math.cos(angle), math.sin(angle)
-    return [c * x + s * z, y, c * z - s * x]
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    return [cos * x + sin * z, y, cos * z - sin * x]

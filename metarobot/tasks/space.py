@@ -1,6 +1,4 @@
-"""Tasks as data: what varies, by which distribution, in which split, and where it enters the
-model.
-"""
+"""Tasks as data: what varies, by which distribution, in which split, and where it enters."""
 
 from __future__ import annotations
 
@@ -11,12 +9,11 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from metarobot.lazy import lazy_module
 from metarobot.tasks.distributions import (
     Choice,
     Distribution,
@@ -29,7 +26,16 @@ from metarobot.tasks.distributions import (
 )
 from metarobot.tasks.mujoco_models import Edit
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = lazy_module("torch")  # describing a task space does without it
+
 SPLITS = ("train", "test", "interpolate", "extrapolate")
+_MAX_DRAWS = 100_000
+"""Rejected draws after which a distribution is taken to lie inside (or outside) its held-out
+interval altogether."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,60 +46,61 @@ class Param:
     train: Distribution
     """What training and test tasks are drawn from."""
     held_out: tuple[float, float] | None = None
-    """An open interval cut out of ``train``: training and test never draw it, ``interpolate`` draws
-    nothing else."""
+    """An open interval cut out of ``train``: training and test never draw from it, ``interpolate``
+    draws from nothing else."""
     extrapolation: Distribution | None = None
-    """What ``extrapolate`` draws, outside of ``train``."""
+    """What ``extrapolate`` draws from, outside of ``train``."""
     edits: tuple[Edit, ...] = ()
     """Where the value enters the model; empty if the family's functions read it instead."""
     edits_spec: bool = False
-    """Whether the family's ``shape`` writes the value into the model: what no edit can say, as a
-    terrain."""
+    """Whether the family's ``edit_spec`` writes the value into the model, as no edit can: a
+    terrain, for example."""
     nuisance: bool = False
     """Whether the value means nothing by itself, as a seed does: it is left out of the encoding."""
     unit: str = ""
     doc: str = ""
     words: tuple[str, ...] = ()
-    """What single values stand for, each "value word", e.g. "0 dead"."""
+    """Names of single values, each "value name", e.g. "0 dead"."""
 
-    def say(self, x: float) -> str:
-        """Say a value as a person would, with its unit."""
-        word = next(
-            (w.partition(" ")[2] for w in self.words if float(w.partition(" ")[0]) == x), ""
-        )
-        value = word or f"{x:.3g} {self.unit}".strip().replace("-", "−")
+    def describe_value(self, x: float) -> str:
+        """Return the parameter's name and a value for people, with its unit or its own name."""
+        names = {float(w.partition(" ")[0]): w.partition(" ")[2] for w in self.words}
+        value = names.get(x) or f"{x:.3g} {self.unit}".strip().replace("-", "−")
         return f"{self.name.replace('_', ' ')} {value}"
 
     def contains(self, x: float) -> bool:
-        """Say whether any split can draw ``x``."""
-        return self.train.contains(x) or (
-            self.extrapolation is not None and self.extrapolation.contains(x)
-        )
+        """Return whether any split can draw ``x``."""
+        if self.train.contains(x):
+            return True
+        return self.extrapolation is not None and self.extrapolation.contains(x)
 
     def in_held_out(self, x: float) -> bool:
-        """Say whether ``x`` lies in the hole."""
+        """Return whether ``x`` lies in the held-out interval."""
         return self.held_out is not None and self.held_out[0] < x < self.held_out[1]
 
     def draw(self, rng: np.random.Generator, *, inside: bool = False) -> float:
-        """Draw from ``train``, inside the hole or outside of it, to nine digits, the same on every
-        machine.
+        """Draw from ``train``, inside or outside of the held-out interval.
+
+        Values have nine digits, so that they are the same on every machine.
+
+        Raises:
+            TaskError: There is nothing to draw.
         """
-        for _ in range(100_000):
+        for _ in range(_MAX_DRAWS):
             x = draw_rounded(self.train, rng)
             if self.in_held_out(x) == inside:
                 return x
         raise TaskError(
-            f"{self.name}: nothing can be drawn {'inside' if inside else 'outside'} the hole {self.held_out}"
+            f"{self.name}: nothing can be drawn {'inside' if inside else 'outside'} the held-out "
+            f"interval {self.held_out}"
         )
 
     def bounds(self) -> str:
-        """Say what values are allowed."""
-        beyond = (
-            ""
-            if self.extrapolation is None
-            else f", or {self.extrapolation.describe()} to extrapolate"
-        )
-        return self.train.describe() + beyond + (f" {self.unit}" if self.unit else "")
+        """Return the allowed values for people, in one line."""
+        text = self.train.describe()
+        if self.extrapolation is not None:
+            text += f", or {self.extrapolation.describe()} to extrapolate"
+        return f"{text} {self.unit}" if self.unit else text
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,9 @@ class Task:
     """One draw of the hidden parameters. Compares and hashes by value."""
 
     space: str
+    """Name of its task space."""
     values: tuple[tuple[str, float], ...] = field(default=())
+    """(name, value) of each parameter, in the order of the space."""
 
     def __getitem__(self, name: str) -> float:
         return self.as_dict()[name]
@@ -111,31 +120,35 @@ class Task:
         return dict(self.values)
 
     def describe(self) -> str:
-        """Say the values in one line."""
+        """Return the values for people, in one line."""
         return ", ".join(f"{k} {v:.3g}" for k, v in self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseFaults:
-    """Parameters of which only a few at a time depart from normal: one or two broken joints of
-    twelve.
+    """Parameters of which only a few at a time are faulty, as one or two broken joints of twelve.
 
-    Each is drawn from a ``Mixture`` whose first part is normal; the few that depart are drawn from
-    its other parts.
+    Each of them has a ``Mixture`` whose first part is the normal range. The faulty ones are drawn
+    from its other parts, all the others from the first.
     """
 
     params: tuple[str, ...]
-    """Those that may depart."""
+    """Those that may be faulty."""
     least: int
+    """Smallest number of faults."""
     most: int
-    """How many do, each number equally likely."""
+    """Largest number of faults; each number is equally likely."""
     extrapolation_params: tuple[str, ...] = ()
-    """Those that depart in ``extrapolate`` alone, and there no others do."""
+    """Those that are faulty in ``extrapolate`` alone, where no others are."""
 
 
 @dataclass(frozen=True)
 class TaskSpace:
-    """What varies from task to task in a family, and the splits tasks are drawn from."""
+    """What varies from task to task in a family, and the splits that tasks are drawn from.
+
+    Raises:
+        TaskError: Two parameters of one name, or sparse faults that name no mixture.
+    """
 
     name: str
     params: tuple[Param, ...]
@@ -146,16 +159,19 @@ class TaskSpace:
         for name in names:
             if names.count(name) > 1:
                 raise TaskError(f"{self.name} has two parameters called {name!r}")
+
         for faults in self.sparse_faults:
             for name in (*faults.params, *faults.extrapolation_params):
                 mixture = self.params[names.index(name)].train if name in names else None
                 if not isinstance(mixture, Mixture) or len(mixture.parts) < 2:
                     raise TaskError(
-                        f"{self.name}: {name!r} is not a parameter drawn from a mixture of two parts or more"
+                        f"{self.name}: {name!r} is not a parameter drawn from a mixture of two "
+                        "parts or more"
                     )
             if not 0 <= faults.least <= faults.most <= len(faults.params):
                 raise TaskError(
-                    f"{self.name}: {faults.least} to {faults.most} of {len(faults.params)} parameters cannot depart"
+                    f"{self.name}: there cannot be {faults.least} to {faults.most} faults among "
+                    f"{len(faults.params)} parameters"
                 )
 
     @property
@@ -165,34 +181,44 @@ class TaskSpace:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits this space can draw from: no hole, no ``interpolate``; nothing beyond, no
-        ``extrapolate``.
+        """The splits this space can draw from.
+
+        ``interpolate`` needs a held-out interval, ``extrapolate`` something outside of training.
         """
-        has = {"train": True, "test": True}
-        has["interpolate"] = any(p.held_out for p in self.params)
-        has["extrapolate"] = any(p.extrapolation for p in self.params) or any(
+        extrapolates = any(p.extrapolation for p in self.params) or any(
             f.extrapolation_params for f in self.sparse_faults
         )
+        has = {
+            "train": True,
+            "test": True,
+            "interpolate": any(p.held_out for p in self.params),
+            "extrapolate": extrapolates,
+        }
         return tuple(s for s in SPLITS if has[s])
 
     @property
     def finite(self) -> tuple[Task, ...] | None:
         """Every task, if there are finitely many (all parameters a choice), else None."""
-        trains = [p.train for p in self.params]
-        choices = [t.values for t in trains if isinstance(t, Choice)]
-        if len(choices) < len(trains):
+        choices = [p.train.values for p in self.params if isinstance(p.train, Choice)]
+        if len(choices) < len(self.params):
             return None
-        rows = (dict(zip(self.names, row, strict=True)) for row in itertools.product(*choices))
-        return tuple(
-            self.task(**r) for r in rows if not any(p.in_held_out(r[p.name]) for p in self.params)
-        )
+
+        tasks = []
+        for row in itertools.product(*choices):
+            values = dict(zip(self.names, row, strict=True))
+            if not any(p.in_held_out(values[p.name]) for p in self.params):
+                tasks.append(self.task(**values))
+        return tuple(tasks)
 
     def sample(self, split: str, n: int, seed: int | Sequence[int] = 0) -> list[Task]:
         """Draw ``n`` tasks; the same split, n and seed give the same tasks on every machine.
 
-        ``interpolate`` puts every parameter that has a hole inside it; ``extrapolate`` puts one
-        parameter at a time beyond its training range. A finite space is gone through evenly in
-        every split but ``train``.
+        ``interpolate`` draws every parameter that has a held-out interval from inside it;
+        ``extrapolate`` draws one parameter at a time from outside of its training range. The test
+        split of a finite space lists all its tasks in order, again and again.
+
+        Raises:
+            TaskError: An unknown split, no tasks, or a negative seed.
         """
         self.check_split(split)
         if n < 1:
@@ -200,78 +226,93 @@ class TaskSpace:
         seeds = [int(s) for s in (seed if isinstance(seed, Sequence) else [seed])]
         if min(seeds) < 0:
             raise TaskError(f"a seed must be at least 0, not {min(seeds)}")
-        rng = np.random.Generator(
-            np.random.PCG64([zlib.crc32(self.name.encode()), SPLITS.index(split), *seeds])
-        )
+
         if split == "test" and (all_tasks := self.finite) is not None:
             return [all_tasks[i % len(all_tasks)] for i in range(n)]
+        key = [zlib.crc32(self.name.encode()), SPLITS.index(split), *seeds]
+        rng = np.random.Generator(np.random.PCG64(key))
         return [self._draw(split, rng) for _ in range(n)]
 
     def _draw(self, split: str, rng: np.random.Generator) -> Task:
+        # The order of the draws is part of the format: it decides which tasks a seed gives.
+        interpolate = split == "interpolate"
         values = {
-            p.name: p.draw(rng, inside=split == "interpolate" and p.held_out is not None)
-            for p in self.params
+            p.name: p.draw(rng, inside=interpolate and p.held_out is not None) for p in self.params
         }
-        far: list[Param | SparseFaults] = []
+
+        # What is drawn from outside of training: one parameter, or one group of sparse faults.
+        outside: Param | SparseFaults | None = None
         if split == "extrapolate":
             candidates: list[Param | SparseFaults] = [
                 *(p for p in self.params if p.extrapolation is not None),
                 *(f for f in self.sparse_faults if f.extrapolation_params),
             ]
-            far = [candidates[int(rng.integers(len(candidates)))]]
+            outside = candidates[int(rng.integers(len(candidates)))]
+
         for faults in self.sparse_faults:
-            values |= self._draw_faults(faults, rng, extrapolate=faults in far)
-        for p in far:
-            if isinstance(p, Param) and p.extrapolation is not None:
-                values[p.name] = draw_rounded(p.extrapolation, rng)
+            values |= self._draw_faults(faults, rng, extrapolate=faults == outside)
+        if isinstance(outside, Param) and outside.extrapolation is not None:
+            values[outside.name] = draw_rounded(outside.extrapolation, rng)
         return Task(self.name, tuple(values.items()))
 
     def _draw_faults(
         self, faults: SparseFaults, rng: np.random.Generator, *, extrapolate: bool
     ) -> dict[str, float]:
-        """Draw all of a group: those chosen from what is not normal, the others from what is.
+        """Draw all parameters of a group: faulty ones from the mixture's other parts.
 
-        Of the ``spared``, at least one is.
+        When extrapolating there is at least one fault.
         """
         names = faults.extrapolation_params if extrapolate else faults.params
         least = 1 if extrapolate else faults.least
         number = min(int(rng.integers(least, max(faults.most, least) + 1)), len(names))
-        chosen = {names[i] for i in rng.permutation(len(names))[:number]}
+        faulty = {names[i] for i in rng.permutation(len(names))[:number]}
+
         values = {}
         for name in (*faults.params, *faults.extrapolation_params):
             mixture = self.params[self.names.index(name)].train
             assert isinstance(mixture, Mixture)
-            values[name] = draw_rounded(mixture.odd if name in chosen else mixture.parts[0], rng)
+            part = mixture.without_first if name in faulty else mixture.parts[0]
+            values[name] = draw_rounded(part, rng)
         return values
 
     def check_split(self, split: str) -> None:
-        """Raise unless this space has that split."""
+        """Check that this space has a split.
+
+        Raises:
+            TaskError: It has not; the message lists those it has.
+        """
         if split not in self.splits:
             raise TaskError(f"{self.name} has no split {split!r}; it has: {', '.join(self.splits)}")
 
     def task(self, **values: float) -> Task:
-        """Make a task from named values, checking names, bounds and finiteness."""
+        """Make a task from named values.
+
+        Raises:
+            TaskError: An unknown or missing name, or a value that is not finite or out of bounds.
+        """
         for name in values:
             if name not in self.names:
                 raise TaskError(
                     f"{self.name} has no parameter {name!r}; it has: {', '.join(self.names)}"
                 )
+
         for p in self.params:
             if p.name not in values:
                 raise TaskError(f"a {self.name} task needs a value for {p.name!r}")
             x = values[p.name]
-            if (
-                isinstance(x, bool)
-                or not isinstance(x, int | float | np.floating | np.integer)
-                or not math.isfinite(x)
-            ):
+            is_number = isinstance(x, int | float | np.floating | np.integer)
+            if isinstance(x, bool) or not is_number or not math.isfinite(x):
                 raise TaskError(f"{p.name} = {x!r} is not a finite number")
             if not p.contains(float(x)):
                 raise TaskError(f"{p.name} = {x:g} is outside its bounds: {p.bounds()}")
         return Task(self.name, tuple((n, float(values[n])) for n in self.names))
 
     def coerce(self, task: Task | Mapping[str, float]) -> Task:
-        """Check a task, given as a Task or as name -> value."""
+        """Check a task, given as a ``Task`` or as name -> value.
+
+        Raises:
+            TaskError: It is not a task of this space.
+        """
         if isinstance(task, Task):
             if task.space != self.name:
                 raise TaskError(f"that is a task of {task.space}, not of {self.name}")
@@ -284,7 +325,10 @@ class TaskSpace:
 
     def values(self, tasks: Iterable[Task]) -> Tensor:
         """Stack tasks as ``(task, parameter)`` float64, in the parameters' own units."""
-        rows = [[told[n] for n in self.names] for told in (t.as_dict() for t in tasks)]
+        rows = []
+        for task in tasks:
+            values = task.as_dict()
+            rows.append([values[n] for n in self.names])
         return torch.tensor(rows, dtype=torch.float64)
 
     @property
@@ -293,91 +337,101 @@ class TaskSpace:
         return sum(not p.nuisance for p in self.params)
 
     def encode(self, tasks: Iterable[Task]) -> Tensor:
-        """Stack tasks as ``(task, parameter)`` float32, each training range mapped to [−1, 1];
-        nuisances left out.
+        """Stack tasks as ``(task, parameter)`` float32, each training range mapped to [−1, 1].
+
+        Log-uniform parameters are mapped by their logarithm; nuisances are left out.
         """
         x = self.values(tasks)
         for i, p in enumerate(self.params):
-            low, high, column = p.train.low, p.train.high, x[:, i]
+            low = p.train.low
+            high = p.train.high
+            column = x[:, i]
             if isinstance(p.train, LogUniform):
-                low, high, column = math.log(low), math.log(high), column.log()
+                low = math.log(low)
+                high = math.log(high)
+                column = column.log()
+            # x̂ = (2x − low − high) / (high − low)
             x[:, i] = (2 * column - low - high) / max(high - low, 1e-9)
         return x[:, [i for i, p in enumerate(self.params) if not p.nuisance]].float()
 
     def decode(self, x: Tensor) -> list[dict[str, float]]:
-        """Return the values, name -> value, that encodings ``(task, parameter)`` came from;
-        nuisances are lost.
+        """Return the values, name -> value, of encodings ``(task, parameter)``.
+
+        Nuisances are lost.
         """
+        encoded = [p for p in self.params if not p.nuisance]
         columns = {}
-        for p, column in zip(
-            (p for p in self.params if not p.nuisance), x.double().unbind(1), strict=True
-        ):
-            low, high = p.train.low, p.train.high
-            if isinstance(p.train, LogUniform):
-                low, high = math.log(low), math.log(high)
+        for p, column in zip(encoded, x.double().unbind(1), strict=True):
+            low = p.train.low
+            high = p.train.high
+            is_log = isinstance(p.train, LogUniform)
+            if is_log:
+                low = math.log(low)
+                high = math.log(high)
+            # x = (x̂ (high − low) + low + high) / 2
             value = (column * max(high - low, 1e-9) + low + high) / 2
-            columns[p.name] = (value.exp() if isinstance(p.train, LogUniform) else value).tolist()
+            columns[p.name] = (value.exp() if is_log else value).tolist()
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def say(self, task: Task) -> str:
-        """Say in one line what a task is, leaving out what is normal or means nothing."""
-        grouped = {
+    def describe_task(self, task: Task) -> str:
+        """Return what is special about a task for people, in one line.
+
+        Sparse faults that are in their normal range, and nuisances, are left out.
+        """
+        may_be_faulty = {
             name
             for faults in self.sparse_faults
             for name in (*faults.params, *faults.extrapolation_params)
         }
-        said = []
+        described = []
         for p in self.params:
-            normal = (
-                p.name in grouped
+            is_normal = (
+                p.name in may_be_faulty
                 and isinstance(p.train, Mixture)
                 and p.train.parts[0].contains(task[p.name])
             )
-            if not normal and not p.nuisance:
-                said.append(p.say(task[p.name]))
-        return "  ·  ".join(said)
+            if not is_normal and not p.nuisance:
+                described.append(p.describe_value(task[p.name]))
+        return "  ·  ".join(described)
 
     def describe(self) -> str:
-        """Lay out for people what varies, where it enters, and what each split draws."""
+        """Return for people what varies, where it enters, and what each split draws from."""
         lines = [f"{self.name}: splits {', '.join(self.splits)}"]
         for p in self.params:
             unit = f" {p.unit}" if p.unit else ""
-            lines.append(
-                f"  {p.name}{unit}: {p.train.describe()}" + (f"  ({p.doc})" if p.doc else "")
-            )
-            for label, value in (
-                (
-                    "enters",
-                    "; ".join(e.describe() for e in p.edits)
-                    or ("shape" if p.edits_spec else "the reward"),
-                ),
-                (
-                    "interpolate",
-                    f"inside ({p.held_out[0]:g}, {p.held_out[1]:g}), cut out of training"
-                    if p.held_out
-                    else "",
-                ),
-                ("extrapolate", p.extrapolation.describe() if p.extrapolation else ""),
-            ):
-                if value:
-                    lines.append(f"    {label}: {value}")
+            doc = f"  ({p.doc})" if p.doc else ""
+            lines.append(f"  {p.name}{unit}: {p.train.describe()}{doc}")
+
+            edits = "; ".join(e.describe() for e in p.edits)
+            elsewhere = "the model's specification" if p.edits_spec else "the reward"
+            lines.append(f"    enters: {edits or elsewhere}")
+            if p.held_out:
+                low, high = p.held_out
+                lines.append(f"    interpolate: held-out interval ({low:g}, {high:g}) of training")
+            if p.extrapolation:
+                lines.append(f"    extrapolate: {p.extrapolation.describe()}")
+
         for faults in self.sparse_faults:
             lines.append(
-                f"  {faults.least} to {faults.most} depart from their first part, of {', '.join(faults.params)}"
+                f"  sparse faults: {faults.least} to {faults.most} at a time among "
+                f"{', '.join(faults.params)}"
             )
             if faults.extrapolation_params:
                 lines.append(
-                    f"    extrapolate: of {', '.join(faults.extrapolation_params)}, which training spares"
+                    f"    extrapolate: among {', '.join(faults.extrapolation_params)}, "
+                    "which are never faulty in training"
                 )
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the space as plain JSON data, with its hash."""
-        params = [_param_to_data(p) for p in self.params]
-        few = (
-            {"few": [_faults_to_data(f) for f in self.sparse_faults]} if self.sparse_faults else {}
-        )
-        plain = json.loads(json.dumps({"name": self.name, "params": params, **few}))
+        data: dict[str, Any] = {
+            "name": self.name,
+            "params": [_param_to_data(p) for p in self.params],
+        }
+        if self.sparse_faults:
+            data["few"] = [_faults_to_data(f) for f in self.sparse_faults]
+        plain = json.loads(json.dumps(data))  # as it is read back: lists for tuples
         return {**plain, "hash": _digest(plain)}
 
     @property
@@ -387,15 +441,21 @@ class TaskSpace:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskSpace:
-        """Read a space back; raise if its hash does not match what it holds."""
+        """Read a space back.
+
+        Raises:
+            TaskError: It is not a task space, or its hash does not match what it holds.
+        """
         try:
             plain = {k: data[k] for k in ("name", "params", "few") if k != "few" or k in data}
             if _digest(plain) != data["hash"]:
                 raise TaskError(
-                    f"the task space {data['name']!r} was changed after it was written: its hash differs"
+                    f"the task space {data['name']!r} was changed after it was written: "
+                    "its hash differs"
                 )
-            few = tuple(_load_faults(f) for f in data.get("few", ()))
-            return cls(data["name"], tuple(_load_param(p) for p in data["params"]), few)
+            params = tuple(_load_param(p) for p in data["params"])
+            sparse_faults = tuple(_load_faults(f) for f in data.get("few", ()))
+            return cls(data["name"], params, sparse_faults)
         except (KeyError, TypeError, ValueError) as e:
             raise TaskError(f"not a task space: {e!r}") from e
 
@@ -406,18 +466,21 @@ FILE_KEYS = {
     "edits_spec": "shapes",
     "extrapolation_params": "spared",
 }
-"""Field -> its key in ``tasks.json``, where the two differ: files written by earlier versions stay
-readable."""
+"""Field -> its key in ``tasks.json``, where the two differ.
+
+The keys are those of earlier versions, whose files stay readable; so is ``few`` for sparse
+faults."""
+
+_OPTIONAL_KEYS = ("shapes", "nuisance", "words")
+"""Keys that are left out where they are not set, since older files lack them."""
 
 
 def _param_to_data(p: Param) -> dict[str, Any]:
-    """Return a parameter as plain data; flags that are not set are left out, since older files lack
-    them.
-    """
+    """Return a parameter as plain data."""
     data = {FILE_KEYS.get(k, k): v for k, v in asdict(p).items()}
     data["train"] = to_data(p.train)
     data["beyond"] = None if p.extrapolation is None else to_data(p.extrapolation)
-    return {k: v for k, v in data.items() if v or k not in ("shapes", "nuisance", "words")}
+    return {k: v for k, v in data.items() if v or k not in _OPTIONAL_KEYS}
 
 
 def _faults_to_data(faults: SparseFaults) -> dict[str, Any]:
@@ -449,7 +512,11 @@ def _load_faults(data: Mapping[str, Any]) -> SparseFaults:
 
 
 def parse_assignments(words: Iterable[str]) -> dict[str, float]:
-    """Read ``name=value`` words, as a task is given on the command line."""
+    """Read ``name=value`` words, as a task is given on the command line.
+
+    Raises:
+        TaskError: A word that is not of this form.
+    """
     values = {}
     for word in words:
         name, _, value = word.partition("=")

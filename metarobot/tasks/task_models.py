@@ -1,6 +1,4 @@
-"""From a family's tasks to compiled models, shared where tasks differ in nothing the model
-holds.
-"""
+"""From a family's tasks to compiled models."""
 
 from __future__ import annotations
 
@@ -14,7 +12,13 @@ from metarobot.tasks.space import Task
 
 
 class TaskModels:
-    """From a family's tasks to compiled models."""
+    """Compiles the models of a family's tasks.
+
+    Args:
+        family: The family.
+        visual: Whether to keep what only a picture needs.
+        style: Changes the nominal specification, as for a picture.
+    """
 
     def __init__(
         self,
@@ -24,22 +28,31 @@ class TaskModels:
         style: Callable[[mujoco.MjSpec], mujoco.MjSpec] = lambda s: s,
     ) -> None:
         params = family.space.params
-        edits = [e for p in params for e in p.edits]
-        self._columns = [i for i, p in enumerate(params) for _ in p.edits]
-        self._shapes = [i for i, p in enumerate(params) if p.edits_spec]
+        edits = [edit for param in params for edit in param.edits]
+        self._edited = [i for i, param in enumerate(params) for _ in param.edits]
+        """Index of the parameter of each edit."""
+        self._edits_spec = [i for i, param in enumerate(params) if param.edits_spec]
         self._factory = ModelFactory(
-            lambda: style(family.spec()), edits, shape=family.interaction.edit_spec, visual=visual
+            lambda: style(family.spec()),
+            edits,
+            edit_spec=family.interaction.edit_spec,
+            visual=visual,
         )
 
     def key(self, task: Task) -> tuple[float, ...]:
-        """Return the values that the model depends on: tasks that share them share a model."""
-        return tuple(task.values[i][1] for i in (*self._columns, *self._shapes))
+        """Return the values that the model depends on: tasks in which they agree share a model."""
+        return tuple(task.values[i][1] for i in (*self._edited, *self._edits_spec))
 
     @property
     def shared(self) -> bool:
-        """Whether all tasks share one model: they differ in what the reward reads alone."""
-        return not (self._columns or self._shapes)
+        """Whether all tasks have one model, as they differ in nothing but what the reward reads."""
+        return not (self._edited or self._edits_spec)
 
     def compile(self, task: Task) -> mujoco.MjModel:
-        """Compile the task's model."""
-        return self._factory.compile((task.values[i][1] for i in self._columns), task.as_dict())
+        """Compile the task's model.
+
+        Raises:
+            ModelError: It does not compile.
+        """
+        values = [task.values[i][1] for i in self._edited]
+        return self._factory.compile(values, task.as_dict())

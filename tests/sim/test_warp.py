@@ -182,7 +182,7 @@ def test_a_whole_trial_is_lived_on_the_device_and_the_same_call_gives_the_same_b
 def test_the_device_earns_what_the_cpu_earns_from_the_same_start() -> None:
     family = families.get("CheetahTerrain")
     host, device = Env(family, tasks(family.name), threads=1), world(family, tasks(family.name))
-    device._begin(*(x.to(device.state.qpos) for x in host.state[:2]))
+    device.set_state(*(x.to(device.state.qpos) for x in host.state[:2]))
     for k in range(3):
         action = torch.full((3, host.act_dim), 0.3 * (-1) ** k)
         ours, theirs = device.step(action.to(device.device)), host.step(action)

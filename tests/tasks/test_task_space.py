@@ -346,7 +346,7 @@ VEL, TERRAIN = families.get("CheetahVel").space, families.get("CheetahTerrain").
             lambda: TaskSpace("A", (Param(name="x", train=Uniform(0, 1), held_out=(2, 3)),)).sample(
                 "interpolate", 1
             ),
-            "x: nothing can be drawn inside the hole (2, 3)",
+            "x: nothing can be drawn inside the held-out interval (2, 3)",
         ),
     ],
 )
