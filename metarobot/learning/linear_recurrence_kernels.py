@@ -1,4 +1,4 @@
-"""Triton kernels of the linear recurrence: imported on machines with a GPU alone."""
+"""Triton kernels of the linear recurrence; imported only on machines with a GPU."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def forward(a, b, h, time, lanes, WIDTH: tl.constexpr):  # noqa: N803
-    """Write ``h_t = a_t h_{t−1} + b_t``, all ``(time, lanes)``."""
+    """Write ``h_t = a_t h_{t−1} + b_t``; all are ``(time, lanes)``."""
     lane = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     here = lane < lanes
     state = tl.zeros((WIDTH,), tl.float32)
@@ -18,9 +18,8 @@ def forward(a, b, h, time, lanes, WIDTH: tl.constexpr):  # noqa: N803
 
 @triton.jit
 def backward(a, h, outer, grad_a, grad_b, time, lanes, WIDTH: tl.constexpr):  # noqa: N803
-    """Write the gradients: ``g_t = ∂L/∂h_t + a_{t+1} g_{t+1}``, ``∂L/∂b_t = g_t``, ``∂L/∂a_t = g_t
-    h_{t−1}``.
-    """
+    """Write the gradients of ``forward``; ``outer`` is ∂L/∂h, all are ``(time, lanes)``."""
+    # g_t = ∂L/∂h_t + a_{t+1} g_{t+1};   ∂L/∂b_t = g_t;   ∂L/∂a_t = g_t h_{t−1}
     lane = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     here = lane < lanes
     carried = tl.zeros((WIDTH,), tl.float32)

@@ -163,7 +163,8 @@ def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> N
     seq, c = join_episodes(trials.episodes), learner.config
     ends = seq.valid.sum(0) - 1
     assert 0 < seq.truncated[ends, torch.arange(6)].sum() < 6
-    _, _, value, target, *_ = learner._targets(seq, trials.task)
+    batch = learner._targets(seq, trials.task)
+    value, target = batch.value, batch.target
     for w, n in enumerate((ends + 1).tolist()):
         told = Percept(*(x[:n, w : w + 1] for x in seq.percept))
         zero = torch.zeros(1, 1)
@@ -194,7 +195,7 @@ def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -
     learner = skilled(name)
     trials = live(build(name))
     seq, c, start = join_episodes(trials.episodes), learner.config, [0] * 6
-    _, _, _, target, *_ = learner._targets(seq, trials.task)
+    target = learner._targets(seq, trials.task).target
     assert any(e.truncated.any() for e in trials.episodes)
     for e in trials.episodes:
         for w, n in enumerate(e.valid.sum(0).tolist()):

@@ -86,7 +86,7 @@ def test_acting_step_by_step_and_adapting_equals_the_pass_over_whole_trials(
 
     trials = live(skilled, seed=3, explore=False, between=watched)
     assert not all(e.valid.all() for e in trials.episodes)
-    for e, shown in zip(trials.episodes, skilled._shown(trials).episodes, strict=True):
+    for e, shown in zip(trials.episodes, skilled._with_policy_obs(trials).episodes, strict=True):
         with torch.no_grad():
             mean = agent.policy.actor(agent.policy.features(shown.obs, None))
         assert e.action[e.valid].abs().mean() > 0.05
@@ -94,7 +94,7 @@ def test_acting_step_by_step_and_adapting_equals_the_pass_over_whole_trials(
     first = trials.episodes[0]
     ((_, evidence, z),) = contexts
     with torch.no_grad():
-        sums = agent.follow(agent.encoder.begin(6), first)[-1]
+        sums = agent.cumulative_evidence(agent.encoder.begin(6), first)[-1]
     assert torch.allclose(evidence, sums, rtol=1e-4, atol=1e-4)
     assert torch.allclose(z, agent.embed(first), atol=1e-4)
 
@@ -103,7 +103,7 @@ def test_the_learner_shows_the_policy_what_it_acted_on_and_the_critic_the_task(
     skilled: Prototype,
 ) -> None:
     trials = live(skilled, seed=3)
-    first, second = skilled._shown(trials).episodes
+    first, second = skilled._with_policy_obs(trials).episodes
     nothing = skilled.agent.encoder.begin(6)
     known = first.obs[..., -1]
     assert torch.equal(first.obs[..., :17], trials.episodes[0].obs)
@@ -224,7 +224,7 @@ def test_the_bank_holds_the_latest_tasks_with_prototypes_of_the_encoder_as_it_is
 def test_windows_are_transitions_that_were_lived_and_the_last_is_how_the_trial_began() -> None:
     learner = build()
     trials = live(learner)
-    learner._keep(trials, torch.Generator().manual_seed(0))
+    learner._add_to_bank(trials, torch.Generator().manual_seed(0))
     bank = learner.agent.bank
     first = trials.episodes[0]
     after = torch.where(first.valid.sum(0)[:, None] > 1, first.obs[1], first.final_obs)
@@ -241,7 +241,7 @@ def test_windows_are_transitions_that_were_lived_and_the_last_is_how_the_trial_b
 def test_the_policys_gradient_leaves_the_encoder_alone_and_a_blind_policy_is_a_beginning() -> None:
     learner = build()
     before = {k: v.clone() for k, v in learner.agent.encoder.state_dict().items()}
-    learner.ppo.update(learner._shown(live(learner)), 0.0, 0)
+    learner.ppo.update(learner._with_policy_obs(live(learner)), 0.0, 0)
     assert all(torch.equal(v, before[k]) for k, v in learner.agent.encoder.state_dict().items())
     torch.manual_seed(1)
     blind = PPO(PPOConfig(width=16), SHAPES).agent
@@ -307,7 +307,7 @@ def test_training_stops_at_a_collapse_with_the_checkpoint_safe(
     tensors, counters = made.checkpoint()
     assert counters == held[1]
     assert all(torch.equal(v, held[0][k]) for k, v in tensors.items())
-    assert train(made, resume=True, show=False)
+    assert train(made, show=False)
 
 
 def test_tasks_that_lived_the_same_or_next_to_nothing_are_refused_in_a_line() -> None:
@@ -321,13 +321,13 @@ def test_tasks_that_lived_the_same_or_next_to_nothing_are_refused_in_a_line() ->
         },
         final_obs=lambda x: x[:1].expand_as(x),
     )
-    with pytest.raises(CollapseError, match="6 tasks lived identical transitions"):
+    with pytest.raises(CollapseError, match="6 tasks have identical transitions"):
         learner.update(same, 0.0, 0)
     short = replace(trials, episodes=(cut(trials.episodes[0], 1),))
     with pytest.raises(
-        MetarobotError, match="a task lived 1 transitions; support and query need at least 2"
+        MetarobotError, match="a task has 1 transitions; support and query need at least 2"
     ):
-        learner._keep(short, torch.Generator())
+        learner._add_to_bank(short, torch.Generator())
 
 
 @pytest.mark.parametrize(

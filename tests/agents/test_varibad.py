@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from trial_learners import FAMILY, TASKS, build, live, skilled
 
-from metarobot.agents.rl2 import TrialBatch, last_step
 from metarobot.cli.main import main
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.context_controls import swap_contexts
 from metarobot.learning.agent_interface import Context, Learner, agents
 from metarobot.learning.gaussian_posterior import Gaussian, PosteriorError, standard_normal
+from metarobot.learning.ppo_core import last_step
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
 from metarobot.training.run_folder import open_run, save_checkpoint
@@ -122,9 +122,8 @@ def bound(learner: Learner, trials, known: Gaussian, passes: int, first: bool = 
         drawn = learner._draw(seq, rng)
         if first:
             drawn = drawn._replace(times=torch.zeros_like(drawn.times))
-        batch = TrialBatch._make([trials.task] * 10)
         with torch.no_grad():
-            loss, parts = learner._known(known, batch, drawn, torch.ones(1, 6), rows)
+            loss, parts = learner._auxiliary_loss(known, trials.task, torch.ones(1, 6), drawn, rows)
         total += float(parts[3] - loss)
     return total / passes
 

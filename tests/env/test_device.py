@@ -91,12 +91,12 @@ def test_without_a_gpu_cuda_is_refused_in_a_line(
 
 FUSED = """
 import torch
-from metarobot.scan import _Fused, scan
+from metarobot.learning.linear_recurrence import _FusedScan, linear_scan
 torch.manual_seed(0)
 for time, lanes in ((1, 3), (7, 130), (40, 260)):
     a, b = torch.rand(time, lanes).requires_grad_(), torch.randn(time, lanes).requires_grad_()
     weight = torch.randn(time, lanes)
-    outs = [scan(a, b), _Fused.apply(a, b)]
+    outs = [linear_scan(a, b), _FusedScan.apply(a, b)]
     slopes = [torch.autograd.grad((h * weight).sum(), (a, b)) for h in outs]
     for one, other in zip((outs[0], *slopes[0]), (outs[1], *slopes[1])):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
