@@ -19,5 +19,5 @@ _NEW_PLACES = {
 def __getattr__(name: str) -> NoReturn:
     """Name the new place of what was moved from here."""
     if name in _NEW_PLACES:
-        raise ImportError(f"metarobot.env.{name} is now {_NEW_PLACES[name]}")
+        raise ImportError(f"metarobot.env.{name} is {_NEW_PLACES[name]} now: import from there")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
