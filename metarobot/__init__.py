@@ -8,11 +8,11 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from metarobot import _moved
+from metarobot.env.gymnasium_ids import register_gymnasium_ids
 
 if TYPE_CHECKING:
     from metarobot.api import (
@@ -65,23 +65,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_gymnasium_ids(families: Iterable[str]) -> None:
-    """Register each family as ``metarobot/<Name>-v0`` without importing it."""
-    try:
-        import gymnasium
-    except ImportError:  # a robot does without it
-        return
-    for name in families:
-        gymnasium_id = f"metarobot/{name}-v0"
-        if gymnasium_id not in gymnasium.registry:
-            gymnasium.register(
-                gymnasium_id,
-                entry_point="metarobot.env.gymnasium_envs:GymEnv",
-                vector_entry_point="metarobot.env.gymnasium_envs:GymVecEnv",
-                kwargs={"family": name},
-            )
-
-
 def _render_without_display() -> None:
     """Let MuJoCo render through EGL where there is no display and the user has chosen nothing."""
     if sys.platform != "linux" or any(os.environ.get(k) for k in _DISPLAY_VARIABLES):
@@ -94,4 +77,4 @@ def _render_without_display() -> None:
 
 _moved.install()
 _render_without_display()
-_register_gymnasium_ids(sorted({entry.name for entry in entry_points(group="metarobot.families")}))
+register_gymnasium_ids(sorted({entry.name for entry in entry_points(group="metarobot.families")}))

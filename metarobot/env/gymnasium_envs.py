@@ -17,7 +17,6 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-import metarobot
 from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env
 from metarobot.env.faces import Array as Array
@@ -29,6 +28,7 @@ from metarobot.env.faces import (
     parse_tasks,
     to_numpy,
 )
+from metarobot.env.gymnasium_ids import register_gymnasium_ids
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Task
 from metarobot.tasks.task_models import TaskModels
@@ -42,7 +42,7 @@ def register() -> None:
     ``import metarobot`` does it for those that come by entry points; call this for families that
     were registered since.
     """
-    metarobot._register_gymnasium_ids(families.names())
+    register_gymnasium_ids(families.names())
 
 
 class GymEnv(gymnasium.Env[Array, Array]):
