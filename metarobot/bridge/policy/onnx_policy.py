@@ -156,8 +156,8 @@ class OnnxPolicy:
                 raise BridgeError("the policy's answer is not finite: no action was chosen")
 
         # only now, when nothing can fail any more, does the context change
-        for tensor, output in self._carried:
-            tensor[...] = output
+        for tensor, new_value in self._carried:
+            tensor[...] = new_value
         inputs["action_in"][:] = self.chosen
         inputs["first_in"][0] = 0.0
         action: Float32Array = np.minimum(np.maximum(self.chosen, self._low), self._high)
@@ -203,8 +203,8 @@ class OnnxPolicy:
 
     def _name_bad_input(self, observed: Float32Array) -> str:
         """Return the name of the first observation that is not finite, or of what else is not."""
-        bad = np.flatnonzero(~np.isfinite(observed))
-        if len(bad):
+        bad = np.flatnonzero(~np.isfinite(observed)).tolist()
+        if bad:
             return self.meta.observation_names[bad[0]]
         return "the reward or the observation's size"
 
