@@ -107,7 +107,7 @@ def test_targets_stay_within_the_limits_of_joints_and_grip(
     for k in range(12):
         if k % repeat == 0:
             action = magnitude * torch.randn(4, 6, generator=rng)
-        direct = SHAPES.control.targets(
+        direct = SHAPES.interaction.controller.targets(
             env.state, action.double().clamp(-1, 1), env.sim.bind("ctrl")
         )
         step = env.step(action)

@@ -23,6 +23,7 @@ from grasping import (
 )
 from torch import Tensor
 
+from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env, StepResult
 from metarobot.envs import grasp
 from metarobot.envs.robots import panda
@@ -183,6 +184,7 @@ def test_only_fragile_objects_break() -> None:
 @each_family
 def test_a_dropped_object_ends_the_episode_cleanly(family: Family) -> None:
     env = small(family, 8, 1)
+    stepped = AutoresetEnv(env)
     expected = [Env(family, env.tasks, threads=1).restart(k) for k in range(2)]
     assert torch.equal(env.reset(0), expected[0])
     over, opened = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
@@ -190,7 +192,7 @@ def test_a_dropped_object_ends_the_episode_cleanly(family: Family) -> None:
         action = clever(env)
         opened |= up(env) > 0.08
         action[opened, CLOSE], action[opened, :4] = -1.0, 0.0
-        step = env.step(action, ~over)
+        step = stepped.step(action, ~over)
         ended = step.terminated & ~over
         assert not step.faulted.any()
         assert not (ended & ~opened).any()
@@ -213,7 +215,7 @@ def test_an_object_off_the_table_and_a_jammed_hand_end_the_episode_cleanly(famil
     qpos, qvel = env.snapshot.qpos.clone(), env.snapshot.qvel.clone()
     qpos[1, -7] += 0.35
     env.set_state(qpos, qvel)
-    step = env.step(torch.zeros(4, env.act_dim))
+    step = AutoresetEnv(env).step(torch.zeros(4, env.act_dim))
     assert step.terminated.tolist() == [False, True, False, False]
     assert not step.faulted.any()
     assert all(x.isfinite().all() for x in (step.obs, step.reward, step.final_obs))
@@ -279,7 +281,8 @@ LIKED = ("reach", "grip", "lift", "hold", "success")
 
 def rolled(name: str, policy: Callable[[Env], Tensor]) -> list[StepResult]:
     env = small(families.get(name), 8, 2)
-    return [env.step(policy(env)) for _ in range(80)]
+    stepped = AutoresetEnv(env)
+    return [stepped.step(policy(env)) for _ in range(80)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -300,10 +303,11 @@ def test_every_term_of_the_reward_is_bounded(name: str) -> None:
 def test_the_tally_starts_anew_with_every_episode(name: str) -> None:
     family = families.get(name)
     env, episodes = small(family, 6, horizon=45), torch.zeros(6)
+    stepped = AutoresetEnv(env)
     first = family.interaction.statistics.begin(env.state).clone()
     assert torch.equal(env.state.statistics, first)
     for _ in range(3 * 45):
-        step = env.step(clever(env))
+        step = stepped.step(clever(env))
         ended = step.terminated | step.truncated
         fresh = family.interaction.statistics.begin(env.state)
         assert torch.equal(env.state.statistics[ended], fresh[ended])
@@ -330,10 +334,10 @@ def test_broken_physics_ends_one_worlds_episode_and_is_felt_nowhere_else(harm: s
     rng = torch.Generator().manual_seed(0)
     for k in range(60):
         action = wild(sound, rng)
-        a = sound.step(action)
+        a = AutoresetEnv(sound).step(action)
         if k == 20:
             BROKEN[harm](harmed, action)
-        b = harmed.step(action)
+        b = AutoresetEnv(harmed).step(action)
         assert b.faulted.tolist() == [False, k == 20, False]
         assert b.terminated[1] >= b.faulted[1]
         for x, y in zip(a._replace(terms=a.reward), b._replace(terms=b.reward), strict=True):

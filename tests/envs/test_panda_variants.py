@@ -385,19 +385,22 @@ def lifted(root: ET.Element) -> None:
         (
             sliding,
             {},
-            " needs seven hinges in a row on a base that stands still; on the way are: joint1 (hinge), ",
+            " needs seven hinges in a row on a base that stands still; "
+            "on the way are: joint1 (hinge), ",
         ),
         (
             shuffled,
             {},
-            " needs seven hinges in a row on a base that stands still; on the way are: joint1 (hinge), ",
+            " needs seven hinges in a row on a base that stands still; "
+            "on the way are: joint1 (hinge), ",
         ),
         (doubled, {}, " needs one arm with one hand alone; it also has the joints panda_joint1"),
         (
             plain,
             {"finger_joint2": "thumb"},
-            " has no hand that we know: Franka's own has finger_joint1, finger_joint2; a Robotiq 2F-85 has "
-            "left_driver_joint, right_driver_joint; the joints beyond its arm are: finger_joint1, thumb",
+            " has no hand that we know: Franka's own has finger_joint1, finger_joint2; "
+            "a Robotiq 2F-85 has left_driver_joint, right_driver_joint; "
+            "the joints beyond its arm are: finger_joint1, thumb",
         ),
         (
             two_handed,
@@ -454,8 +457,8 @@ def test_the_command_line_takes_another_robot(tmp_path: Path, capsys, monkeypatc
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert (
-        error
-        == "error: no robot model 'nonsense': give a path to an MJCF file, or menagerie:franka_emika_panda\n"
+        error == "error: no robot model 'nonsense': give a path to an MJCF file, "
+        "or menagerie:franka_emika_panda\n"
     )
     main([*words, "--robot", written(tmp_path / "robot.xml", bare())])
     assert "success" in capsys.readouterr().out

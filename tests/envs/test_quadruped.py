@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env, StepResult
 from metarobot.envs import quadruped
 from metarobot.envs.robots import go2
@@ -65,7 +66,8 @@ def seen(name: str, at: WorldState) -> Tensor:
 
 def roll(env: Env, steps: int, seed: int = 0) -> list[StepResult]:
     rng = torch.Generator().manual_seed(seed)
-    return [env.step(2 * torch.rand(env.worlds, 12, generator=rng) - 1) for _ in range(steps)]
+    stepped = AutoresetEnv(env)
+    return [stepped.step(2 * torch.rand(env.worlds, 12, generator=rng) - 1) for _ in range(steps)]
 
 
 def test_the_observation_is_what_its_names_say() -> None:
@@ -470,9 +472,13 @@ BAD = {
     "Space: 'x' is not a parameter drawn from a mixture": SparseFaults(
         params=("a", "x"), least=1, most=1
     ),
-    "Space: 1 to 3 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=1, most=3),
-    "Space: 2 to 1 of 2 parameters cannot depart": SparseFaults(params=("a", "b"), least=2, most=1),
-    "Space: -1 to 1 of 2 parameters cannot depart": SparseFaults(
+    "Space: there cannot be 1 to 3 faults among 2 parameters": SparseFaults(
+        params=("a", "b"), least=1, most=3
+    ),
+    "Space: there cannot be 2 to 1 faults among 2 parameters": SparseFaults(
+        params=("a", "b"), least=2, most=1
+    ),
+    "Space: there cannot be -1 to 1 faults among 2 parameters": SparseFaults(
         params=("a", "b"), least=-1, most=1
     ),
     "one": SparseFaults(params=("a", "one"), least=1, most=1),  # which has nothing to depart to
@@ -491,7 +497,7 @@ def test_a_space_is_described_written_read_back_and_encoded(name: str) -> None:
     text = space.describe()
     assert all(p.name in text for p in space.params)
     for few in space.sparse_faults:
-        assert text.index(f"{few.least} to {few.most} depart") < text.index(
+        assert text.index(f"{few.least} to {few.most} at a time") < text.index(
             ", ".join(few.extrapolation_params)
         )
     back = TaskSpace.from_json(json.loads(json.dumps(space.to_json())))
