@@ -1,16 +1,16 @@
-"""Measure the controller's loop with a real policy: deadlines at a high rate, and memory over an
-hour's steps.
+"""Measure the control loop with a real policy: deadlines at a high rate, memory over many steps.
 
-``loop_rate.py POLICY [--hz 500] [--seconds 60] [--steps 180000] [--log PATH]``. The robot is in
-this process and costs nothing; reading, reward, observation, policy, limits, sending and log are
-what they are on a real one.
+    python scripts/loop_rate.py POLICY [--hz 500] [--seconds 60] [--steps 180000] [--log PATH]
+
+The robot is in this process and costs nothing. Reading, reward, observation, policy, limits,
+sending and log are what they are on a real one.
 """
 
 import argparse
 import contextlib
 import os
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,100 +24,130 @@ from metarobot.bridge.robots import lookup as robots
 from metarobot.bridge.run_report import RunReport, RunSettings
 from metarobot.bridge.safety.command_gate import GateWatchdog
 
+FOOT_FORCE_N = 50.0
+READING_NOISE = 0.01
+STEPPED_HZ = 50.0
+"""Control rate of the memory test, on a stepped clock."""
 
-class Easy:
-    """A robot that goes where it is told and is always where an episode may begin."""
 
-    name, identity, guarded = "easy", "easy", False
+class FreeRobot:
+    """A robot that follows commands at once, and is always where an episode may begin."""
+
+    name = "free"
+    identity = "free"
+    guarded = False
 
     def __init__(self, meta: PolicyMetadata, needed: tuple[str, ...], clock: LoopClock) -> None:
-        self._clock, self._reading, self._count = clock, dict.fromkeys(needed, 0.0), 0
-        self._noise = np.random.default_rng(0)
-        pose = zip(meta.joint_names, meta.default_joint_pos, strict=True)
-        self._reading |= {f"{joint}.pos": angle for joint, angle in pose}
-        self._reading |= {key: 50.0 for key in needed if key.endswith(".force")}
+        self._clock = clock
+        self._count = 0
+        self._noise_rng = np.random.default_rng(0)
+        self._reading = dict.fromkeys(needed, 0.0)
+        for joint, angle in zip(meta.joint_names, meta.default_joint_pos, strict=True):
+            self._reading[f"{joint}.pos"] = angle
+        for key in needed:
+            if key.endswith(".force"):
+                self._reading[key] = FOOT_FORCE_N
         if "imu.quat.w" in needed:
             self._reading["imu.quat.w"] = 1.0
 
     def connect(self) -> None:
-        """Be there."""
+        """Do nothing."""
 
     def get_observation(self) -> dict[str, float]:
-        """Say where the joints are, a bit shaken."""
+        """Return the state with a little noise."""
         self._count += 1
-        shaken = self._noise.uniform(-0.01, 0.01, len(self._reading)).tolist()
-        reading = {k: v + s for (k, v), s in zip(self._reading.items(), shaken, strict=True)}
+        noise = self._noise_rng.uniform(-READING_NOISE, READING_NOISE, len(self._reading)).tolist()
+        pairs = zip(self._reading.items(), noise, strict=True)
+        reading = {key: value + shift for (key, value), shift in pairs}
         return reading | {"stamp": self._clock.now(), "seq": float(self._count)}
 
     def send_action(self, action: Mapping[str, float]) -> dict[str, float]:
-        """Be where the joints are told to be."""
+        """Move the joints to their targets at once."""
         self._reading.update(action)
         return dict(action)
 
     def restart(self, episode: int) -> None:
-        """Go on as before."""
+        """Do nothing."""
 
     def damp(self) -> None:
         """Do nothing."""
 
     def disconnect(self) -> None:
-        """Be gone."""
+        """Do nothing."""
 
 
-def live(
-    folder: str, hz: float, seconds: float, clock: LoopClock, log: Path | None, show: Any = None
+def run_loop(
+    folder: str,
+    hz: float,
+    seconds: float,
+    clock: LoopClock,
+    log: Path | None,
+    show_status: Callable[[dict[str, Any]], None] = lambda status: None,
 ) -> RunReport:
     """Run the controller for so long."""
     policy = OnnxPolicy.load(folder)
     layout = robots.make_layout(policy.meta)
-    robot: Any = Easy(policy.meta, layout.needed(), clock)
-    settings = RunSettings(hz=hz, seconds=seconds, damp_s=0.1)
-    told = {} if show is None else {"show_status": show}
-    controller = Controller(policy, robot, layout, settings, clock=clock, log=log, **told)
-    with (
-        GateWatchdog(controller.gate)
-        if isinstance(clock, MonotonicClock)
-        else contextlib.nullcontext()
-    ):
+    controller = Controller(
+        policy,
+        FreeRobot(policy.meta, layout.needed(), clock),
+        layout,
+        RunSettings(hz=hz, seconds=seconds, damp_s=0.1),
+        clock=clock,
+        log=log,
+        show_status=show_status,
+    )
+    # The watchdog lives in real time: on a stepped clock it would see no time pass
+    real_time = isinstance(clock, MonotonicClock)
+    with GateWatchdog(controller.gate) if real_time else contextlib.nullcontext():
         return controller.run()
 
 
-def resident() -> float:
-    """Return the memory this process holds now, MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def resident_mb() -> float:
+    """Return the resident memory of this process, MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> None:
-    """Measure both."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("policy")
-    parser.add_argument("--hz", type=float, default=500.0)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--steps", type=int, default=180_000)
-    parser.add_argument("--log", type=Path)
-    told = parser.parse_args()
-    if told.seconds:
-        report = live(told.policy, told.hz, told.seconds, MonotonicClock(), told.log)
-        p = report.pace
-        print(
-            f"{told.hz:g} Hz for {told.seconds:g} s: {report.reason}; log {'off' if told.log is None else 'on'}"
+    """Measure deadlines, then memory."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("policy", help="policy folder")
+    parser.add_argument("--hz", type=float, default=500.0, help="control rate")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration; 0: skip")
+    parser.add_argument("--steps", type=int, default=180_000, help="of the memory test; 0: skip")
+    parser.add_argument("--log", type=Path, help="MCAP file to write")
+    options = parser.parse_args()
+
+    if options.seconds:
+        report = run_loop(
+            options.policy, options.hz, options.seconds, MonotonicClock(), options.log
         )
-        print("  " + "  ".join(f"{name} {value:.3g}" for name, value in p.items()))
-        print(f"  deadlines missed: {p['missed_own']} by the loop, {p['missed_host']} by the host")
-    if told.steps:
-        held: list[float] = []
-        live(
-            told.policy,
-            50.0,
-            told.steps / 50.0,
+        timing = report.pace
+        log_state = "off" if options.log is None else "on"
+        print(f"{options.hz:g} Hz for {options.seconds:g} s: {report.reason}; log {log_state}")
+        print("  " + "  ".join(f"{name} {value:.3g}" for name, value in timing.items()))
+        print(
+            f"  deadlines missed: {timing['missed_own']} by the loop, "
+            f"{timing['missed_host']} by the host"
+        )
+
+    if options.steps:
+        memory_mb: list[float] = []
+        run_loop(
+            options.policy,
+            STEPPED_HZ,
+            options.steps / STEPPED_HZ,
             SteppedClock(),
-            told.log,
-            lambda status: held.append(resident()),
+            options.log,
+            lambda status: memory_mb.append(resident_mb()),
         )
-        a, b = held[len(held) // 20], held[-1]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        early_mb = memory_mb[len(memory_mb) // 20]
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         print(
-            f"{told.steps:,} steps: {a:.1f} MB after a twentieth, {b:.1f} MB at the end, {peak:.1f} MB at most"
+            f"{options.steps:,} steps: {early_mb:.1f} MB after a twentieth, "
+            f"{memory_mb[-1]:.1f} MB at the end, {peak_mb:.1f} MB at most"
         )
 
 

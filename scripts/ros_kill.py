@@ -1,11 +1,10 @@
-"""What a robot on ROS 2 hears when its controller is killed with -9: a policy on the peer of
-scripts/ros_loop.py.
+"""Measure what a robot on ROS 2 receives when its controller is killed with ``kill -9``.
 
-metarobot export QuadrupedFlat-rl2 --out runs/policy
-python scripts/ros_kill.py runs/policy --times 5
+    metarobot export QuadrupedFlat-rl2 --out runs/policy
+    python scripts/ros_kill.py runs/policy --times 5
 
-The time is from the kill to the first command from the guard, by the clock of the rclpy node that
-hears it.
+A policy drives the peer of scripts/ros_loop.py. The time is from the kill to the first command of
+the guard process, by the clock of the rclpy node that receives it.
 """
 
 import argparse
@@ -20,62 +19,81 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ros_loop import PYTHON, peer
+from ros_loop import PEER_PYTHON, ros_peer
 
 from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.bridge.safety.command_gate import damping_bounds_s
 
+PEER_HZ = 200.0
+START_TIMEOUT_S = 120.0
+AFTER_KILL_S = 2.0
+"""How long the peer records after the kill."""
 
-def killed(policy: str, domain: int, seconds: float, log: Path) -> float:
-    """Run a policy, kill its controller; return when, by the machine's monotonic clock."""
-    command = [sys.executable, "-m", "metarobot.bridge", policy, "--robot", "ros2", "--plain"]
-    process = subprocess.Popen(
-        [*command, "--set", f"domain={domain}", "timeout=60"], stdin=subprocess.DEVNULL
-    )
-    begun = time.monotonic()
+
+def run_and_kill(policy: str, domain: int, seconds: float, log: Path) -> float:
+    """Run a policy and kill its controller; return when, on the machine's monotonic clock, s."""
+    command = [
+        *(sys.executable, "-m", "metarobot.bridge", policy),
+        *("--robot", "ros2", "--plain", "--set", f"domain={domain}", "timeout=60"),
+    ]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    # The peer's log holds the commands that arrived
+    started = time.monotonic()
     while not log.exists() or not log.stat().st_size:
-        if process.poll() is not None or time.monotonic() - begun > 120:
+        if process.poll() is not None or time.monotonic() - started > START_TIMEOUT_S:
             sys.exit("the controller sent nothing")
         time.sleep(0.05)
+
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    at = time.monotonic()
+    killed_at = time.monotonic()
     process.wait()
-    time.sleep(2.0)
-    return at
+    time.sleep(AFTER_KILL_S)
+    return killed_at
 
 
-def one(args: argparse.Namespace, domain: int) -> dict[str, Any]:
-    """One kill: how long until the robot heard of it, and what it heard."""
+def measure_kill(args: argparse.Namespace, domain: int) -> dict[str, Any]:
+    """Kill a controller once; return when damping arrived, and what the robot received."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        with peer(args.python, domain, 200.0, str(log)) as told:
-            at = killed(args.policy, domain, args.seconds, log)
-        heard = [json.loads(line) for line in log.read_text().splitlines()]
-    after = [command["at"] - at for command in heard if command["at"] > at]
-    steps = np.abs(np.diff([command["data"] for command in heard], axis=0)).max(axis=1)
+        with ros_peer(args.python, domain, PEER_HZ, str(log)) as counts:
+            killed_at = run_and_kill(args.policy, domain, args.seconds, log)
+        commands = [json.loads(line) for line in log.read_text().splitlines()]
+    dampings_at = [command["at"] for command in commands if command["at"] > killed_at]
+    targets = np.array([command["data"] for command in commands])
+    steps_rad = np.abs(np.diff(targets, axis=0)).max(axis=1)
     return {
-        "damped_ms": round(1e3 * after[0], 1) if after else None,
-        "commands": len(heard) - len(after),
-        "dampings": len(after),
-        "largest_step_rad": round(float(steps.max()), 3),
-        "refused": told[0]["not_finite"] + told[0]["wrong_length"],
+        "damped_ms": round(1e3 * (dampings_at[0] - killed_at), 1) if dampings_at else None,
+        "commands": len(commands) - len(dampings_at),
+        "dampings": len(dampings_at),
+        "largest_step_rad": round(float(steps_rad.max()), 3),
+        "refused": counts[0]["not_finite"] + counts[0]["wrong_length"],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("policy", help="policy folder of a quadruped")
-    parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--times", type=int, default=5, help="number of kills")
     parser.add_argument("--seconds", type=float, default=3.0, help="of commands before the kill")
     parser.add_argument(
-        "--python", default=str(PYTHON), help="one that has rclpy (scripts/ros_peer.sh)"
+        "--python", default=str(PEER_PYTHON), help="one that has rclpy (scripts/ros_peer.sh)"
     )
     args = parser.parse_args()
-    promised = 1e3 * damping_bounds_s(1 / OnnxPolicy.load(args.policy).meta.control_hz)[1]
-    runs = [one(args, os.getpid() % 150 + 1 + i) for i in range(args.times)]
-    print(json.dumps({"promised_ms": promised, "runs": runs}, indent=1))
-    sys.exit(any(r["damped_ms"] is None or r["damped_ms"] > promised or r["refused"] for r in runs))
+
+    control_hz = OnnxPolicy.load(args.policy).meta.control_hz
+    _, after_command_s = damping_bounds_s(1 / control_hz)
+    promised_ms = 1e3 * after_command_s
+    first_domain = os.getpid() % 150 + 1
+    runs = [measure_kill(args, first_domain + i) for i in range(args.times)]
+    print(json.dumps({"promised_ms": promised_ms, "runs": runs}, indent=1))
+
+    for run in runs:
+        if run["damped_ms"] is None or run["damped_ms"] > promised_ms or run["refused"]:
+            sys.exit(1)
 
 
 if __name__ == "__main__":
