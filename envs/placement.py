@@ -112,7 +112,9 @@ def right_place(state: WorldState) -> Tensor:
 
 def distance_to_place(state: WorldState) -> Tensor:
     """Return the horizontal distance from the object to its place, m, ``(world,)``."""
-    return (arm_state(state).object_position[:, :2] - right_place(state)).norm(dim=1)
+    offset = arm_state(state).object_position[:, :2] - right_place(state)
+    distance: Tensor = offset.norm(dim=1)
+    return distance
 
 
 def presented_code(state: WorldState) -> Tensor:

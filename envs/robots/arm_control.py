@@ -135,10 +135,10 @@ class ArmState:
         self.hand_axes = torch.stack([sensors["hand_x"], hand_y, sensors["hand_z"]], 1)
         """The hand's axes as rows, ``(world, 3, 3)``; y is the closing direction, z points out."""
 
-        left, right = sensors["pad_positions"].split(3, 1)
+        left, right = torch.split(sensors["pad_positions"], 3, 1)
         self.opening = ((left - right) * hand_y).sum(1)
         """Distance between the pads, ``(world,)``."""
-        left_velocity, right_velocity = sensors["pad_velocities"].split(3, 1)
+        left_velocity, right_velocity = torch.split(sensors["pad_velocities"], 3, 1)
         self.opening_velocity = ((left_velocity - right_velocity) * hand_y).sum(1)
         """``(world,)``."""
         self.pad_forces = sensors["pad_forces"]

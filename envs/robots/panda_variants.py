@@ -351,7 +351,8 @@ def _measure_hand(
     _freeze_inertias(spec, model)
 
     # the hand at angles from stop to stop
-    angles = np.linspace(*model.joint(finger_joints[0]).range, _MEASURED_ANGLES)
+    low, high = model.joint(finger_joints[0]).range
+    angles = np.linspace(low, high, _MEASURED_ANGLES)
     settled = [_settle(model, finger_joints, angle) for angle in angles]
     distances = [
         np.linalg.norm(np.subtract(*(data.geom(boxes[0]).xpos for boxes in pad_boxes)))
