@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wires import Controller, domain, head, meta, until
+from wires import FakeRos2Controller, domain, head, meta, until
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robots.ros2 import Ros2Robot
@@ -24,14 +24,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
+def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRos2Controller]:
     monkeypatch.setattr("metarobot.bridge.robots.dds.LISTEN", 0.1)
-    controller = Controller(domain())
+    controller = FakeRos2Controller(domain())
     yield controller
     controller.link.close()
 
 
-def near(far: Controller, **settings: object) -> Ros2Robot:
+def near(far: FakeRos2Controller, **settings: object) -> Ros2Robot:
     """The robot at this end of the same domain, connected."""
     robot = Ros2Robot(
         settings.pop("meta", meta()), domain=far.number, controller="fwd", timeout=10.0, **settings
@@ -45,7 +45,7 @@ def sees(robot: Ros2Robot, stamp: float) -> dict[str, float]:
     return until(lambda: (r := robot.get_observation()) and r["stamp"] == stamp and r)
 
 
-def test_joints_are_matched_by_name(far: Controller) -> None:
+def test_joints_are_matched_by_name(far: FakeRos2Controller) -> None:
     robot = near(far)
     far.publish(
         100.25, position=[7.0, 8.0, 9.0], velocity=[0.7, 0.8, 0.9], effort=[70.0, 80.0, 90.0]
@@ -95,13 +95,13 @@ def test_any_order_and_any_others_among_the_joints(
     assert reading == {"stamp": 1.5, **expected}
 
 
-def test_what_is_not_measured_is_left_out(far: Controller) -> None:
+def test_what_is_not_measured_is_left_out(far: FakeRos2Controller) -> None:
     robot = near(far)
     far.publish(100.0, velocity=[], effort=[])
     assert sees(robot, 100.0).keys() == {"stamp", "seq", "a.pos", "b.pos"}
 
 
-def test_commands_go_out_in_the_controllers_order(far: Controller) -> None:
+def test_commands_go_out_in_the_controllers_order(far: FakeRos2Controller) -> None:
     robot = near(far, joints="b,a")
     assert robot.send_action({"a.pos": 0.1, "b.pos": 0.2}) == {"a.pos": 0.1, "b.pos": 0.2}
     assert until(far.commanded) == [0.2, 0.1]
@@ -117,7 +117,7 @@ def test_commands_go_out_in_the_controllers_order(far: Controller) -> None:
     ],
 )
 def test_what_the_controller_would_drop_or_die_of_is_not_sent(
-    far: Controller, action: dict, said: str
+    far: FakeRos2Controller, action: dict, said: str
 ) -> None:
     robot = near(far)
     with pytest.raises(BridgeError, match=said):
@@ -126,7 +126,7 @@ def test_what_the_controller_would_drop_or_die_of_is_not_sent(
     assert until(far.commanded) == [1.0, 2.0]
 
 
-def test_damping_is_the_last_word(far: Controller) -> None:
+def test_damping_is_the_last_word(far: FakeRos2Controller) -> None:
     robot = near(far)
     far.publish(100.0, position=[0.0, 20.0, 10.0])
     sees(robot, 100.0)
@@ -143,7 +143,7 @@ def test_damping_is_the_last_word(far: Controller) -> None:
     assert far.commanded() is None
 
 
-def test_damping_holds_what_was_finite_last(far: Controller) -> None:
+def test_damping_holds_what_was_finite_last(far: FakeRos2Controller) -> None:
     robot = near(far)
     far.publish(100.0, position=[0.0, 20.0, 10.0])
     sees(robot, 100.0)
@@ -153,7 +153,7 @@ def test_damping_holds_what_was_finite_last(far: Controller) -> None:
     assert until(far.commanded) == [10.0, 20.0]
 
 
-def test_damping_without_a_reading_sends_no_empty_command(far: Controller) -> None:
+def test_damping_without_a_reading_sends_no_empty_command(far: FakeRos2Controller) -> None:
     robot = Ros2Robot(meta(), domain=far.number, controller="fwd", timeout=1.0)
     robot._connection = robot._open()
     until(lambda: far._commands.publishers)
@@ -162,7 +162,7 @@ def test_damping_without_a_reading_sends_no_empty_command(far: Controller) -> No
     assert far.commanded() is None
 
 
-def test_damping_from_another_thread_wins_over_commands(far: Controller) -> None:
+def test_damping_from_another_thread_wins_over_commands(far: FakeRos2Controller) -> None:
     robot = near(far)
     far.publish(100.0, position=[0.0, 20.0, 10.0])
     sees(robot, 100.0)
@@ -179,7 +179,7 @@ def test_damping_from_another_thread_wins_over_commands(far: Controller) -> None
     assert far.commanded() == [10.0, 20.0]
 
 
-def test_a_legged_policy_has_the_trunk_too_and_either_may_freeze(far: Controller) -> None:
+def test_a_legged_policy_has_the_trunk_too_and_either_may_freeze(far: FakeRos2Controller) -> None:
     robot = near(far, meta=meta(layout="legged"))
     far.publish(100.0)
     far.tilt(100.1)
@@ -193,7 +193,7 @@ def test_a_legged_policy_has_the_trunk_too_and_either_may_freeze(far: Controller
         assert robot.get_observation()["stamp"] == 100.1
 
 
-def test_without_what_it_needs_it_does_not_connect(far: Controller) -> None:
+def test_without_what_it_needs_it_does_not_connect(far: FakeRos2Controller) -> None:
     wanting = {"domain": far.number, "controller": "fwd", "timeout": 0.1}
     for problem, said in (
         (Ros2Robot(meta(), **wanting), "nothing on rt/joint_states within 0.1 s on lo, domain"),
@@ -218,7 +218,7 @@ def test_without_what_it_needs_it_does_not_connect(far: Controller) -> None:
 
 
 @pytest.mark.parametrize("other", [{"name": ["a", "x", "y"]}, {"velocity": [1.0]}])
-def test_joints_that_change_are_an_error_at_once(far: Controller, other: dict) -> None:
+def test_joints_that_change_are_an_error_at_once(far: FakeRos2Controller, other: dict) -> None:
     robot = near(far)
     far.publish(100.0, **other)
     with pytest.raises(BridgeError, match=r"no joint b|1 numbers for 3 joints"):
@@ -238,7 +238,7 @@ def test_a_network_interface_must_be_there_and_up() -> None:
             Ros2Robot(meta(), interface=down[0]).connect()
 
 
-def test_a_domain_is_open_on_one_interface(far: Controller) -> None:
+def test_a_domain_is_open_on_one_interface(far: FakeRos2Controller) -> None:
     others = [
         p.parent.name
         for p in Path("/sys/class/net").glob("*/flags")
@@ -250,7 +250,7 @@ def test_a_domain_is_open_on_one_interface(far: Controller) -> None:
         Ros2Robot(meta(), domain=far.number, interface=others[0]).connect()
 
 
-def test_one_controller_a_robot(far: Controller) -> None:
+def test_one_controller_a_robot(far: FakeRos2Controller) -> None:
     first = near(far)
     second = Ros2Robot(meta(), domain=far.number, controller="fwd", timeout=10.0)
     stop = threading.Event()
@@ -275,7 +275,7 @@ def beats(stop: threading.Event) -> "itertools.takewhile":
     return itertools.takewhile(lambda _: not stop.wait(0.01), itertools.count())
 
 
-def test_who_leaves_is_missed_at_once(far: Controller) -> None:
+def test_who_leaves_is_missed_at_once(far: FakeRos2Controller) -> None:
     robot = near(far)
     far.link.close()
     begun = time.monotonic()
@@ -293,8 +293,8 @@ def test_who_leaves_is_missed_at_once(far: Controller) -> None:
 PEER = """
 import sys
 sys.path.insert(0, {tests!r})
-from wires import Controller
-far = Controller({number})
+from wires import FakeRos2Controller
+far = FakeRos2Controller({number})
 with far.alive():
     for line in sys.stdin:
         pass
