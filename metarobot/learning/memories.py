@@ -23,7 +23,7 @@ class Memory(Protocol):
         """Return the empty memory of each world, tensors ``(world, width)``."""
 
     def step(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        """Process inputs ``(world, input)``; return outputs ``(world, width)`` and the new state."""
+        """Process inputs ``(world, input)``; return outputs ``(world, width)`` and the state."""
 
     def sequence(self, x: Tensor) -> Tensor:
         """Process ``(time, world, input)`` from empty memory; return ``(time, world, width)``."""

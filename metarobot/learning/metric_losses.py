@@ -109,9 +109,9 @@ def nearest_prototype(z: Tensor, prototype: Tensor) -> Tensor:
 def novelty_threshold(z: Tensor, prototype: Tensor, known: float = 0.95) -> float:
     """Return the distance beyond which a task counts as unlike all prototypes.
 
-    A share ``known`` of the points lies within it from the nearest prototype of *another* task. Each
-    point stands in for a task that was never met, so new tasks from the training distribution are
-    recognised about as often.
+    A share ``known`` of the points lies within it from the nearest prototype of *another* task.
+    Each point stands in for a task that was never met, so new tasks from the training distribution
+    are recognised about as often.
 
     Args:
         z: Points, ``(task, window, embedding)``.
