@@ -15,6 +15,8 @@ class Bounds:
 
     low: float | None = None
     high: float | None = None
+    reason: str = ""
+    """Why there is a lower bound, as a message says it after the bound."""
 
 
 Count = Annotated[int, Bounds(1)]
@@ -66,6 +68,7 @@ def _check_number(name: str, value: float, bounds: Bounds) -> None:
         raise MetarobotError(f"{name} must be between {low:g} and {high:g}, not {value:g}")
     if low is not None and value < low:
         finite = "a finite number of " if isinstance(value, float) else ""
-        raise MetarobotError(f"{name} must be {finite}at least {low:g}, not {value}")
+        reason = f", {bounds.reason}" if bounds.reason else ""
+        raise MetarobotError(f"{name} must be {finite}at least {low:g}{reason}, not {value}")
     if high is not None and value > high:
         raise MetarobotError(f"{name} must be at most {high:g}, not {value}")
