@@ -1,8 +1,1 @@
-"""Pictures and films.
-
-Called as a function, ``metarobot.render(run, out)`` films an agent.
-"""
-
-from metarobot._callable import make_callable
-
-make_callable(__name__)
+"""Pictures and videos of simulated worlds."""

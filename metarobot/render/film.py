@@ -1,4 +1,4 @@
-"""Video files: recorded episodes of several tasks side by side, through ffmpeg."""
+"""Video files: recorded episodes of several tasks side by side, encoded by ffmpeg."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import imageio_ffmpeg
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from metarobot.files import FileError, atomic_path
 from metarobot.render.camera import Camera
 from metarobot.render.frame_layout import FrameLayout, Panel
 from metarobot.render.opengl import VideoError
@@ -21,86 +22,109 @@ from metarobot.tasks.space import Task
 from metarobot.types import Floats
 
 GIF_FPS = 12.5
-MOST_FPS = 30.0
+"""Frames a second of a gif, unless asked otherwise."""
+LARGEST_MP4_FPS = 30.0
+"""Frames a second of an mp4 are at most these, unless asked otherwise."""
 HOLD_S = 1.2
 """How long the last picture stays, s."""
 
-_GIF_FILTER = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=dither=bayer:bayer_scale=5:diff_mode=rectangle"
-SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    ".mp4": (
-        "-c:v",
-        "libx264",
-        "-pix_fmt",
-        "yuv420p",
-        "-crf",
-        "21",
-        "-preset",
-        "medium",
-        "-movflags",
-        "+faststart",
-    ),
-    ".gif": ("-vf", f"scale='min(960,iw)':-2:flags=lanczos,{_GIF_FILTER}", "-loop", "0"),
-}
-"""Kinds of file that can be written -> how ffmpeg is told to."""
+GIF_PALETTE_FILTER = (
+    "split[a][b];[a]palettegen=stats_mode=diff[p];"
+    "[b][p]paletteuse=dither=bayer:bayer_scale=5:diff_mode=rectangle"
+)
+MP4_OPTIONS = (
+    *("-c:v", "libx264"),
+    *("-pix_fmt", "yuv420p"),
+    *("-crf", "21"),
+    *("-preset", "medium"),
+    *("-movflags", "+faststart"),
+)
+GIF_OPTIONS = (
+    *("-vf", f"scale='min(960,iw)':-2:flags=lanczos,{GIF_PALETTE_FILTER}"),
+    *("-loop", "0"),
+)
+SUFFIXES: Mapping[str, tuple[str, ...]] = {".mp4": MP4_OPTIONS, ".gif": GIF_OPTIONS}
+"""Suffix of a file that can be written -> ffmpeg's options for it."""
 
 
 @dataclass
 class Recording:
-    """One episode of one world as it was lived, a step an element."""
+    """One episode of one world; lists hold one element a step."""
 
     states: list[Floats] = field(default_factory=list)
+    """States as ``snapshot_state`` copies them."""
     returns: list[float] = field(default_factory=list)
+    """Return so far."""
     readouts: list[str] = field(default_factory=list)
+    """The family's readouts, as text."""
     over: bool = False
-    mishap: str = ""
+    """Whether the episode has ended."""
+    failure: str = ""
+    """Why it ended before its time; empty if it did not."""
 
 
-def frame_steps(takes: Sequence[Sequence[Recording]], control_hz: float, fps: float) -> list[int]:
-    """Return the step that each frame of the video shows, the last one held for a moment."""
-    steps = max(len(take.states) for row in takes for take in row)
-    played = max(1, round(steps / control_hz * fps))
-    return [min(round(i * control_hz / fps), steps - 1) for i in range(played)] + [
-        steps - 1
-    ] * round(HOLD_S * fps)
+def frame_steps(
+    recordings: Sequence[Sequence[Recording]], control_hz: float, fps: float
+) -> list[int]:
+    """Return the control step that each frame of the video shows, in real time.
+
+    The last step is held for ``HOLD_S``.
+    """
+    steps = max(len(recording.states) for row in recordings for recording in row)
+    last = steps - 1
+    frames = max(1, round(steps / control_hz * fps))
+    shown = [min(round(i * control_hz / fps), last) for i in range(frames)]
+    held = [last] * round(HOLD_S * fps)
+    return shown + held
 
 
 def compose_frame(
     camera: Camera,
-    sheet: FrameLayout,
+    layout: FrameLayout,
     family: Family,
     tasks: Sequence[Task],
-    takes: Sequence[Sequence[Recording]],
-    t: int,
+    recordings: Sequence[Sequence[Recording]],
+    step: int,
 ) -> Pixels:
+    """Draw the frame of one control step: recordings ``[task][episode]``, a panel each.
+
+    Episodes that ended before keep their last picture.
+    """
     rows = []
-    for i, (task, row) in enumerate(zip(tasks, takes, strict=True)):
+    for i, (task, episodes) in enumerate(zip(tasks, recordings, strict=True)):
         panels = []
-        for k, take in enumerate(row):
-            now = min(t, len(take.states) - 1)
-            picture = camera.picture(task, take.states[now], key=(i, k))
-            mishap = take.mishap if now == len(take.states) - 1 else ""
+        for k, recording in enumerate(episodes):
+            last = len(recording.states) - 1
+            now = min(step, last)
             panels.append(
                 Panel(
-                    picture, f"episode {k + 1}", take.returns[: now + 1], take.readouts[now], mishap
+                    picture=camera.picture(task, recording.states[now], key=(i, k)),
+                    label=f"episode {k + 1}",
+                    returns=recording.returns[: now + 1],
+                    readout=recording.readouts[now],
+                    failure=recording.failure if now == last else "",
                 )
             )
         rows.append(panels)
-    return sheet.frame(rows, family.horizon)
+    return layout.frame(rows, family.horizon)
 
 
 def with_progress(
     frames: Iterator[Pixels], total: int, name: str, progress: bool
 ) -> Iterator[Pixels]:
+    """Hand on frames while a progress bar counts them, if ``progress`` is set."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, TimeRemainingColumn(), disable=not progress) as bar:
+    with Progress(*columns, disable=not progress) as bar:
         yield from bar.track(frames, total=total, description=f"rendering {name}")
 
 
 def check_output(out: Path) -> None:
+    """Raise ``VideoError`` for a file that cannot be written, before anything is played."""
     if out.suffix not in SUFFIXES:
         raise VideoError(
             f"cannot write a video as {out.name!r}: its suffix must be one of {', '.join(SUFFIXES)}"
@@ -110,62 +134,54 @@ def check_output(out: Path) -> None:
 
 
 def write_video(out: Path, frames: Iterator[Pixels], fps: float, size: tuple[int, int]) -> None:
-    """Pipe frames through ffmpeg into a file beside ``out``, and rename it only when it is
-    whole.
+    """Encode frames of ``size`` (width, height) into a file, whole or not at all.
+
+    Raises:
+        VideoError: The file cannot be written, or ffmpeg failed.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{out.stem}-", suffix=out.suffix, dir=out.parent)
-    except OSError as e:
-        raise VideoError(f"cannot write into the folder {out.parent}: {e.strerror}") from e
-    os.close(handle)
-    try:
-        _encode(name, frames, fps, size)
-        os.chmod(name, 0o644)
-        os.replace(name, out)
-    except OSError as e:
-        raise VideoError(f"cannot write {out}: {e.strerror}") from e
-    finally:
-        Path(name).unlink(missing_ok=True)
+        with atomic_path(out) as temporary:
+            _encode(temporary, frames, fps, size)
+    except FileError as e:
+        raise VideoError(str(e)) from e
 
 
-def _encode(name: str, frames: Iterator[Pixels], fps: float, size: tuple[int, int]) -> None:
-    source = (
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{size[0]}x{size[1]}",
-        "-r",
-        f"{fps:g}",
-        "-i",
-        "-",
+def _encode(path: Path, frames: Iterator[Pixels], fps: float, size: tuple[int, int]) -> None:
+    """Pipe frames through ffmpeg into a file."""
+    width, height = size
+    raw_frames_from_stdin = (
+        *("-f", "rawvideo"),
+        *("-pix_fmt", "rgb24"),
+        *("-s", f"{width}x{height}"),
+        *("-r", f"{fps:g}"),
+        *("-i", "-"),
     )
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(),
         "-y",
-        "-v",
-        "error",
-        *source,
-        *SUFFIXES[Path(name).suffix],
-        name,
+        *("-v", "error"),
+        *raw_frames_from_stdin,
+        *SUFFIXES[path.suffix],
+        str(path),
     ]
-    with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=complaints)  # noqa: S603
+    # Errors go to a file: a pipe that nobody reads could fill up and block ffmpeg.
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors)  # noqa: S603
         assert process.stdin is not None
-        broken = False
+        broken_pipe = False
         try:
             for frame in frames:
                 process.stdin.write(frame.tobytes())
             process.stdin.close()
         except BrokenPipeError:
-            broken = True
+            broken_pipe = True  # ffmpeg gave up: its errors say why
         except BaseException:
             process.kill()
             raise
         finally:
-            code = process.wait()
-        if code or broken:
-            complaints.seek(0)
-            said = complaints.read().decode(errors="replace").split("\n")[0]
-            raise VideoError(f"ffmpeg could not write {Path(name).suffix}: {said}")
+            exit_code = process.wait()
+
+        if exit_code or broken_pipe:
+            errors.seek(0)
+            first_line = errors.read().decode(errors="replace").split("\n")[0]
+            raise VideoError(f"ffmpeg could not write {path.suffix}: {first_line}")

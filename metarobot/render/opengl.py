@@ -1,4 +1,4 @@
-"""Headless OpenGL: which backend works here."""
+"""Headless OpenGL: which backend works on this machine, and its context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from metarobot.errors import MetarobotError
 
-_BACKENDS = {
+BACKEND_OF_SETTING = {
     "egl": "egl",
     "osmesa": "osmesa",
     "glfw": "glfw",
@@ -19,17 +19,24 @@ _BACKENDS = {
     "wgl": "glfw",
     "cgl": "cgl",
 }
+"""Value of the environment variable MUJOCO_GL -> MuJoCo's backend."""
 
+AUTOMATIC_SETTINGS = ("", "1", "on", "true", "enable", "enabled")
+"""Values of MUJOCO_GL that leave the choice open."""
 
-_HEADLESS = {"linux": ("egl", "osmesa"), "darwin": ("cgl",)}
+HEADLESS_BACKENDS = {"linux": ("egl", "osmesa"), "darwin": ("cgl",)}
+"""Platform -> backends that need no display, best first; elsewhere it is glfw."""
 
+PROBE_TIMEOUT_S = 60
 
-_PROBE = """
+PROBE_PROGRAM = """
 import importlib, mujoco
 context = importlib.import_module("mujoco.{}").GLContext(64, 64)
 context.make_current()
-mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100.value)
+model = mujoco.MjModel.from_xml_string("<mujoco/>")
+mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
 """
+"""Python program that fails, or aborts, where the backend does not work."""
 
 
 class VideoError(MetarobotError):
@@ -38,18 +45,28 @@ class VideoError(MetarobotError):
 
 @functools.cache
 def backend() -> str:
-    """Return the name of MuJoCo's OpenGL backend that works here, tried in another process: a bad
-    one may abort it.
+    """Return the name of MuJoCo's OpenGL backend that works here.
+
+    Each is tried in a process of its own, which a broken backend may abort.
+
+    Raises:
+        VideoError: None works; the message says what to install.
     """
-    wish = os.environ.get("MUJOCO_GL", "").lower().strip()
-    if wish in ("", "1", "on", "true", "enable", "enabled"):
-        names: tuple[str, ...] = _HEADLESS.get(sys.platform, ("glfw",))
+    setting = os.environ.get("MUJOCO_GL", "").lower().strip()
+    if setting in AUTOMATIC_SETTINGS:
+        candidates: tuple[str, ...] = HEADLESS_BACKENDS.get(sys.platform, ("glfw",))
+    elif setting in BACKEND_OF_SETTING:
+        candidates = (BACKEND_OF_SETTING[setting],)
     else:
-        names = (_BACKENDS[wish],) if wish in _BACKENDS else ()
-    for name in names:
+        candidates = ()
+
+    for name in candidates:
         if _works(name):
             return name
-    tried = f"MUJOCO_GL={wish} gives none" if wish else f"tried {', '.join(names)}"
+
+    tried = f"tried {', '.join(candidates)}"
+    if setting:
+        tried = f"MUJOCO_GL={setting} gives none"
     raise VideoError(
         f"no OpenGL to draw with ({tried}): "
         "apt-get install libegl1 libopengl0 libgl1-mesa-dri (EGL) or libosmesa6 (OSMesa)"
@@ -57,16 +74,21 @@ def backend() -> str:
 
 
 def _works(name: str) -> bool:
-    environment = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"}
-    probe = [sys.executable, "-c", _PROBE.format(name)]
+    """Say whether a backend draws, tried in another process."""
+    environment = dict(os.environ)
+    environment.pop("MUJOCO_GL", None)
+    command = [sys.executable, "-c", PROBE_PROGRAM.format(name)]
     try:
-        return (
-            subprocess.run(probe, env=environment, capture_output=True, timeout=60).returncode == 0
+        probe = subprocess.run(  # noqa: S603
+            command, env=environment, capture_output=True, timeout=PROBE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
         return False
+    return probe.returncode == 0
 
 
 @functools.cache
-def _gl() -> Any:
+def opengl_context() -> Any:
+    """Return the one OpenGL context that everything in this process draws with."""
+    # Its own size does not matter: pictures are drawn into off-screen buffers.
     return importlib.import_module(f"mujoco.{backend()}").GLContext(64, 64)
