@@ -1,9 +1,8 @@
-"""Demonstrations: what a family's expert does, recorded and read as a Minari dataset, so that
-others can bring theirs.
+"""Demonstrations: a family's expert, recorded and read as a Minari dataset.
 
-Every episode holds observations ``(time + 1, obs)`` and the actions ``(time, act)`` that the expert
-asked for, and in ``infos`` the task it was shown in (``task``, its values) and which variant of its
-episodes it is (``variant``).
+Others can bring datasets of their own. Every episode holds observations ``(time + 1, obs)`` and the
+actions ``(time, act)`` that the expert asked for, and in ``infos`` the task (``task``, its values)
+and which variant of its episodes it is (``variant``), repeated at every step.
 """
 
 from __future__ import annotations
@@ -30,11 +29,20 @@ from metarobot.errors import MetarobotError
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Task
 from metarobot.training.collect import ExpertAgent, collect
-from metarobot.training.run_folder import agent_dimensions
+from metarobot.training.run_folder import agent_dimensions, one_line
 from metarobot.types import Rollout, Trials
 
-AT_ONCE, ATTEMPTS = 256, 10
-"""Episodes recorded side by side, and how often the expert may try before a task is left out."""
+MAX_WORLDS = 256
+"""Episodes recorded side by side."""
+MAX_ATTEMPTS = 10
+"""How often the expert may try before a task is left out."""
+MAX_LEFT_OUT = 1 / 20
+"""Share of tasks that may be left out; one task always may."""
+MAX_JITTER = 10.0
+"""Standard deviation of the noise on the expert's actions."""
+
+TaskValues = tuple[float, ...]
+"""Values of a task's parameters, in the order of the task space."""
 
 
 class DemosError(MetarobotError):
@@ -43,8 +51,7 @@ class DemosError(MetarobotError):
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstrations:
-    """Demonstrations of many tasks, as many of every variant of every task; shorter ones padded at
-    the end.
+    """Demonstrations of many tasks, equally many of every variant; shorter ones are padded.
 
     Shapes: obs ``(task, variant, shot, time, obs)``; action ``(task, variant, shot, time, act)``;
     valid ``(task, variant, shot, time)``.
@@ -63,55 +70,86 @@ class Demonstrations:
         return self.obs.shape[2]
 
     def rollout(self, tasks: Sequence[int], shots: Tensor) -> Rollout:
-        """Return the demonstrations ``shots`` ``(task, shot)`` of each variant as an episode.
+        """Return chosen demonstrations of every variant as one episode.
 
-        A task's worlds stand together, variant by variant.
+        Args:
+            tasks: Indices of the tasks.
+            shots: Indices of the demonstrations of each variant, ``(task, shot)``.
+
+        Returns:
+            A rollout whose worlds are (task, variant, shot), the last one fastest.
         """
-        rows = torch.as_tensor(tasks)[:, None, None]
-        variants = torch.arange(self.obs.shape[1])[None, :, None]
-        picked = (
-            x[rows, variants, shots[:, None]].flatten(0, 2)
-            for x in (self.obs, self.action, self.valid)
-        )
-        obs, action, valid = (x.transpose(0, 1) for x in picked)
-        return demonstrated(obs, action, valid)
+        task_index = torch.as_tensor(tasks)[:, None, None]
+        variant_index = torch.arange(self.obs.shape[1])[None, :, None]
+        shot_index = shots[:, None]
+
+        def select(values: Tensor) -> Tensor:
+            """Return ``(time, world, ...)``."""
+            return values[task_index, variant_index, shot_index].flatten(0, 2).transpose(0, 1)
+
+        return demonstration_rollout(select(self.obs), select(self.action), select(self.valid))
 
     def trials(self, tasks: int, shots: int, seed: Sequence[int]) -> Trials:
-        """Draw tasks, and for each ``shots`` demonstrations of every variant to adapt to and as
-        many to match.
+        """Draw tasks, and demonstrations of each: an episode to adapt to and one to imitate.
+
+        Args:
+            tasks: Number of tasks.
+            shots: Demonstrations of every variant in an episode; no demonstration is in both.
+            seed: Keys the draws.
+
+        Raises:
+            DemosError: There are too few demonstrations.
         """
         if 2 * shots > self.shots:
             raise DemosError(
-                f"{shots} demonstrations to adapt to and {shots} to match need {2 * shots} of every variant; "
-                f"there are {self.shots}"
+                f"{shots} demonstrations to adapt to and {shots} to match need {2 * shots} of "
+                f"every variant; there are {self.shots}"
             )
         rng = np.random.default_rng(list(seed))
         chosen = rng.integers(len(self.tasks), size=tasks).tolist()
         order = torch.from_numpy(np.stack([rng.permutation(self.shots) for _ in chosen]))
-        episodes = tuple(
-            self.rollout(chosen, order[:, i * shots : (i + 1) * shots]) for i in range(2)
-        )
-        worlds = len(episodes[0].valid[0]) // tasks
-        code = self.family.space.encode([self.tasks[i] for i in chosen])
-        return Trials(episodes=episodes, task=code.repeat_interleave(worlds, 0))
+        support = self.rollout(chosen, order[:, :shots])
+        query = self.rollout(chosen, order[:, shots : 2 * shots])
+
+        worlds_per_task = support.valid.shape[1] // tasks
+        encoded = self.family.space.encode([self.tasks[i] for i in chosen])
+        task = encoded.repeat_interleave(worlds_per_task, 0)
+        return Trials(episodes=(support, query), task=task)
 
 
-def demonstrated(obs: Tensor, action: Tensor, valid: Tensor) -> Rollout:
-    """Return demonstrations, ``(time, world, ...)``, as the episode of worlds that earn nothing."""
-    none = torch.zeros(valid.shape, dtype=torch.bool)
+def demonstration_rollout(obs: Tensor, action: Tensor, valid: Tensor) -> Rollout:
+    """Return demonstrations, ``(time, world, ...)``, as the episode of worlds without reward."""
+    never = torch.zeros(valid.shape, dtype=torch.bool)
     return Rollout(
         obs=obs,
         action=action,
         reward=torch.zeros(valid.shape),
-        terminated=none,
-        truncated=none,
+        terminated=never,
+        truncated=never,
         valid=valid,
         final_obs=obs[-1],
         critic_obs=torch.zeros(*valid.shape, 0),
         final_critic_obs=torch.zeros(valid.shape[1], 0),
-        faulted=none[0],
+        faulted=never[0],
         teacher_action=torch.zeros(*valid.shape, 0),
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Recording
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedEpisode:
+    """One successful demonstration."""
+
+    task: Task
+    variant: int
+    obs: Tensor
+    """``(time + 1, obs)``."""
+    action: Tensor
+    """What the expert asked for, ``(time, act)``."""
 
 
 def record_demonstrations(
@@ -124,275 +162,341 @@ def record_demonstrations(
     seed: int = 0,
     jitter: float = 0.0,
     threads: int = 0,
-    tick: Callable[[int], None] = lambda _: None,
+    tick: Callable[[int], None] = lambda written: None,
 ) -> int:
-    """Record the expert in tasks of a split, ``shots`` successful demonstrations of every variant;
-    return how many.
+    """Record successful demonstrations of a family's expert and return how many there are.
 
-    What is done is the expert's action with normal noise of deviation ``jitter``, what is recorded
-    is the action it asked for: whoever imitates it sees how to come back (DART, Laskey et al.
-    2017). ``tick`` is called with the number of episodes written so far.
+    The expert's actions are executed with noise, but recorded without it: whoever imitates it
+    learns to come back (DART, Laskey et al. 2017).
+
+    Args:
+        family: A family with an expert.
+        out: Folder to write the dataset to.
+        split: Split that tasks are drawn from.
+        tasks: Number of tasks.
+        shots: Demonstrations of every variant of a task.
+        seed: Draws tasks, starts and noise.
+        jitter: Standard deviation of the normal noise on the expert's actions.
+        threads: Physics threads; 0 takes all there are.
+        tick: Called with the number of episodes recorded so far.
+
+    Raises:
+        DemosError: A number out of range, a place that is taken, or an expert that keeps failing.
     """
-    _minari()
+    _import_minari()
     if out.exists():
         raise DemosError(f"{out} is there already; choose another place")
-    if tasks < 1 or shots < 1 or not 0 <= jitter < 10:
+    if tasks < 1 or shots < 1 or not 0 <= jitter < MAX_JITTER:
         raise DemosError(
-            f"tasks and shots must be at least 1 and jitter between 0 and 10: {tasks}, {shots}, {jitter:g}"
+            f"tasks and shots must be at least 1 and jitter between 0 and {MAX_JITTER:g}: "
+            f"{tasks}, {shots}, {jitter:g}"
         )
-    wanted = family.space.sample(split, tasks, seed)
-    each, buffers = family.interaction.variants * shots, []
-    group = max(1, AT_ONCE // each)
-    for first in range(0, tasks, group):
-        buffers += _recorded(
-            family, wanted[first : first + group], shots, [seed, first], jitter, threads
-        )
-        tick(len(buffers))
-    if not buffers:
-        raise DemosError(
-            f"the expert fails again and again in {family.name}: {wanted[0].describe()}"
-        )
+
+    chosen = family.space.sample(split, tasks, seed)
+    tasks_at_once = max(1, MAX_WORLDS // (family.interaction.variants * shots))
+    recorded: list[RecordedEpisode] = []
+    for first in range(0, tasks, tasks_at_once):
+        group = chosen[first : first + tasks_at_once]
+        recorded += _record_tasks(family, group, shots, [seed, first], jitter, threads)
+        tick(len(recorded))
+    if not recorded:
+        raise _expert_fails(family, chosen[0])
+
     try:
-        _write(family, split, out, buffers)
+        _write_dataset(family, split, out, recorded)
     except OSError as e:
         raise DemosError(f"cannot write {out}: {e.strerror or e}") from e
-    return len(buffers)
+    return len(recorded)
 
 
-def _recorded(
+def _expert_fails(family: Family, task: Task) -> DemosError:
+    return DemosError(f"the expert fails again and again in {family.name}: {task.describe()}")
+
+
+def _record_tasks(
     family: Family,
     tasks: Sequence[Task],
     shots: int,
     seed: Sequence[int],
     jitter: float,
     threads: int,
-) -> list[dict[str, Any]]:
-    """Let the expert succeed ``shots`` times in every variant of every task; try again where it
-    failed.
+) -> list[RecordedEpisode]:
+    """Record ``shots`` successes in every variant of every task, trying again after failures.
 
-    Tasks in which it never does are left out; more than a few of them are an error.
+    Raises:
+        DemosError: The expert keeps failing in more tasks than may be left out.
     """
+    # What is still to be recorded: (index of the task, variant), once for each shot.
     missing = [
-        (t, v)
-        for t in range(len(tasks))
-        for v in range(family.interaction.variants)
+        (task, variant)
+        for task in range(len(tasks))
+        for variant in range(family.interaction.variants)
         for _ in range(shots)
     ]
-    done: list[dict[str, Any]] = []
-    for attempt in range(ATTEMPTS):
+    recorded: list[RecordedEpisode] = []
+    for attempt in range(MAX_ATTEMPTS):
         if not missing:
             break
         key = int(np.random.SeedSequence([*seed, attempt]).generate_state(1)[0])
-        worlds = [tasks[t] for t, _ in missing]
-        env = Env(family, worlds, threads=threads)
-        rollout = _demonstrate(env, worlds, torch.tensor([v for _, v in missing]), key, jitter)
-        won = (
-            rollout.terms["success"] > 0
-            if "success" in rollout.terms
-            else torch.ones(len(worlds), dtype=torch.bool)
-        )
-        for i, (t, v) in enumerate(missing):
-            if won[i]:
-                steps = int(rollout.valid[:, i].sum())
-                obs = torch.cat([rollout.obs[:steps, i], rollout.final_obs[i : i + 1]])
-                shown = {"obs": obs.numpy(), "action": rollout.action[:steps, i].numpy()}
-                done.append(
-                    {
-                        **shown,
-                        "name": tasks[t],
-                        "task": [x for _, x in tasks[t].values],
-                        "variant": v,
-                    }
-                )
-        missing = [m for m, ok in zip(missing, won.tolist(), strict=True) if not ok]
-    failed = {tasks[t] for t, _ in missing}
-    if len(failed) > max(1, len(tasks) // 20):
-        raise DemosError(
-            f"the expert fails again and again in {family.name}: {tasks[missing[0][0]].describe()}"
-        )
-    return [d for d in done if d["name"] not in failed]
+        world_tasks = [tasks[task] for task, _ in missing]
+        variants = torch.tensor([variant for _, variant in missing])
+        env = Env(family, world_tasks, threads=threads)
+        rollout = _demonstrate(env, world_tasks, variants, key, jitter)
+
+        if "success" in rollout.terms:
+            succeeded = (rollout.terms["success"] > 0).tolist()
+        else:
+            succeeded = [True] * len(missing)
+        still_missing = []
+        for world, (task, variant) in enumerate(missing):
+            if succeeded[world]:
+                recorded.append(_cut_out(rollout, world, tasks[task], variant))
+            else:
+                still_missing.append((task, variant))
+        missing = still_missing
+
+    left_out = {tasks[task] for task, _ in missing}
+    if len(left_out) > max(1, int(len(tasks) * MAX_LEFT_OUT)):
+        raise _expert_fails(family, tasks[missing[0][0]])
+    return [episode for episode in recorded if episode.task not in left_out]
 
 
 def _demonstrate(
     env: Env, tasks: Sequence[Task], variant: Tensor, seed: int, jitter: float
 ) -> Rollout:
-    """Let the expert live one episode of these variants; the rollout's actions are those it asked
-    for.
-    """
+    """Let the expert act one episode; the rollout's actions are those it asked for."""
     expert = ExpertAgent(env, jitter)
     episode = collect(expert, env, tasks, episodes=1, seed=seed, variant=variant).episodes[0]
     return replace(episode, action=torch.stack(expert.asked))
 
 
-def _write(family: Family, split: str, out: Path, demos: Sequence[dict[str, Any]]) -> None:
-    """Write a Minari dataset beside its place and move it there when it is whole."""
-    minari, spaces = _minari(), _spaces(family.name)
-    buffer = [
-        minari.data_collector.EpisodeBuffer(
-            id=i,
-            observations=d["obs"],
-            actions=d["action"],
-            rewards=np.zeros(len(d["action"])),
-            terminations=np.arange(len(d["action"])) == len(d["action"]) - 1,
-            truncations=np.zeros(len(d["action"]), dtype=bool),
-            infos={
-                "task": np.repeat([d["task"]], len(d["obs"]), 0),
-                "variant": np.full(len(d["obs"]), d["variant"]),
-            },
-        )
-        for i, d in enumerate(demos)
-    ]
-    meta = {
+def _cut_out(rollout: Rollout, world: int, task: Task, variant: int) -> RecordedEpisode:
+    """Return one world's episode without its padding."""
+    steps = int(rollout.valid[:, world].sum())
+    final_obs = rollout.final_obs[world : world + 1]
+    return RecordedEpisode(
+        task=task,
+        variant=variant,
+        obs=torch.cat([rollout.obs[:steps, world], final_obs]),
+        action=rollout.action[:steps, world],
+    )
+
+
+def _write_dataset(
+    family: Family, split: str, out: Path, episodes: Sequence[RecordedEpisode]
+) -> None:
+    """Write a Minari dataset beside its place, and move it there when it is whole."""
+    minari = _import_minari()
+    observation_space, action_space = _spaces(family.name)
+    buffers = [_episode_buffer(minari, i, episode) for i, episode in enumerate(episodes)]
+    description = {
         "family": family.name,
         "split": split,
         "space": family.space.hash,
         "parameters": family.space.names,
     }
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=out.parent.resolve(), prefix=".demos-") as folder,
-        _root(folder),
+        _minari_root(folder),
+        warnings.catch_warnings(),
     ):
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", category=UserWarning, module="minari"
-            )  # no author, no Gymnasium id
-            minari.create_dataset_from_buffers(
-                "demos-v0",
-                buffer,
-                observation_space=spaces[0],
-                action_space=spaces[1],
-                description=json.dumps(meta),
-            )
+        # Minari warns that the dataset names no author and no Gymnasium id.
+        warnings.filterwarnings("ignore", category=UserWarning, module="minari")
+        minari.create_dataset_from_buffers(
+            "demos-v0",
+            buffers,
+            observation_space=observation_space,
+            action_space=action_space,
+            description=json.dumps(description),
+        )
         shutil.move(Path(folder) / "demos-v0", out)
 
 
+def _episode_buffer(minari: Any, i: int, episode: RecordedEpisode) -> Any:
+    """Return an episode as Minari stores it."""
+    steps = len(episode.action)
+    task_values = [value for _, value in episode.task.values]
+    return minari.data_collector.EpisodeBuffer(
+        id=i,
+        observations=episode.obs.numpy(),
+        actions=episode.action.numpy(),
+        rewards=np.zeros(steps),
+        terminations=np.arange(steps) == steps - 1,
+        truncations=np.zeros(steps, dtype=bool),
+        infos={
+            "task": np.repeat([task_values], steps + 1, 0),
+            "variant": np.full(steps + 1, episode.variant),
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+
 def read_demonstrations(path: Path, family: Family | None = None) -> Demonstrations:
-    """Read a Minari dataset of demonstrations; ``family``, if given, is the one they must be of."""
-    minari = _minari()
+    """Read a Minari dataset of demonstrations.
+
+    Args:
+        path: Folder of the dataset.
+        family: The family they must be of; the one that the dataset names if not given.
+
+    Raises:
+        DemosError: There is no dataset, it is damaged, of another family, or incomplete.
+    """
+    minari = _import_minari()
     if not (path / "data").is_dir():
         raise DemosError(f"{path} holds no Minari dataset: it has no folder called data")
     try:
         dataset = minari.MinariDataset(path / "data")
-        meta = _meta(dataset.storage.metadata.get("description"))
+        description = _parse_description(dataset.storage.metadata.get("description"))
         episodes = list(dataset.iterate_episodes())
     except Exception as e:  # whatever a damaged file makes HDF5 raise
-        raise DemosError(
-            f"{path} is no dataset that Minari reads: {' '.join(str(e).split())[:200]}"
-        ) from e
-    said = str(meta.get("family", ""))
+        raise DemosError(f"{path} is no dataset that Minari reads: {one_line(e)}") from e
+
+    family_name = str(description.get("family", ""))
     if family is None:
-        family = families.get(said)
-    if said not in ("", family.name):
-        raise DemosError(f"{path} holds demonstrations of {said}, not of {family.name}")
+        family = families.get(family_name)
+    if family_name not in ("", family.name):
+        raise DemosError(f"{path} holds demonstrations of {family_name}, not of {family.name}")
     if not episodes:
         raise DemosError(f"{path} holds no demonstrations")
-    groups: dict[tuple[tuple[float, ...], int], list[Any]] = defaultdict(list)
+
+    groups: dict[tuple[TaskValues, int], list[Any]] = defaultdict(list)
     for episode in episodes:
-        groups[_checked(path, episode, family)].append(episode)
-    return _gather(path, family, str(meta.get("split", "")), groups)
+        groups[_check_episode(path, episode, family)].append(episode)
+    return _stack_episodes(path, family, str(description.get("split", "")), groups)
 
 
-def _meta(description: Any) -> dict[str, Any]:
-    """Return what we wrote of a dataset; others describe theirs in words, which say nothing to
-    us.
-    """
+def _parse_description(text: Any) -> dict[str, Any]:
+    """Return what we wrote about a dataset; other people's descriptions are plain words."""
     try:
-        meta = json.loads(description or "{}")
+        description = json.loads(text or "{}")
     except ValueError:
         return {}
-    return meta if isinstance(meta, dict) else {}
+    return description if isinstance(description, dict) else {}
 
 
-def _checked(path: Path, episode: Any, family: Family) -> tuple[tuple[float, ...], int]:
-    """Return an episode's task values and variant, or say what is wrong with it."""
-    where, env = f"{path}, episode {episode.id}", _spaces(family.name)
-    obs, action, infos = episode.observations, episode.actions, episode.infos or {}
-    for name, array, space in (("observations", obs, env[0]), ("actions", action, env[1])):
-        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != space.shape[0]:
-            shape = getattr(array, "shape", type(array).__name__)
+def _check_episode(path: Path, episode: Any, family: Family) -> tuple[TaskValues, int]:
+    """Return an episode's task values and variant.
+
+    Raises:
+        DemosError: Something is missing, or has another shape than the family's.
+    """
+    where = f"{path}, episode {episode.id}"
+    observation_space, action_space = _spaces(family.name)
+    obs = episode.observations
+    action = episode.actions
+    infos = episode.infos or {}
+
+    columns = (("observations", obs, observation_space), ("actions", action, action_space))
+    for name, array, space in columns:
+        width = space.shape[0]
+        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != width:
+            found = array.shape if isinstance(array, np.ndarray) else type(array).__name__
             raise DemosError(
-                f"{where}: {name} of {family.name} have {space.shape[0]} columns, these are {shape}"
+                f"{where}: {name} of {family.name} have {width} columns, these are {found}"
             )
         if not np.isfinite(array).all():
             raise DemosError(f"{where}: not all {name} are finite numbers")
     if len(action) < 2 or len(obs) < len(action):
         raise DemosError(
-            f"{where} has {len(obs)} observations and {len(action)} actions; it takes at least 2 steps"
+            f"{where} has {len(obs)} observations and {len(action)} actions; "
+            "it takes at least 2 steps"
         )
+
     for key in ("task", "variant"):
         if key not in infos:
-            raise DemosError(
-                f"{where}: infos lack {key!r}; they have: {', '.join(infos) or 'nothing'}"
-            )
-    task, variant = np.asarray(infos["task"]), np.asarray(infos["variant"])
+            existing = ", ".join(infos) or "nothing"
+            raise DemosError(f"{where}: infos lack {key!r}; they have: {existing}")
+    task = np.asarray(infos["task"])
+    variant = np.asarray(infos["variant"])
     if task.ndim != 2 or variant.ndim != 1 or not len(task) or not len(variant):
         raise DemosError(
-            f"{where}: infos hold a task and a variant a step, these are {task.shape} and {variant.shape}"
+            f"{where}: infos hold a task and a variant a step, these are {task.shape} and "
+            f"{variant.shape}"
         )
     if task.shape[1] != len(family.space.names):
         raise DemosError(
             f"{where}: {task.shape[1]} task values, but {family.name} has {len(family.space.names)}"
         )
-    if variant[0] not in range(family.interaction.variants):
+    variants = family.interaction.variants
+    if variant[0] not in range(variants):
         raise DemosError(
-            f"{where}: variant {variant[0]}, but {family.name} has 0 to {family.interaction.variants - 1}"
+            f"{where}: variant {variant[0]}, but {family.name} has 0 to {variants - 1}"
         )
-    return tuple(float(x) for x in task[0]), int(variant[0])
+    return tuple(float(value) for value in task[0]), int(variant[0])
 
 
-def _gather(path: Path, family: Family, split: str, groups: dict[Any, list[Any]]) -> Demonstrations:
-    """Stack demonstrations by task and variant."""
-    tasks, variants = list(dict.fromkeys(t for t, _ in groups)), family.interaction.variants
+def _stack_episodes(
+    path: Path, family: Family, split: str, groups: dict[tuple[TaskValues, int], list[Any]]
+) -> Demonstrations:
+    """Stack episodes by task and variant, as many of each as the rarest has.
+
+    Raises:
+        DemosError: A variant of a task has none.
+    """
+    tasks = list(dict.fromkeys(task for task, _ in groups))  # each once, in this order
+    variants = family.interaction.variants
     shots = min(len(groups.get((t, v), ())) for t in tasks for v in range(variants))
     if shots < 1:
         raise DemosError(
             f"{path}: some tasks lack demonstrations of some of the {variants} variants"
         )
-    longest = max(len(e.actions) for group in groups.values() for e in group)
+
+    longest = max(len(episode.actions) for group in groups.values() for episode in group)
     shape = (len(tasks), variants, shots, longest)
-    obs = torch.zeros(*shape, groups[tasks[0], 0][0].observations.shape[1])
-    action = torch.zeros(*shape, groups[tasks[0], 0][0].actions.shape[1])
+    example = groups[tasks[0], 0][0]
+    obs = torch.zeros(*shape, example.observations.shape[1])
+    action = torch.zeros(*shape, example.actions.shape[1])
     valid = torch.zeros(*shape, dtype=torch.bool)
     for t, task in enumerate(tasks):
         for v in range(variants):
-            for s, e in enumerate(groups[task, v][:shots]):
-                n = len(e.actions)
-                obs[t, v, s, :n] = torch.from_numpy(e.observations[:n])
-                action[t, v, s, :n] = torch.from_numpy(e.actions)
-                valid[t, v, s, :n] = True
-    named = tuple(family.space.coerce(dict(zip(family.space.names, t, strict=True))) for t in tasks)
+            for s, episode in enumerate(groups[task, v][:shots]):
+                steps = len(episode.actions)
+                obs[t, v, s, :steps] = torch.from_numpy(episode.observations[:steps])
+                action[t, v, s, :steps] = torch.from_numpy(episode.actions)
+                valid[t, v, s, :steps] = True
+
+    names = family.space.names
+    named_tasks = tuple(
+        family.space.coerce(dict(zip(names, values, strict=True))) for values in tasks
+    )
     return Demonstrations(
-        family=family, split=split, tasks=named, obs=obs, action=action, valid=valid
+        family=family, split=split, tasks=named_tasks, obs=obs, action=action, valid=valid
     )
 
 
 @cache
 def _spaces(family: str) -> tuple[Any, Any]:
-    """Return the spaces of observations and of actions as the expert asks for them."""
+    """Return the spaces of a family's observations, and of its actions before any clip."""
     from gymnasium.spaces import Box
 
-    shapes = agent_dimensions(families.get(family), 1)
-    return Box(-np.inf, np.inf, (shapes.obs,), np.float32), Box(
-        -np.inf, np.inf, (shapes.act,), np.float32
-    )
+    dimensions = agent_dimensions(families.get(family), 1)
+    observation_space = Box(-np.inf, np.inf, (dimensions.obs,), np.float32)
+    action_space = Box(-np.inf, np.inf, (dimensions.act,), np.float32)
+    return observation_space, action_space
 
 
 @contextmanager
-def _root(folder: str) -> Iterator[None]:
+def _minari_root(folder: str) -> Iterator[None]:
     """Let Minari write into a folder."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = folder
+    variable = "MINARI_DATASETS_PATH"
+    before = os.environ.get(variable)
+    os.environ[variable] = folder
     try:
         yield
     finally:
         if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
+            del os.environ[variable]
         else:
-            os.environ["MINARI_DATASETS_PATH"] = before
+            os.environ[variable] = before
 
 
-def _minari() -> Any:
+def _import_minari() -> Any:
     try:
         import minari
         import minari.data_collector

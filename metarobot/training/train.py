@@ -414,7 +414,7 @@ def _collecting_source(
         return collect(
             learner.agent.to(worlds.env.device),
             worlds.env,
-            worlds.deal(i),
+            worlds.sample_tasks(i),
             episodes=agent_config.episodes,
             rollouts=rollouts_of(agent_config),
             seed=_iteration_seed(config.seed, i),
@@ -447,7 +447,7 @@ def _demonstration_source(family: Family, config: TrainConfig, agent_config: Any
 
 
 def _collection_metrics(worlds: TaskSource) -> Callable[[Trials], Metrics]:
-    return lambda trials: {**rollout_metrics(trials), **worlds.lost()}
+    return lambda trials: {**rollout_metrics(trials), **worlds.overflow_metrics()}
 
 
 def _no_metrics(trials: Trials) -> Metrics:

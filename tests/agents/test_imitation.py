@@ -13,7 +13,7 @@ from metarobot.agents.imitation import ImitationAgent, Imitator
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Dimensions, agents
 from metarobot.learning.meta_gradient import unflatten
-from metarobot.training.demonstrations import demonstrated
+from metarobot.training.demonstrations import demonstration_rollout
 from metarobot.types import Percept, Rollout, Trials
 
 TASKS, ROLLOUTS, TIME, OBS, ACT = 3, 4, 6, 5, 2
@@ -52,7 +52,7 @@ def demonstration_trials() -> Trials:
         valid = torch.arange(TIME)[:, None] < torch.randint(
             2, TIME + 1, (TASKS * ROLLOUTS,), generator=rng
         )
-        episodes.append(demonstrated(obs, torch.einsum("two,wof->twf", obs, teacher), valid))
+        episodes.append(demonstration_rollout(obs, torch.einsum("two,wof->twf", obs, teacher), valid))
     assert not all(e.valid.all() for e in episodes)
     return Trials(episodes=tuple(episodes), task=torch.zeros(TASKS * ROLLOUTS, 1))
 
@@ -400,7 +400,7 @@ def toy(rng: torch.Generator, orders: Sequence[int], shots: int = 2, steps: int 
             2,
         )
         episodes.append(
-            demonstrated(
+            demonstration_rollout(
                 obs, place.expand(steps, -1, -1), torch.ones(steps, worlds, dtype=torch.bool)
             )
         )

@@ -199,7 +199,7 @@ def test_the_same_seed_gives_the_same_dataset(calm: Made, tmp_path: Path) -> Non
 def test_many_tasks_of_a_split_are_recorded_group_by_group(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "AT_ONCE", VARIANTS)
+    monkeypatch.setattr(module, "MAX_WORLDS", VARIANTS)
     said: list[int] = []
     one = made(tmp_path / "x", split="extrapolate", shots=1, tick=said.append)
     assert said == [4, 8, 12]
@@ -235,7 +235,7 @@ def test_where_the_expert_fails_it_tries_again_from_another_start(
 def test_a_task_in_which_the_expert_always_fails_is_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(module, "MAX_ATTEMPTS", 2)
     tasks = PLACEMENT.space.sample("train", 3, 0)
     family = failing(lambda state: state.task["order"] == tasks[1]["order"])
     assert (
@@ -248,7 +248,7 @@ def test_a_task_in_which_the_expert_always_fails_is_left_out(
 def test_an_expert_that_always_fails_is_an_error_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tasks: int
 ) -> None:
-    monkeypatch.setattr(module, "ATTEMPTS", 1)
+    monkeypatch.setattr(module, "MAX_ATTEMPTS", 1)
     with pytest.raises(
         DemosError, match=r"the expert fails again and again in Placement: class_0 .*, order \d"
     ):
