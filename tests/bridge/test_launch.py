@@ -23,7 +23,7 @@ from metarobot.bridge.tools.replay_log import replay
 from metarobot.bridge.tools.run_log import LogRow, RunLog, read_log
 from metarobot.training.run_folder import Run
 
-HERE = Path(__file__).parents[1]
+TESTS_FOLDER = Path(__file__).parents[1]
 Exported = Callable[[str], tuple[Run, Path]]
 
 
@@ -56,17 +56,17 @@ def test_settings_from_a_command_line_get_their_types():
         "task.slope": "2",
     }
     assert robots.parse_settings(words) == {
-        **{"port": 7, "gain": 0.5, "lockstep": True, "name": "lo"},
+        "port": 7,
+        "gain": 0.5,
+        "lockstep": True,
+        "name": "lo",
         "task": {"friction": 0.4, "slope": 2},
     }
 
 
 def test_a_rate_that_the_policy_was_not_trained_for_must_be_wanted():
-    assert (
-        robots.control_rate_hz(meta(), 0.0, False)
-        == robots.control_rate_hz(meta(), 50.0, False)
-        == 50.0
-    )
+    assert robots.control_rate_hz(meta(), 0.0, False) == 50.0
+    assert robots.control_rate_hz(meta(), 50.0, False) == 50.0
     assert robots.control_rate_hz(meta(), 100.0, True) == 100.0
     with pytest.raises(
         BridgeError, match="trained at 50 Hz, not 100; leave out --hz, or say --any-rate"
@@ -103,7 +103,9 @@ def test_a_log_whose_writer_is_killed_is_readable_up_to_its_last_chunk(tmp_path:
     row = LogRow({"tick": ["time"], "reading": ["a"], "obs": ["a"] * 50, "action": ["x"]})
     log = RunLog(tmp_path / "cut.mcap", row, {"policy": "p"})
     for i in range(3000):
-        row["tick"][0], row["obs"][:], row["reading"][0] = i, i / 3, math.nan
+        row["tick"][0] = i
+        row["obs"][:] = i / 3
+        row["reading"][0] = math.nan
         log.write_tick()
     end = time.monotonic() + 20
     while (tmp_path / "cut.mcap").stat().st_size < 30_000 and time.monotonic() < end:
@@ -126,7 +128,8 @@ def test_a_log_whose_writer_is_killed_is_readable_up_to_its_last_chunk(tmp_path:
 
 def test_a_child_that_does_not_listen_never_holds_the_loop_up():
     child = ChildProcess("tools.run_log", "99")  # it dies at once: there is no such file
-    frame, began = b"x" * 5000, time.monotonic()
+    frame = b"x" * 5000
+    began = time.monotonic()
     taken = sum(child.send(b"T", frame) for _ in range(2000))
     assert time.monotonic() - began < 5.0
     assert taken + child.dropped == 2000
@@ -190,18 +193,16 @@ def test_a_key_stops_the_run_and_the_terminal_is_what_it_was(exported: Exported)
     _, policy = exported("rl2")
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
-    words = [
-        sys.executable,
-        "-m",
-        "metarobot.bridge",
-        str(policy),
-        "--robot",
-        "bridging:Slider",
-        "--plain",
-    ]
-    here = {**os.environ, "PYTHONPATH": str(HERE)}
+    words = [sys.executable, "-m", "metarobot.bridge", str(policy)]
+    words += ["--robot", "bridging:Slider", "--plain"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS_FOLDER)}
     process = subprocess.Popen(
-        words, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=here
+        words,
+        stdin=slave,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     assert process.stderr is not None
     while "any key" not in (line := process.stderr.readline()):
@@ -215,15 +216,13 @@ def test_a_key_stops_the_run_and_the_terminal_is_what_it_was(exported: Exported)
 
 def test_the_panel_draws_every_state():
     status = {
-        **{
-            "state": "running",
-            "reason": "",
-            "trial": 1,
-            "episode": 0,
-            "step": 12,
-            "return": 3.25,
-            "left_s": 41.0,
-        },
+        "state": "running",
+        "reason": "",
+        "trial": 1,
+        "episode": 0,
+        "step": 12,
+        "return": 3.25,
+        "left_s": 41.0,
         "returns": [[10.0, 12.5], []],
         "pace": dict.fromkeys(("late", "work"), 0.0)
         | {"hz": 50.0, "ticks": 812, "missed_own": 0, "missed_host": 2},
@@ -238,12 +237,8 @@ def test_the_panel_draws_every_state():
 
     for state in panel.STATE_COLOURS:
         console = Console(width=100, record=True, file=io.StringIO())
-        console.print(
-            panel.draw_panel(
-                "TwoJoints",
-                status | {"state": state, "reason": "why" if state == "damping" else ""},
-            )
-        )
+        reason = "why" if state == "damping" else ""
+        console.print(panel.draw_panel("TwoJoints", status | {"state": state, "reason": reason}))
         text = console.export_text()
         for piece in (
             state.upper(),
