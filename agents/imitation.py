@@ -95,6 +95,7 @@ class ImitationActor(nn.Module):
         super().__init__()
         self.guess = nn.Linear(obs, guess) if guess else None
         self.act = mlp(obs + guess, (width, width), act, gain=0.01)
+        # the first guess is zero, the mean of normalised observations
         if self.guess is not None:
             nn.init.zeros_(self.guess.weight)
             nn.init.zeros_(self.guess.bias)
@@ -140,6 +141,7 @@ class ImitationAgent(nn.Module):
         self.norm = RunningNorm(dims.obs)
         self.actor = ImitationActor(dims.obs, config.guess, config.width, dims.act)
 
+        # the layer that guesses has an inner rate of its own
         rates = []
         for name, weights in self.actor.named_parameters():
             rate = config.guess_lr if name.startswith("guess") else config.inner_lr
@@ -181,9 +183,12 @@ class ImitationAgent(nn.Module):
         time = torch.arange(len(x), device=x.device)
         worlds = torch.arange(x.shape[1], device=x.device)
 
+        # s_T, the observation at a demonstration's last valid step, for all its steps
         last_step = (episode.valid.sum(0) - 1).clamp_min(0)
         final_x = x[last_step, worlds, : self.config.guess].expand(len(x), -1, -1)
 
+        # The guess is trained on the first steps only: it must come from the situation in which a
+        # demonstration begins, not from where the motion already leads.
         valid = episode.valid.to(episode.obs.dtype)
         early = valid * (time < self.config.early)[:, None]
         return DemonstrationBatch(
@@ -197,6 +202,7 @@ class ImitationAgent(nn.Module):
     def objective(self, weights: Tensor, batch: DemonstrationBatch) -> Tensor:
         """Return minus the mean squared errors of one task's actions and of its guess, summed."""
         action, guess = call_with_weights(self.actor, weights, batch.x, batch.final_x)
+        # J = −mean_t ‖π(s_t, s_T) − a_t‖² / act − mean_{t < early} ‖g(s_t) − s_T‖²
         action_error = (action - batch.action).square().mean(-1)
         guess_error = (guess - batch.final_x).square().sum(-1)
         objective: Tensor = (
@@ -228,6 +234,7 @@ class Imitator:
         support = agent.demonstration_batch(support_episode, tasks)
         query = agent.demonstration_batch(query_episode, tasks)
 
+        # θ_i: the weights of task i after the inner steps on its support
         (start,) = agent.begin(tasks)
         rates = agent.rates.detach()
         derivatives = first_order_derivatives if c.first_order else exact_derivatives
@@ -237,9 +244,9 @@ class Imitator:
 
         # meta-gradient ∇ mean_i J_i(θ_i) by initial weights and rates, with θ_i the adapted weights
         outer_gradients = per_task_gradients(agent.objective, trajectory.weights, query)
-        by_weights, by_rates = trajectory.vjp(outer_gradients)
-        set_ascent_gradients(agent.actor, by_weights.mean(0))
-        agent.rates.grad = -by_rates.mean(0) if agent.rates.requires_grad else None
+        weights_gradient, rates_gradient = trajectory.vjp(outer_gradients)
+        set_ascent_gradients(agent.actor, weights_gradient.mean(0))
+        agent.rates.grad = -rates_gradient.mean(0) if agent.rates.requires_grad else None
         set_learning_rate(self.optimiser, decayed(c.lr, c.lr_end, progress))
         norm = clip_and_step(self.optimiser, agent.parameters(), c.grad_norm)
 

@@ -96,6 +96,7 @@ class MAML:
         step, search = backtracking_line_search(
             longest_step, objective, kl_bound, c.shrink, c.tries
         )
+        # zeros if no step was accepted
         agent.set_meta_parameters(start + step)
         agent.update_norm(trials)
 

@@ -355,6 +355,7 @@ class PEARL:
 
         for module in (self.critics, self.targets, self.temperature, self.return_norm):
             module.to(trials.task.device)
+        # R_t = γ R_{t−1} + r_t, whose standard deviation scales the critics' rewards
         seq = join_episodes(trials.episodes)
         past_return = discounted(seq.reward, c.gamma)
         self.agent.norm.update(seq.percept.obs[seq.valid])
@@ -562,6 +563,7 @@ class PEARL:
 
     def _modules(self) -> dict[str, nn.Module]:
         """Name the modules as checkpoints do."""
+        # "spread" is the return normaliser's name in checkpoints
         return {
             "agent": self.agent,
             "critics": self.critics,

@@ -68,10 +68,12 @@ class Reptile:
         reptile_gradient = (context[0] - start[0]).mean(0)
         set_learning_rate(self.optimiser, decayed(c.lr, c.lr_end, progress))
         set_ascent_gradients(agent.policy, reptile_gradient)
+        # inner steps that diverge give a norm that is not finite, and no outer step
         norm = clip_and_step(self.optimiser, agent.policy.parameters(), c.grad_norm)
         agent.update_norm(trials)
 
         return {
+            # "way" is the metric's name since the first logs
             "train/way": float(norm.nan_to_num(0.0, 0.0)),
             "train/std": float(agent.policy.log_std.detach().exp().mean()),
             "train/ignored_rollouts": ignored_rollouts(trials),

@@ -117,8 +117,8 @@ class SinusoidRegressor:
 
         # meta-gradient ∇ mean_i J_i(θ_i), with θ_i the adapted weights of task i
         outer_gradients = per_task_gradients(self.objective, trajectory.weights, query)
-        by_weights, _ = trajectory.vjp(outer_gradients)
-        set_ascent_gradients(self.net, by_weights.mean(0))
+        weights_gradient, _ = trajectory.vjp(outer_gradients)
+        set_ascent_gradients(self.net, weights_gradient.mean(0))
         self.optimiser.step()
         return -float(vmap_tasks(self.objective)(trajectory.weights, query).mean())
 

@@ -50,7 +50,7 @@ class InnerConfig:
     """Worlds an iteration: tasks times rollouts."""
     rollouts: Count = 20
     """Rollouts a task and episode: the data of one adaptation."""
-    episodes: Annotated[int, Bounds(2)] = 2
+    episodes: Annotated[int, Bounds(2, reason="one to adapt to and one to show it")] = 2
     """Episodes a trial; the agent adapts after each but the last, which measures the result."""
     width: Count = 64
     """Width of the policy's two hidden layers."""
@@ -111,6 +111,7 @@ class InnerBatch(NamedTuple):
         """Keep one step in ``n``."""
         thinned = []
         for values in self:
+            # old_log_std is the same at all steps and has a single one
             has_step_axis = values.shape[1] > 1
             thinned.append(values[:, ::n] if has_step_axis else values)
         batch = InnerBatch(*thinned)
@@ -299,8 +300,10 @@ class GradientAgent(nn.Module):
             gradients: Every task's gradient of the outer objective at its adapted weights,
                 ``(task, P)``.
         """
-        by_weights, by_rates = trajectory.vjp(gradients)
-        return torch.cat([by_rates.mean(0) * self.rates.requires_grad, by_weights.mean(0)])
+        weights_gradient, rates_gradient = trajectory.vjp(gradients)
+        return torch.cat(
+            [rates_gradient.mean(0) * self.rates.requires_grad, weights_gradient.mean(0)]
+        )
 
     def meta_jvp(self, trajectory: InnerTrajectory, direction: Tensor) -> Tensor:
         """Return the derivative ``(task, P)`` of adapted weights along a direction ``(2 P,)``."""

@@ -199,11 +199,11 @@ class InnerTrajectory:
         """
         # going back through a step, with u the gradient at its end:
         #   ∂/∂α += u ∇J(θ),   ∂/∂θ = (I + ∇²J(θ) α) u
-        by_rates = torch.zeros_like(cotangent)
+        rates_gradient = torch.zeros_like(cotangent)
         for step in reversed(self.steps):
-            by_rates = by_rates + step.gradient * cotangent
+            rates_gradient = rates_gradient + step.gradient * cotangent
             cotangent = cotangent + step.hessian(self.rates * cotangent)
-        return cotangent, by_rates
+        return cotangent, rates_gradient
 
     def jvp(self, weights_tangent: Tensor, rates_tangent: Tensor) -> Tensor:
         """Return the Jacobian-vector product of the adapted weights, forward mode.

@@ -55,6 +55,7 @@ class OuterCritic:
             Advantages and value targets, ``(time, world)`` each, in units of the return's standard
             deviation, and the fraction of the targets' variance that the values explain, ``()``.
         """
+        # R_t = γ R_{t−1} + r_t, whose standard deviation scales the rewards
         reward = torch.where(valid, episode.reward, 0.0)
         past_return = discounted(reward, self.gamma)
         self.return_norm.to(x.device).update(past_return[valid][:, None])
@@ -63,6 +64,7 @@ class OuterCritic:
         with torch.no_grad():
             value = self.net(_critic_input(x, task))[..., 0]
             final_value = self.net(_critic_input(final_x, task))[..., 0]
+        # V(s_{t+1}), where gae leaves it out after a failure but not after a time limit
         ended = episode.terminated | episode.truncated
         next_value = torch.where(ended, final_value, torch.cat([value[1:], final_value[None]]))
 
@@ -94,6 +96,7 @@ class OuterCritic:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, return normaliser and optimiser, under names that begin "critic."."""
+        # "spread" is the return normaliser's name in checkpoints
         state = flatten_state(self.optimiser, net=self.net, spread=self.return_norm)
         return {f"critic.{name}": tensor for name, tensor in state.items()}
 

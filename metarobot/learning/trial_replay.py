@@ -79,6 +79,7 @@ class TrialReplay:
 
     def add(self, trials: Trials) -> None:
         """Store trials, one for each world, in place of the oldest."""
+        # the trial with number n is in row n modulo the capacity
         worlds = len(trials.task)
         rows = (self.count + torch.arange(worlds)) % self.capacity
         self._task[rows] = trials.task.cpu()
