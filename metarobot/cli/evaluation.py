@@ -238,7 +238,7 @@ def sinusoid(
     for name, errors in result.errors.items():
         listed = ", ".join(f"{error:.3f}" for error in errors)
         print(f"{name}: mean squared error after 0, 1, … gradient steps: {listed}")
-    plot_regression(result.x, result.truth, result.seen, result.curves, result.errors, out)
+    plot_regression(result.x, result.truth, result.support, result.curves, result.errors, out)
     if json is not None:
         write_json(json, {"iterations": config.iterations, "seed": seed, "errors": result.errors})
     print(f"wrote {out}")
