@@ -25,7 +25,7 @@ from metarobot.evaluation.statistics import (
     adaptation_score,
     summarise,
 )
-from metarobot.files import read_json, write_json
+from metarobot.files import FileError, read_json, write_json
 from metarobot.learning.agent_interface import (
     FineTunes,
     agents,
@@ -35,7 +35,7 @@ from metarobot.learning.agent_interface import (
 from metarobot.tasks.family import families
 from metarobot.training.config import TrainConfig, check_config
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import CheckpointError, Run, collected_steps, open_run
+from metarobot.training.run_folder import Run, collected_steps, open_run
 from metarobot.training.train import open_training, start_training
 from metarobot.types import Floats
 
@@ -312,7 +312,7 @@ def _train_job(
         training = start_training(job.train, job.agent, folder)
     try:
         finished = training.train(show=False, tick=tick)
-    except CheckpointError:
+    except FileError:
         raise
     except MetarobotError as e:
         raise MetarobotError(f"{job.title}: {e}") from e

@@ -161,5 +161,5 @@ def _task_rows(
     rows = []
     for task, episodes in zip(tasks, recordings, strict=True):
         returns = [value for recording in episodes for value in recording.returns]
-        rows.append(TaskRow(family.space.say(task), min(returns), max(returns)))
+        rows.append(TaskRow(family.space.describe_task(task), min(returns), max(returns)))
     return rows

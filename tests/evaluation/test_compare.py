@@ -50,8 +50,15 @@ PROTOCOL = Protocol(tasks=2, episodes=2, threads=1)
 def plan(out: Path, *names: str, **more: Any) -> Plan:
     chosen = names or tuple(SMALL)
     settings = {k: SMALL[k] for k in chosen}
-    return Plan(**{"family": "CheetahDir100", "out": out, "agents": chosen, "steps": 1600, "threads": 1,
-                   "settings": settings, **more})  # fmt: skip
+    small_plan = {
+        "family": "CheetahDir100",
+        "out": out,
+        "agents": chosen,
+        "steps": 1600,
+        "threads": 1,
+        "settings": settings,
+    }
+    return Plan(**small_plan | more)
 
 
 def gathered(asked: Plan) -> tuple[dict[str, list[Run]], list[str]]:
@@ -125,7 +132,8 @@ def test_asked_again_nothing_is_trained_or_played(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("it was done already")
 
-    monkeypatch.setattr(module, "train", never)
+    monkeypatch.setattr(module, "start_training", never)
+    monkeypatch.setattr(module, "open_training", never)
     monkeypatch.setattr(module.Evaluator, "play", never)
     again, said = gathered(asked)
     assert {k: [r.folder for r in v] for k, v in again.items()} == {

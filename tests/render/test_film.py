@@ -178,7 +178,7 @@ def test_stages_of_several_tasks_do_not_mix(gl: None) -> None:
 
 def test_a_task_is_told_with_its_units() -> None:
     family, task = terrain(slope=-5.0, payload=2.5)
-    told = family.space.say(task)
+    told = family.space.describe_task(task)
     assert "slope −5 deg" in told
     assert "payload 2.5 kg" in told
 
