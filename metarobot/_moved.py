@@ -7,8 +7,9 @@ modules that exist never pay for it.
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -125,6 +126,24 @@ class MovedModuleFinder(MetaPathFinder):
 
 def _raise_moved(old: str, new: str) -> NoReturn:
     raise ImportError(f"{old} is {new} now: import from there", name=old)
+
+
+def moved_names(package: str, new: str) -> Callable[[str], NoReturn]:
+    """Return the ``__getattr__`` of a package whose name was that of a module.
+
+    Names of that module raise an ``ImportError`` of one line that names the module where they are.
+
+    Args:
+        package: The package.
+        new: Where the module's contents are now.
+    """
+
+    def explain(name: str) -> NoReturn:
+        if not name.startswith("__") and hasattr(importlib.import_module(new), name):
+            raise ImportError(f"{package}.{name} is {new}.{name} now: import it from {new}")
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return explain
 
 
 def install() -> None:

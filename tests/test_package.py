@@ -1,20 +1,48 @@
+"""The package as a whole: what it lists, exports, imports and calls things."""
+
+import ast
+import importlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 
 import pytest
 
+import metarobot
+from metarobot._moved import NEW_PLACES
+
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = {"metarobot": "metarobot", "envs": "metarobot.envs", "agents": "metarobot.agents"}
+"""Folder -> the package in it."""
+LINE_LENGTH = 100
+TYPE_NAME = re.compile(r"_?[A-Z]+[a-z]\w*")
+"""What a class or a type alias is called."""
+
+
+def sources() -> list[pathlib.Path]:
+    """All files of the package, each once: rglob does not follow the two links."""
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def shown(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_every_package_folder_is_listed() -> None:
-    listed = set(PROJECT["tool"]["setuptools"]["packages"])
-    found = {"metarobot", "metarobot.envs", "metarobot.agents"}
-    found |= {f"metarobot.{p.parent.name}" for p in (ROOT / "metarobot").glob("*/__init__.py")}
-    assert listed == found
+    found = set()
+    for folder, package in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([package, *init.parent.relative_to(ROOT / folder).parts]))
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
 
 
 def test_links_lead_to_the_real_folders() -> None:
@@ -26,45 +54,115 @@ def test_links_lead_to_the_real_folders() -> None:
 
 @pytest.mark.parametrize("name", ["envs", "agents"])
 def test_the_bare_name_is_refused(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert f"import metarobot.{name}, not {name}" in done.stderr
+    assert f"import metarobot.{name}, not {name}" in python("-c", f"import {name}").stderr
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = "import metarobot, sys; print(sorted({'torch', 'mujoco', 'stable_baselines3'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    code = "import metarobot, sys; print({'torch', 'mujoco', 'tyro'} & set(sys.modules))"
+    assert python("-c", code).stdout.strip() == "set()"
+
+
+def test_listing_the_families_does_without_torch() -> None:
+    list_all = "import metarobot as mr, sys; [mr.family(name) for name in mr.families()]; "
+    done = python("-c", list_all + "print('torch' in sys.modules)")
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+def test_everything_public_is_there_and_nothing_else_is_promised() -> None:
+    assert sorted(metarobot.__all__) == metarobot.__all__
+    assert set(metarobot.__all__) <= set(dir(metarobot))
+    for name in metarobot.__all__:
+        assert getattr(metarobot, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = metarobot.nothing
+
+
+@pytest.mark.parametrize("name", ["agents", "render"])
+def test_a_package_with_a_public_name_can_be_called_once_it_is_imported(name: str) -> None:
+    package = importlib.import_module(f"metarobot.{name}")
+    assert getattr(metarobot, name) is package
+    assert callable(package)
+    assert "rl2" in metarobot.agents()
+
+
+@pytest.mark.parametrize("old", NEW_PLACES)
+def test_an_old_place_names_the_new_one(old: str) -> None:
+    new = f"metarobot.{NEW_PLACES[old]}"
+    assert importlib.util.find_spec(new) is not None
+    with pytest.raises(ImportError) as error:
+        importlib.import_module(f"metarobot.{old}")
+    assert str(error.value) == f"metarobot.{old} is {new} now: import from there"
 
 
 @pytest.mark.parametrize(
-    ("package", "home"),
+    ("statement", "new"),
     [
-        ("stable_baselines3", "sb3.py"),
-        ("sb3_contrib", "sb3_policies.py"),
-        ("tensorboard", "log.py"),
-        ("safetensors", "checkpoint.py"),
+        ("from metarobot.env import Env", "metarobot.env.base"),
+        ("from metarobot.sb3 import SB3VecEnv", "metarobot.env.sb3_vec_env"),
+        ("from metarobot.checkpoint import open_run", "metarobot.training.run_folder"),
+        ("from metarobot.collect import collect", "metarobot.training.collect"),
+        ("from metarobot import checkpoint", "metarobot.training.run_folder"),
+        ("import metarobot.bridge.gate as gate", "metarobot.bridge.safety.command_gate"),
+        ("from metarobot.tasks import TaskSpace", "metarobot.tasks.space"),
+        ("from metarobot.bridge.policy import OnnxPolicy", "metarobot.bridge.policy.onnx_policy"),
     ],
 )
-def test_each_heavy_dependency_lives_in_one_file(package: str, home: str) -> None:
-    files = [p for folder in ("metarobot", "envs", "agents") for p in (ROOT / folder).rglob("*.py")]
-    homes = {p.name for p in files if any(
-        line.lstrip().startswith(("import ", "from ")) and package in line for line in p.read_text().splitlines()
-    )}  # fmt: skip
-    assert homes == {home}
+def test_an_old_import_statement_names_the_new_place_in_its_last_line(
+    statement: str, new: str
+) -> None:
+    done = python("-c", statement)
+    if not done.returncode:  # the name is still there
+        name = statement.split()[-1]
+        assert python("-c", f"{statement}; assert {name}.__module__ == {new!r}").returncode == 0
+        return
+    assert re.fullmatch(rf"ImportError: .*\b{re.escape(new)}\b.*", done.stderr.splitlines()[-1])
 
 
-def test_files_and_functions_stay_short() -> None:
-    import ast
+def test_a_module_that_never_was_is_simply_missing() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'metarobot\.nothing'"):
+        importlib.import_module("metarobot.nothing")
 
-    for folder in ("metarobot", "envs", "agents"):
-        for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text()
-            assert len(text.splitlines()) <= 400, path
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, ast.FunctionDef):
-                    assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("stable_baselines3", {"metarobot/env/sb3_vec_env.py"}),
+        ("sb3_contrib", {"agents/sb3/policies.py"}),
+        ("tensorboard", {"metarobot/training/metrics_log.py"}),
+        ("safetensors", {"metarobot/training/run_folder.py"}),
+    ],
+)
+def test_each_heavy_dependency_lives_in_one_file(package: str, homes: set[str]) -> None:
+    found = set()
+    for path in sources():
+        for line in path.read_text().splitlines():
+            if line.lstrip().startswith(("import ", "from ")) and package in line:
+                found.add(shown(path))
+    assert found == homes
+
+
+def test_no_class_or_type_name_stands_for_two_things() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(shown(path))
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                if isinstance(target, ast.Name) and TYPE_NAME.fullmatch(target.id):
+                    places[target.id].append(shown(path))
+    doubled = {name: where for name, where in places.items() if len(where) > 1}
+    assert not doubled
+
+
+def test_lines_are_short_outside_tables_and_addresses() -> None:
+    long = []
+    for path in sources():
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if len(line) > LINE_LENGTH and "://" not in line and "|" not in line:
+                long.append(f"{shown(path)}:{number}")
+    assert not long
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from metarobot.errors import MetarobotError
 
 
-class Command(NamedTuple):
+class Subcommand(NamedTuple):
     """A subcommand: where its function is, and what the table of commands says of it."""
 
     module: str
@@ -22,22 +22,26 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "families": Command("listing", "List the task families: what varies, and over which ranges."),
-    "agents": Command("listing", "List the kinds of agent, and the trained agents in the box."),
-    "train": Command("training", "Meta-train an agent over a family's training tasks."),
-    "evaluate": Command("evaluation", "Measure how an agent adapts on held-out tasks."),
-    "render": Command("evaluation", "Film an agent adapting."),
-    "compare": Command("comparison", "Train several agents on one family, and compare them."),
-    "plot": Command("training", "Draw the learning curves of runs."),
-    "record": Command("demonstrations", "Record a family's scripted expert as a dataset."),
-    "shots": Command("demonstrations", "Measure few-shot imitation."),
-    "recognise": Command("evaluation", "Show which training tasks held-out tasks are most like."),
-    "export": Command("robot", "Export an agent for a robot, as ONNX and JSON."),
-    "run": Command("robot", "Run an exported policy on a robot."),
-    "replay": Command("robot", "Run the log of a run through a policy again."),
-    "publish": Command("training", "Copy a run's agent with a card of how it was made."),
-    "bench": Command("bench", "Measure speed and memory."),
-    "sinusoid": Command("evaluation", "Explain MAML with a picture."),
+    "families": Subcommand(
+        "listing", "List the task families: what varies, and over which ranges."
+    ),
+    "agents": Subcommand("listing", "List the kinds of agent, and the trained agents in the box."),
+    "train": Subcommand("training", "Meta-train an agent over a family's training tasks."),
+    "evaluate": Subcommand("evaluation", "Measure how an agent adapts on held-out tasks."),
+    "render": Subcommand("evaluation", "Film an agent adapting."),
+    "compare": Subcommand("comparison", "Train several agents on one family, and compare them."),
+    "plot": Subcommand("training", "Draw the learning curves of runs."),
+    "record": Subcommand("demonstrations", "Record a family's scripted expert as a dataset."),
+    "shots": Subcommand("demonstrations", "Measure few-shot imitation."),
+    "recognise": Subcommand(
+        "evaluation", "Show which training tasks held-out tasks are most like."
+    ),
+    "export": Subcommand("robot", "Export an agent for a robot, as ONNX and JSON."),
+    "run": Subcommand("robot", "Run an exported policy on a robot."),
+    "replay": Subcommand("robot", "Run the log of a run through a policy again."),
+    "publish": Subcommand("training", "Copy a run's agent with a card of how it was made."),
+    "bench": Subcommand("bench", "Measure speed and memory."),
+    "sinusoid": Subcommand("evaluation", "Explain MAML with a picture."),
 }
 """Name -> subcommand; the function has the same name."""
 

@@ -9,3 +9,7 @@
 
 *Damping* is what makes a robot safe: its drives brake (velocity gain) but hold no position.
 """
+
+from metarobot._moved import moved_names
+
+__getattr__ = moved_names(__name__, "metarobot.bridge.safety.command_limits")
