@@ -27,7 +27,7 @@ WEIGHTS = dict(FAMILY.weights)
 
 
 def meta(family: Family = FAMILY, **changes: Any) -> Any:
-    """What a layout reads of a policy's metadata."""
+    """Return the part of a policy's metadata that a layout reads."""
     assert family.deployment.hardware is not None
     h = family.deployment.hardware()
     limits = {
@@ -53,14 +53,14 @@ def rotation(quat: Any) -> np.ndarray:
     return matrix.reshape(3, 3)
 
 
-def said(robot: SimulatedRobot, seq: int) -> dict[str, float]:
-    """The robot's reading as a controller gets it."""
+def reading_of(robot: SimulatedRobot, seq: int) -> dict[str, float]:
+    """Return the robot's reading as a controller gets it."""
     values = dict(zip(robot.signals.reading, robot.reading(), strict=True))
     return {"stamp": 0.02 * seq, "seq": float(seq), **values}
 
 
-class Lived:
-    """An episode: readings, and beside them what the simulator knows."""
+class RecordedEpisode:
+    """An episode: its readings, and the simulator's true values."""
 
     def __init__(self, name: str, task: int, noise: bool) -> None:
         run = open_run(name)
@@ -72,7 +72,7 @@ class Lived:
             Percept(robot.obs, torch.zeros(1, 12), zeros, zeros, zeros + 1),
             agent.begin(1),
         )
-        self.readings, self.actions = [said(robot, 1)], [np.zeros(12, np.float32)]
+        self.readings, self.actions = [reading_of(robot, 1)], [np.zeros(12, np.float32)]
         self.terms: list[dict[str, float]] = []
         self.velocity: list[np.ndarray] = []
         self.rewards: list[float] = []
@@ -83,7 +83,7 @@ class Lived:
                 before = robot.terms
                 robot.advance(family.substeps)
                 percept = Percept(robot.obs, action, torch.tensor([robot.reward]), zeros, zeros)
-                self.readings.append(said(robot, len(self.readings) + 1))
+                self.readings.append(reading_of(robot, len(self.readings) + 1))
                 self.actions.append(action[0].clamp(-4, 4).numpy())
                 self.terms.append({k: robot.terms[k] - before[k] for k in before})
                 self.rewards.append(robot.reward)
@@ -93,16 +93,18 @@ class Lived:
 
 
 @cache
-def walk(noise: bool) -> Lived:
-    return Lived("QuadrupedFlat-rl2", 3, noise)
+def walk(noise: bool) -> RecordedEpisode:
+    return RecordedEpisode("QuadrupedFlat-rl2", 3, noise)
 
 
-def reckoned(
-    lived: Lived,
+def estimated(
+    episode: RecordedEpisode,
 ) -> tuple[list[dict[str, float]], list[float], list[np.ndarray], LeggedLayout]:
     layout = LeggedLayout(meta())
     terms, rewards, velocity = [], [], []
-    pairs = zip(itertools.pairwise(lived.readings), itertools.pairwise(lived.actions), strict=True)
+    pairs = zip(
+        itertools.pairwise(episode.readings), itertools.pairwise(episode.actions), strict=True
+    )
     for (before, after), (last, action) in pairs:
         rewards.append(layout.reward(before, after, action, last))
         terms.append(layout.terms)
@@ -154,7 +156,9 @@ def test_observations_are_those_of_the_family() -> None:
     robot.restart(1, 0)
     obs = env.reset(0)
     for _ in range(60):
-        assert layout.observe(said(robot, seq), last) == pytest.approx(obs[1].numpy(), abs=1e-5)
+        assert layout.observe(reading_of(robot, seq), last) == pytest.approx(
+            obs[1].numpy(), abs=1e-5
+        )
         last = (0.3 * rng.standard_normal(12)).astype(np.float32)
         robot.command(np.array(list(layout.targets(last).values())))
         robot.advance(family.substeps)
@@ -164,7 +168,7 @@ def test_observations_are_those_of_the_family() -> None:
 
 def test_noise_comes_through_as_in_training() -> None:
     robot = SimulatedRobot(FAMILY, FAMILY.space.sample("test", 1))
-    obs = LeggedLayout(meta()).observe(said(robot, 1), np.zeros(12))
+    obs = LeggedLayout(meta()).observe(reading_of(robot, 1), np.zeros(12))
     assert obs.dtype == np.float32
     assert obs[3:] == pytest.approx(robot.obs[0, 3:].numpy(), abs=1e-5)
     wanted = robot.obs[0, :3].numpy()
@@ -180,41 +184,41 @@ def test_targets_undo_what_the_drives_make_of_actions() -> None:
 
 def test_reward_terms_of_clean_signals_are_the_simulators() -> None:
     """Those that need no velocity are exact; those that do follow leg odometry."""
-    lived = walk(noise=False)
-    terms, *_ = reckoned(lived)
+    episode = walk(noise=False)
+    terms, *_ = estimated(episode)
     for name in ("turn", "wobble", "effort", "jerk", "pose", "limits"):
         assert [t[name] for t in terms] == pytest.approx(
-            [t[name] for t in lived.terms], abs=2e-6
+            [t[name] for t in episode.terms], abs=2e-6
         ), name
     for name, least in (("track", 0.7), ("swing", 0.95), ("slip", 0.8), ("tilt", 0.8)):
-        pair = np.array([[t[name] for t in terms], [t[name] for t in lived.terms]])
+        pair = np.array([[t[name] for t in terms], [t[name] for t in episode.terms]])
         assert np.corrcoef(pair)[0, 1] > least, name
         assert abs(pair[0].mean() - pair[1].mean()) < 0.06, name
 
 
 @pytest.mark.parametrize(("noise", "rms", "bias"), [(False, 0.08, 0.04), (True, 0.12, 0.05)])
 def test_the_trunks_velocity_is_known_on_a_walk(noise: bool, rms: float, bias: float) -> None:
-    lived = walk(noise)
-    _, _, velocity, _ = reckoned(lived)
-    off = (np.stack(velocity) - np.stack(lived.velocity))[25:, :2]
-    assert np.abs(np.stack(lived.velocity)[25:, 0]).mean() > 0.3  # it does walk
+    episode = walk(noise)
+    _, _, velocity, _ = estimated(episode)
+    off = (np.stack(velocity) - np.stack(episode.velocity))[25:, :2]
+    assert np.abs(np.stack(episode.velocity)[25:, 0]).mean() > 0.3  # it does walk
     assert np.sqrt(np.square(off).mean(0)).max() < rms
     assert np.abs(off.mean(0)).max() < bias
 
 
 def test_rewards_with_noise_are_close_enough_to_adapt_by() -> None:
-    lived = walk(noise=True)
-    _, rewards, _, _ = reckoned(lived)
-    assert abs(np.mean(rewards) - np.mean(lived.rewards)) < 0.2
-    assert WEIGHTS.keys() == lived.terms[0].keys()
+    episode = walk(noise=True)
+    _, rewards, _, _ = estimated(episode)
+    assert abs(np.mean(rewards) - np.mean(episode.rewards)) < 0.2
+    assert WEIGHTS.keys() == episode.terms[0].keys()
 
 
-def test_a_reading_is_taken_in_once_whoever_asks_first() -> None:
-    lived = walk(noise=True)
-    _, rewards, _, _ = reckoned(lived)
+def test_a_reading_updates_the_odometry_once_whichever_method_gets_it_first() -> None:
+    episode = walk(noise=True)
+    _, rewards, _, _ = estimated(episode)
     layout, seen = LeggedLayout(meta()), []
     for (before, after), (last, action) in zip(
-        itertools.pairwise(lived.readings), itertools.pairwise(lived.actions), strict=True
+        itertools.pairwise(episode.readings), itertools.pairwise(episode.actions), strict=True
     ):
         layout.observe(before, last)
         layout.ended(after)
@@ -222,7 +226,9 @@ def test_a_reading_is_taken_in_once_whoever_asks_first() -> None:
         seen.append(layout.reward(before, after, action, last))
     assert seen == rewards
     layout.begin()  # another episode: the first again
-    assert layout.reward(*lived.readings[:2], lived.actions[1], lived.actions[0]) == rewards[0]
+    assert (
+        layout.reward(*episode.readings[:2], episode.actions[1], episode.actions[0]) == rewards[0]
+    )
 
 
 def test_a_fall_is_seen_where_the_simulator_sees_it() -> None:
@@ -230,11 +236,14 @@ def test_a_fall_is_seen_where_the_simulator_sees_it() -> None:
     layout, seq = LeggedLayout(meta()), 1
     robot.damp()
     while not robot.over:
-        assert not layout.ended(said(robot, seq))
+        assert not layout.ended(reading_of(robot, seq))
         robot.advance(FAMILY.substeps)
         seq += 1
     assert robot.terminated
-    assert layout.ended(said(robot, seq)) or layout._update(said(robot, seq)).motion.depth < 0.19
+    assert (
+        layout.ended(reading_of(robot, seq))
+        or layout._update(reading_of(robot, seq)).motion.depth < 0.19
+    )
 
 
 def test_commands_come_from_the_operator_or_with_the_reading() -> None:
@@ -250,11 +259,13 @@ def test_commands_come_from_the_operator_or_with_the_reading() -> None:
     assert hidden.observe(own, np.zeros(12))[-3:].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_what_the_robot_is_told_it_earned_counts() -> None:
-    lived = walk(noise=False)
-    told = lived.readings[1] | {"reward": 1.25}
+def test_a_reward_in_the_reading_takes_precedence() -> None:
+    episode = walk(noise=False)
+    told = episode.readings[1] | {"reward": 1.25}
     assert (
-        LeggedLayout(meta()).reward(lived.readings[0], told, lived.actions[1], lived.actions[0])
+        LeggedLayout(meta()).reward(
+            episode.readings[0], told, episode.actions[1], episode.actions[0]
+        )
         == 1.25
     )
 
@@ -286,7 +297,7 @@ def test_standing_still_is_standing_still() -> None:
     assert min(motion.height) == 0.0
 
 
-def test_direct_layouts_take_what_they_are_told() -> None:
+def test_direct_layouts_take_observations_by_name() -> None:
     about: Any = SimpleNamespace(
         observation_names=("a_m", "b_m"), action=SimpleNamespace(names=("x", "y"))
     )

@@ -51,7 +51,7 @@ def agent(run: Run) -> Any:
 
 
 @pytest.fixture(scope="module")
-def lived(agent: Any) -> Rollout:
+def episode(agent: Any) -> Rollout:
     """Rollouts of one task, some of which end early."""
     both = collect_trials(agent, episodes=1).episodes[0]
     half = both.reward.shape[1] // 2
@@ -64,21 +64,21 @@ def lived(agent: Any) -> Rollout:
     )
 
 
-def recorded(book: AdaptationClient, episode: Rollout) -> AdaptationClient:
+def recorded(client: AdaptationClient, episode: Rollout) -> AdaptationClient:
     """Write rollouts down as a controller does, one after the other."""
     for i in range(episode.reward.shape[1]):
         steps = int(episode.valid[:, i].sum())
         for t in range(steps):
-            book.step(
+            client.step(
                 episode.obs[t, i].numpy(), episode.action[t, i].numpy(), float(episode.reward[t, i])
             )
-        book.end(episode.final_obs[i].numpy(), failed=bool(episode.terminated[:, i].any()))
-    return book
+        client.end(episode.final_obs[i].numpy(), failed=bool(episode.terminated[:, i].any()))
+    return client
 
 
-def outcome(book: AdaptationClient, seconds: float = 300.0) -> AdaptationResult:
+def outcome(client: AdaptationClient, seconds: float = 300.0) -> AdaptationResult:
     end = time.monotonic() + seconds
-    while (found := book.poll()) is None:
+    while (found := client.poll()) is None:
         assert time.monotonic() < end
         time.sleep(0.02)
     return found
@@ -90,51 +90,51 @@ def log(agent: Any, episode: Rollout, **changes: Any) -> dict[str, Any]:
 
 
 def test_in_its_process_it_comes_to_what_the_agent_comes_to(
-    run: Run, agent: Any, lived: Rollout
+    run: Run, agent: Any, episode: Rollout
 ) -> None:
-    book = AdaptationClient(
-        meta(run, agent.weight_count, len(lived.reward)),
-        rollouts=lived.reward.shape[1],
+    client = AdaptationClient(
+        meta(run, agent.weight_count, len(episode.reward)),
+        rollouts=episode.reward.shape[1],
         kl=WIDE,
         deadline_s=300,
     )
-    recorded(book, lived)
-    assert book.ready
-    book.start({"weights": agent.begin(1)[0].numpy()})
-    assert (book.collected, book.busy) == (0, True)  # the next episodes are collected meanwhile
-    found = outcome(book)
-    assert not book.busy
+    recorded(client, episode)
+    assert client.ready
+    client.start({"weights": agent.begin(1)[0].numpy()})
+    assert (client.collected, client.busy) == (0, True)  # the next episodes are collected meanwhile
+    found = outcome(client)
+    assert not client.busy
     assert found.context is not None, found.reason
-    (wanted,) = agent.adapt(agent.begin(1), lived)
+    (wanted,) = agent.adapt(agent.begin(1), episode)
     assert np.array_equal(found.context["weights"], wanted.numpy())
     assert found.reason == ""
     assert 0 < found.kl < WIDE
-    assert found.kl == pytest.approx(adapting.divergence(agent, agent.begin(1), (wanted,), lived))
+    assert found.kl == pytest.approx(adapting.divergence(agent, agent.begin(1), (wanted,), episode))
 
 
-def test_the_divergence_is_that_of_two_gaussians(agent: Any, lived: Rollout) -> None:
+def test_the_divergence_is_that_of_two_gaussians(agent: Any, episode: Rollout) -> None:
     old, new = agent.begin(1), tuple(x + 0.01 for x in agent.begin(1))
-    x = agent.norm(lived.obs[lived.valid])[None]
+    x = agent.norm(episode.obs[episode.valid])[None]
     (m0, s0), (m1, s1) = (agent.distribution(c[0], x) for c in (old, new))
     one, two = (torch.distributions.Normal(m, s.exp()) for m, s in ((m0, s0), (m1, s1)))
     kl = torch.distributions.kl_divergence(one, two).sum(-1).mean()
-    assert adapting.divergence(agent, old, new, lived) == pytest.approx(
+    assert adapting.divergence(agent, old, new, episode) == pytest.approx(
         float(kl.detach()), rel=1e-4
     )
 
 
-def test_a_step_that_goes_too_far_is_refused(run: Run, agent: Any, lived: Rollout) -> None:
-    _, kl = adapting.adapt(str(run.folder), log(agent, lived), WIDE)
-    adapting.adapt(str(run.folder), log(agent, lived), kl * 1.01)
+def test_a_step_that_goes_too_far_is_refused(run: Run, agent: Any, episode: Rollout) -> None:
+    _, kl = adapting.adapt(str(run.folder), log(agent, episode), WIDE)
+    adapting.adapt(str(run.folder), log(agent, episode), kl * 1.01)
     with pytest.raises(
         adapting.AdaptationError,
         match=rf"is a KL divergence of {kl:.3g} from the old one, more than",
     ):
-        adapting.adapt(str(run.folder), log(agent, lived), kl * 0.99)
+        adapting.adapt(str(run.folder), log(agent, episode), kl * 0.99)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"reward": np.full((12, 20), np.nan, np.float32)}, "nothing to learn from"),
         ({"valid": np.zeros((12, 20), bool)}, "nothing to learn from"),
@@ -144,9 +144,9 @@ def test_a_step_that_goes_too_far_is_refused(run: Run, agent: Any, lived: Rollou
     ],
 )
 def test_a_log_that_does_not_serve_is_refused_in_a_line(
-    run: Run, agent: Any, lived: Rollout, tmp_path: Path, changes: dict[str, Any], said: str
+    run: Run, agent: Any, episode: Rollout, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    arrays = log(agent, lived)
+    arrays = log(agent, episode)
     changes = {k: v[: len(arrays[k])] if k in IN_TIME else v for k, v in changes.items()}
     source, out = tmp_path / "log.npz", tmp_path / "out.npz"
     write_npz(source, arrays | changes)
@@ -154,7 +154,7 @@ def test_a_log_that_does_not_serve_is_refused_in_a_line(
     with np.load(out, allow_pickle=False) as answer:
         assert list(answer) == ["reason"]
         reason = str(answer["reason"])
-    with pytest.raises(MetarobotError, match=said):
+    with pytest.raises(MetarobotError, match=message):
         raise MetarobotError(reason)
     assert "\n" not in reason
 
@@ -169,28 +169,28 @@ def test_other_files_than_a_log_are_refused_and_run_no_code(run: Run, tmp_path: 
         source.write_bytes(b"rubbish")
 
 
-def test_who_imitates_does_not_adapt_to_its_own_episodes(lived: Rollout) -> None:
+def test_who_imitates_does_not_adapt_to_its_own_episodes(episode: Rollout) -> None:
     imitator = open_run("Placement-imitation")
     with pytest.raises(adapting.AdaptationError, match="imitation adapts to demonstrations"):
         adapting.adapt(str(imitator.folder), {}, DEFAULT_KL_BOUND)
 
 
-def ended(run: Run, program: str, lived: Rollout, **settings: Any) -> AdaptationResult:
+def ended(run: Run, program: str, episode: Rollout, **settings: Any) -> AdaptationResult:
     """What is made of a process that does something else than adapting."""
-    rollouts, command = lived.reward.shape[1], (sys.executable, "-I", "-S", "-c", program)
-    about = meta(run, 4, len(lived.reward))
-    book = recorded(
+    rollouts, command = episode.reward.shape[1], (sys.executable, "-I", "-S", "-c", program)
+    about = meta(run, 4, len(episode.reward))
+    client = recorded(
         AdaptationClient(
             about, rollouts=rollouts, command=command, **{"deadline_s": 300.0} | settings
         ),
-        lived,
+        episode,
     )
-    book.start({"weights": np.zeros((1, 4), np.float32)})
-    return outcome(book)
+    client.start({"weights": np.zeros((1, 4), np.float32)})
+    return outcome(client)
 
 
 @pytest.mark.parametrize(
-    ("program", "said"),
+    ("program", "message"),
     [
         ("import sys; sys.exit('error: the run is gone')", "adapting failed: the run is gone"),
         ("import os; os.kill(os.getpid(), 9)", "adapting failed: exit code -9"),
@@ -199,89 +199,89 @@ def ended(run: Run, program: str, lived: Rollout, **settings: Any) -> Adaptation
     ],
 )
 def test_whatever_becomes_of_the_process_the_old_context_stays(
-    run: Run, lived: Rollout, program: str, said: str
+    run: Run, episode: Rollout, program: str, message: str
 ) -> None:
-    found = ended(run, program, lived)
+    found = ended(run, program, episode)
     assert found.context is None
-    with pytest.raises(BridgeError, match=said):
+    with pytest.raises(BridgeError, match=message):
         raise BridgeError(found.reason)
     assert "\n" not in found.reason
 
 
-def answered(run: Run, lived: Rollout, path: Path, **answer: Any) -> AdaptationResult:
+def answered(run: Run, episode: Rollout, path: Path, **answer: Any) -> AdaptationResult:
     """What is made of an answer."""
     np.savez(path, **answer)
-    return ended(run, f"import shutil, sys; shutil.copy({str(path)!r}, sys.argv[3])", lived)
+    return ended(run, f"import shutil, sys; shutil.copy({str(path)!r}, sys.argv[3])", episode)
 
 
-SOUND = np.ones((1, 4), np.float32)
+VALID = np.ones((1, 4), np.float32)
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         ({"kl": 1.0}, "adapting wrote garbage: .*context_0"),
-        ({"kl": 1.0, "context_0": SOUND * np.nan}, "or not finite"),
-        ({"kl": 1.0, "context_0": SOUND[:, 1:]}, r"of shape \(1, 3\)"),
-        ({"kl": 1.0, "context_0": SOUND.astype(float)}, "weights is float64"),
-        ({"kl": np.nan, "context_0": SOUND}, "a KL divergence of nan, more than 100"),
-        ({"kl": 200.0, "context_0": SOUND}, "a KL divergence of 200, more than 100"),
+        ({"kl": 1.0, "context_0": VALID * np.nan}, "or not finite"),
+        ({"kl": 1.0, "context_0": VALID[:, 1:]}, r"of shape \(1, 3\)"),
+        ({"kl": 1.0, "context_0": VALID.astype(float)}, "weights is float64"),
+        ({"kl": np.nan, "context_0": VALID}, "a KL divergence of nan, more than 100"),
+        ({"kl": 200.0, "context_0": VALID}, "a KL divergence of 200, more than 100"),
         ({"kl": 1.0, "context_0": np.array([None])}, "adapting wrote garbage: .*allow_pickle"),
         ({"reason": np.array("it is too far")}, "it is too far"),
     ],
 )
 def test_an_answer_that_is_not_whole_is_not_believed(
-    run: Run, lived: Rollout, tmp_path: Path, answer: dict[str, Any], said: str
+    run: Run, episode: Rollout, tmp_path: Path, answer: dict[str, Any], message: str
 ) -> None:
-    found = answered(run, lived, tmp_path / "answer.npz", **answer)
+    found = answered(run, episode, tmp_path / "answer.npz", **answer)
     assert found.context is None
-    with pytest.raises(BridgeError, match=said):
+    with pytest.raises(BridgeError, match=message):
         raise BridgeError(found.reason)
     assert "\n" not in found.reason
 
 
-def test_a_late_process_is_ended(run: Run, lived: Rollout) -> None:
-    found = ended(run, "import time; time.sleep(60)", lived, deadline_s=0.3)
+def test_a_late_process_is_ended(run: Run, episode: Rollout) -> None:
+    found = ended(run, "import time; time.sleep(60)", episode, deadline_s=0.3)
     assert (found.context, found.reason) == (None, "adapting took longer than 0.3 s")
     assert found.seconds < 60
 
 
-def test_a_process_that_answers_is_believed(run: Run, lived: Rollout, tmp_path: Path) -> None:
-    found = answered(run, lived, tmp_path / "answer.npz", kl=1.0, context_0=SOUND)
+def test_a_process_that_answers_is_believed(run: Run, episode: Rollout, tmp_path: Path) -> None:
+    found = answered(run, episode, tmp_path / "answer.npz", kl=1.0, context_0=VALID)
     assert found.context is not None
     assert found.context["weights"].tolist() == [[1.0] * 4]
 
 
-def test_stopping_ends_the_process(run: Run, lived: Rollout) -> None:
+def test_stopping_ends_the_process(run: Run, episode: Rollout) -> None:
     program = (sys.executable, "-c", "import time; time.sleep(60)")
-    book = AdaptationClient(meta(run, 4, 12), rollouts=1, command=program)
-    book.step(np.zeros(17), np.zeros(6), 1.0)
-    book.end(np.zeros(17), failed=False)
-    book.start({"weights": np.zeros((1, 4), np.float32)})
-    process = book._process
+    client = AdaptationClient(meta(run, 4, 12), rollouts=1, command=program)
+    client.step(np.zeros(17), np.zeros(6), 1.0)
+    client.end(np.zeros(17), failed=False)
+    client.start({"weights": np.zeros((1, 4), np.float32)})
+    process = client._process
     assert process is not None
-    book.stop()
-    book.stop()
+    client.stop()
+    client.stop()
     assert process.poll() is not None
-    assert (book.busy, book.poll()) == (False, None)
+    assert (client.busy, client.poll()) == (False, None)
 
 
 def test_only_whole_episodes_count(run: Run) -> None:
-    book = AdaptationClient(meta(run, 4, horizon=3), rollouts=2)
-    book.end(np.zeros(17), failed=False)
-    assert book.collected == 0  # nothing was lived
-    book.step(np.ones(17), np.ones(6), 1.0)
-    book.drop()
-    assert book.collected == 0
-    assert not any(x.any() for x in book._arrays.values())
+    client = AdaptationClient(meta(run, 4, horizon=3), rollouts=2)
+    client.end(np.zeros(17), failed=False)
+    assert client.collected == 0  # nothing was recorded
+    client.step(np.ones(17), np.ones(6), 1.0)
+    client.drop()
+    assert client.collected == 0
+    assert not any(x.any() for x in client._arrays.values())
     for _ in range(5):  # two more than the horizon
-        book.step(np.ones(17), np.ones(6), 1.0)
-    book.end(np.full(17, 2.0), failed=True)
-    assert (book.collected, book.ready) == (1, False)
-    assert book._arrays["terminated"][:, 0].tolist() == [False, False, True]
-    assert book._arrays["valid"].sum() == 3
+        client.step(np.ones(17), np.ones(6), 1.0)
+    client.end(np.full(17, 2.0), failed=True)
+    assert (client.collected, client.ready) == (1, False)
+    assert client._arrays["terminated"][:, 0].tolist() == [False, False, True]
+    assert client._arrays["valid"].sum() == 3
     with pytest.raises(BridgeError, match="adapting needs 2 episodes and one process: 1 are there"):
-        book.start({})
+        client.start({})
 
 
 def test_settings_that_make_no_sense(run: Run) -> None:
