@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env
 from metarobot.envs import quadruped
 from metarobot.envs.robots import go2
@@ -91,7 +92,7 @@ def test_what_the_critic_sees_last_is_seen_before_any_reset() -> None:
     env = Env(FALLING, TASKS, threads=1)
     rng, ended = torch.Generator().manual_seed(0), 0
     for _ in range(40):
-        step = env.step(2 * torch.rand(WORLDS, 12, generator=rng) - 1)
+        step = AutoresetEnv(env).step(2 * torch.rand(WORLDS, 12, generator=rng) - 1)
         over = step.terminated | step.truncated
         now = env.critic_obs()
         assert torch.equal(step.final_critic_obs[~over], now[~over])
@@ -167,8 +168,8 @@ def judged(name: str, trials: Trials) -> tuple[Tensor, Tensor, Tensor]:
     """Values, targets, and log-probabilities of the actions, as a learner sees them,
     ``(step,)``."""
     seq = join_episodes(trials.episodes)
-    _, _, value, target, _, old = learner(name)._targets(seq, trials.task)
-    return value[seq.valid], target[seq.valid], old[seq.valid]
+    batch = learner(name)._targets(seq, trials.task)
+    return batch.value[seq.valid], batch.target[seq.valid], batch.log_prob[seq.valid]
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -286,7 +287,7 @@ def test_resuming_a_quadruped_gives_the_uninterrupted_bits(
     )
     whole, broken = (start_run(settings, config, tmp_path / n) for n in ("whole", "broken"))
     assert train(whole, show=False)
-    calls, real = [], module.save
+    calls, real = [], module.save_checkpoint
 
     def die_after_one(*args: Any) -> None:
         calls.append(args)
@@ -294,12 +295,12 @@ def test_resuming_a_quadruped_gives_the_uninterrupted_bits(
             raise RuntimeError("power cut")
         real(*args)
 
-    monkeypatch.setattr(module, "save", die_after_one)
+    monkeypatch.setattr(module, "save_checkpoint", die_after_one)
     with pytest.raises(RuntimeError, match="power cut"):
         train(broken, show=False)
     monkeypatch.undo()
     assert digest(broken.folder) != digest(whole.folder)
-    assert train(open_run(broken.folder), resume=True, show=False)
+    assert train(open_run(broken.folder), show=False)
     assert digest(broken.folder) == digest(whole.folder)
     rows = [read_metrics(r.folder / "metrics.jsonl") for r in (whole, broken)]
     assert [r["rollout/ep_rew_mean"] for r in rows[0]] == [
