@@ -96,7 +96,7 @@ def run_loop(
         log=log,
         show_status=show_status,
     )
-    # The watchdog lives in real time: on a stepped clock it would see no time pass
+    # The watchdog needs real time: on a stepped clock it would see none pass
     real_time = isinstance(clock, MonotonicClock)
     with GateWatchdog(controller.gate) if real_time else contextlib.nullcontext():
         return controller.run()

@@ -311,7 +311,7 @@ class Controller:
             line = f"kept the old weights: {result.reason}"
         else:
             self.policy.set_context(result.context)
-            line = f"adopted new weights, KL {result.kl:.3g}, after {result.seconds:.1f} s"
+            line = f"switched to new weights, KL {result.kl:.3g}, after {result.seconds:.1f} s"
         self.report.adapted.append(line)
         self._announce(line, "adapted", context=result.context)
         return True

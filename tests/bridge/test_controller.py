@@ -303,7 +303,7 @@ def test_an_adapted_context_is_used_from_the_next_episode_on_or_refused():
     report = one.run()
     assert not report.fault
     assert report.adapted == [
-        "adopted new weights, KL 0.1, after 0.5 s",
+        "switched to new weights, KL 0.1, after 0.5 s",
         "kept the old weights: too far",
     ]
     assert len(one.policy.contexts) == 1
