@@ -66,21 +66,21 @@ _NO_TURN = (1, 0, 0, 0)
 _QUARTER_TURN = (1, 1, 0, 0)
 _QUARTER_TURN_BACK = (1, -1, 0, 0)
 
-Vector = tuple[float, float, float]
-Capsule = tuple[Vector, Vector, float]
+Point = tuple[float, float, float]
+Capsule = tuple[Point, Point, float]
 """Start and end of the axis in the link's frame, and radius, m."""
 
 
 class ArmLink(NamedTuple):
     """One link of the arm, in the frame of the link before it."""
 
-    position: Vector
+    position: Point
     """Of the link's frame, m."""
     turn: tuple[int, int, int, int]
     """Rotation of the link's frame about x, as a quaternion to be normalised."""
     mass: float
     """kg."""
-    centre: Vector
+    centre: Point
     """Centre of mass, m."""
     inertia: tuple[float, float, float, float, float, float]
     """About the centre of mass, kg·m²: xx, yy, zz, xy, xz, yz."""

@@ -18,13 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.policy.metadata import MODEL_FILE, ContextTensor, PolicyMetadata, Shape
 from metarobot.bridge.policy.onnx_file_check import check_onnx_file
+from metarobot.bridge.robot_interface import Float32Array
 
 try:
     import onnxruntime
 except ImportError as e:
     raise BridgeError("a policy needs onnxruntime: pip install onnxruntime") from e
 
-Float32Array = NDArray[np.float32]
 ONNXRUNTIME_FATAL = 4
 """Log severity at which onnxruntime prints nothing: errors are raised."""
 
