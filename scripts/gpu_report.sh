@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# All that is claimed of a GPU, measured by one command: correctness, speeds, memory, a profile, and trained agents.
-# It works for at most MINUTES and is then called again: finished pieces are left alone, a training goes on.
-# Exit code 0: all is done; 3: call again; 1: all was tried, and pieces in OUT/failed went wrong.
+# Measure all that is claimed of a GPU: correctness, speed, memory, a profile, and trained agents.
+# It works for at most MINUTES and is then called again: finished pieces are left alone, and a
+# training continues.
+# Exit code 0: all is done; 3: call again; 1: all was tried, and the pieces in OUT/failed failed.
 #
 #   scripts/gpu_report.sh [--device cuda] [--out gpu-report] [--minutes 9] [--small]
 #
@@ -16,7 +17,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 if [ $device != cpu ]; then
-  python -c "from metarobot.env.device import device_of; device_of('$device')" 2>/dev/null ||
+  python -c "from metarobot.sim.warp import warp_device; warp_device('$device')" 2>/dev/null ||
     { echo "error: Warp finds no device $device here; there is: cpu" >&2 && exit 2; }
 fi
 until=$((SECONDS + minutes * 60))
@@ -24,7 +25,8 @@ mkdir -p "$out"/{done,failed,logs,runs}
 rm -f "$out"/failed/*
 export METAROBOT_WARP_DEVICE=$device
 
-piece() {  # name, then a command; its output is the piece's log
+# Run one piece of the report: its name, then a command, whose output goes to the piece's log.
+piece() {
   local name=$1 left=$((until - SECONDS)) code=0
   shift
   [ ! -e "$out/done/$name" ] || return 0
@@ -38,18 +40,20 @@ piece() {  # name, then a command; its output is the piece's log
   esac
 }
 
+# Stop here: whoever called starts the script again.
 again() {
   echo "the time is up; call again to go on" && exit 3
 }
 
-train() {  # run, then the arguments of metarobot train
+# Train as one piece: the run's name, then the arguments of metarobot train.
+train() {
   local name=$1 run="$out/runs/$1" more=()
   shift
   [ ! -e "$run/config.json" ] || more=(--resume)
   piece "train-$name" metarobot train "$@" --sim warp --device $device --out "$run" "${more[@]}"
 }
 
-# sizes: those of the claims, or tiny ones, with a cheetah in the quadruped's place
+# Sizes: those of the claims, or tiny ones, with a cheetah in the quadruped's place.
 if [ -z "$small" ]; then
   cheetah=CheetahVel quadruped=QuadrupedFlat damage=QuadrupedDamage maml=CheetahVel100
   worlds=8192 most=1048576 seconds=20 tests=("" CheetahVel QuadrupedFlat GraspFragile AntDir)
@@ -67,25 +71,27 @@ else
   far=(--steps 400) walk=(--steps 400) adapt=(--steps 400)
 fi
 
-# correctness, on the device
+# Correctness, on the device.
 for name in "${tests[@]}"; do
-  piece "test-warp-${name:-fast}" python -m pytest -q tests/test_warp.py ${name:+-m slow -k "moves and $name"}
+  piece "test-warp-${name:-fast}" \
+    python -m pytest -q tests/sim/test_warp.py ${name:+-m slow -k "moves and $name"}
 done
-piece test-recurrence python -m pytest -q tests/test_device.py -k recurrence
+piece test-recurrence python -m pytest -q tests/env/test_device.py -k recurrence
 
-# speeds and memory
+# Speed and memory.
 for family in $cheetah $quadruped; do
-  piece "bench-$family" metarobot bench sim $family --sim warp --device $device --worlds $worlds --seconds $seconds \
-    --json "$out/bench-$family.json"
+  piece "bench-$family" metarobot bench sim $family --sim warp --device $device \
+    --worlds $worlds --seconds $seconds --json "$out/bench-$family.json"
   piece "memory-$family" metarobot bench memory $family --sim warp --device $device --worlds $most \
     --json "$out/memory-$family.json"
   train "speed-$family" $family --agent rl2 "${speed[@]}"
 done
 train "speed-maml" $maml --agent maml "${tasks[@]}"
 for run in a b; do train "same-$run" $cheetah --agent rl2 "${same[@]}"; done
-piece profile python scripts/profile_training.py $cheetah --device $device --out "$out/profile.json" -- "${speed[@]}"
+piece profile python scripts/profile_training.py $cheetah --device $device \
+  --out "$out/profile.json" -- "${speed[@]}"
 
-# agents: settings for thousands of worlds are those of 64 with more, and larger, minibatches
+# Agents: settings for thousands of worlds are those of 64 with more, and larger, minibatches.
 train cheetah $cheetah --agent rl2 "${many[@]}" "${far[@]}"
 train walker $quadruped --agent blind "${many[@]}" --gamma 0.98 --episodes 1 --std 0.8 "${walk[@]}"
 begun=() && [ -n "$small" ] || begun=(--init "$out/runs/walker" --lr 5e-4 --std 0.45)

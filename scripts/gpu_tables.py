@@ -1,5 +1,9 @@
-"""Put what scripts/gpu_report.sh measured into one table: ``gpu_tables.py FOLDER`` writes
-FOLDER/report.md."""
+"""Put what scripts/gpu_report.sh measured into one table.
+
+    gpu_tables.py FOLDER
+
+It writes FOLDER/report.md.
+"""
 
 import json
 import statistics
@@ -9,32 +13,35 @@ from typing import Any
 
 from metarobot.training.metrics_log import first_reach, read_metrics
 
-LEVELS = (-50.0, -40.0)
+RETURN_LEVELS = (-50.0, -40.0)
+"""Returns of the cheetah whose time is reported."""
+KERNELS_SHOWN = 8
 
 
-def read(path: Path) -> Any:
-    """Read JSON, or nothing."""
+def read_json(path: Path) -> Any:
+    """Read JSON; empty if the file is not there."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def benches(out: Path) -> list[str]:
-    """Rates of physics and environments."""
+def speed_table(out: Path) -> list[str]:
+    """Return the rates of physics and environments."""
     lines = [
-        "| family | worlds | models | physics steps/s | control steps/s | environment over physics | lost |",
+        "| family | worlds | models | physics steps/s | control steps/s "
+        "| environment over physics | lost |",
         "|---" * 7 + "|",
     ]
     for path in sorted(out.glob("bench-*.json")):
-        r = read(path)
+        row = read_json(path)
         lines.append(
-            f"| {r['family']} | {r['worlds']:,} | {r['models']:,} | {r['physics_steps_per_s']:,.0f} "
-            f"| {r['steps_per_s']:,.0f} | {r['ratio']:.2f} | {r['lost'] or 'none'} |"
+            f"| {row['family']} | {row['worlds']:,} | {row['models']:,} "
+            f"| {row['physics_steps_per_s']:,.0f} | {row['steps_per_s']:,.0f} "
+            f"| {row['ratio']:.2f} | {row['lost'] or 'none'} |"
         )
     return lines
 
 
-def trainings(out: Path) -> list[str]:
-    """Speed of sampling and learning together, of each run; the first iteration builds kernels and
-    is left out."""
+def training_table(out: Path) -> list[str]:
+    """Return the speed of each run; its first iteration builds kernels and is left out."""
     lines = [
         "| run | steps/s | sampling | learning | s an iteration | last return |",
         "|---" * 6 + "|",
@@ -44,77 +51,87 @@ def trainings(out: Path) -> list[str]:
         rows = rows[1:] or rows
         if not rows:
             continue
-        fps, collect, learn = (
-            statistics.median(r[f"time/{k}"] for r in rows)
-            for k in ("fps", "collect_fps", "learn_fps")
-        )
-        span = (rows[-1]["time/time_elapsed"] - rows[0]["time/time_elapsed"]) / max(
-            len(rows) - 1, 1
-        )
+        fps = statistics.median(row["time/fps"] for row in rows)
+        collect_fps = statistics.median(row["time/collect_fps"] for row in rows)
+        learn_fps = statistics.median(row["time/learn_fps"] for row in rows)
+        elapsed_s = rows[-1]["time/time_elapsed"] - rows[0]["time/time_elapsed"]
+        iteration_s = elapsed_s / max(len(rows) - 1, 1)
         lines.append(
-            f"| {folder.name} | {fps:,.0f} | {collect:,.0f} | {learn:,.0f} | {span:.2f} "
-            f"| {rows[-1]['meta/post_adapt_return']:.1f} |"
+            f"| {folder.name} | {fps:,.0f} | {collect_fps:,.0f} | {learn_fps:,.0f} "
+            f"| {iteration_s:.2f} | {rows[-1]['meta/post_adapt_return']:.1f} |"
         )
     return lines
 
 
-def reached(out: Path) -> list[str]:
-    """Wall time to the returns that are claimed."""
-    rows, lines = read_metrics(out / "runs" / "cheetah" / "metrics.jsonl"), []
-    for level in LEVELS:
+def milestone_lines(out: Path) -> list[str]:
+    """Return the wall time to the returns that are claimed."""
+    rows = read_metrics(out / "runs" / "cheetah" / "metrics.jsonl")
+    lines = []
+    for level in RETURN_LEVELS:
         row = first_reach(rows, level)
-        said = (
-            "not reached"
-            if row is None
-            else f"{row['time/time_elapsed']:.0f} s, {row['time/total_timesteps']:,.0f} steps"
-        )
-        lines.append(f"- the cheetah to {level:g}: {said}")
+        when = "not reached"
+        if row is not None:
+            seconds = row["time/time_elapsed"]
+            when = f"{seconds:.0f} s, {row['time/total_timesteps']:,.0f} steps"
+        lines.append(f"- the cheetah to {level:g}: {when}")
     return lines
 
 
-def same(out: Path) -> list[str]:
-    """How far apart the curves of one seed are."""
-    a, b = (read_metrics(out / "runs" / f"same-{k}" / "metrics.jsonl") for k in "ab")
-    apart = [
-        abs(x["meta/post_adapt_return"] - y["meta/post_adapt_return"])
-        for x, y in zip(a, b, strict=False)
-    ]
-    return [
-        f"- the same seed twice: returns apart by {', '.join(f'{d:.3g}' for d in apart) or 'nothing measured'}"
-    ]
+def repeatability_line(out: Path) -> str:
+    """Return how far apart the learning curves of two runs of one seed are."""
+    first = read_metrics(out / "runs" / "same-a" / "metrics.jsonl")
+    second = read_metrics(out / "runs" / "same-b" / "metrics.jsonl")
+    differences = []
+    for a, b in zip(first, second, strict=False):
+        differences.append(abs(a["meta/post_adapt_return"] - b["meta/post_adapt_return"]))
+    text = ", ".join(f"{x:.3g}" for x in differences) or "nothing measured"
+    return f"- the same seed twice: returns apart by {text}"
 
 
-def rest(out: Path) -> list[str]:
-    """Memory against worlds, and the profile."""
+def memory_lines(out: Path) -> list[str]:
+    """Return the memory of a training against the number of worlds."""
     lines = []
     for path in sorted(out.glob("memory-*.json")):
-        r = read(path)
-        each = ", ".join(f"{row['worlds']:,.0f}: {row['training_gb']:.2f} GB" for row in r["rows"])
+        report = read_json(path)
+        points = [f"{row['worlds']:,.0f}: {row['training_gb']:.2f} GB" for row in report["rows"]]
         lines.append(
-            f"- {r['family']}, memory of a training by worlds: {each}; {r['end'] or 'no end met'}"
+            f"- {report['family']}, memory of a training by worlds: {', '.join(points)}; "
+            f"{report['end'] or 'no end met'}"
         )
-    profile = read(out / "profile.json")
-    lines += [
-        f"- {k['share']:.1%} of the time: {k['kernel'][:80]}"
-        for k in profile.get("kernels", [])[:8]
-    ]
-    lines += [
-        f"- {n['operation']}: {n['of_limit']:.2f} of a copy's bandwidth"
-        for n in profile.get("nearest", [])
-    ]
-    failed = sorted(p.name for p in (out / "failed").iterdir())
-    return [*lines, f"- went wrong: {', '.join(failed) or 'nothing'}"]
+    return lines
+
+
+def profile_lines(out: Path) -> list[str]:
+    """Return the largest kernels, and the bandwidth of the largest operations."""
+    report = read_json(out / "profile.json")
+    lines = []
+    for row in report.get("kernels", [])[:KERNELS_SHOWN]:
+        lines.append(f"- {row['share']:.1%} of the time: {row['kernel'][:80]}")
+    for row in report.get("nearest", []):
+        lines.append(f"- {row['operation']}: {row['of_limit']:.2f} of a copy's bandwidth")
+    return lines
+
+
+def failure_line(out: Path) -> str:
+    """Return the pieces that failed."""
+    failed = sorted(path.name for path in (out / "failed").iterdir())
+    return f"- went wrong: {', '.join(failed) or 'nothing'}"
 
 
 def main() -> None:
     """Write the report and print it."""
     out = Path(sys.argv[1])
-    parts = (benches(out), trainings(out), [*reached(out), *same(out), *rest(out)])
-    text = (
-        "# Measured by scripts/gpu_report.sh\n\n"
-        + "\n\n".join("\n".join(lines) for lines in parts)
-        + "\n"
-    )
+    facts = [
+        *milestone_lines(out),
+        repeatability_line(out),
+        *memory_lines(out),
+        *profile_lines(out),
+        failure_line(out),
+    ]
+    blocks = ["# Measured by scripts/gpu_report.sh"]
+    for lines in (speed_table(out), training_table(out), facts):
+        blocks.append("\n".join(lines))
+    text = "\n\n".join(blocks) + "\n"
     (out / "report.md").write_text(text)
     print(text)
 

@@ -1,4 +1,4 @@
-"""Memory: what 4,096 Cheetah worlds take, and whether 1,000 training iterations leave any behind.
+"""Memory of 4,096 cheetah worlds, and whether 1,000 training iterations leave any behind.
 
 python scripts/memory.py --json memory.json
 """
@@ -6,6 +6,7 @@ python scripts/memory.py --json memory.json
 import argparse
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,39 +18,45 @@ from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.training.run_folder import build_learner
 
+EPISODE_STEPS = 10
+"""Steps of an episode: what may leak is counted in episodes and iterations, not in steps."""
+
 
 def resident_mb() -> float:
-    """Resident memory of this process, MB."""
+    """Return the resident memory of this process, MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
 
-def many_worlds(family_name: str, worlds: int) -> float:
-    """Resident memory with that many worlds, each task with a model of its own, after an episode's
-    start."""
+def memory_of_worlds(family_name: str, worlds: int) -> float:
+    """Return the resident memory, MB, with so many worlds that have begun an episode.
+
+    Each task has a model of its own.
+    """
     family = families.get(family_name)
     env = Env(family, family.space.sample("train", worlds))
-    for _ in range(10):
+    for _ in range(EPISODE_STEPS):
         env.step(torch.zeros(worlds, env.act_dim))
     return resident_mb()
 
 
 def growth(iterations: int) -> tuple[float, float]:
-    """Resident memory after a tenth of the iterations and after all of them: collecting, learning,
-    new tasks."""
-    from dataclasses import replace
+    """Return the resident memory, MB, after a tenth of the iterations and after all of them.
 
-    family = replace(families.get("CheetahTerrain"), horizon=10)
+    An iteration collects in new tasks and learns.
+    """
+    family = replace(families.get("CheetahTerrain"), horizon=EPISODE_STEPS)
     config = agents.get("rl2").config(worlds=16, epochs=1, minibatches=2)
     learner = build_learner("rl2", config, family, seed=0)
     env = Env(family, family.space.sample("train", config.worlds))
-    early = 0.0
+    early_mb = 0.0
     for i in track(range(iterations), description="iterations"):
         tasks = family.space.sample("train", config.worlds, i)
-        learner.update(collect(learner.agent, env, tasks, episodes=2, seed=i), 0.0, i)
+        trials = collect(learner.agent, env, tasks, episodes=2, seed=i)
+        learner.update(trials, 0.0, i)
         if i == iterations // 10:
-            early = resident_mb()
-    return early, resident_mb()
+            early_mb = resident_mb()
+    return early_mb, resident_mb()
 
 
 def main() -> None:
@@ -60,15 +67,16 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+
     torch.set_num_threads(1)
-    early, late = growth(options.iterations)
+    early_mb, late_mb = growth(options.iterations)
     report = {
         "worlds": options.worlds,
-        "cheetah_vel_mb": many_worlds("CheetahVel", options.worlds),
-        "cheetah_terrain_mb": many_worlds("CheetahTerrain", options.worlds),
+        "cheetah_vel_mb": memory_of_worlds("CheetahVel", options.worlds),
+        "cheetah_terrain_mb": memory_of_worlds("CheetahTerrain", options.worlds),
         "iterations": options.iterations,
-        "after_a_tenth_mb": early,
-        "after_all_mb": late,
+        "after_a_tenth_mb": early_mb,
+        "after_all_mb": late_mb,
     }
     print(json.dumps(report, indent=1))
     if options.json:
