@@ -49,8 +49,9 @@ import metarobot.bridge
 from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 
 assert not [name for name in ("torch", "mujoco", "gymnasium", "tyro", "rich") if find_spec(name)]
-needs_dds = {"metarobot.bridge." + name for name in ("dds", "ros2_idl", "unitree_idl", "__main__")}
-names = [m.name for m in pkgutil.iter_modules(metarobot.bridge.__path__, "metarobot.bridge.")]
+dds_modules = ("dds", "ros2_messages", "unitree_messages")
+needs_dds = {f"metarobot.bridge.robots.{name}" for name in dds_modules}
+names = [m.name for m in pkgutil.walk_packages(metarobot.bridge.__path__, "metarobot.bridge.")]
 for name in names:
     if name not in needs_dds:
         importlib.import_module(name)
