@@ -73,12 +73,14 @@ def dynamics_space(name: str, limbs: Sequence[str]) -> TaskSpace:
     """Vary masses, inertias, damping and friction of a torso with these limbs independently."""
     bodies = ("torso", *limbs)
     feet = [limb for limb in limbs if limb.startswith("foot")]
+    # 1.5 and 1.3 are the bases of rand_param_envs
     masses = [scale_factor(f"{b}_mass", 1.5, "body", b, "mass", None) for b in bodies]
     inertias = [scale_factor(f"{b}_inertia", 1.5, "body", b, "inertia", 0, 1, 2) for b in bodies]
     dampings = [
         scale_factor(f"{limb}_joint_damping", 1.3, "joint", f"{limb}_joint", "damping", 0)
         for limb in limbs
     ]
+    # the larger of floor's and foot's friction counts, so both vary
     frictions = [
         scale_factor("floor_friction", 1.5, "geom", "floor", "friction", 0),
         *(

@@ -58,16 +58,17 @@ MAX_DISTANCE = 0.3
 GRAVITY = 9.81
 """m/s²."""
 WEIGHTS = {
-    "reach": 0.5,
-    "grip": 0.5,
-    "lift": 1.0,
-    "hold": 1.0,
-    "success": 20.0,
+    "reach": 0.5,  # the hand is near the object
+    "grip": 0.5,  # both pads hold it
+    "lift": 1.0,  # it is high
+    "hold": 1.0,  # it has been held for long
+    "success": 20.0,  # long enough
     "crush": 5.0,
     "drop": 5.0,
-    "calm": 0.05,
-    "effort": 0.3,
+    "calm": 0.05,  # the hand moves slowly
+    "effort": 0.3,  # the grip force is small
 }
+"""Reward term -> its weight; ``reward`` computes the terms."""
 
 STAT_STEPS_HELD = ARM_STATISTICS
 """Column of the episode statistics: control steps the object has been held without a break."""

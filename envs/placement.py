@@ -75,7 +75,15 @@ NOISE = (*arm_control.NOISE, *[0.05] * CODE_LENGTH)
 OBSERVATIONS_WITH_PLACE = (*arm_control.OBSERVATIONS, "place_x_m", "place_y_m")
 """Names of the elements of the observation where the right place is shown."""
 NOISE_WITH_PLACE = (*arm_control.NOISE, 0.005, 0.005)
-WEIGHTS = {"reach": 0.3, "grip": 0.3, "carry": 1.0, "success": 20.0, "wrong": 10.0, "calm": 0.05}
+WEIGHTS = {
+    "reach": 0.3,  # the hand is near the object
+    "grip": 0.3,  # both pads hold it
+    "carry": 1.0,  # it is near its place, and was lifted
+    "success": 20.0,  # it was put down in its place
+    "wrong": 10.0,  # it was put down in another
+    "calm": 0.05,  # the hand moves slowly
+}
+"""Reward term -> its weight; ``reward`` computes the terms."""
 
 STAT_STEPS_DOWN = ARM_STATISTICS
 """Column of the episode statistics: control steps the object has lain in a place, let go of."""

@@ -84,18 +84,19 @@ NOISE = (
 )
 """Uniform sensor noise, ± this, as Unitree's own training assumes it."""
 WEIGHTS = {
-    "track": 2.0,
-    "turn": 0.3,
-    "swing": 0.8,
-    "bounce": 0.2,
-    "wobble": 0.1,
-    "tilt": 0.3,
-    "effort": 0.05,
-    "jerk": 0.1,
-    "slip": 0.25,
-    "pose": 0.2,
-    "limits": 0.1,
+    "track": 2.0,  # horizontal velocity as commanded
+    "turn": 0.3,  # rate of turn as commanded
+    "swing": 0.8,  # feet in the air are high and fast
+    "bounce": 0.2,  # vertical velocity
+    "wobble": 0.1,  # roll and pitch rate
+    "tilt": 0.3,  # roll and pitch
+    "effort": 0.05,  # torques
+    "jerk": 0.1,  # changes of the action
+    "slip": 0.25,  # feet on the ground slide
+    "pose": 0.2,  # joints off the default pose
+    "limits": 0.1,  # torques and speeds near their limits
 }
+"""Reward term -> its weight; ``reward`` computes the terms."""
 
 Columns = slice | list[int]
 """Where ``qvel`` has the joints in our order; another model may have its legs in another order."""

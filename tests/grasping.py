@@ -1,5 +1,4 @@
-"""What the tests of the arm share: easy objects, programs for the hand, and what is seen of
-both."""
+"""What the tests of the arm share: easy objects, programs for the hand, and measurements."""
 
 from typing import Any
 

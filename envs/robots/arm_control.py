@@ -202,7 +202,7 @@ def update_statistics(before: WorldState, after: WorldState) -> Tensor:
     old_force = old[:, STAT_GRIP_FORCE]
     close = after.action[:, ACTION_CLOSE]
 
-    # the force is that of the moment at which the hand began to close; it opens before a new one
+    # the force is the one asked for when the hand began to close; to change it, the hand opens
     asked = requested_force(after.action[:, ACTION_FORCE])
     force = torch.where((close > 0.5) & (old_force == 0), asked, old_force)
     force = torch.where(close < -0.5, 0.0, force)

@@ -67,14 +67,14 @@ def test_the_hand_closes_gently_until_it_meets_something_and_presses_then() -> N
             float(env.state.statistics[0, grasp.STAT_GRIP_FORCE]),
         )
         env.step(clever(env))
-        told = float(env.sim.bind("ctrl")[0, 7])
-        forces.add(round(told, 9))
+        commanded = float(env.sim.bind("ctrl")[0, 7])
+        forces.add(round(commanded, 9))
         if force == 0:
-            assert told < 0
+            assert commanded < 0
         elif met:
-            assert told == force
+            assert commanded == force
         else:
-            assert 0 < told < 1
+            assert 0 < commanded < 1
     assert len(forces) == 3
 
 
@@ -111,10 +111,10 @@ def test_targets_stay_within_the_limits_of_joints_and_grip(
             env.state, action.double().clamp(-1, 1), env.sim.bind("ctrl")
         )
         step = env.step(action)
-        told = env.sim.bind("ctrl")
+        commanded = env.sim.bind("ctrl")
         if not (step.terminated | step.truncated).any():
-            assert torch.equal(told, direct)
-        for targets in (told, direct):
+            assert torch.equal(commanded, direct)
+        for targets in (commanded, direct):
             assert targets.isfinite().all()
             assert ((targets[:, :7] >= low) & (targets[:, :7] <= high)).all()
             assert (targets[:, 7].abs() <= 70).all()

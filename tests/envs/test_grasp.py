@@ -48,7 +48,7 @@ def held(name: str) -> tuple[Env, Tensor, list[StepResult], Tensor]:
     """Objects held still in the air by the expert.
 
     The worlds, where in the hand each object was after 100 and 225 steps, all steps, and which
-    worlds lived to the end.
+    worlds were never terminated.
     """
     env = small(families.get(name), 16, 5, horizon=230)
     alive, steps, within = torch.ones(16, dtype=torch.bool), [], []
@@ -116,7 +116,7 @@ def test_friction_carries_the_weight(family: Family) -> None:
         )
 
 
-def lived(
+def held_with(
     family: Family, multiple: float | Tensor, worlds: int = 24
 ) -> tuple[Env, dict[str, Tensor], Tensor, Tensor]:
     """The expert's episodes, but with another grip: a multiple of what just holds the object.
@@ -151,7 +151,7 @@ def lived(
 @each_family
 @pytest.mark.parametrize("multiple", [0.6, 0.95])
 def test_a_grip_too_weak_for_the_friction_slips(family: Family, multiple: float) -> None:
-    env, sums, top, _ = lived(family, multiple, 12)
+    env, sums, top, _ = held_with(family, multiple, 12)
     assert (need(env) * multiple > FORCES[0]).all()
     assert (sums["success"] == 0).all()
     assert (sums["hold"] == 0).all()
@@ -160,14 +160,14 @@ def test_a_grip_too_weak_for_the_friction_slips(family: Family, multiple: float)
 
 @each_family
 def test_a_grip_half_again_as_strong_as_needed_holds(family: Family) -> None:
-    _, sums, top, _ = lived(family, 1.5, 12)
+    _, sums, top, _ = held_with(family, 1.5, 12)
     assert (sums["success"] == 1).all()
     assert (top > grasp.LIFT_HEIGHT).all()
 
 
 def test_a_grip_over_the_limit_crushes_the_object() -> None:
-    room = torch.tensor([t["room"] for t in lived(FRAGILE, 1.5, 12)[0].tasks]).double()
-    env, sums, _, early = lived(FRAGILE, 1.2 * room, 12)
+    room = torch.tensor([t["room"] for t in held_with(FRAGILE, 1.5, 12)[0].tasks]).double()
+    env, sums, _, early = held_with(FRAGILE, 1.2 * room, 12)
     assert (need(env) * 1.2 * room < FORCES[1]).all()
     assert early.all()
     assert sums["crush"].tolist() == [-1] * env.worlds
@@ -175,7 +175,7 @@ def test_a_grip_over_the_limit_crushes_the_object() -> None:
 
 
 def test_only_fragile_objects_break() -> None:
-    _, sums, _, early = lived(SHAPES, 8.0, 12)
+    _, sums, _, early = held_with(SHAPES, 8.0, 12)
     assert not early.any()
     assert (sums["crush"] == 0).all()
     assert sums["success"].mean() > 0.9
@@ -232,12 +232,12 @@ def test_the_observation_tells_nothing_that_is_hidden(name: str) -> None:
     family = families.get(name)
     task = family.space.sample("train", 1, 0)[0].as_dict()
     assert len(set(family.observations)) == len(family.interaction.noise) == 19
-    told = ("kind", "shape_seed", "width", "length", "height")
+    visible = ("kind", "shape_seed", "width", "length", "height")
     hidden = {
         p.name: p.train.low if task[p.name] > p.train.low else p.train.high
         for p in family.space.params
     }
-    other = task | {k: x for k, x in hidden.items() if k not in told}
+    other = task | {k: x for k, x in hidden.items() if k not in visible}
     assert {k for k in task if task[k] != other[k]} >= {"mass", "friction"}
     first = [Env(family, [t], seed=3, threads=1).reset(3) for t in (task, other)]
     assert first[0].shape == (1, 19)
@@ -253,7 +253,7 @@ def test_the_observation_is_what_its_names_say() -> None:
         step = env.step(torch.tensor([[0.2, -0.1, 0.15, 0.3, 0, 0]] * 4))
     for world in range(4):
         _, data = env.sim.snapshot(world)
-        seen = dict(zip(SHAPES.observations, step.obs[world].tolist(), strict=True))
+        observed = dict(zip(SHAPES.observations, step.obs[world].tolist(), strict=True))
         tip, thing = data.site("tip"), data.body("object")
         turned = thing.xmat.reshape(3, 3)
         expected = {f"hand_{a}_m": x for a, x in zip("xyz", tip.xpos - [0.5, 0, 0.1], strict=True)}
@@ -265,18 +265,18 @@ def test_the_observation_is_what_its_names_say() -> None:
             "closing": env.state.statistics[world, grasp.STAT_GRIP_FORCE] > 0,
             "grasped": env.state.statistics[world, grasp.STAT_GRIPPED],
         }
-        assert {k: seen[k] for k in expected} == pytest.approx(
+        assert {k: observed[k] for k in expected} == pytest.approx(
             {k: float(v) for k, v in expected.items()}, abs=2e-3
         )
         jacobian = np.zeros((3, len(data.qvel)))
         mujoco.mj_jacSite(*env.sim.snapshot(world), jacobian, None, tip.id)
-        assert [seen[f"hand_{a}_m/s"] for a in "xyz"] == pytest.approx(
+        assert [observed[f"hand_{a}_m/s"] for a in "xyz"] == pytest.approx(
             jacobian @ data.qvel, abs=0.05
         )
-        assert seen["opening_m/s"] == pytest.approx(data.qvel[7:9].sum(), abs=0.05)
+        assert observed["opening_m/s"] == pytest.approx(data.qvel[7:9].sum(), abs=0.05)
 
 
-LIKED = ("reach", "grip", "lift", "hold", "success")
+REWARDED = ("reach", "grip", "lift", "hold", "success")
 
 
 def rolled(name: str, policy: Callable[[Env], Tensor]) -> list[StepResult]:
@@ -293,14 +293,14 @@ def test_every_term_of_the_reward_is_bounded(name: str) -> None:
     for step in steps:
         assert step.terms.keys() == families.get(name).weights.keys()
         for term, value in step.terms.items():
-            low, high = (0, 1) if term in LIKED else (-1, 0)
+            low, high = (0, 1) if term in REWARDED else (-1, 0)
             assert ((value >= low) & (value <= high)).all(), term
-    for term in LIKED:
+    for term in REWARDED:
         assert torch.stack([s.terms[term] for s in steps]).max() > 0.5, f"{term} can be earned"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_tally_starts_anew_with_every_episode(name: str) -> None:
+def test_the_statistics_start_anew_with_every_episode(name: str) -> None:
     family = families.get(name)
     env, episodes = small(family, 6, horizon=45), torch.zeros(6)
     stepped = AutoresetEnv(env)

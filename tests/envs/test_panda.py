@@ -45,7 +45,7 @@ def robot() -> mujoco.MjModel:
 def posed(
     model: mujoco.MjModel, joints: np.ndarray = panda.READY_POSE, opening: float = panda.MAX_OPENING
 ) -> mujoco.MjData:
-    """At rest, the drives told to stay there and, as they lag, there already."""
+    """At rest, with the actuators at their targets already, as they lag."""
     data = mujoco.MjData(model)
     data.qpos[:7], data.qpos[7:9] = joints, opening / 2
     data.ctrl[:7] = data.act[:7] = joints
@@ -156,15 +156,15 @@ def test_sensors_say_where_joints_and_tip_are_and_how_they_move(robot: mujoco.Mj
         data = posed(robot, joints)
         data.qvel[:] = rng.normal(size=robot.nv)
         mujoco.mj_forward(robot, data)
-        told = np.split(data.sensordata, [21, 42, 45, 54, 57])
-        assert told[0] == pytest.approx(data.xanchor[:7].ravel(), abs=1e-9)
-        assert told[1] == pytest.approx(data.xaxis[:7].ravel(), abs=1e-9)
-        assert told[2] == pytest.approx(data.site("tip").xpos, abs=1e-9)
-        assert told[3] == pytest.approx(data.site("tip").xmat.reshape(3, 3).T.ravel(), abs=1e-9)
+        sensors = np.split(data.sensordata, [21, 42, 45, 54, 57])
+        assert sensors[0] == pytest.approx(data.xanchor[:7].ravel(), abs=1e-9)
+        assert sensors[1] == pytest.approx(data.xaxis[:7].ravel(), abs=1e-9)
+        assert sensors[2] == pytest.approx(data.site("tip").xpos, abs=1e-9)
+        assert sensors[3] == pytest.approx(data.site("tip").xmat.reshape(3, 3).T.ravel(), abs=1e-9)
         before, h = data.site("tip").xpos.copy(), 1e-6
         mujoco.mj_integratePos(robot, data.qpos, data.qvel, h)
         mujoco.mj_kinematics(robot, data)
-        assert told[4] == pytest.approx((data.site("tip").xpos - before) / h, abs=1e-4)
+        assert sensors[4] == pytest.approx((data.site("tip").xpos - before) / h, abs=1e-4)
 
 
 def test_the_arm_touches_nothing_of_its_own(robot: mujoco.MjModel) -> None:

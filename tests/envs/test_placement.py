@@ -54,7 +54,7 @@ def presented(
     return env, env.set_variant(every_variant(env.worlds)).view(len(tasks), CLASSES, -1)
 
 
-def seen(tasks: Sequence[Task | dict[str, float]]) -> Tensor:
+def class_numbers(tasks: Sequence[Task | dict[str, float]]) -> Tensor:
     """Which classes a task's objects are of, by their looks: the codes' rows, ``(task,
     variant)``."""
     _, obs = presented(FAMILY.replace(noise=()), tasks)
@@ -67,7 +67,7 @@ def wild(env: Env, rng: torch.Generator) -> Tensor:
     return 2 * torch.rand(env.worlds, env.act_dim, generator=rng) - 1
 
 
-def told(env: Env, order: int) -> Tensor:
+def expert_action(env: Env, order: int) -> Tensor:
     """What the expert does if it believes this order."""
     task = {**env.state.task, "order": torch.full((env.worlds,), float(order)).double()}
     return env.family.teaching.expert(env.state._replace(task=task)).float()
@@ -120,7 +120,7 @@ def test_the_classes_of_a_task_are_four_and_what_is_in_training_is_not_in_what_i
     split: str,
 ) -> None:
     tasks = FAMILY.space.sample(split, 100, 0)
-    classes = seen(tasks)
+    classes = class_numbers(tasks)
     assert all(len(row.unique()) == CLASSES for row in classes)
     if split == "train":
         assert classes.max() < placement.TRAINING_CLASSES
@@ -133,9 +133,9 @@ def test_the_classes_of_a_task_are_four_and_what_is_in_training_is_not_in_what_i
 
 
 def test_tasks_to_extrapolate_to_share_no_class_with_training() -> None:
-    """What K shots are worth is tested on classes nobody has seen."""
+    """What K shots are worth is tested on classes of which none was trained on."""
     trained, kept = (
-        set(seen(FAMILY.space.sample(s, 200, 0)).flatten().tolist())
+        set(class_numbers(FAMILY.space.sample(s, 200, 0)).flatten().tolist())
         for s in ("train", "extrapolate")
     )
     assert trained.isdisjoint(kept)
@@ -161,7 +161,7 @@ def test_a_class_looks_the_same_wherever_it_occurs() -> None:
         ..., CODES
     ]
     assert torch.equal(plain, plain[:1].expand_as(plain))
-    assert torch.equal(plain[0], class_codes()[seen([first])[0]].float())
+    assert torch.equal(plain[0], class_codes()[class_numbers([first])[0]].float())
     noisy = torch.cat([presented(FAMILY, alike, seed)[1] for seed in (0, 1)])[..., CODES]
     off = (noisy - plain).abs()
     assert off.max() <= 0.05 + 1e-6
@@ -175,16 +175,16 @@ def test_what_belongs_where_is_seen_by_those_alone_who_are_shown_it(family: Fami
     envs = [
         Env(family, [otherwise(t, order=order) for t in tasks], threads=1) for order in (0.0, 23.0)
     ]
-    rng, lived = torch.Generator().manual_seed(0), [[env.reset(3)] for env in envs]
+    rng, observations = torch.Generator().manual_seed(0), [[env.reset(3)] for env in envs]
     for _ in range(40):
         action = wild(envs[0], rng)
-        for env, obs in zip(envs, lived, strict=True):
+        for env, obs in zip(envs, observations, strict=True):
             obs.append(env.step(action).obs)
     assert torch.equal(envs[0].elapsed, envs[1].elapsed)
-    same = [torch.equal(a, b) for a, b in zip(*lived, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(*observations, strict=True)]
     assert same == [family is FAMILY] * 41
     n = len(arm_control.OBSERVATIONS)
-    body = [torch.equal(a[:, :n], b[:, :n]) for a, b in zip(*lived, strict=True)]
+    body = [torch.equal(a[:, :n], b[:, :n]) for a, b in zip(*observations, strict=True)]
     assert all(body)
 
 
@@ -222,7 +222,7 @@ def carried(order: int) -> tuple[Env, list[StepResult], list[Tensor]]:
     alive, steps, awake = torch.ones(env.worlds, dtype=torch.bool), [], []
     while alive.any():
         awake.append(alive.clone())
-        steps.append(env.step(told(env, order), alive))
+        steps.append(env.step(expert_action(env, order), alive))
         alive &= ~(steps[-1].terminated | steps[-1].truncated)
     return env, steps, awake
 
@@ -332,7 +332,7 @@ def test_presenting_makes_exactly_those_variants_and_the_next_episode_draws_its_
         obs = env.set_variant(variant)
         assert torch.equal(env.state.variant, variant)
         assert torch.equal(obs[:, :-CODE], drawn[:, :-CODE])
-        named = seen(tasks)[torch.arange(12), variant]
+        named = class_numbers(tasks)[torch.arange(12), variant]
         assert (obs[:, CODES] - class_codes()[named]).abs().max() <= 0.05 + 1e-6
         env.step(torch.zeros(12, 6))
         assert torch.equal(env.state.variant, variant)

@@ -34,7 +34,7 @@ EASY = {
     },
     **{"payload": 0.001, "payload_x": 0.0, "payload_y": 0.0, "latency": 0.005, **HEALTHY},
 }
-DOWN, TOLD = slice(0, 3), slice(42, 45)
+DOWN, COMMAND = slice(0, 3), slice(42, 45)
 
 
 def quaternion(axis: str, degrees: float) -> np.ndarray:
@@ -60,7 +60,7 @@ def state(
     )
 
 
-def seen(name: str, at: WorldState) -> Tensor:
+def observation(name: str, at: WorldState) -> Tensor:
     return families.get(name).observe(at)[0].double()
 
 
@@ -75,7 +75,7 @@ def test_the_observation_is_what_its_names_say() -> None:
     qvel, action, off = rng.normal(size=18), rng.normal(size=12), rng.normal(size=12)
     qpos = np.concatenate([[1, 2, 3, 1, 0, 0, 0], go2.DEFAULT_POSE + off])
     at = state(qpos=qpos, qvel=qvel, action=action, task={"command_x": 0.7, "command_turn": -0.4})
-    obs = dict(zip(quadruped.OBSERVATIONS, seen("QuadrupedFlat", at).tolist(), strict=True))
+    obs = dict(zip(quadruped.OBSERVATIONS, observation("QuadrupedFlat", at).tolist(), strict=True))
     expected = {f"gravity_{a}": x for a, x in zip("xyz", (0, 0, -1), strict=True)}
     expected |= {f"turn_{a}_rad/s": x for a, x in zip("xyz", qvel[3:6], strict=True)}
     for i, joint in enumerate(go2.JOINTS):
@@ -98,9 +98,9 @@ TILTS += [
 
 @pytest.mark.parametrize(("axis", "degrees", "down"), TILTS)
 def test_a_tilted_robot_sees_gravity_in_its_own_frame(axis: str, degrees: float, down) -> None:
-    assert seen("QuadrupedFlat", state(quaternion(axis, degrees)))[DOWN].tolist() == pytest.approx(
-        down, abs=1e-6
-    )
+    assert observation("QuadrupedFlat", state(quaternion(axis, degrees)))[
+        DOWN
+    ].tolist() == pytest.approx(down, abs=1e-6)
 
 
 @pytest.mark.parametrize("slope", [-8.0, -3.0, 0.0, 5.0, 12.0])
@@ -111,7 +111,7 @@ def test_a_robot_on_a_slope_sees_gravity_tilted_by_it(slope: float) -> None:
         (quaternion("z", 90), (0, s, -c)),
         (quaternion("y", slope), (0, 0, -1)),
     ):
-        obs = seen("QuadrupedTerrain", state(quat, {**EASY, "slope": slope}))
+        obs = observation("QuadrupedTerrain", state(quat, {**EASY, "slope": slope}))
         assert obs[DOWN].tolist() == pytest.approx(down, abs=1e-6)
     assert model(slope=slope).opt.gravity == pytest.approx([-9.81 * s, 0, -9.81 * c])
 
@@ -131,9 +131,9 @@ def test_only_quadruped_vel_hides_the_command() -> None:
     for name in NAMES:
         space = families.get(name).space
         task = {p.name: p.train.high for p in space.params}
-        told = seen(name, state(task=task))[TOLD].tolist()
+        shown = observation(name, state(task=task))[COMMAND].tolist()
         command = [task["command_x"], 0.0, task.get("command_turn", 0.0)]
-        assert told == pytest.approx([0.0] * 3 if name == "QuadrupedVel" else command), name
+        assert shown == pytest.approx([0.0] * 3 if name == "QuadrupedVel" else command), name
         assert quadruped.critic_observe(state(task=task))[0, -3:].tolist() == pytest.approx(command)
 
 
@@ -187,22 +187,22 @@ def test_the_critic_is_shown_velocity_feet_and_command() -> None:
     for _ in range(50):
         step = env.step(torch.zeros(2, 12))
     assert torch.equal(step.final_critic_obs, env.critic_obs())
-    for world, told in enumerate(env.critic_obs().double()):
+    for world, critic in enumerate(env.critic_obs().double()):
         _, data = env.sim.snapshot(world)
         feet = np.array([data.site(f"{leg}_foot").xpos[2] for leg in go2.LEGS])
-        assert told[:3].numpy() == pytest.approx(
+        assert critic[:3].numpy() == pytest.approx(
             data.qvel[:3] @ data.body("base").xmat.reshape(3, 3), abs=1e-6
         )
-        assert told[3:7].numpy() == pytest.approx(data.qpos[2] - feet, abs=5e-3)
+        assert critic[3:7].numpy() == pytest.approx(data.qpos[2] - feet, abs=5e-3)
         force = env.state.sensors[world, 24:28]
-        assert told[7:11].tolist() == (force > 1).tolist()
+        assert critic[7:11].tolist() == (force > 1).tolist()
         assert 100 < force.sum() < 200  # of a robot of 149 N
-        assert told[11:].tolist() == pytest.approx([(0.3, 0.9)[world], 0, 0])
+        assert critic[11:].tolist() == pytest.approx([(0.3, 0.9)[world], 0, 0])
     lifted = state(sensors=np.concatenate([np.zeros(24), [50, 0, 0.5, 9], np.zeros(12)]))
     assert quadruped.critic_observe(lifted)[0, 7:11].tolist() == [1, 0, 0, 1]
 
 
-def lived(tasks: Sequence[dict[str, float]], steps: int, **changes: Any) -> tuple[Env, Tensor]:
+def stand(tasks: Sequence[dict[str, float]], steps: int, **changes: Any) -> tuple[Env, Tensor]:
     """Stand under zero actions; the joints' angles, rad, ``(step, world, joint)``."""
     env = Env(MIX.replace(terminate=None, **changes), [{**EASY, **t} for t in tasks], threads=1)
     angles = [env.state.qpos[:, 7:].clone()]
@@ -245,7 +245,7 @@ def test_a_weak_drive_gives_its_share_of_the_torque_and_a_dead_or_locked_one_non
 
 
 def test_a_locked_joint_does_not_move_under_the_robots_weight() -> None:
-    _, angles = lived([{name: -1.0} for name in go2.JOINTS], 200, horizon=201)
+    _, angles = stand([{name: -1.0} for name in go2.JOINTS], 200, horizon=201)
     moved = (angles - angles[0]).abs().amax(0).rad2deg()
     assert moved.diag().max() < 2
     assert moved.max(1).values.min() > 5, "the others do"
@@ -263,7 +263,7 @@ def test_a_load_weighs_what_it_says_where_it_says(mass: float, x: float, y: floa
 
 
 def test_friction_is_that_of_the_floor_under_the_feet() -> None:
-    env, _ = lived([{"friction": mu, "payload": 2.0} for mu in (0.21, 0.8, 1.2)], 20)
+    env, _ = stand([{"friction": mu, "payload": 2.0} for mu in (0.21, 0.8, 1.2)], 20)
     for world, mu in enumerate((0.21, 0.8, 1.2)):
         _, data = env.sim.snapshot(world)
         assert data.ncon >= 3
@@ -438,22 +438,22 @@ def odd(task) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["QuadrupedDamage", "QuadrupedMix"])
-def test_few_joints_break_in_training_and_never_those_spared(name: str) -> None:
+def test_few_joints_break_in_training_and_never_those_for_extrapolation(name: str) -> None:
     space = families.get(name).space
-    (few,) = space.sparse_faults
-    assert set(few.params) | set(few.extrapolation_params) == set(go2.JOINTS)
-    assert not set(few.params) & set(few.extrapolation_params)
+    (faults,) = space.sparse_faults
+    assert set(faults.params) | set(faults.extrapolation_params) == set(go2.JOINTS)
+    assert not set(faults.params) & set(faults.extrapolation_params)
     for split in ("train", "test"):
         broken = [odd(t) for t in space.sample(split, 400, 1)]
-        assert {len(b) for b in broken} == set(range(few.least, few.most + 1))
-        assert set.union(*broken) == set(few.params)
+        assert {len(b) for b in broken} == set(range(faults.least, faults.most + 1))
+        assert set.union(*broken) == set(faults.params)
     beyond = {p.name: p.train for p in space.params if p.extrapolation}
     far = space.sample("extrapolate", 400, 1)
     turns = [odd(t) for t in far if all(d.contains(t[n]) for n, d in beyond.items())]
     assert len(turns) == pytest.approx(400 / (len(beyond) + 1), rel=0.35)
-    assert {len(b) for b in turns} == set(range(1, few.most + 1))
-    assert set.union(*turns) == set(few.extrapolation_params)
-    assert sum(bool(odd(t) & set(few.extrapolation_params)) for t in far) == len(turns)
+    assert {len(b) for b in turns} == set(range(1, faults.most + 1))
+    assert set.union(*turns) == set(faults.extrapolation_params)
+    assert sum(bool(odd(t) & set(faults.extrapolation_params)) for t in far) == len(turns)
 
 
 PARTS = Mixture((0.5, 0.5), (Uniform(0.9, 1.1), Choice((0.0,))))
@@ -486,7 +486,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_a_few_that_cannot_be_is_refused(message: str) -> None:
+def test_impossible_sparse_faults_are_refused(message: str) -> None:
     with pytest.raises(TaskError, match=message):
         TaskSpace("Space", PARAMS, (BAD[message],))
 
@@ -496,9 +496,9 @@ def test_a_space_is_described_written_read_back_and_encoded(name: str) -> None:
     space = families.get(name).space
     text = space.describe()
     assert all(p.name in text for p in space.params)
-    for few in space.sparse_faults:
-        assert text.index(f"{few.least} to {few.most} at a time") < text.index(
-            ", ".join(few.extrapolation_params)
+    for faults in space.sparse_faults:
+        assert text.index(f"{faults.least} to {faults.most} at a time") < text.index(
+            ", ".join(faults.extrapolation_params)
         )
     back = TaskSpace.from_json(json.loads(json.dumps(space.to_json())))
     assert back == space
