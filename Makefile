@@ -21,7 +21,7 @@ demo: $(READY) gl
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
 
 test: $(READY) gl
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --durations=20
 
 slow: $(READY) gl
 	$(BIN)/pytest -m slow

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,6 @@ import mujoco
 import numpy as np
 import torch
 
-import metarobot
 from metarobot.bounds import check_bounds
 from metarobot.env import factory
 from metarobot.env.base import Env
@@ -536,7 +536,7 @@ def _thread_count(config: TrainConfig) -> int:
 
 def _versions() -> dict[str, str]:
     return {
-        "metarobot": metarobot.__version__,
+        "metarobot": version("metarobot"),
         "mujoco": mujoco.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
