@@ -52,7 +52,9 @@ def demonstration_trials() -> Trials:
         valid = torch.arange(TIME)[:, None] < torch.randint(
             2, TIME + 1, (TASKS * ROLLOUTS,), generator=rng
         )
-        episodes.append(demonstration_rollout(obs, torch.einsum("two,wof->twf", obs, teacher), valid))
+        episodes.append(
+            demonstration_rollout(obs, torch.einsum("two,wof->twf", obs, teacher), valid)
+        )
     assert not all(e.valid.all() for e in episodes)
     return Trials(episodes=tuple(episodes), task=torch.zeros(TASKS * ROLLOUTS, 1))
 
