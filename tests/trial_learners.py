@@ -1,4 +1,4 @@
-"""Learners of agents with and without memory, on trials with early ends."""
+"""Learners of agents with and without memory, and trials with early ends for them."""
 
 import torch
 
@@ -16,27 +16,27 @@ SHAPES = Dimensions(obs=17, act=6, task=len(FAMILY.space.params), episodes=2)
 
 
 def build(name: str, seed: int = 0, **settings) -> Learner:
+    """Build a small learner, the same weights for the same seed."""
     torch.manual_seed(seed)
     kind = agents.get(name)
-    return kind.build(
-        kind.config(worlds=6, width=16, **{"minibatches": 2, "epochs": 2} | settings), SHAPES
-    )
+    small = {"worlds": 6, "width": 16, "minibatches": 2, "epochs": 2}
+    return kind.build(kind.config(**small | settings), SHAPES)
 
 
-def live(learner: Learner, seed: int = 0, explore: bool = True) -> Trials:
+def collect_trials(learner: Learner, seed: int = 0, explore: bool = True) -> Trials:
     """Collect trials with early ends, so that there is padding between and after the episodes."""
-    trials = collect(
-        learner.agent, Env(FAMILY, TASKS, threads=1), TASKS, episodes=2, seed=seed, explore=explore
-    )
-    assert not (explore and all(e.valid.all() for e in trials.episodes))
+    env = Env(FAMILY, TASKS, threads=1)
+    trials = collect(learner.agent, env, TASKS, episodes=2, seed=seed, explore=explore)
+    if explore:
+        assert not all(episode.valid.all() for episode in trials.episodes)
     return trials
 
 
-def skilled(name: str, **settings) -> Learner:
-    """A learner whose normaliser has seen data and whose actions are far from zero."""
+def build_perturbed(name: str, **settings) -> Learner:
+    """Build a learner with an updated normaliser, whose actions are far from zero."""
     learner = build(name, **settings)
-    learner.update(live(learner), 0.0, 0)
+    learner.update(collect_trials(learner), 0.0, 0)
     with torch.no_grad():
-        for p in learner.agent.parameters():
-            p += 0.2 * torch.randn_like(p)
+        for parameter in learner.agent.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
     return learner

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trial_learners import FAMILY, SHAPES, TASKS, build, live, skilled
+from trial_learners import FAMILY, SHAPES, TASKS, build, build_perturbed, collect_trials
 
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
@@ -25,29 +25,29 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
-def test_rl2_over_a_whole_trial_equals_acting_step_by_step_and_tells_the_critic_alone_the_task(
+def test_rl2_over_a_whole_trial_equals_acting_step_by_step_and_only_its_critic_observes_the_task(
     kind: str,
 ) -> None:
-    learner = skilled("rl2", memory=kind)
-    trials = live(learner, seed=3, explore=False)
+    learner = build_perturbed("rl2", memory=kind)
+    trials = collect_trials(learner, seed=3, explore=False)
     seq = join_episodes(trials.episodes)
     with torch.no_grad():
         x = learner.agent.features(seq.percept)
         mean, value, belief = learner.agent(x, trials.task, seq.critic_obs)
-        blind_mean, blind_value, blind_belief = learner.agent(
+        other_mean, other_value, other_belief = learner.agent(
             x, torch.zeros_like(trials.task), seq.critic_obs
         )
-    assert torch.equal(mean, blind_mean)
-    assert torch.equal(belief, blind_belief)
-    assert not torch.equal(value, blind_value)
+    assert torch.equal(mean, other_mean)
+    assert torch.equal(belief, other_belief)
+    assert not torch.equal(value, other_value)
     assert seq.action[seq.valid].abs().mean() > 0.05
     assert torch.allclose(mean[seq.valid], seq.action[seq.valid], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["blind", "oracle"])
 def test_ppo_over_a_whole_trial_equals_acting_step_by_step(name: str) -> None:
-    learner = skilled(name)
-    trials = live(learner, seed=3, explore=False)
+    learner = build_perturbed(name)
+    trials = collect_trials(learner, seed=3, explore=False)
     seq = join_episodes(trials.episodes)
     with torch.no_grad():
         x = learner.agent.features(seq.percept.obs, trials.task if name == "oracle" else None)
@@ -60,10 +60,10 @@ def test_ppo_over_a_whole_trial_equals_acting_step_by_step(name: str) -> None:
 def test_exploration_adds_noise_of_the_policys_deviation(name: str) -> None:
     learner = build(name, std=0.3)
     noise = torch.Generator().manual_seed(0)
-    (first, *_) = live(learner).episodes
+    (first, *_) = collect_trials(learner).episodes
     drawn = torch.randn(12, 6, 6, generator=noise)[: len(first.valid)]
     with torch.inference_mode():
-        mean = live(learner, explore=False).episodes[0].action[0]
+        mean = collect_trials(learner, explore=False).episodes[0].action[0]
     assert torch.allclose(first.action[0], mean + 0.3 * drawn[0], atol=1e-6)
 
 
@@ -74,26 +74,26 @@ def test_adapting_leaves_the_old_context_as_it_was(name: str) -> None:
         6, FAMILY.space.encode(TASKS) if learner.agent.privileged else None
     )
     before = [x.clone() for x in context]
-    learner.agent.adapt(context, live(learner).episodes[0])
+    learner.agent.adapt(context, collect_trials(learner).episodes[0])
     assert all(torch.equal(x, y) for x, y in zip(context, before, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_update_changes_every_weight_and_leaves_it_finite(name: str) -> None:
+def test_one_update_changes_every_weight_and_keeps_it_finite(name: str) -> None:
     learner = build(name)
     before = {k: v.clone() for k, v in learner.agent.named_parameters()}
-    metrics = learner.update(live(learner), 0.0, 0)
+    metrics = learner.update(collect_trials(learner), 0.0, 0)
     for k, v in learner.agent.named_parameters():
         assert v.isfinite().all(), k
         assert not torch.equal(v, before[k]), k
     assert all(isinstance(v, float) and torch.tensor(v).isfinite() for v in metrics.values())
-    assert learner.agent.norm.count == live(build(name)).steps()
+    assert learner.agent.norm.count == collect_trials(build(name)).steps()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_updates_report_what_people_look_for(name: str) -> None:
+def test_updates_report_the_usual_metrics(name: str) -> None:
     learner = build(name)
-    metrics = learner.update(live(learner), 0.5, 0)
+    metrics = learner.update(collect_trials(learner), 0.5, 0)
     names = {
         "policy_gradient_loss",
         "value_loss",
@@ -115,16 +115,16 @@ def test_updates_report_what_people_look_for(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_learning_stops_at_the_kl_bound(name: str) -> None:
     learner = build(name, kl_stop=-1.0)
-    assert learner.update(live(learner), 0.0, 0)["train/gradient_steps"] == 1
+    assert learner.update(collect_trials(learner), 0.0, 0)["train/gradient_steps"] == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_update_is_a_function_of_weights_trials_and_seed(name: str) -> None:
-    trials = live(build(name))
+    trials = collect_trials(build(name))
     states = []
-    for seed, clutter in ((0, 1), (0, 2), (5, 1)):
+    for seed, global_seed in ((0, 1), (0, 2), (5, 1)):
         learner = build(name)
-        torch.manual_seed(clutter)
+        torch.manual_seed(global_seed)
         learner.update(trials, 0.0, seed)
         states.append(learner.state())
     assert same(states[0], states[1])
@@ -134,13 +134,15 @@ def test_an_update_is_a_function_of_weights_trials_and_seed(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_restored_learner_goes_on_bit_for_bit(name: str) -> None:
     learner, restored = build(name), build(name, seed=1)
-    learner.update(live(learner), 0.0, 0)
+    learner.update(collect_trials(learner), 0.0, 0)
     state = learner.state()
     kept = {k: v.clone() for k, v in state.items()}
     restored.load(state)
     assert same(restored.state(), state)
-    trials = live(learner, seed=1)
-    assert torch.equal(live(restored, seed=1).episodes[1].action, trials.episodes[1].action)
+    trials = collect_trials(learner, seed=1)
+    assert torch.equal(
+        collect_trials(restored, seed=1).episodes[1].action, trials.episodes[1].action
+    )
     for one in (learner, restored):
         one.update(trials, 0.3, 1)
     assert same(learner.state(), restored.state())
@@ -158,21 +160,23 @@ def advantages(delta: list[float], fell: list[bool], decay: float) -> list[float
 
 
 def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> None:
-    learner = skilled("rl2")
-    trials = live(build("rl2"))
+    learner = build_perturbed("rl2")
+    trials = collect_trials(build("rl2"))
     seq, c = join_episodes(trials.episodes), learner.config
     ends = seq.valid.sum(0) - 1
     assert 0 < seq.truncated[ends, torch.arange(6)].sum() < 6
     batch = learner._targets(seq, trials.task)
     value, target = batch.value, batch.target
     for w, n in enumerate((ends + 1).tolist()):
-        told = Percept(*(x[:n, w : w + 1] for x in seq.percept))
+        percept = Percept(*(x[:n, w : w + 1] for x in seq.percept))
         zero = torch.zeros(1, 1)
         after = (
             seq.next_obs[n - 1 : n, w : w + 1],
             *(x[n - 1 : n, w : w + 1] for x in (seq.action, seq.reward)),
         )
-        whole = Percept(*(torch.cat(pair) for pair in zip(told, (*after, zero, zero), strict=True)))
+        whole = Percept(
+            *(torch.cat(pair) for pair in zip(percept, (*after, zero, zero), strict=True))
+        )
         with torch.no_grad():
             _, v, _ = learner.agent(
                 learner.agent.features(whole),
@@ -192,8 +196,8 @@ def test_rl2_bootstraps_through_time_limits_inside_a_trial_and_at_its_end() -> N
 
 @pytest.mark.parametrize("name", ["blind", "oracle"])
 def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -> None:
-    learner = skilled(name)
-    trials = live(build(name))
+    learner = build_perturbed(name)
+    trials = collect_trials(build(name))
     seq, c, start = join_episodes(trials.episodes), learner.config, [0] * 6
     target = learner._targets(seq, trials.task).target
     assert any(e.truncated.any() for e in trials.episodes)
@@ -213,8 +217,8 @@ def test_ppo_bootstraps_each_episode_from_its_own_final_observation(name: str) -
             start[w] += n
 
 
-def garbled(episode: Rollout) -> Rollout:
-    """Write noise wherever nothing was lived."""
+def with_noise_in_padding(episode: Rollout) -> Rollout:
+    """Write noise into the padding."""
     rng = torch.Generator().manual_seed(0)
 
     def fill(x: torch.Tensor) -> torch.Tensor:
@@ -229,9 +233,9 @@ def garbled(episode: Rollout) -> Rollout:
 @pytest.mark.parametrize(
     ("name", "settings"), [(n, {}) for n in NAMES] + [("rl2", {"memory": "gru"})]
 )
-def test_what_stands_in_the_padding_does_not_matter(name: str, settings) -> None:
-    trials = live(build(name, **settings))
-    noisy = replace(trials, episodes=tuple(garbled(e) for e in trials.episodes))
+def test_the_content_of_padding_does_not_matter(name: str, settings) -> None:
+    trials = collect_trials(build(name, **settings))
+    noisy = replace(trials, episodes=tuple(with_noise_in_padding(e) for e in trials.episodes))
     assert not torch.equal(
         join_episodes(noisy.episodes).action, join_episodes(trials.episodes).action
     )
@@ -241,8 +245,8 @@ def test_what_stands_in_the_padding_does_not_matter(name: str, settings) -> None
     assert metrics[0] == metrics[1]
 
 
-def test_what_a_world_lived_matters() -> None:
-    trials = live(build("rl2"))
+def test_the_collected_rewards_matter() -> None:
+    trials = collect_trials(build("rl2"))
     first, second = trials.episodes
     worse = replace(second, reward=second.reward - 10.0 * second.valid)
     learners = [build("rl2") for _ in range(2)]
@@ -252,27 +256,29 @@ def test_what_a_world_lived_matters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "felt"),
+    ("name", "changes"),
     [("blind", False), ("oracle", True), ("rl2", True), ("varibad", True)],
 )
-def test_the_task_teaches_all_but_the_blind(name: str, felt: bool) -> None:
-    trials = live(build(name))
+def test_the_encoded_task_changes_updates_of_all_but_the_blind_policy(
+    name: str, changes: bool
+) -> None:
+    trials = collect_trials(build(name))
     learners = [build(name) for _ in range(2)]
     for one, task in zip(learners, (trials.task, trials.task.flip(0)), strict=True):
         one.update(replace(trials, task=task), 0.0, 0)
-    assert same(learners[0].state(), learners[1].state()) != felt
+    assert same(learners[0].state(), learners[1].state()) != changes
 
 
 def test_the_belief_learns_to_tell_tasks_apart() -> None:
     learner = build("rl2", lr=1e-2, epochs=20, kl_stop=1e9)
-    trials = live(learner)
+    trials = collect_trials(learner)
     losses = [learner.update(trials, 0.0, i)["train/belief_loss"] for i in range(6)]
     assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("name", ["blind", "rl2", "varibad"])
 def test_several_threads_give_the_same_gradients(name: str) -> None:
-    trials = live(build(name))
+    trials = collect_trials(build(name))
     learners = [build(name, epochs=1, minibatches=1) for _ in range(3)]
     for one, threads in zip(learners, (1, 2, 2), strict=True):
         torch.set_num_threads(threads)

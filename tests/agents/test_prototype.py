@@ -39,7 +39,7 @@ def build(seed: int = 0, **settings: Any) -> Prototype:
     return Prototype(PrototypeConfig(**SMALL | {"bank": 18} | settings), SHAPES)
 
 
-def live(
+def collect_trials(
     learner: Prototype, seed: int = 0, explore: bool = True, tasks: Any = TASKS, **settings: Any
 ) -> Trials:
     env = Env(FAMILY, tasks, threads=1)
@@ -51,7 +51,7 @@ def skilled() -> Prototype:
     """A learner whose normalisers have seen data and whose actions depend on the embedding."""
     torch.set_num_threads(1)
     learner = build()
-    learner.update(live(learner), 0.0, 0)
+    learner.update(collect_trials(learner), 0.0, 0)
     with torch.no_grad():
         for p in learner.agent.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -70,7 +70,7 @@ def changed(trials: Trials, **values: Callable[[Tensor], Tensor]) -> Trials:
 
 
 def cut(e: Rollout, steps: int) -> Rollout:
-    """An episode of which only some steps were lived."""
+    """An episode with only its first steps valid."""
     valid = e.valid & (torch.arange(len(e.valid)) < steps)[:, None]
     return replace(e, valid=valid, terminated=e.terminated & valid, truncated=e.truncated & valid)
 
@@ -84,11 +84,13 @@ def test_acting_step_by_step_and_adapting_equals_the_pass_over_whole_trials(
         contexts.append(context)
         return context
 
-    trials = live(skilled, seed=3, explore=False, between=watched)
+    trials = collect_trials(skilled, seed=3, explore=False, between=watched)
     assert not all(e.valid.all() for e in trials.episodes)
-    for e, shown in zip(trials.episodes, skilled._with_policy_obs(trials).episodes, strict=True):
+    for e, with_embedding in zip(
+        trials.episodes, skilled._with_policy_obs(trials).episodes, strict=True
+    ):
         with torch.no_grad():
-            mean = agent.policy.actor(agent.policy.features(shown.obs, None))
+            mean = agent.policy.actor(agent.policy.features(with_embedding.obs, None))
         assert e.action[e.valid].abs().mean() > 0.05
         assert torch.allclose(mean[e.valid], e.action[e.valid], atol=1e-4)
     first = trials.episodes[0]
@@ -102,7 +104,7 @@ def test_acting_step_by_step_and_adapting_equals_the_pass_over_whole_trials(
 def test_the_learner_shows_the_policy_what_it_acted_on_and_the_critic_the_task(
     skilled: Prototype,
 ) -> None:
-    trials = live(skilled, seed=3)
+    trials = collect_trials(skilled, seed=3)
     first, second = skilled._with_policy_obs(trials).episodes
     nothing = skilled.agent.encoder.begin(6)
     known = first.obs[..., -1]
@@ -134,12 +136,12 @@ def test_context_comes_from_nothing_but_the_tasks_own_episodes(skilled: Prototyp
         other.agent.bank.windows += 1.0
         other.agent.bank.prototype += 1.0
     other.agent.bank.threshold.zero_()
-    alone = live(skilled, seed=3)
-    company = live(other, seed=3, tasks=[TASKS[0], *(TASKS[i] for i in (3, 5, 1, 2, 4))])
+    alone = collect_trials(skilled, seed=3)
+    company = collect_trials(other, seed=3, tasks=[TASKS[0], *(TASKS[i] for i in (3, 5, 1, 2, 4))])
     for a, b in zip(alone.episodes, company.episodes, strict=True):
         steps = min(len(a.valid), len(b.valid))
         assert torch.allclose(a.action[:steps, 0], b.action[:steps, 0], atol=1e-6)
-    moved = live(other, seed=3, tasks=[TASKS[3], *TASKS[1:]]).episodes[1]
+    moved = collect_trials(other, seed=3, tasks=[TASKS[3], *TASKS[1:]]).episodes[1]
     steps = min(len(moved.valid), len(alone.episodes[1].valid))
     assert not torch.allclose(
         moved.action[:steps, 0], alone.episodes[1].action[:steps, 0], atol=1e-3
@@ -147,7 +149,7 @@ def test_context_comes_from_nothing_but_the_tasks_own_episodes(skilled: Prototyp
 
 
 def test_the_context_of_another_task_changes_embedding_and_behaviour(skilled: Prototype) -> None:
-    agent, first = skilled.agent, live(skilled, seed=3).episodes[0]
+    agent, first = skilled.agent, collect_trials(skilled, seed=3).episodes[0]
     kept = []
     for flip in (False, True):
         context: list[Context] = []
@@ -156,7 +158,7 @@ def test_the_context_of_another_task_changes_embedding_and_behaviour(skilled: Pr
             seen.append(tuple(x.flip(0) for x in c) if flip else c)
             return seen[-1]
 
-        second = live(skilled, seed=3, between=tamper).episodes[1]
+        second = collect_trials(skilled, seed=3, between=tamper).episodes[1]
         kept.append((context[0][2], second.action[0]))
     (z, action), (wrong_z, wrong_action) = kept
     assert torch.equal(wrong_z, z.flip(0))
@@ -183,9 +185,9 @@ def test_the_last_transition_of_an_episode_waits_for_adapt(skilled: Prototype) -
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_lessons_bring_windows_of_a_task_together_whatever_the_loss(loss: str) -> None:
+def test_encoder_steps_bring_windows_of_a_task_together_whatever_the_loss(loss: str) -> None:
     learner = build(loss=loss, lessons=150, encoder_lr=3e-3)
-    metrics = [learner.update(live(learner, seed=i), 0.0, i) for i in range(3)]
+    metrics = [learner.update(collect_trials(learner, seed=i), 0.0, i) for i in range(3)]
     names = {
         "metric/loss",
         "metric/distance_loss",
@@ -206,7 +208,7 @@ def test_the_bank_holds_the_latest_tasks_with_prototypes_of_the_encoder_as_it_is
 ) -> None:
     learner = build(bank=9)
     for i in range(2):
-        trials = live(learner, seed=i, tasks=FAMILY.space.sample("train", 6, i))
+        trials = collect_trials(learner, seed=i, tasks=FAMILY.space.sample("train", 6, i))
         learner.update(trials, 0.0, i)
         assert len(learner.agent.bank) == min(6 * (i + 1), 9)
     bank = learner.agent.bank
@@ -221,9 +223,9 @@ def test_the_bank_holds_the_latest_tasks_with_prototypes_of_the_encoder_as_it_is
     assert not torch.equal(bank.prototype, z.mean(1))
 
 
-def test_windows_are_transitions_that_were_lived_and_the_last_is_how_the_trial_began() -> None:
+def test_windows_are_collected_transitions_and_the_last_is_how_the_trial_began() -> None:
     learner = build()
-    trials = live(learner)
+    trials = collect_trials(learner)
     learner._add_to_bank(trials, torch.Generator().manual_seed(0))
     bank = learner.agent.bank
     first = trials.episodes[0]
@@ -232,16 +234,18 @@ def test_windows_are_transitions_that_were_lived_and_the_last_is_how_the_trial_b
         [first.obs[0], first.action[0], first.reward[0][:, None], after - first.obs[0]], 1
     )
     assert torch.equal(bank.windows[:6, -1, 0], expected)
-    lived = {tuple(x.tolist()) for e in trials.episodes for x in e.obs[e.valid]}
+    collected = {tuple(x.tolist()) for e in trials.episodes for x in e.obs[e.valid]}
     for w, real in zip(bank.windows[:6].flatten(0, 2), bank.lived[:6].flatten(), strict=True):
-        assert tuple(w[:17].tolist()) in lived if real else not w.any()
+        assert tuple(w[:17].tolist()) in collected if real else not w.any()
     assert bank.lived[:6].sum() > 6 * 4
 
 
-def test_the_policys_gradient_leaves_the_encoder_alone_and_a_blind_policy_is_a_beginning() -> None:
+def test_the_policys_gradient_leaves_the_encoder_alone_and_it_can_start_from_a_blind_policy() -> (
+    None
+):
     learner = build()
     before = {k: v.clone() for k, v in learner.agent.encoder.state_dict().items()}
-    learner.ppo.update(learner._with_policy_obs(live(learner)), 0.0, 0)
+    learner.ppo.update(learner._with_policy_obs(collect_trials(learner)), 0.0, 0)
     assert all(torch.equal(v, before[k]) for k, v in learner.agent.encoder.state_dict().items())
     torch.manual_seed(1)
     blind = PPO(PPOConfig(width=16), SHAPES).agent
@@ -269,7 +273,7 @@ def test_embeddings_that_collapsed_or_are_not_finite_are_named(
     break_it: Callable[[Any], Any], says: str
 ) -> None:
     learner = build()
-    learner.update(live(learner), 0.0, 0)
+    learner.update(collect_trials(learner), 0.0, 0)
     with torch.no_grad():
         break_it(learner.agent)
     before = learner.agent.bank.prototype.clone()
@@ -310,9 +314,9 @@ def test_training_stops_at_a_collapse_with_the_checkpoint_safe(
     assert train(made, show=False)
 
 
-def test_tasks_that_lived_the_same_or_next_to_nothing_are_refused_in_a_line() -> None:
+def test_identical_tasks_and_too_few_transitions_are_refused_in_a_line() -> None:
     learner = build()
-    trials = live(learner)
+    trials = collect_trials(learner)
     same = changed(
         trials,
         **{

@@ -79,9 +79,17 @@ def test_maml_regresses_a_new_sinusoid_in_one_step_and_joint_training_does_not()
     assert errors["MAML"][-1] < 0.3 * errors["joint training"][-1]
 
 
-POINT = """<mujoco><option timestep="0.05" gravity="0 0 0"/><worldbody><body name="point">
-<joint name="x" type="slide" axis="1 0 0" damping="2"/><geom size="0.1" mass="0.5"/></body></worldbody>
-<actuator><motor joint="x" ctrlrange="-2 2" ctrllimited="true"/></actuator></mujoco>"""
+POINT = """
+<mujoco>
+  <option timestep="0.05" gravity="0 0 0"/>
+  <worldbody>
+    <body name="point">
+      <joint name="x" type="slide" axis="1 0 0" damping="2"/>
+      <geom size="0.1" mass="0.5"/>
+    </body>
+  </worldbody>
+  <actuator><motor joint="x" ctrlrange="-2 2" ctrllimited="true"/></actuator>
+</mujoco>"""
 
 
 def toy() -> Family:
@@ -121,7 +129,7 @@ def test_pearl_goes_where_the_reward_says_and_another_tasks_context_leads_astray
         tasks = family.space.sample("train", 16, [0, i])
         learner.update(collect(learner.agent, env, tasks, episodes=3, seed=i), i / 16, i)
     tasks = family.space.sample("test", 40, 0)
-    play = partial(
+    collect_test_trials = partial(
         collect,
         learner.agent,
         Env(family, tasks, threads=1),
@@ -130,15 +138,18 @@ def test_pearl_goes_where_the_reward_says_and_another_tasks_context_leads_astray
         seed=0,
         explore=False,
     )
-    told, astray = play(), play(between=partial(swap_contexts, tasks))
-    first, *_, last = told.returns().mean(1).tolist()
+    trials, astray = (
+        collect_test_trials(),
+        collect_test_trials(between=partial(swap_contexts, tasks)),
+    )
+    first, *_, last = trials.returns().mean(1).tolist()
     # standing still in the middle, which is best without knowing, earns −0.5 a step
     assert last > -0.35 * family.horizon
     assert first < -0.4 * family.horizon
     assert astray.returns()[-1].mean() < last - 0.2 * family.horizon
     context = learner.agent.begin(40)
-    for episode in told.episodes[:2]:
+    for episode in trials.episodes[:2]:
         context = learner.agent.adapt(context, episode)
     mean, var = learner.agent.belief(context)
-    assert (mean - told.task).abs().mean() < 0.2
-    assert 0.3 < ((mean - told.task).square() / var).mean() < 3.0
+    assert (mean - trials.task).abs().mean() < 0.2
+    assert 0.3 < ((mean - trials.task).square() / var).mean() < 3.0

@@ -1,5 +1,5 @@
-"""Stable-Baselines3's algorithms as agents: they act as SB3 does, and live, are kept and go on as
-any other."""
+"""Stable-Baselines3's algorithms as agents: they act as SB3 does, and are trained,
+saved and resumed as any other."""
 
 import json
 import subprocess
@@ -285,7 +285,7 @@ def test_walks_through_a_sequence_where_memories_are_cleared_within_it() -> None
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours[1], theirs[1], strict=True))
 
 
-def test_trial_worlds_show_what_an_agent_is_shown_when_it_is_tested() -> None:
+def test_a_trial_env_observes_the_percept_that_an_agent_gets_when_it_is_evaluated() -> None:
     family = replace(VEL, horizon=5)
     worlds = TrialVecEnv(family, 3, 2, 1)
     actions = torch.rand(10, 3, 6, generator=torch.Generator().manual_seed(0)).numpy() * 2 - 1
@@ -380,7 +380,10 @@ def test_a_mistake_is_one_line(
 
 
 def without(package: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; sys.modules[{package!r}] = None; from metarobot.cli.main import main; main(sys.argv[1:])"
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; "
+        "from metarobot.cli.main import main; main(sys.argv[1:])"
+    )
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
-from trial_learners import FAMILY, TASKS, build, live, skilled
+from trial_learners import FAMILY, TASKS, build, build_perturbed, collect_trials
 
 from metarobot.cli.main import main
 from metarobot.env.base import Env
@@ -24,7 +24,7 @@ from metarobot.types import Percept, Rollout, join_episodes
 SMALL = {"latent": 2, "posteriors": 16, "transitions": 16}
 
 
-def remembered(agent, tasks, episodes: int = 2, seed: int = 3) -> Context:
+def last_context(agent, tasks, episodes: int = 2, seed: int = 3) -> Context:
     """The context at the start of the last episode, actions without noise."""
     contexts: list[Context] = [agent.begin(len(tasks))]
 
@@ -46,36 +46,36 @@ def whole(learner: Learner, trials) -> tuple[Tensor, Gaussian]:
 
 @pytest.mark.parametrize("kind", ["linear", "gru"])
 def test_a_whole_trial_equals_acting_step_by_step(kind: str) -> None:
-    learner = skilled("varibad", memory=kind)
-    trials = live(learner, seed=3, explore=False)
+    learner = build_perturbed("varibad", memory=kind)
+    trials = collect_trials(learner, seed=3, explore=False)
     seq = join_episodes(trials.episodes)
     mean, q = whole(learner, trials)
     assert seq.action[seq.valid].abs().mean() > 0.05
     assert torch.allclose(mean[seq.valid], seq.action[seq.valid], atol=1e-5)
     ended = trials.episodes[0].valid.sum(0) - 1
-    context = remembered(learner.agent, TASKS)
+    context = last_context(learner.agent, TASKS)
     for i, x in enumerate(learner.agent.posterior(context)):
         assert torch.allclose(x, q[i][ended, torch.arange(6)], atol=1e-5)
         assert x.std(0).min() > 1e-3
 
 
 def test_a_trial_begins_with_the_prior_and_adapting_hands_on_mean_and_variance() -> None:
-    agent = skilled("varibad", latent=3).agent
+    agent = build_perturbed("varibad", latent=3).agent
     context = agent.begin(4)
     assert all(
         torch.equal(a, b)
         for a, b in zip(agent.posterior(context), standard_normal(torch.empty(4, 3)), strict=True)
     )
     assert [x.shape for x in agent.belief(context)] == [(4, len(FAMILY.space.params))] * 2
-    after = remembered(agent, TASKS)
-    adapted = agent.adapt(after, live(build("varibad")).episodes[0])
+    after = last_context(agent, TASKS)
+    adapted = agent.adapt(after, collect_trials(build("varibad")).episodes[0])
     assert all(torch.equal(a, b) for a, b in zip(agent.posterior(adapted), after[-2:], strict=True))
     assert (agent.posterior(after).var > 0).all()
 
 
 def test_acting_leaves_the_context_as_it_was() -> None:
-    agent = skilled("varibad").agent
-    context = remembered(agent, TASKS)
+    agent = build_perturbed("varibad").agent
+    context = last_context(agent, TASKS)
     kept = [x.clone() for x in context]
     zeros = torch.zeros(6)
     _, after = agent.act(
@@ -86,20 +86,20 @@ def test_acting_leaves_the_context_as_it_was() -> None:
 
 
 def test_the_posterior_is_made_of_the_tasks_own_episodes() -> None:
-    agent = skilled("varibad").agent
-    together = remembered(agent, TASKS)
-    company = remembered(agent, [TASKS[0], *reversed(TASKS[1:])])
+    agent = build_perturbed("varibad").agent
+    together = last_context(agent, TASKS)
+    company = last_context(agent, [TASKS[0], *reversed(TASKS[1:])])
     assert all(
         torch.allclose(x[0], y[0], atol=1e-6) for x, y in zip(together, company, strict=True)
     )
     assert not torch.allclose(together[-2][1], company[-2][1], atol=1e-3)
-    alone = remembered(agent, TASKS[:1])
+    alone = last_context(agent, TASKS[:1])
     assert all(torch.allclose(x[0], y[0], atol=1e-6) for x, y in zip(together, alone, strict=True))
 
 
 def test_the_context_of_another_task_changes_posterior_belief_and_actions() -> None:
-    agent = skilled("varibad").agent
-    context = remembered(agent, TASKS)
+    agent = build_perturbed("varibad").agent
+    context = last_context(agent, TASKS)
     other = swap_contexts(TASKS, context)
     zeros = torch.zeros(6)
     percept = Percept(torch.zeros(6, 17), torch.zeros(6, 6), zeros, zeros, zeros)
@@ -144,16 +144,16 @@ def densities(learner: Learner, trials, world: int, m: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def explained() -> tuple[Learner, object, Gaussian]:
-    """A learner with posteriors that are far from the prior, and what it lived."""
+    """A learner with posteriors that are far from the prior, its trials, and the posteriors."""
     torch.set_num_threads(1)
-    learner = skilled("varibad", minibatches=1, **SMALL)
+    learner = build_perturbed("varibad", minibatches=1, **SMALL)
     with torch.no_grad():
         learner.decoder.var.fill_(4.0)
-    trials = live(build("varibad"))
+    trials = collect_trials(build("varibad"))
     return learner, trials, whole(learner, trials)[1]
 
 
-def test_the_bound_is_what_samples_of_every_posterior_say(explained) -> None:
+def test_the_bound_equals_its_estimate_from_samples_of_every_posterior(explained) -> None:
     learner, trials, known = explained
     rng, means = torch.Generator().manual_seed(1), []
     with torch.no_grad():
@@ -189,9 +189,9 @@ def test_the_bound_lies_below_the_evidence(explained) -> None:
 
 
 def test_the_policys_gradient_reaches_the_encoder_only_if_it_may() -> None:
-    trials = live(build("varibad"))
+    trials = collect_trials(build("varibad"))
     for through in (False, True):
-        agent = skilled("varibad", through=through).agent
+        agent = build_perturbed("varibad", through=through).agent
         agent.zero_grad()
         seq = join_episodes(trials.episodes)
         mean, value, _ = agent(agent.features(seq.percept), trials.task, seq.critic_obs)
@@ -202,33 +202,33 @@ def test_the_policys_gradient_reaches_the_encoder_only_if_it_may() -> None:
 
 
 def test_labels_teach_the_belief_and_the_critic_alone() -> None:
-    trials = live(build("varibad"))
+    trials = collect_trials(build("varibad"))
     learners = [build("varibad") for _ in range(2)]
     for one, task in zip(learners, (trials.task, trials.task.flip(0)), strict=True):
         one.update(replace(trials, task=task), 0.0, 0)
     a, b = (one.agent.state_dict() for one in learners)
-    felt = {k.split(".")[0] for k in a if not torch.equal(a[k], b[k])}
-    assert {"labels", "critic"} <= felt <= {"labels", "critic", "actor", "log_std"}
+    changed = {k.split(".")[0] for k in a if not torch.equal(a[k], b[k])}
+    assert {"labels", "critic"} <= changed <= {"labels", "critic", "actor", "log_std"}
 
 
 def test_the_posterior_learns_to_tell_tasks_apart() -> None:
     learner = build("varibad", lr=1e-2, epochs=20, kl_stop=1e9)
-    trials = live(learner)
+    trials = collect_trials(learner)
     metrics = [learner.update(trials, 0.0, i) for i in range(6)]
     for k, sign in (("belief_loss", -1), ("reward_log_density", 1), ("motion_log_density", 1)):
         assert sign * (metrics[-1][f"train/{k}"] - metrics[0][f"train/{k}"]) > 0.5
 
 
-def silence(learner: Learner) -> None:
-    """Make the encoder say the same of all tasks."""
+def collapse(learner: Learner) -> None:
+    """Make the encoder return the same posterior for all tasks."""
     with torch.no_grad():
         learner.agent.encoder[-1].weight.zero_()
 
 
 def test_a_collapsed_posterior_is_named() -> None:
     learner = build("varibad", lr=1e-12)
-    trials = live(learner)
-    silence(learner)
+    trials = collect_trials(learner)
+    collapse(learner)
     with pytest.raises(
         PosteriorError, match="varibad: the posterior has collapsed, it is the same in all 6 tasks"
     ):
@@ -236,7 +236,7 @@ def test_a_collapsed_posterior_is_named() -> None:
 
 
 def test_trials_that_are_all_the_same_collapse_it_too() -> None:
-    learner, trials = build("varibad"), live(build("varibad"))
+    learner, trials = build("varibad"), collect_trials(build("varibad"))
 
     def one(episode: Rollout) -> Rollout:
         rows = {
@@ -260,7 +260,7 @@ def test_trials_that_are_all_the_same_collapse_it_too() -> None:
 
 def test_a_posterior_that_is_not_finite_is_named() -> None:
     learner = build("varibad")
-    trials = live(learner)
+    trials = collect_trials(learner)
     with torch.no_grad():
         learner.agent.encoder[-1].bias[0] = float("nan")
     with pytest.raises(
@@ -287,7 +287,7 @@ def test_training_stops_at_a_collapsed_posterior_with_the_checkpoint_as_it_was(
         seed=0,
     )
     learner.update(trials, 0.0, 0)
-    silence(learner)
+    collapse(learner)
     save_checkpoint(run.folder, learner.state(), {"iteration": 1, "steps": 800, "elapsed_s": 1.0})
     before = (run.folder / "checkpoint.json").read_bytes()
     with pytest.raises(PosteriorError, match="has collapsed"):

@@ -1,4 +1,4 @@
-"""Beginning as another policy acts."""
+"""Initialising an agent from a policy without memory (--init)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def begun(out: Path, policy: Path, agent: str) -> Run:
 
 
 @pytest.mark.parametrize("name", ["rl2", "blind", "oracle"])
-def test_an_agent_that_adopted_a_policy_acts_as_it_does(name: str, policy: Path) -> None:
+def test_a_warm_started_agent_acts_as_the_policy_does(name: str, policy: Path) -> None:
     source = open_run(policy).load_agent()
     with torch.no_grad():
         source.actor[-1].weight *= 50  # a tiny run's actions are too small to compare
@@ -56,14 +56,12 @@ def test_an_agent_that_adopted_a_policy_acts_as_it_does(name: str, policy: Path)
 
 
 @pytest.mark.parametrize("name", ["rl2", "oracle"])
-def test_a_run_that_begins_as_a_policy_trains_and_resumes_bit_for_bit(
+def test_a_warm_started_run_trains_and_resumes_bit_for_bit(
     name: str, policy: Path, tmp_path: Path
 ) -> None:
     whole, parted = (begun(tmp_path / n, policy, name) for n in ("whole", "parted"))
     assert train(whole, show=False)
-    assert train(
-        parted, resume=True, show=False
-    )  # nothing saved yet: begins as the policy all the same
+    assert train(parted, show=False)  # nothing saved yet: begins as the policy all the same
     first, second = (r.checkpoint()[0] for r in (whole, parted))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -89,7 +87,7 @@ def test_a_policy_that_does_not_fit_is_refused_in_a_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_only_a_policy_without_memory_can_be_adopted(tmp_path: Path) -> None:
+def test_only_from_a_policy_without_memory(tmp_path: Path) -> None:
     recurrent = tiny_run(tmp_path / "rl2", family="CheetahDir").folder
     with pytest.raises(MetarobotError, match="was trained as rl2"):
         begun(tmp_path / "run", recurrent, "rl2")
