@@ -163,7 +163,7 @@ def plan_jobs(plan: Plan) -> list[Job]:
 
 
 def difference(config: Mapping[str, Any], job: Job) -> str:
-    """Say in which setting a run's config.json differs from a job's; empty if in none that matters.
+    """Return the setting in which a run's config.json differs from a job's; empty if none matters.
 
     A setting that an older run does not hold is taken to have its default.
     """
@@ -491,7 +491,7 @@ def _play_once(
     key = [
         evaluator.family.name,
         evaluator.family.space.hash,
-        _protocol_key(evaluator.protocol),
+        protocol_key(evaluator.protocol),
         [read_json(run.folder / "checkpoint.json")["sha256"] for run in runs],
         [run.rollouts for run in runs],
     ]
@@ -502,7 +502,7 @@ def _play_once(
     return np.array(read_json(path)["returns"])
 
 
-def _protocol_key(protocol: Protocol) -> dict[str, Any]:
+def protocol_key(protocol: Protocol) -> dict[str, Any]:
     """Return the settings of a protocol that the returns depend on.
 
     Threads do not change them. The CPU is not named, so that returns kept before there was another

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarobot.bounds import Count, CountOrZero, check_bounds
 from metarobot.env.base import Env
 from metarobot.env.factory import make_env
-from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Agent, Context
 from metarobot.tasks.family import Family
 from metarobot.training.collect import collect
@@ -29,15 +29,15 @@ class Protocol:
 
     split: str = "test"
     """Split that tasks are drawn from."""
-    tasks: int = 40
+    tasks: Count = 40
     """Number of tasks."""
-    episodes: int = 2
+    episodes: Count = 2
     """Episodes K of each task."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of tasks and starts; every agent meets the same."""
     quiet: bool = False
     """Play the last episode, which nothing adapts to, without exploration noise."""
-    threads: int = 0
+    threads: CountOrZero = 0
     """Physics threads on the CPU; 0 takes all there are."""
     sim: str = "cpu"
     """Simulator, ``cpu`` (MuJoCo) or ``warp`` (MuJoCo Warp)."""
@@ -45,10 +45,7 @@ class Protocol:
     """Where Warp simulates, ``cpu`` or ``cuda``."""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "episodes"):
-            value = getattr(self, name)
-            if value < 1:
-                raise MetarobotError(f"{name} must be at least 1, not {value}")
+        check_bounds(self)
 
 
 class PlayedReturns(NamedTuple):

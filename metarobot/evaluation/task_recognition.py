@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metarobot.bounds import Count, CountOrZero, check_bounds
 from metarobot.env.base import Env
 from metarobot.env.factory import make_env
 from metarobot.errors import MetarobotError
@@ -41,22 +42,22 @@ class RecognitionConfig:
 
     split: str = "test"
     """Split that tasks are drawn from."""
-    tasks: int = 20
+    tasks: Count = 20
     """Number of tasks."""
     even: bool = False
     """Space them evenly over the training range of the one parameter instead: how finely tasks are
     told apart, without the luck of draws that nearly coincide."""
-    transitions: int = 50
+    transitions: Count = 50
     """What a task is recognised from: so many first transitions of a fresh episode."""
-    neighbours: int = 5
+    neighbours: Count = 5
     """Prototypes named for each task, the nearest."""
-    support: int = 5
+    support: Count = 5
     """Episodes whose first transitions, as many, make the prototype of each held-out task."""
-    queries: int = 5
+    queries: Count = 5
     """Fresh episodes of each task to recognise."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of tasks and starts."""
-    threads: int = 0
+    threads: CountOrZero = 0
     """Physics threads on the CPU; 0 takes all there are."""
     sim: str = "cpu"
     """Simulator, ``cpu`` (MuJoCo) or ``warp`` (MuJoCo Warp)."""
@@ -64,10 +65,7 @@ class RecognitionConfig:
     """Where Warp simulates, ``cpu`` or ``cuda``."""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "transitions", "neighbours", "support", "queries"):
-            value = getattr(self, name)
-            if value < 1:
-                raise RecognitionError(f"{name} must be at least 1, not {value}")
+        check_bounds(self)
 
 
 def recognise(

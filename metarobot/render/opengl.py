@@ -74,7 +74,7 @@ def backend() -> str:
 
 
 def _works(name: str) -> bool:
-    """Say whether a backend draws, tried in another process."""
+    """Return whether a backend draws, tried in another process."""
     environment = dict(os.environ)
     environment.pop("MUJOCO_GL", None)
     command = [sys.executable, "-c", PROBE_PROGRAM.format(name)]

@@ -402,7 +402,7 @@ class Scene:
             scene.ngeom += 1
 
     def _casts_shadow(self, geom: mujoco.MjvGeom) -> bool:
-        """Say whether a geom belongs to a body of the model, and not to the world itself."""
+        """Return whether a geom belongs to a body of the model, and not to the world itself."""
         is_geom = geom.objtype == mujoco.mjtObj.mjOBJ_GEOM
         return bool(is_geom and self.model.geom_bodyid[geom.objid] > 0)
 

@@ -117,9 +117,7 @@ def test_support_and_query_are_other_demonstrations_of_the_same_tasks() -> None:
     assert len(met) == 5 * VARIANTS * 5
 
 
-def test_demonstrations_are_a_rollout_in_which_a_tasks_worlds_stand_together_variant_by_variant() -> (
-    None
-):
+def test_demonstrations_are_a_rollout_whose_worlds_go_variant_by_variant() -> None:
     rollout = labelled().rollout([4, 1], torch.tensor([[0, 3], [2, 2]]))
     named = [[4, v, s] for v in range(VARIANTS) for s in (0, 3)] + [
         [1, v, 2] for v in range(VARIANTS) for _ in (0, 0)
@@ -403,7 +401,10 @@ def test_record_train_and_shots_from_end_to_end(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     data, out, report = (tmp_path / n for n in ("data", "x", "report.json"))
-    words = f"record Placement --out {data} --tasks 2 --shots 2 --seed 3 --split test --jitter 0.01 --threads 1"
+    words = (
+        f"record Placement --out {data} --tasks 2 --shots 2 --seed 3 --split test "
+        "--jitter 0.01 --threads 1"
+    )
     code, said, _ = run(capsys, *words.split())
     assert (code, said) == (0, f"wrote 16 demonstrations of 2 tasks to {data}\n")
     assert (read_demonstrations(data).split, read_demonstrations(data).shots) == ("test", 2)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("mujoco_warp")
 
-from metarobot.evaluation.compare import _protocol_key
+from metarobot.evaluation.compare import protocol_key
 from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.protocol import Protocol
 from metarobot.evaluation.trial_film import film
@@ -57,5 +57,5 @@ def test_a_film_on_warp_shows_the_same_panels(gl: None, run: Run, tmp_path: Path
 
 def test_returns_that_were_kept_for_the_cpu_stay_valid_and_warp_has_its_own() -> None:
     key = {"split": "test", "tasks": 40, "episodes": 2, "seed": 0, "quiet": False}
-    assert _protocol_key(Protocol(threads=3)) == key
-    assert _protocol_key(Protocol(**ON_WARP)) == {**key, **ON_WARP}
+    assert protocol_key(Protocol(threads=3)) == key
+    assert protocol_key(Protocol(**ON_WARP)) == {**key, **ON_WARP}
