@@ -1,4 +1,4 @@
-"""The step loop, its backends, and its faces for Gymnasium and Stable-Baselines3."""
+"""The step loop, its backends, and environments for Gymnasium and Stable-Baselines3."""
 
 from typing import NoReturn
 

@@ -141,6 +141,7 @@ def test_sb3s_environment_runs_on_warp() -> None:
     for action in actions(20):
         obs, reward, done, infos = env.step(action.numpy())
         assert np.isfinite(obs).all()
+        assert reward.shape == (3,)
         episodes += [infos[i]["episode"] for i in np.flatnonzero(done)]
         assert all("terminal_observation" in infos[i] for i in np.flatnonzero(done))
     assert len(episodes) >= 9
