@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig
-from metarobot.bounds import Count, NonNegative
+from metarobot.bounds import Bounds, Count, NonNegative
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions, FeedforwardPolicy
 from metarobot.learning.metric_losses import (
@@ -53,7 +54,7 @@ class PrototypeConfig(DistilledPPOSettings):
     """Features of a transition, whose weighted mean is embedded."""
     window: Count = 50
     """Transitions in a window."""
-    windows: Count = 4
+    windows: Annotated[int, Bounds(2, reason="a support and a query")] = 4
     """Windows that are kept of each task, half of them support, half query; the last is how its
     trial began."""
     bank: Count = 256
@@ -449,10 +450,6 @@ def _check_settings(config: PrototypeConfig) -> None:
     """Raise ``MetarobotError`` for settings that cannot work together."""
     if config.loss not in LOSSES:
         raise MetarobotError(f"no loss called {config.loss!r}; there are: {', '.join(LOSSES)}")
-    if config.windows < 2:
-        raise MetarobotError(
-            f"windows must be at least 2, a support and a query, not {config.windows}"
-        )
     if config.bank < config.worlds:
         raise MetarobotError(
             f"bank = {config.bank} cannot hold the tasks of one iteration, worlds = {config.worlds}"

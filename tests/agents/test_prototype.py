@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metarobot.agents.ppo import PPO, PPOConfig
 from metarobot.agents.prototype import CollapseError, Prototype, PrototypeConfig
+from metarobot.bounds import check_bounds
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Context, Dimensions
@@ -341,10 +342,16 @@ def test_identical_tasks_and_too_few_transitions_are_refused_in_a_line() -> None
             {"loss": "triplet"},
             "no loss called 'triplet'; there are: prototypical, contrastive, siamese",
         ),
-        ({"windows": 1}, "windows must be at least 2, a support and a query, not 1"),
         ({"bank": 5}, "bank = 5 cannot hold the tasks of one iteration, worlds = 6"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(MetarobotError, match=says):
         build(**settings)
+
+
+def test_a_window_of_support_and_one_of_query_are_needed() -> None:
+    config = PrototypeConfig(windows=1)
+    with pytest.raises(MetarobotError, match="windows must be at least 2, a support and a query"):
+        check_bounds(config)
+    check_bounds(replace(config, windows=2))

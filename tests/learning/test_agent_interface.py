@@ -1,12 +1,13 @@
 """What the registered agents declare that they can do."""
 
 from functools import cache
+from typing import get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
-from metarobot.bounds import Bounds, check_bounds, get_type_hints
+from metarobot.bounds import Bounds, check_bounds
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import (
     AgentKind,
