@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import run
 
+from metarobot.cli.main import COMMANDS
+
 
 def test_families_says_what_varies_over_which_ranges_and_splits(capsys) -> None:
     code, out, _ = run(capsys, "families")
@@ -36,8 +38,21 @@ def test_train_evaluate_plot_and_bench_from_end_to_end(capsys, tmp_path: Path) -
     small = ("--worlds", "4", "--minibatches", "2", "--epochs", "1", "--threads", "1")
     assert run(capsys, "train", "CheetahVel100", "--steps", "1e3", "--out", x, *small)[0] == 0
     report, picture = tmp_path / "e.json", tmp_path / "e.png"
-    code, out, _ = run(capsys, "evaluate", x, "--split", "extrapolate", "--tasks", "3", "--episodes", "3",
-                       "--json", str(report), "--plot", str(picture))  # fmt: skip
+    code, out, _ = run(
+        capsys,
+        "evaluate",
+        x,
+        "--split",
+        "extrapolate",
+        "--tasks",
+        "3",
+        "--episodes",
+        "3",
+        "--json",
+        str(report),
+        "--plot",
+        str(picture),
+    )
     assert code == 0
     assert "worst 10 %" in out
     data = json.loads(report.read_text())
@@ -72,8 +87,20 @@ def test_bench_writes_the_agreed_keys(capsys, tmp_path: Path) -> None:
 
 def test_bench_of_pearl_compares_it_with_bare_products_and_with_rl2(capsys, tmp_path: Path) -> None:
     target = tmp_path / "b.json"
-    code, out, _ = run(capsys, "bench", "pearl", "CheetahVel100", "--worlds", "2", "--seconds", "0.1",
-                       "--threads", "1", "--json", str(target))  # fmt: skip
+    code, out, _ = run(
+        capsys,
+        "bench",
+        "pearl",
+        "CheetahVel100",
+        "--worlds",
+        "2",
+        "--seconds",
+        "0.1",
+        "--threads",
+        "1",
+        "--json",
+        str(target),
+    )
     assert code == 0
     assert "gradient steps/s" in out
     data = json.loads(target.read_text())
@@ -115,8 +142,21 @@ def test_sinusoid_draws_its_picture_and_writes_the_errors(capsys, tmp_path: Path
 def test_maml_trains_evaluates_beside_fine_tuning_and_is_filmed(
     capsys, runs, tmp_path: Path, gl: None
 ) -> None:
-    code, out, _ = run(capsys, "evaluate", str(runs["maml"].folder), "--tasks", "2", "--episodes", "3", "--finetune",
-                       str(runs["blind"].folder), "--plot", str(tmp_path / "a.png"), "--threads", "1")  # fmt: skip
+    code, out, _ = run(
+        capsys,
+        "evaluate",
+        str(runs["maml"].folder),
+        "--tasks",
+        "2",
+        "--episodes",
+        "3",
+        "--finetune",
+        str(runs["blind"].folder),
+        "--plot",
+        str(tmp_path / "a.png"),
+        "--threads",
+        "1",
+    )
     assert code == 0
     assert "2, from scratch" in out
     assert "direction -1: " in out
@@ -136,7 +176,37 @@ def test_help_shows_the_chosen_agents_own_settings(capsys) -> None:
     assert "--lr" in out
 
 
+def test_help_is_a_short_table_of_all_commands_and_imports_none(capsys) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    listed = re.findall(r"^  (\S+) +\S", out, re.MULTILINE)
+    assert listed == list(COMMANDS)
+    assert all(len(line) <= 100 for line in out.splitlines())
+    heavy = "{'torch', 'mujoco', 'tyro', 'rich'} & set(sys.modules)"
+    script = f"import sys; from metarobot.cli.main import main; main(['--help']); print({heavy})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys) -> None:
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert f"usage: metarobot {name} " in out
+
+
+def test_the_package_runs_as_a_module() -> None:
+    argv = [sys.executable, "-m", "metarobot", "dance"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no command called 'dance'; there are: families, agents")
+
+
 BAD = {
+    "no command": (
+        "",
+        "no command given; there are: families, agents",
+    ),
     "unknown family": (
         "train CheetahFly --out {tmp}/a",
         "no family called 'CheetahFly'; there are: AntDir",
@@ -320,8 +390,21 @@ def small_files_only() -> None:
 
 def test_a_disk_that_takes_no_more_is_one_line_and_nothing_half_written(tmp_path: Path) -> None:
     """The kernel refuses to let a file grow past 100 kB, which a checkpoint does."""
-    argv = [sys.executable, "-m", "metarobot.cli.main", "train", "CheetahVel100", "--steps", "1e3", "--worlds", "4",
-            "--minibatches", "2", "--out", str(tmp_path / "x")]  # fmt: skip
+    argv = [
+        sys.executable,
+        "-m",
+        "metarobot.cli.main",
+        "train",
+        "CheetahVel100",
+        "--steps",
+        "1e3",
+        "--worlds",
+        "4",
+        "--minibatches",
+        "2",
+        "--out",
+        str(tmp_path / "x"),
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, preexec_fn=small_files_only)
     assert done.returncode == 2
     assert re.search(r"error: cannot write .*safetensors: File too large", done.stderr)

@@ -12,6 +12,7 @@ import torch
 from helpers import tiny_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
 from metarobot.training.config import TrainConfig
@@ -34,8 +35,19 @@ SMALL = (
 
 
 def command(out: Path, steps: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "metarobot.cli.main", "train", "CheetahDir100", "--steps", steps, "--out", str(out),
-            *SMALL, *more]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "metarobot.cli.main",
+        "train",
+        "CheetahDir100",
+        "--steps",
+        steps,
+        "--out",
+        str(out),
+        *SMALL,
+        *more,
+    ]
 
 
 def digest(out: Path) -> str:
@@ -145,11 +157,8 @@ def test_a_run_is_resumed_for_the_steps_it_was_started_for_unless_told_otherwise
 
 def test_a_run_that_is_through_can_be_made_longer_but_not_shorter(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run")
-    kind = agents.get("rl2").config(**run.config["agent_config"])
-    longer = TrainConfig(
-        **{k: run.config[k] for k in TrainConfig.__dataclass_fields__ if k in run.config}
-        | {"steps": 4000}
-    )
+    kind = run.agent_config
+    longer = replace(run.train_config, steps=4000)
     with pytest.raises(MetarobotError, match="with steps 900: it was trained with 1600"):
         reopen_run(replace(longer, steps=900), kind, run.folder)
     again = reopen_run(replace(longer, steps=1600), kind, run.folder)
@@ -162,6 +171,22 @@ def test_a_run_that_is_through_can_be_made_longer_but_not_shorter(tmp_path: Path
     assert open_run(run.folder).config["steps"] == 4000
     last = [r for r in rows if r["time/total_timesteps"] <= 1600][-1]
     assert rows[-1]["train/learning_rate"] != last["train/learning_rate"]
+
+
+def test_learner_and_worlds_are_built_once_a_training(tmp_path: Path, monkeypatch) -> None:
+    built: list[str] = []
+    kind = agents.get("rl2")
+    counted = replace(kind, build=lambda *a: (built.append("learner"), kind.build(*a))[1])
+    monkeypatch.setitem(agents._items, "rl2", counted)
+    real = Env.__init__
+
+    def init(self: Env, *arguments: object, **settings: object) -> None:
+        built.append("environment")
+        real(self, *arguments, **settings)
+
+    monkeypatch.setattr(Env, "__init__", init)
+    tiny_run(tmp_path / "x", steps=400)
+    assert sorted(built) == ["environment", "learner"]
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path) -> None:

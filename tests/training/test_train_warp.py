@@ -77,7 +77,10 @@ def test_a_run_moves_between_simulators_and_that_is_said(tmp_path: Path) -> None
         made = reopen_run(config(steps, sim), small, out, said.append)
         assert train(short(made), show=False)
         assert made.config["sim"] == (sim or "warp")
-    goes = "goes on with {} physics and learning on cpu, after {} physics and learning on cpu: other roundings"
+    goes = (
+        "goes on with {} physics and learning on cpu, "
+        "after {} physics and learning on cpu: other roundings"
+    )
     assert [line for line in said if line.startswith("goes")] == [
         goes.format("warp", "cpu"),
         goes.format("cpu", "warp"),
