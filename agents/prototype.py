@@ -36,7 +36,7 @@ from metarobot.types import Percept, Rollout, Trials, join_episodes, next_values
 
 COLLAPSED = 1e-5
 """Spread of the prototypes, relative to their size, below which all of them are one point."""
-ADVICE = "lower --encoder-lr, or resume from the last checkpoint, which is whole"
+REMEDY = "lower --encoder-lr, or resume from the last checkpoint, which is whole"
 """What to do about embeddings that broke down, for error messages."""
 
 
@@ -265,7 +265,7 @@ class PrototypeAgent(nn.Module):
         prototype = z.mean(1)
         task = bank.task[: len(z)]
         if not bool(z.isfinite().all()):
-            raise CollapseError(f"the embeddings are not finite; {ADVICE}")
+            raise CollapseError(f"the embeddings are not finite; {REMEDY}")
 
         offsets = prototype - prototype.mean(0)
         spread = float(offsets.square().sum(1).mean().sqrt())
@@ -274,7 +274,7 @@ class PrototypeAgent(nn.Module):
         if spread < COLLAPSED * size and tasks_differ:
             raise CollapseError(
                 f"the embeddings collapsed: {len(z)} tasks lie within {spread:.1g} of one point; "
-                f"{ADVICE}"
+                f"{REMEDY}"
             )
 
         bank.prototype[: len(z)] = prototype
@@ -330,7 +330,7 @@ class Prototype:
             losses = losses + self._encoder_step(generator)
         losses = losses / config.lessons
         if not bool(losses.isfinite().all()):
-            raise CollapseError(f"the loss of the embeddings is {float(losses.sum())}; {ADVICE}")
+            raise CollapseError(f"the loss of the embeddings is {float(losses.sum())}; {REMEDY}")
 
         encoder_metrics = {
             "loss": float(losses[0]),

@@ -39,7 +39,7 @@ def test_divergence_and_density_are_torchs(seed: int, latent: int) -> None:
     assert torch.allclose(log_density(p, q.mean), torchs(p).log_prob(q.mean).sum(-1))
 
 
-def test_divergence_is_what_samples_say() -> None:
+def test_divergence_equals_its_estimate_from_samples() -> None:
     p, q = gaussian(2, 3), gaussian(2, 3, seed=1)
     rng = torch.Generator().manual_seed(2)
     x = sample(p, torch.randn(200_000, 2, 3, generator=rng, dtype=torch.float64))
@@ -102,9 +102,7 @@ def test_a_posterior_that_is_the_same_in_all_tasks_has_collapsed(mean: Tensor) -
         check_posterior(Gaussian(mean, torch.ones(4, 2)), "varibad")
 
 
-def test_one_dimension_that_tells_tasks_apart_is_enough_and_one_task_has_nothing_to_be_told_from() -> (
-    None
-):
+def test_one_dimension_that_tells_tasks_apart_is_enough_and_one_task_cannot_collapse() -> None:
     apart = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
     check_posterior(Gaussian(apart, torch.ones(2, 2)), "varibad")
     check_posterior(Gaussian(apart[:1], torch.ones(1, 2)), "varibad")

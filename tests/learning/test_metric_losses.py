@@ -37,8 +37,8 @@ def directly_prototypical(z: Tensor, label: list[int]) -> float:
     losses = []
     for i, own in enumerate(label):
         for q in z[i, half:]:
-            say = {k: math.exp(-float(SHARP) * gap(q, c) ** 2) for k, c in centre.items()}
-            losses.append(-math.log(say[own] / sum(say.values())))
+            similarity = {k: math.exp(-float(SHARP) * gap(q, c) ** 2) for k, c in centre.items()}
+            losses.append(-math.log(similarity[own] / sum(similarity.values())))
     return sum(losses) / len(losses)
 
 
@@ -46,11 +46,13 @@ def directly_contrastive(z: Tensor, label: list[int]) -> float:
     flat = [(label[i], p) for i in range(len(z)) for p in z[i]]
     losses = []
     for i, (own, p) in enumerate(flat):
-        say = {
+        similarity = {
             j: math.exp(-float(SHARP) * gap(p, q) ** 2) for j, (_, q) in enumerate(flat) if j != i
         }
-        alike = [j for j in say if flat[j][0] == own]
-        losses.append(-sum(math.log(say[j] / sum(say.values())) for j in alike) / len(alike))
+        alike = [j for j in similarity if flat[j][0] == own]
+        losses.append(
+            -sum(math.log(similarity[j] / sum(similarity.values())) for j in alike) / len(alike)
+        )
     return sum(losses) / len(losses)
 
 
@@ -99,15 +101,15 @@ def test_losses_are_low_where_tasks_stand_apart_and_do_not_mind_the_order_of_tas
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_slopes_are_finite_where_all_points_are_one_and_a_single_class_is_nothing_to_tell_apart(
+def test_gradients_are_finite_where_all_points_are_one_and_a_single_class_is_nothing_to_tell_apart(
     name: str,
 ) -> None:
     z = torch.zeros(4, 2, 3, dtype=torch.float64, requires_grad=True)
     loss = LOSSES[name](z, torch.tensor([0, 1, 2, 1]), SHARP) + distance_loss(
         z, torch.eye(4).double()
     )
-    (slope,) = torch.autograd.grad(loss, z)
-    assert slope.isfinite().all()
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert gradient.isfinite().all()
     assert LOSSES[name](points(tasks=3), torch.zeros(3, dtype=torch.int64), SHARP).isfinite()
 
 

@@ -78,7 +78,7 @@ def test_a_memory_step_leaves_the_old_state_as_it_was(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
-def test_a_memory_hears_the_past_and_never_the_future(kind: str) -> None:
+def test_a_memory_depends_on_the_past_and_never_on_the_future(kind: str) -> None:
     torch.manual_seed(0)
     m = make_memory(kind, 5, 8)
     x = torch.randn(20, 2, 5)
@@ -90,7 +90,7 @@ def test_a_memory_hears_the_past_and_never_the_future(kind: str) -> None:
     assert ((before[10:, 0] - after[10:, 0]).abs().max(1).values > 1e-5).all()
 
 
-def test_the_linear_memory_is_born_with_many_time_scales() -> None:
+def test_the_untrained_linear_memory_has_many_time_scales() -> None:
     m = make_memory("linear", 3, 64)
     keeps = 1 - torch.sigmoid(m.project.bias[:64].detach())
     assert float(keeps.min()) == pytest.approx(0.5)

@@ -114,7 +114,7 @@ def features(x: torch.Tensor) -> np.ndarray:
 def rollouts(
     time: int, worlds: int, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Observations, returns-to-go and which steps were lived: each world some first ones."""
+    """Observations, returns-to-go and the valid mask: the first few steps of each world."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(time, worlds, 3, generator=rng, dtype=torch.float64)
     to_go = torch.randn(time, worlds, generator=rng, dtype=torch.float64)
@@ -140,8 +140,8 @@ def test_the_baseline_is_the_ridge_regression_of_each_task(
     found = linear_baseline(x, to_go, valid, tasks, ridge)
     for i in range(tasks):
         mine = slice(each * i, each * (i + 1))
-        every, lived = features(x[:, mine]), valid[:, mine].numpy()
-        a, b = every[lived], to_go[:, mine].numpy()[lived]
+        every, collected = features(x[:, mine]), valid[:, mine].numpy()
+        a, b = every[collected], to_go[:, mine].numpy()[collected]
         penalty = np.sqrt(ridge * len(a)) * np.eye(a.shape[1])
         weights, *_ = np.linalg.lstsq(
             np.vstack([a, penalty]), np.concatenate([b, np.zeros(len(penalty))])
@@ -161,7 +161,7 @@ def test_the_baseline_fits_exactly_what_is_linear_in_its_features() -> None:
     assert (linear_baseline(x, to_go, valid, 1, 1e-12) - to_go)[valid].abs().max() > 0.1
 
 
-def test_the_baseline_does_not_look_at_steps_that_were_not_lived() -> None:
+def test_the_baseline_ignores_steps_that_are_not_valid() -> None:
     x, to_go, valid = rollouts(12, 6)
     assert not valid.all()
     other_x = torch.where(valid[..., None], x, 1e3)
