@@ -40,6 +40,7 @@ class AutoresetEnv:
         if not bool(ended.any()):
             return result
 
+        # New tasks come before the restart, as starts are drawn on their models.
         ids = torch.nonzero(ended)[:, 0].tolist()
         if self.next_task is not None:
             tasks = [self.next_task(i, int(self.env.episodes[i]) + 1) for i in ids]

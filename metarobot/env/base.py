@@ -84,6 +84,7 @@ class Env:
         self.world_ids = list(range(self.worlds))
         """Numbers of the worlds, which key their starts."""
 
+        # Tasks that differ only in what the reward reads share one compiled model.
         self._task_models = TaskModels(family)
         self._models: dict[tuple[float, ...], mujoco.MjModel] = {}
         models = [self.model(t) for t in self.tasks]
@@ -109,6 +110,8 @@ class Env:
             bounds = torch.tensor([[-1.0], [1.0]]).expand(2, len(controller.actions))
         self.action_low, self.action_high = bounds.to(qpos)
 
+        # The columns of one tensor, so that new tasks are written in place and every function of
+        # the family sees them.
         self._values = family.space.values(self.tasks).to(qpos)
         self.task_values = dict(zip(family.space.names, self._values.unbind(1), strict=True))
         """Each task parameter over the worlds, name -> ``(world,)``."""
@@ -139,6 +142,7 @@ class Env:
         self.readout: dict[str, Tensor] = {}
         """The family's quantities to display, "name unit" -> ``(world,)``."""
 
+        # Noise is drawn for those observations alone that have any.
         noisy = torch.tensor(family.interaction.noise).nonzero()[:, 0]
         self._noisy = noisy.to(self.device)
         self._weights = torch.tensor(list(family.weights.values())).to(qpos)
@@ -220,6 +224,8 @@ class Env:
         if len(checked) != len(rows):
             raise MetarobotError(f"{len(checked)} tasks were given for {len(rows)} worlds")
 
+        # Models and values change at once; the state does not, so until their restart the worlds
+        # are in a state of their old task.
         for world, task in zip(rows, checked, strict=True):
             self.tasks[world] = task
         models = [self.model(t) for t in checked]
@@ -287,11 +293,13 @@ class Env:
         self.elapsed[rows] = 0
         self.over[rows] = False
 
+        # Computed for all worlds, since the family's functions know nothing of rows.
         statistics = self.family.interaction.statistics
         if statistics is not None:
             self.state.statistics[rows] = statistics.begin(self.state)[rows]
         self.snapshot = self._take_snapshot()
 
+        # Actuators with a lag have a state of their own, which must begin at their targets.
         controller = self.family.interaction.controller
         if controller is not None:
             targets = controller.rest(qpos)
@@ -382,6 +390,7 @@ class Env:
             terminated = terminated | faulted
         truncated = (self.elapsed >= family.horizon) & ~terminated
 
+        # A world that was not stepped is where its episode ended: that is not reported again.
         if active is not None:
             terminated = terminated & active
             truncated = truncated & active

@@ -114,6 +114,7 @@ class PooledStarts:
         amplitude = torch.tensor(family.interaction.noise)
         self._amplitude = amplitude[amplitude != 0].to(device)
 
+        # Many models have few starts each, and a single model has them all.
         distinct = len({id(m) for m in (*models, *pooled)})
         self._per_model = max(STARTS_PER_MODEL, math.ceil(STARTS_IN_ALL / distinct))
         self._rows: dict[int, int] = {}
@@ -169,6 +170,7 @@ class PooledStarts:
         for model in new:
             row = len(self._rows)
             self._rows[id(model)] = row
+            # Keyed by the row alone: the seed of an environment decides which starts are picked.
             rng = np.random.Generator(np.random.Philox(key=[0, row]))
             starts = [self._family.start(rng, model) for _ in range(self._per_model)]
             qpos.append(np.stack([start[0] for start in starts]))
@@ -211,6 +213,7 @@ def bytes_per_world(family: Family, device: str = "cuda") -> int:
     distinct = {task_models.key(t): task_models.compile(t) for t in tasks}
     models = list(itertools.islice(itertools.cycle(distinct.values()), PROBED_WORLDS))
 
+    # The difference of two sizes leaves out what all worlds share.
     half = PROBED_WORLDS // 2
     bytes_of_half = WarpSim(models[:half], device=device, buffer_sizes=sizes).bytes
     bytes_of_all = WarpSim(models, device=device, buffer_sizes=sizes).bytes

@@ -111,6 +111,8 @@ class GymEnv(gymnasium.Env[Array, Array]):
         space = self.env.family.space
         given = space.coerce(options["task"]) if "task" in options else None
         super().reset(seed=seed)
+        # One seed for the task and one for the start, so that a task given as an option does not
+        # change the start.
         task_seed, start_seed = (int(s) for s in self.np_random.integers(2**63, size=2))
         self.env.set_tasks([given or self._world.sample_task(task_seed)])
         obs = to_numpy(self.env.reset(start_seed)[0])
@@ -288,6 +290,7 @@ class GymVecEnv(gymnasium.vector.VectorEnv[Array, Array, Array]):
         }
         per_world = dict(infos)
         if done.any():
+            # The task of the episode that ended, before the one of the episode that began.
             final_info = masked_infos({**infos, "task": self._tasks}, done)
             self._tasks = self._task_info()
             infos["final_obs"] = _object_rows(to_numpy(step.final_obs), done)
@@ -355,6 +358,7 @@ class _Window:
         """Show a world as it is now."""
         if env.tasks[world] != self._task:
             self._open(env.tasks[world])
+        # The window's model has the same joints, but is not the one that is simulated.
         _, data = env.sim.snapshot(world)
         self._data.qpos = data.qpos
         self._data.qvel = data.qvel

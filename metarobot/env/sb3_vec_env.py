@@ -130,7 +130,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
 
         Shapes: ``(world, obs)``, ``(world,)``, ``(world,)`` and a list of one dictionary a world.
         """
-        lengths = self.env.elapsed + 1
+        lengths = self.env.elapsed + 1  # counted here, as a restart sets them back to 0
         step = self._autoreset.step(self._actions)
         reward = to_numpy(step.reward)
         truncated = to_numpy(step.truncated)

@@ -76,6 +76,7 @@ class WorldStarts:
             )
             rng = np.random.Generator(stream)
 
+            # The order of the draws decides what a seed gives: start, noise, variant.
             start_qpos, start_qvel = self._family.start(rng, self._models[world])
             qpos.append(start_qpos)
             qvel.append(start_qvel)

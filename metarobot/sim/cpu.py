@@ -62,7 +62,8 @@ class CpuSim:
         except batch.SimulationError as e:
             failed = e.ids
 
-        # warning is (world, kind of warning, (last info, count))
+        # MuJoCo resets a state that is no longer finite and counts a warning, so both are looked
+        # at. ``warning`` is (world, kind of warning, (last info, count)).
         broken = torch.from_numpy(self._batch.warning[:, :, 1].any(1))
         broken |= ~torch.isfinite(self._qpos.sum(1) + self._qvel.sum(1))
         if failed is not None:
@@ -79,6 +80,7 @@ class CpuSim:
             qpos = qpos[rows]
             qvel = qvel[rows]
 
+        # Nothing is computed in the reset: the state is written after it.
         self._batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
         where = slice(None) if ids is None else torch.as_tensor(ids, dtype=torch.int64)
         self._qpos[where] = qpos

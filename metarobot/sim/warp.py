@@ -191,6 +191,7 @@ class WarpSim:
             if name in _STATIC_POSES:  # in the data, where there is a value for each world anyway
                 return
 
+            # All worlds begin with the nominal value; ``set_models`` writes their own.
             holder = self.model.opt if hasattr(self.model.opt, name) else self.model
             shared = getattr(holder, name)
             wide = wp.empty((self.worlds, *shared.shape[1:]), dtype=shared.dtype)
@@ -219,6 +220,7 @@ class WarpSim:
             if not self._device.is_cuda:
                 self._advance(substeps)
             else:
+                # Launching one graph costs less than launching hundreds of kernels.
                 if substeps not in self._graphs:
                     with wp.ScopedCapture() as capture:
                         self._advance(substeps)
@@ -226,6 +228,7 @@ class WarpSim:
                 wp.capture_launch(self._graphs[substeps])
 
         overflow = self._overflow & _OVERFLOW_BITS
+        # Physics that has lost a contact is wrong, though the state may still look right.
         lost_contacts = overflow != 0
         if rows is not None:
             lost_contacts &= self._mask(rows)
@@ -292,6 +295,7 @@ class WarpSim:
     def _update_sensors(self, mask: Tensor | None) -> None:
         """Compute sensors as ``mj_forward`` does up to velocities, where the mask holds."""
         sensors = self.bind("sensordata")
+        # The kernels run over all worlds; those that go on keep the values of their last step.
         before = None if mask is None else sensors.clone()
         sensors.zero_()
         with wp.ScopedDevice(self._device):

@@ -224,6 +224,7 @@ class Family:
         Raises:
             TypeError: A field that neither the family nor a group has.
         """
+        # Fields of a group are taken out of the changes; what remains is the family's own.
         groups = {}
         for name in ("interaction", "teaching", "display", "deployment"):
             group = changes.pop(name, getattr(self, name))

@@ -102,6 +102,8 @@ class ModelFactory:
         Raises:
             ModelError: The model does not compile.
         """
+        # One specification is edited again and again: every edit writes an absolute value, so
+        # nothing is left of the task before.
         for target, value in zip(self._targets, values, strict=True):
             target.write(value)
         if self._edit_spec is not None and task is not None:

@@ -229,6 +229,8 @@ class TaskSpace:
 
         if split == "test" and (all_tasks := self.finite) is not None:
             return [all_tasks[i % len(all_tasks)] for i in range(n)]
+        # Space and split are part of the key, so that no two share their random numbers. CRC
+        # is used as Python's own hash of a string differs from process to process.
         key = [zlib.crc32(self.name.encode()), SPLITS.index(split), *seeds]
         rng = np.random.Generator(np.random.PCG64(key))
         return [self._draw(split, rng) for _ in range(n)]
@@ -249,6 +251,7 @@ class TaskSpace:
             ]
             outside = candidates[int(rng.integers(len(candidates)))]
 
+        # Drawn again: above, each parameter was drawn by itself.
         for faults in self.sparse_faults:
             values |= self._draw_faults(faults, rng, extrapolate=faults == outside)
         if isinstance(outside, Param) and outside.extrapolation is not None:
@@ -300,6 +303,7 @@ class TaskSpace:
             if p.name not in values:
                 raise TaskError(f"a {self.name} task needs a value for {p.name!r}")
             x = values[p.name]
+            # True and False are integers to Python.
             is_number = isinstance(x, int | float | np.floating | np.integer)
             if isinstance(x, bool) or not is_number or not math.isfinite(x):
                 raise TaskError(f"{p.name} = {x!r} is not a finite number")

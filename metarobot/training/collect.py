@@ -64,6 +64,7 @@ def collect(
     context = agent.begin(len(tasks), encoded if agent.privileged else None)
     percept = Percept.at_trial_start(obs, env.act_dim)
 
+    # A generator of its own: collecting neither reads nor changes torch's global one.
     generator = torch.Generator(env.device).manual_seed(seed)
     noise_dim = agent.noise_dim if isinstance(agent, DrawsNoise) else env.act_dim
     noise_shape = (env.family.horizon, env.worlds, noise_dim)
@@ -71,6 +72,7 @@ def collect(
 
     collected = []
     for k in range(episodes):
+        # Drawn for the whole episode, so that an early end changes nothing in the next one.
         noise = None
         if explores[k]:
             noise = torch.randn(noise_shape, generator=generator, device=env.device)
@@ -111,6 +113,7 @@ def _collect_episode(
         some_wait = env.any_world(env.over)
 
         action, next_context = agent.act(percept, context, None if noise is None else noise[t])
+        # Read before the step, which changes the state that the action was chosen in.
         critic_obs = env.critic_obs()
         teacher_action = env.teacher_action() if record_teacher else None
         result = env.step(action)
@@ -120,6 +123,8 @@ def _collect_episode(
         percept = Percept(
             result.obs, action, result.reward, done=ended, first=torch.zeros_like(ended)
         )
+
+        # Agents act in all worlds, also in those that wait, where nothing of it is kept.
         if some_wait:
             last = Percept(*(_where(active, *pair) for pair in zip(percept, last, strict=True)))
             if next_context is not context:

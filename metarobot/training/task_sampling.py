@@ -67,6 +67,7 @@ def make_task_source(
         env = make_env(family, space.sample("train", worlds), threads=threads)
         return TaskSource(env, sample_new, dict)
 
+    # Where all tasks share one model there is nothing to upload, so no pool is needed.
     if TaskModels(family).shared:
         pooled = []
         sample = sample_new
