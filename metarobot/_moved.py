@@ -128,7 +128,7 @@ def _raise_moved(old: str, new: str) -> NoReturn:
     raise ImportError(f"{old} is {new} now: import from there", name=old)
 
 
-def moved_names(package: str, new: str) -> Callable[[str], NoReturn]:
+def moved_names(package: str, new: str, **renamed: str) -> Callable[[str], NoReturn]:
     """Return the ``__getattr__`` of a package whose name was that of a module.
 
     Names of that module raise an ``ImportError`` of one line that names the module where they are.
@@ -136,11 +136,13 @@ def moved_names(package: str, new: str) -> Callable[[str], NoReturn]:
     Args:
         package: The package.
         new: Where the module's contents are now.
+        renamed: Names that changed, old=new.
     """
 
     def explain(name: str) -> NoReturn:
-        if not name.startswith("__") and hasattr(importlib.import_module(new), name):
-            raise ImportError(f"{package}.{name} is {new}.{name} now: import it from {new}")
+        new_name = renamed.get(name, name)
+        if not name.startswith("__") and hasattr(importlib.import_module(new), new_name):
+            raise ImportError(f"{package}.{name} is {new}.{new_name} now: import it from there")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return explain

@@ -104,7 +104,10 @@ def test_an_old_place_names_the_new_one(old: str) -> None:
         ("from metarobot import checkpoint", "metarobot.training.run_folder"),
         ("import metarobot.bridge.gate as gate", "metarobot.bridge.safety.command_gate"),
         ("from metarobot.tasks import TaskSpace", "metarobot.tasks.space"),
-        ("from metarobot.bridge.policy import OnnxPolicy", "metarobot.bridge.policy.onnx_policy"),
+        (
+            "from metarobot.bridge.policy import Policy",
+            "metarobot.bridge.policy.onnx_policy.OnnxPolicy",
+        ),
     ],
 )
 def test_an_old_import_statement_names_the_new_place_in_its_last_line(

@@ -2,4 +2,6 @@
 
 from metarobot._moved import moved_names
 
-__getattr__ = moved_names(__name__, "metarobot.tasks.space")
+__getattr__ = moved_names(
+    __name__, "metarobot.tasks.space", Few="SparseFaults", assignments="parse_assignments"
+)

@@ -2,4 +2,4 @@
 
 from metarobot._moved import moved_names
 
-__getattr__ = moved_names(__name__, "metarobot.bridge.policy.onnx_policy")
+__getattr__ = moved_names(__name__, "metarobot.bridge.policy.onnx_policy", Policy="OnnxPolicy")

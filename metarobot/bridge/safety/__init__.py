@@ -12,4 +12,9 @@
 
 from metarobot._moved import moved_names
 
-__getattr__ = moved_names(__name__, "metarobot.bridge.safety.command_limits")
+__getattr__ = moved_names(
+    __name__,
+    "metarobot.bridge.safety.command_limits",
+    Filter="CommandLimiter",
+    UnsafeError="UnsafeCommandError",
+)
