@@ -23,6 +23,7 @@ from ros_loop import PEER_PYTHON, ros_peer
 
 from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.bridge.safety.command_gate import damping_bounds_s
+from metarobot.bridge.tools.python_command import python_command
 
 PEER_HZ = 200.0
 START_TIMEOUT_S = 120.0
@@ -33,7 +34,7 @@ AFTER_KILL_S = 2.0
 def run_and_kill(policy: str, domain: int, seconds: float, log: Path) -> float:
     """Run a policy and kill its controller; return when, on the machine's monotonic clock, s."""
     command = [
-        *(sys.executable, "-m", "metarobot.bridge", policy),
+        *python_command("metarobot.bridge", policy),
         *("--robot", "ros2", "--plain", "--set", f"domain={domain}", "timeout=60"),
     ]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)

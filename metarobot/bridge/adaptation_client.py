@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.tools.python_command import child_environment, python_command
 
 DEFAULT_KL_BOUND = 100.0
 """Largest KL divergence of an adapted policy from the one it came from.
@@ -85,7 +85,7 @@ class AdaptationClient:
         kl: float = DEFAULT_KL_BOUND,
         deadline_s: float = 60.0,
         run: str = "",
-        command: Sequence[str] = (sys.executable, "-m", "metarobot.deploy.adaptation_worker"),
+        command: Sequence[str] = (),
     ) -> None:
         if meta.adapts != "between":
             raise BridgeError(
@@ -102,7 +102,7 @@ class AdaptationClient:
         self.kl = kl
         self.deadline_s = deadline_s
         self.run = run or meta.run_path
-        self._command = list(command)
+        self._command = list(command) or python_command("metarobot.deploy.adaptation_worker")
 
         # Memory for a whole batch of rollouts, so that a control step only copies
         steps = (meta.trial.horizon, self.rollouts)
@@ -213,6 +213,7 @@ class AdaptationClient:
             with self._errors_path.open("wb") as errors:
                 self._process = subprocess.Popen(  # noqa: S603
                     command,
+                    env=child_environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=errors,

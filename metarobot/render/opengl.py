@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+from metarobot.bridge.tools.python_command import child_environment, python_program
 from metarobot.errors import MetarobotError
 
 BACKEND_OF_SETTING = {
@@ -75,9 +76,9 @@ def backend() -> str:
 
 def _works(name: str) -> bool:
     """Return whether a backend draws, tried in another process."""
-    environment = dict(os.environ)
+    environment = child_environment()
     environment.pop("MUJOCO_GL", None)
-    command = [sys.executable, "-c", PROBE_PROGRAM.format(name)]
+    command = python_program(PROBE_PROGRAM.format(name))
     try:
         probe = subprocess.run(  # noqa: S603
             command, env=environment, capture_output=True, timeout=PROBE_TIMEOUT_S

@@ -19,7 +19,6 @@ import select
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -30,6 +29,7 @@ import numpy as np
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.policy.metadata import PolicyMetadata
 from metarobot.bridge.robots.lookup import shortened_list
+from metarobot.bridge.tools.python_command import child_environment, python_command
 
 HEADER = struct.Struct("<4sB3xQ")
 """Of a frame: magic, kind, three bytes of padding, number."""
@@ -274,9 +274,14 @@ class SimRobotClient:
 
     def _start(self) -> int:
         """Start the process and return its port, which is the first line it prints."""
-        command = [sys.executable, "-m", "metarobot.deploy.sim_robot_server", *self._arguments]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)  # noqa: S603
+        command = python_command("metarobot.deploy.sim_robot_server", *self._arguments)
+        self._process = subprocess.Popen(  # noqa: S603
+            command,
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT_S)
         line = self._process.stdout.readline() if ready else b""

@@ -13,10 +13,11 @@ import fcntl
 import os
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import BinaryIO
+
+from metarobot.bridge.tools.python_command import child_environment, python_command
 
 FRAME_HEADER = struct.Struct("<cI")
 """Kind, and number of bytes that follow."""
@@ -41,9 +42,10 @@ class ChildProcess:
     def __init__(
         self, module: str, *arguments: str, keep: tuple[int, ...] = (), answers: bool = False
     ) -> None:
-        command = [sys.executable, "-m", f"metarobot.bridge.{module}", *arguments]
+        command = python_command(f"metarobot.bridge.{module}", *arguments)
         self.process = subprocess.Popen(  # noqa: S603
             command,
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if answers else None,
             pass_fds=keep,
