@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -165,7 +165,7 @@ def train(
         MetarobotError: A setting that is unknown or cannot work, or a folder that holds a run.
         TrainingStopped: A signal stopped the training; everything is saved.
     """
-    from metarobot.training.config import KEPT_ON_RESUME, TrainConfig
+    from metarobot.training.config import KEPT_ON_RESUME, TrainConfig, whole_number
     from metarobot.training.run_folder import open_run
     from metarobot.training.train import (
         TrainingStopped,
@@ -183,16 +183,17 @@ def train(
     else:
         train_names = {field.name for field in fields(TrainConfig)}
         own = {k: settings.pop(k) for k in list(settings) if k in train_names}
-        if resume and out is not None:
-            held = open_run(out).train_config
-            own = {name: getattr(held, name) for name in KEPT_ON_RESUME} | own
         if agent_config is None:
             agent_config = _build_agent_config(agent, settings, sorted(train_names))
         elif settings:
             raise MetarobotError("give the agent's settings in agent_config or by name, not both")
         if "steps" in own:
-            own["steps"] = int(own["steps"])
+            own["steps"] = whole_number(str(own["steps"]))
         config = TrainConfig(family=family, agent=agent, **own)
+        if resume:
+            held = open_run(out or default_folder(config)).train_config
+            kept = {k: getattr(held, k) for k in KEPT_ON_RESUME if k not in own}
+            config = replace(config, **kept)
 
     folder = default_folder(config) if out is None else Path(out)
     say = _no_line if quiet else partial(print, file=sys.stderr)

@@ -42,6 +42,8 @@ def test_a_run_is_made_where_one_would_look_for_it(tmp_path: Path, monkeypatch) 
         mr.train("CheetahDir100", "blind", steps=800, **SMALL)
     longer = mr.train("CheetahDir100", "blind", steps=1600, resume=True, **SMALL)
     assert longer.steps == 1600
+    again = mr.train("CheetahDir100", "blind", resume=True, **SMALL)
+    assert again.train_config.steps == 1600
 
 
 @pytest.mark.parametrize(
