@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from metarobot.bridge.loop_timing import SteppedClock
-from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.policy.metadata import FORMAT, HASH_KEY, PolicyMetadata, content_digest
 
 JOINTS = ("hip", "knee")
 LIMIT = {"low": -1.0, "high": 1.0, "velocity": 10.0, "torque": 20.0}
 ABOUT: dict[str, Any] = {
-    "format": 1,
+    "format": FORMAT,
     "kind": "metarobot-policy",
     "sha256": "0" * 64,
     "agent": "rl2",
@@ -40,6 +40,11 @@ ABOUT: dict[str, Any] = {
     "explores": False,
     "noise": 0,
 }
+
+
+def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a policy.json with the hash that belongs to it."""
+    return {**data, HASH_KEY: content_digest(data)}
 
 
 def meta(**changes: Any) -> PolicyMetadata:

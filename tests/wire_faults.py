@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from bridging import ABOUT, LIMIT
+from bridging import ABOUT, LIMIT, sealed
 from udp_robot import DAMP, FAULTS, UdpPeer
 
 from metarobot.bridge.safety.command_gate import damping_bounds_s
@@ -43,7 +43,7 @@ class WireFaultResult:
 
 def write_policy_folder(path: Path) -> Path:
     """Write the metadata of the robot's policy; return the folder."""
-    (path / "policy.json").write_text(json.dumps(ABOUT))
+    (path / "policy.json").write_text(json.dumps(sealed(ABOUT)))
     return path
 
 

@@ -28,10 +28,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +39,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarobot.bridge.policy.metadata import FORMAT, KIND, METADATA_FILE, MODEL_FILE
+from metarobot.bridge.policy.metadata import (
+    FORMAT,
+    HASH_KEY,
+    KIND,
+    METADATA_FILE,
+    MODEL_FILE,
+    content_digest,
+    model_properties,
+)
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.files import atomic_folder, write_json
@@ -289,7 +296,7 @@ def export(
         _write(folder, model, meta)
 
         # the check runs the files as a robot will load them
-        policy = OnnxPolicy.load(folder)
+        policy = OnnxPolicy.load(folder, trial=False)
         result = parity(agent, policy, run.family, tasks=tasks, seed=seed, tick=tick)
 
         # an agent that imitates learns from demonstrations, which a robot does not have
@@ -326,7 +333,7 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
         "control_hz": round(env.control_hz, 9),
         "trial": {
             "horizon": family.horizon,
-            "episodes": int(run.config["agent_config"]["episodes"]),
+            "episodes": run.agent_config.episodes,
             "rollouts": run.rollouts,
         },
         "action": {
@@ -404,6 +411,7 @@ def convert(agent: Any, meta: dict[str, Any]) -> tuple[onnx.ModelProto, dict[str
 
     model = _export_onnx(step, inputs, list(outputs))
     read = _remove_unread_inputs(model)
+    _remove_notes(model)
 
     entries = []
     for name, tensor in zip(names, context, strict=True):
@@ -484,38 +492,22 @@ def _remove_unread_inputs(model: onnx.ModelProto) -> list[str]:
     return [graph_input.name for graph_input in kept]
 
 
-def properties(value: Any, key: str = "") -> dict[str, str]:
-    """Flatten metadata to the strings that an ONNX file holds.
-
-    Nested keys are joined by dots (``trial.horizon``), lists become comma-separated values, and a
-    list of named objects becomes nested keys (``context.h.begin``).
-    """
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        by_name = {}
-        for entry in value:
-            by_name[entry["name"]] = {k: v for k, v in entry.items() if k != "name"}
-        value = by_name
-    if isinstance(value, dict):
-        flat: dict[str, str] = {}
-        for name, child in value.items():
-            flat |= properties(child, f"{key}.{name}" if key else name)
-        return flat
-    return {key: ",".join(_words(value))}
-
-
-def _words(value: Any) -> Iterator[str]:
-    """Yield the elements of nested lists as text: strings as they are, the rest as JSON."""
-    if isinstance(value, list):
-        for element in value:
-            yield from _words(element)
-    else:
-        yield value if isinstance(value, str) else json.dumps(value)
-
-
 def _write(folder: Path, model: onnx.ModelProto, meta: dict[str, Any]) -> None:
-    """Write model and metadata; ``policy.json`` holds the model's SHA-256."""
-    onnx.helper.set_model_props(model, properties(meta))
+    """Write model and metadata; ``policy.json`` holds the SHA-256 of the model and of itself."""
+    onnx.helper.set_model_props(model, model_properties(meta))
     data = model.SerializeToString(deterministic=True)
-    digest = hashlib.sha256(data).hexdigest()
+    complete = {**meta, "sha256": hashlib.sha256(data).hexdigest()}
+    complete[HASH_KEY] = content_digest(complete)
     (folder / MODEL_FILE).write_bytes(data)
-    write_json(folder / METADATA_FILE, {**meta, "sha256": digest})
+    write_json(folder / METADATA_FILE, complete)
+
+
+def _remove_notes(model: onnx.ModelProto) -> None:
+    """Remove the exporter's notes, which tell where on this machine the agent's code stands."""
+    graph = model.graph
+    for message in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        del message.metadata_props[:]
+    for message in (model, graph, *graph.node, *graph.value_info, *graph.initializer):
+        message.ClearField("doc_string")
+    for tensor in graph.initializer:
+        del tensor.metadata_props[:]

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import math
@@ -19,7 +20,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.policy.metadata import (
+    FORMAT,
+    HASH_KEY,
+    PolicyMetadata,
+    content_digest,
+    model_properties,
+)
 from metarobot.bridge.policy.onnx_file_check import check_onnx_file
 from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.training.run_folder import Run
@@ -142,23 +149,40 @@ def test_a_context_is_adopted_whole_or_not_at_all(exported: Exported) -> None:
     np.testing.assert_array_equal(policy.act(obs, 0.0, False), before)
 
 
-def seal(folder: Path, model: bytes) -> None:
-    """Put another model into a folder, with the checksum that goes with it."""
+def content(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "policy.json").read_text())
+    return data
+
+
+def rewrite(folder: Path, data: dict[str, Any], model: bytes | None = None) -> None:
+    """Write a folder as an attacker would: with the hashes and metadata that go with it."""
+    model = (folder / "policy.onnx").read_bytes() if model is None else model
+    with contextlib.suppress(Exception):  # not every attack is a model
+        described = onnx.load_model_from_string(model)
+        helper.set_model_props(described, model_properties(data))
+        model = described.SerializeToString()
     (folder / "policy.onnx").write_bytes(model)
-    tell(folder, sha256=hashlib.sha256(model).hexdigest())
+    data = {**data, "sha256": hashlib.sha256(model).hexdigest()}
+    with contextlib.suppress(ValueError):  # NaN has no canonical form
+        data[HASH_KEY] = content_digest(data)
+    (folder / "policy.json").write_text(json.dumps(data))
+
+
+def seal(folder: Path, model: bytes) -> None:
+    """Put another model into a folder."""
+    rewrite(folder, content(folder), model)
 
 
 def tell(folder: Path, **said: Any) -> None:
     """Change what policy.json says."""
-    path = folder / "policy.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
+    rewrite(folder, {**content(folder), **said})
 
 
 def forget(key: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        data = json.loads((folder / "policy.json").read_text())
+        data = content(folder)
         del data[key]
-        (folder / "policy.json").write_text(json.dumps(data))
+        rewrite(folder, data)
 
     return change
 
@@ -209,22 +233,51 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: tell(f, kind="run"),
         "is not metarobot's: it is not of kind 'metarobot-policy'",
     ),
-    "newer": (lambda f: tell(f, format=2), "is of format 2, this metarobot reads up to 1: upgrade"),
+    "newer": (
+        lambda f: tell(f, format=FORMAT + 1),
+        f"is of format {FORMAT + 1}, this metarobot reads format {FORMAT}: upgrade",
+    ),
+    "older": (
+        lambda f: tell(f, format=1),
+        "is of format 1, which had no content_sha256: export the policy again",
+    ),
+    "no format": (forget("format"), "lacks 'format'"),
+    "no hash": (
+        lambda f: (f / "policy.json").write_text(
+            json.dumps({k: v for k, v in content(f).items() if k != HASH_KEY})
+        ),
+        "was changed or is damaged",
+    ),
+    "a digit is wrong": (
+        lambda f: (f / "policy.json").write_text(
+            (f / "policy.json").read_text().replace('"horizon": 1', '"horizon": 2')
+        ),
+        "was changed or is damaged",
+    ),
     "format of words": (lambda f: tell(f, format="new"), "policy.json is damaged"),
     "a key is missing": (forget("limits"), "lacks 'limits': export the policy again"),
     "no context": (forget("context"), "lacks 'context'"),
     "a number for a list": (lambda f: tell(f, joint_names=3), "policy.json is damaged"),
     "joints without gains": (
         lambda f: tell(f, joint_names=["hip"]),
-        "1 joint_names, but 0 joint_stiffness",
+        "joint_stiffness has 0 entries, not 1",
     ),
-    "a rate of nothing": (lambda f: tell(f, control_hz=0), "must be positive"),
-    "an endless rate": (lambda f: tell(f, control_hz=math.inf), "must be positive"),
+    "a rate of nothing": (
+        lambda f: tell(f, control_hz=0),
+        "control_hz is 0, not a number from 0.1 to 10000",
+    ),
+    "an endless rate": (
+        lambda f: tell(f, control_hz=math.inf),
+        "Infinity is not a number of JSON",
+    ),
     "bounds without room": (
         lambda f: tell(f, action={"names": ["a"], "low": [1], "high": [1]}),
-        "names and bounds do not pair up",
+        "the action 'a' has no room from 1 to 1",
     ),
-    "a layout of its own": (lambda f: tell(f, layout="snake"), "layout 'snake'"),
+    "a layout of its own": (
+        lambda f: tell(f, layout="snake"),
+        "layout is 'snake'; it may be: direct, legged",
+    ),
     "adapts somehow": (
         lambda f: tell(f, adapts="often"),
         "adapts is 'often'; it may be: acting, between, none",
@@ -251,19 +304,19 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "operators of others": (
         lambda f: seal(f, FOREIGN.SerializeToString()),
-        "uses operators of b'com.microsoft'",
+        "uses operators of 'com.microsoft'",
     ),
     "numbers elsewhere": (
         lambda f: seal(f, model(ADD, tensors=(outside(),)).SerializeToString()),
-        "keeps numbers in another file",
+        "has numbers in another file",
     ),
     "numbers elsewhere, hidden": (
         lambda f: seal(f, HIDDEN.SerializeToString()),
-        "keeps numbers in another file",
+        "has a subgraph",
     ),
     "functions": (
         lambda f: seal(f, model(ADD, functions=[FUNCTION]).SerializeToString()),
-        "brings functions",
+        "has functions of its own",
     ),
 }
 

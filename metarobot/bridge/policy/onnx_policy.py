@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy.metadata import MODEL_FILE, ContextTensor, PolicyMetadata, Shape
-from metarobot.bridge.policy.onnx_file_check import check_onnx_file
+from metarobot.bridge.policy.checked_json import read_regular_file, show
+from metarobot.bridge.policy.metadata import (
+    METADATA_FILE,
+    MODEL_FILE,
+    ContextTensor,
+    PolicyMetadata,
+    Shape,
+    load_metadata,
+    model_properties,
+)
+from metarobot.bridge.policy.onnx_file_check import MAX_MODEL_BYTES, check_onnx_file
 from metarobot.bridge.robot_interface import Float32Array
+from metarobot.bridge.tools.python_command import child_environment, python_script
 
 try:
     import onnxruntime
+
+    from metarobot.bridge.policy import trial_step
 except ImportError as e:
     raise BridgeError("a policy needs onnxruntime: pip install onnxruntime") from e
 
-ONNXRUNTIME_FATAL = 4
-"""Log severity at which onnxruntime prints nothing: errors are raised."""
+TRIAL_LIMIT_S = 30.0
+"""Longest time for starting a process, loading the model in it, and running a first step, s."""
 
 
 class OnnxPolicy:
@@ -91,26 +104,37 @@ class OnnxPolicy:
         self.begin()
 
     @classmethod
-    def load(cls, folder: str | Path) -> OnnxPolicy:
-        """Load a policy folder; this runs no code of the folder.
+    def load(cls, folder: str | Path, *, trial: bool = True) -> OnnxPolicy:
+        """Load a policy folder; this runs no code of the folder and opens no other file.
+
+        Args:
+            folder: The policy folder.
+            trial: Whether to run a first step in another process before, within ``TRIAL_LIMIT_S``;
+                not needed for a model that this process has just made.
 
         Raises:
-            BridgeError: It cannot be read, is damaged, or its two files do not belong together.
+            BridgeError: It cannot be read, is damaged or was changed, its two files do not belong
+                together, or the model does more than a policy needs.
         """
-        meta = PolicyMetadata.load(folder)
         path = Path(folder) / MODEL_FILE
+        data = load_metadata(folder)
+        meta = PolicyMetadata.parse_file(folder, data)
         try:
-            data = path.read_bytes()
+            model = read_regular_file(path, MAX_MODEL_BYTES)
         except OSError as e:
             raise BridgeError(f"cannot read {path}: {e.strerror or e}") from e
-        if hashlib.sha256(data).hexdigest() != meta.sha256:
+        except ValueError as e:
+            raise BridgeError(f"{path} is damaged: {e}") from e
+        if hashlib.sha256(model).hexdigest() != meta.sha256:
             raise BridgeError(
-                f"{path} is damaged or another policy's: not the SHA-256 of policy.json; "
+                f"{path} is damaged or another policy's: not the SHA-256 of {METADATA_FILE}; "
                 "export it again"
             )
         try:
-            check_onnx_file(data)
-            return cls(meta, data)
+            _compare_properties(check_onnx_file(model), model_properties(data))
+            if trial:
+                run_trial(model)
+            return cls(meta, model)
         except BridgeError as e:
             raise BridgeError(f"{path}: {e}") from e
 
@@ -209,14 +233,47 @@ class OnnxPolicy:
         return "the reward or the observation's size"
 
 
+def run_trial(model: bytes, limit_s: float = TRIAL_LIMIT_S) -> None:
+    """Load a model and run one step of it in a process that is ended after ``limit_s``.
+
+    Raises:
+        BridgeError: It took longer, needed more memory than the process may have, or failed.
+    """
+    command = python_script(Path(trial_step.__file__))
+    try:
+        done = subprocess.run(  # noqa: S603
+            command,
+            env=child_environment(),
+            input=model,
+            capture_output=True,
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise BridgeError(f"loading the model and a first step took over {limit_s:g} s") from None
+    except OSError as e:
+        raise BridgeError(f"cannot start {command[0]}: {e.strerror or e}") from e
+    if done.stdout != b"ok":
+        message = done.stdout.decode(errors="replace") or f"it ended with {done.returncode}"
+        raise BridgeError(f"onnxruntime cannot run the model: {message}")
+
+
+def _compare_properties(found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise unless the metadata in a model are those of its ``policy.json``."""
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            raise BridgeError(
+                f"it says that {show(key)} is {show(found.get(key))}, {METADATA_FILE} says "
+                f"{show(expected.get(key))}: export the policy again"
+            )
+
+
 def _make_session(model: bytes) -> Any:
     """Return an onnxruntime session on one CPU thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = ONNXRUNTIME_FATAL
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            model, trial_step.session_options(), providers=["CPUExecutionProvider"]
+        )
     except Exception as e:  # onnxruntime's errors share no base class
         message = " ".join(str(e).split())[:200]
         raise BridgeError(f"onnxruntime cannot read the model: {message}") from e

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import importlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from metarobot.bridge.errors import BridgeError
-from metarobot.bridge.policy.metadata import PolicyMetadata
+from metarobot.bridge.policy.metadata import MAX_CONTROL_HZ, PolicyMetadata
 from metarobot.bridge.robot_interface import Reading, Robot, SignalLayout
+from metarobot.bridge.robots.joint_bounds import HasJointBounds, check_joint_bounds
 
 ROBOTS = {
     "sim": "metarobot.bridge.robots.sim_client:SimRobotClient",
@@ -29,7 +31,6 @@ LAYOUTS = {
     "direct": "metarobot.bridge.layouts.named_signals:NamedSignalsLayout",
 }
 """Value of ``layout`` in policy.json -> ``module:Class``."""
-MAX_CONTROL_HZ = 10_000
 MAX_LISTED_NAMES = 4
 """Longer lists of names are shortened in messages."""
 
@@ -43,7 +44,8 @@ def make_robot(spec: str, meta: PolicyMetadata, **settings: Any) -> Robot:
         settings: Keyword arguments of the class.
 
     Raises:
-        BridgeError: There is no such robot, or it does not take these settings.
+        BridgeError: There is no such robot, it does not take these settings, or the policy asks
+            more of a joint than this robot allows.
     """
     robot_class = _load_class(
         ROBOTS.get(spec, spec),
@@ -55,11 +57,29 @@ def make_robot(spec: str, meta: PolicyMetadata, **settings: Any) -> Robot:
         raise BridgeError(
             f"robot {spec} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}"
         )
+    bounds = robot_class.joint_bounds if isinstance(robot_class, HasJointBounds) else {}
+    check_joint_bounds(spec, bounds, meta)
     try:
         robot: Robot = robot_class(meta, **settings)
     except (TypeError, ValueError, AttributeError) as e:
         raise BridgeError(f"robot {spec} does not take these settings: {e}") from e
     return robot
+
+
+def module_folder(spec: str) -> str:
+    """Return the folder from which the module of a ``module:Class`` was imported.
+
+    Empty for this package's robots, which every process finds by itself.
+    """
+    package = spec.partition(":")[0].partition(".")[0]
+    if spec in ROBOTS or package not in sys.modules:
+        return ""
+    file = vars(sys.modules[package]).get("__file__")
+    if not file:
+        return ""
+    path = Path(file).resolve()
+    is_package = path.name == "__init__.py"
+    return str(path.parents[1] if is_package else path.parent)
 
 
 def make_layout(meta: PolicyMetadata) -> SignalLayout:
@@ -102,7 +122,7 @@ def control_rate_hz(meta: PolicyMetadata, hz: float, any_rate: bool) -> float:
     """
     chosen = hz or meta.control_hz
     if not 0 < chosen <= MAX_CONTROL_HZ:
-        raise BridgeError(f"hz must be above 0 and at most {MAX_CONTROL_HZ}, not {chosen:g}")
+        raise BridgeError(f"hz must be above 0 and at most {MAX_CONTROL_HZ:g}, not {chosen:g}")
     if abs(chosen / meta.control_hz - 1) > 1e-3 and not any_rate:
         raise BridgeError(
             f"the policy was trained at {meta.control_hz:g} Hz, not {chosen:g}; "

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot_interface import GYRO, QUAT, Command
 from metarobot.bridge.robots.dds_robot import DdsRobot
+from metarobot.bridge.robots.joint_bounds import JointBounds
+from metarobot.bridge.robots.unitree_health import MAX_MOTOR_C, MIN_CHARGE, Go2Health
 from metarobot.bridge.safety.command_checks import validated_command
 
 if TYPE_CHECKING:
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
 LEGS = ("FR", "FL", "RR", "RL")
 JOINTS = tuple(f"{leg}_{part}" for leg in LEGS for part in ("hip", "thigh", "calf"))
 """The motors, in the order of the messages."""
+
+# Ranges, speeds and torques of Unitree's description of the Go2:
+# https://github.com/unitreerobotics/unitree_ros, robots/go2_description. Gains: several times those
+# that walking policies use, 20 to 40 N·m/rad and 0.5 to 1 N·m·s/rad.
+_MAX_STIFFNESS = 100.0
+_MAX_DAMPING = 10.0
+_HIP_BOUNDS = JointBounds(-1.0472, 1.0472, 30.1, 23.7, _MAX_STIFFNESS, _MAX_DAMPING)
+_FRONT_THIGH_BOUNDS = JointBounds(-1.5708, 3.4907, 30.1, 23.7, _MAX_STIFFNESS, _MAX_DAMPING)
+_REAR_THIGH_BOUNDS = JointBounds(-0.5236, 4.5379, 30.1, 23.7, _MAX_STIFFNESS, _MAX_DAMPING)
+_CALF_BOUNDS = JointBounds(-2.7227, -0.83776, 15.7, 45.43, _MAX_STIFFNESS, _MAX_DAMPING)
+GO2_BOUNDS = {
+    f"{leg}_{part}": bounds
+    for leg in LEGS
+    for part, bounds in (
+        ("hip", _HIP_BOUNDS),
+        ("thigh", _FRONT_THIGH_BOUNDS if leg.startswith("F") else _REAR_THIGH_BOUNDS),
+        ("calf", _CALF_BOUNDS),
+    )
+}
+"""Joint -> what a policy may ask of it at most; a policy that asks for more is refused."""
 
 POS_STOP = 2.146e9
 """Target angle that means: do not control the position (``PosStopF`` of the SDK)."""
@@ -67,6 +89,8 @@ class UnitreeRobot(DdsRobot["LowState", "LowCmd"]):
         foot_zero: What a foot's sensor reads in the air; it has no unit.
         foot_scale: Force for a unit more of it, N.
         checksums: Whether readings must have a right checksum; some simulators send none.
+        max_motor_c: Hottest motor with which the robot is driven, °C.
+        min_charge: Lowest charge of the battery with which it is driven, %.
         timeout: How long ``connect`` waits for each thing it needs, s.
         guard: Whether this is the guard process beside a controller.
 
@@ -75,6 +99,7 @@ class UnitreeRobot(DdsRobot["LowState", "LowCmd"]):
     """
 
     name = "unitree"
+    joint_bounds = GO2_BOUNDS
 
     def __init__(
         self,
@@ -86,6 +111,8 @@ class UnitreeRobot(DdsRobot["LowState", "LowCmd"]):
         foot_zero: float = 0.0,
         foot_scale: float = 1.0,
         checksums: bool = True,
+        max_motor_c: float = MAX_MOTOR_C,
+        min_charge: float = MIN_CHARGE,
         timeout: float = 5.0,
         guard: bool = False,
     ) -> None:
@@ -107,12 +134,18 @@ class UnitreeRobot(DdsRobot["LowState", "LowCmd"]):
         self._foot_zero = foot_zero
         self._foot_scale = foot_scale
         self._checksums = checksums
+        for name, value in (("max_motor_c", max_motor_c), ("min_charge", min_charge)):
+            if not 0 <= value <= 200:
+                raise BridgeError(f"{name} must be between 0 and 200, not {value}")
+        self._max_motor_c = max_motor_c
+        self._min_charge = min_charge
         self._guard = guard
 
     def _open(self) -> DdsConnection[LowState, LowCmd]:
         from metarobot.bridge.robots import dds, unitree_messages
 
         self._latest: dict[str, float] = {}
+        self._health = Go2Health(JOINTS, self._max_motor_c, self._min_charge)
         return dds.DdsConnection(
             dds.DdsParticipant(self._interface, self._domain),
             states=(_STATES_TOPIC, unitree_messages.LowState),
@@ -131,7 +164,13 @@ class UnitreeRobot(DdsRobot["LowState", "LowCmd"]):
         return f"nothing on {_STATES_TOPIC}"
 
     def get_observation(self) -> dict[str, float]:
-        """Return the newest valid reading; ``stamp`` is the robot's tick, s, ``seq`` in ms."""
+        """Return the newest valid reading; ``stamp`` is the robot's tick, s, ``seq`` in ms.
+
+        Raises:
+            OperatorStopError: The remote's damping combination, L2+B, is pressed.
+            BridgeError: The link is lost, or the robot reports a fault of its own
+                (``metarobot.bridge.robots.unitree_health``).
+        """
         self._connected().check()
         return dict(self._receive())
 
@@ -154,11 +193,19 @@ class UnitreeRobot(DdsRobot["LowState", "LowCmd"]):
     def _receive(self) -> dict[str, float]:
         """Read what is new; return the newest valid reading."""
         state = self._connected().newest()
-        if state is not None:
-            if self._checksums and not state.is_valid:
-                self.bad += 1
-            else:
-                self._latest = _make_reading(state.numbers, self._foot_zero, self._foot_scale)
+        if state is None:
+            return self._latest
+
+        if self._checksums:
+            is_right = state.is_valid
+            self.bad += not is_right
+            # Before the first valid reading it is ``connect`` that says what is wrong
+            if self._latest:
+                self._health.note_checksum(is_right)
+            if not is_right:
+                return self._latest
+        self._health.check(state.numbers)
+        self._latest = _make_reading(state.numbers, self._foot_zero, self._foot_scale)
         return self._latest
 
 
