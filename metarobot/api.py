@@ -108,6 +108,7 @@ def make_env(
     if worlds is not None and worlds < 1:
         raise MetarobotError(f"worlds must be at least 1, not {worlds}")
 
+    # Worlds of one task stand side by side.
     placed: list[Task | Mapping[str, float]]
     if tasks is None:
         placed = [*family.space.sample(split, worlds or 1, seed)]
@@ -182,6 +183,7 @@ def train(
             agent_config = _build_agent_config(config.agent, {})
     else:
         train_names = {field.name for field in fields(TrainConfig)}
+        # What is no setting of the training is one of the agent.
         own = {k: settings.pop(k) for k in list(settings) if k in train_names}
         if agent_config is None:
             agent_config = _build_agent_config(agent, settings, sorted(train_names))
@@ -191,6 +193,7 @@ def train(
             own["steps"] = whole_number(str(own["steps"]))
         config = TrainConfig(family=family, agent=agent, **own)
         if resume:
+            # As on the command line: steps and device stay as they were unless they are given.
             held = open_run(out or default_folder(config)).train_config
             kept = {k: getattr(held, k) for k in KEPT_ON_RESUME if k not in own}
             config = replace(config, **kept)

@@ -59,6 +59,7 @@ class Registry(Generic[Item]):
             if name not in self._entries:
                 existing = ", ".join(self.names())
                 raise RegistryError(f"no {self.kind} called {name!r}; there are: {existing}")
+            # Imported now, not before: other items may not even be installable here.
             self._items[name] = self._load(self._entries[name])
         return self._items[name]
 
@@ -80,6 +81,7 @@ class Registry(Generic[Item]):
                 f"the {self.kind} {entry.name!r} does not load from {entry.value}: {e}"
             ) from e
 
+        # An item of another name would be found under one name and report the other.
         own_name = getattr(item, "name", entry.name)
         if own_name != entry.name:
             raise RegistryError(

@@ -142,10 +142,12 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         MetarobotError: A setting that cannot work, or does not fit the agent or this machine.
     """
+    # Unknown names first: the other checks need what they name.
     family_on(config.family, config.robot)
     kind = agents.get(config.agent)
     check_bounds(config)
 
+    # Demonstrations go with the agents that imitate, and with no other.
     if kind.imitates and not config.demos:
         raise MetarobotError(
             f"agent {config.agent!r} needs --demos, a dataset that metarobot record makes"
@@ -155,6 +157,7 @@ def check_config(config: TrainConfig) -> None:
             f"agent {config.agent!r} learns from its own trials; leave --demos out"
         )
 
+    # Agents with a loop of their own, such as Stable-Baselines3's, run on the CPU.
     has_own_loop = kind.fit is not None
     if config.device not in DEVICES:
         raise MetarobotError(f"no device called {config.device!r}; there are: {', '.join(DEVICES)}")

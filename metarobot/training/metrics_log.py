@@ -53,8 +53,10 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         drop_rows_after(self.path, iteration)
         self._file = self.path.open("a")
+        # TensorBoard hides what was written after the checkpoint.
         self._board = SummaryWriter(str(folder), purge_step=done)
 
+        # A bar on a terminal, a line now and then in a log file.
         console = Console(stderr=True)
         shows_bar = show and console.is_terminal
         self._shows_lines = show and not console.is_terminal
@@ -95,7 +97,7 @@ class MetricsLog:
         steps = int(metrics["time/total_timesteps"])
         try:
             self._file.write(json.dumps(metrics) + "\n")
-            self._file.flush()
+            self._file.flush()  # a kill loses no iteration
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, steps)
         except OSError as e:

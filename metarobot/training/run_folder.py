@@ -85,6 +85,7 @@ class Run:
         """
         counters = read_json(self.folder / "checkpoint.json")
         try:
+            # Only the name: a damaged file must not lead out of the folder.
             weights = self.folder / Path(counters["weights"]).name
             data = weights.read_bytes()
             if hashlib.sha256(data).hexdigest() != counters["sha256"]:
@@ -108,6 +109,7 @@ class Run:
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to another agent.
         """
+        # A checkpoint holds the learner's optimiser and normalisers too: take the agent's tensors.
         agent = self.learner().agent
         tensors, _ = self.checkpoint()
         prefix = "agent."
@@ -136,6 +138,7 @@ def open_run(where: str | Path, robot: str = "") -> Run:
     Raises:
         CheckpointError: There is no such run, it is damaged, or its task space has changed.
     """
+    # A folder of that name comes before an agent in the box.
     folder = Path(where)
     if not folder.exists() and (PRETRAINED_FOLDER / str(where)).is_dir():
         folder = PRETRAINED_FOLDER / str(where)
@@ -164,6 +167,7 @@ def open_run(where: str | Path, robot: str = "") -> Run:
     # Runs of before there was a choice were simulated on the CPU.
     train_config = read_settings(path, TrainConfig, {"sim": "cpu", **settings})
 
+    # The agent was trained on this task space: under another its results would mean nothing.
     space = TaskSpace.from_json(read_json(folder / "tasks.json"))
     if space.hash != family.space.hash:
         raise CheckpointError(
@@ -244,10 +248,12 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], counters: dict[str
         FileError: The operating system refuses to write; the checkpoint before stays whole.
     """
     data = safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()})
+    # Weights of another content have another name, so those of the last checkpoint stay whole.
     digest = hashlib.sha256(data).hexdigest()
     weights = folder / f"checkpoint-{digest[:12]}.safetensors"
     with atomic_path(weights) as temporary:
         temporary.write_bytes(data)
+    # From here on the new checkpoint is the run's.
     write_json(folder / "checkpoint.json", {**counters, "weights": weights.name, "sha256": digest})
 
     for old in folder.glob("checkpoint-*.safetensors"):

@@ -103,6 +103,7 @@ class Training:
         """
         config = self.run.train_config
         counters = self.counters
+        # Every iteration allocates the same tensors again.
         keep_freed_memory()
         with (
             MetricsLog(
@@ -117,6 +118,7 @@ class Training:
                 log.write(metrics)
                 tick(metrics)
 
+                # A signal that came during the iteration ends the loop: save before that.
                 is_due = counters.iteration % config.save_every == 0
                 is_done = counters.steps >= config.steps
                 if is_due or is_done or signals:
@@ -175,6 +177,7 @@ def start_training(
     family = family_on(config.family, config.robot)
     config = choose_simulator(config, family, agent_config, say)
 
+    # Whatever does not fit together raises here, before the folder exists.
     with out_of_memory_errors():
         worlds = _build_worlds(family, config, agent_config)
         if worlds is not None and needs_teacher(agent_config):
@@ -245,6 +248,7 @@ def reopen_run(
     before = run.train_config
     _check_unchanged(out, config, agent_config, run)
 
+    # An empty ``sim`` is not given, so the run stays where it was simulated.
     changes: dict[str, Any] = {}
     if config.device != before.device or config.sim not in ("", before.sim):
         check_config(config)
@@ -277,6 +281,7 @@ def choose_simulator(
     Raises:
         MetarobotError: It cannot have so many worlds, or does not run here.
     """
+    # Demonstrations are simulated already, and loops of their own run on the CPU.
     if config.demos or agents.get(config.agent).fit is not None:
         return replace(config, sim="cpu")
     sim, why = factory.choose_simulator(family, config.sim, config.device)
@@ -302,7 +307,8 @@ def _check_unchanged(out: Path, config: TrainConfig, agent_config: Any, run: Run
             if name in CHANGEABLE_ON_RESUME or value == before:
                 continue
             if name == "steps" and asked is config and value > before:
-                continue
+                continue  # the run is made longer
+            # Of the others, a default value means that the setting was not given.
             is_required = asked is config and name in ("family", "agent", "steps")
             if is_required or value != getattr(default, name):
                 raise MetarobotError(
@@ -392,6 +398,7 @@ def _build_iteration(
         collected_s = time.monotonic()
 
         torch.set_num_threads(threads)
+        # Collecting may have moved the agent to the device of the worlds.
         learner.agent.to(config.device)
         metrics = learner.update(trials.to(config.device), progress, seed)
         learned_s = time.monotonic()
@@ -442,7 +449,7 @@ def _demonstration_source(family: Family, config: TrainConfig, agent_config: Any
     def get_trials(i: int) -> Trials:
         return demos.trials(tasks, rollouts // variants, [config.seed, i])
 
-    get_trials(0)
+    get_trials(0)  # raises if there are too few, before anything is written
     return get_trials
 
 
@@ -456,12 +463,14 @@ def _no_metrics(trials: Trials) -> Metrics:
 
 def rollout_metrics(trials: Trials) -> Metrics:
     """Return the metrics of trials: returns, adaptation gain, reward terms, broken episodes."""
+    # Return of each episode of the trial, averaged over worlds: (episode,).
     returns = trials.returns().mean(1)
     metrics = {
         "rollout/ep_rew_mean": float(returns.mean()),
         "rollout/ep_len_mean": trials.steps() / trials.returns().numel(),
         "meta/pre_adapt_return": float(returns[0]),
         "meta/post_adapt_return": float(returns[-1]),
+        # What adaptation is worth: the last episode's return above the first one's.
         "meta/adaptation_gain": float(returns[-1] - returns[0]),
         "sim/faults": float(trials.faults()),
     }
@@ -509,6 +518,7 @@ def deferred_signals() -> Iterator[list[int]]:
     """
     received: list[int] = []
 
+    # A second signal is from somebody who does not want to wait for the iteration to end.
     def note(number: int, frame: FrameType | None) -> None:
         if received:
             raise KeyboardInterrupt
@@ -527,6 +537,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 def _iteration_seed(seed: int, i: int) -> int:
+    # A hash of both, so that neighbouring seeds and iterations share no random numbers.
     return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
 
 

@@ -265,7 +265,7 @@ BAD = {
     ),
     "negative seed": (
         "evaluate {run} --seed -1",
-        "a seed must be at least 0, not -1",
+        "seed must be at least 0, not -1",
     ),
     "bench of maml with odd worlds": (
         "bench maml --worlds 30",
