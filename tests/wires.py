@@ -15,6 +15,7 @@ pytest.importorskip(
     "cyclonedds", reason="robots on DDS need cyclonedds: pip install 'metarobot[deploy]'"
 )
 
+from metarobot.bridge.policy.metadata import JointLimit
 from metarobot.bridge.robots import ros2_messages as ros
 from metarobot.bridge.robots.dds import DdsParticipant
 
@@ -33,6 +34,7 @@ def meta(joints: Sequence[str] = ("a", "b"), layout: str = "direct") -> Any:
         joint_names=tuple(joints),
         joint_stiffness=tuple(10.0 * k for k in gains),
         joint_damping=tuple(0.5 * k for k in gains),
+        limits=dict.fromkeys(joints, JointLimit(-30.0, 30.0, 50.0, 100.0)),
         layout=layout,
         reward={"legs": {"FL": {}, "FR": {}}} if layout == "legged" else None,
     )

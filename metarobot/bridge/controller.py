@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.errors import BridgeError, OperatorStopError
 from metarobot.bridge.loop_timing import LoopClock, LoopTimer, MonotonicClock, without_gc_pauses
 from metarobot.bridge.robot_interface import (
     BlockingRobot,
@@ -35,6 +36,7 @@ from metarobot.bridge.robot_interface import (
 from metarobot.bridge.run_report import EpisodeAdaptation, RunnablePolicy, RunReport, RunSettings
 from metarobot.bridge.safety.command_gate import CommandGate
 from metarobot.bridge.safety.command_limits import CommandLimiter, blend
+from metarobot.bridge.safety.plausibility_checks import PlausibilityChecker
 from metarobot.bridge.safety.reading_checks import OPTIONAL_KEYS, ReadingChecker
 from metarobot.bridge.state_machine import ControllerState, ControllerStateMachine
 from metarobot.bridge.tools.run_log import LogRow, RunLog
@@ -141,10 +143,17 @@ class Controller:
         # Joints and poses; a robot of a "direct" policy has none that the controller knows
         self._legged = self._meta.layout == "legged"
         names = self._limiter.names
-        self._velocity_keys = [f"{name.removesuffix('.pos')}.vel" for name in names]
         size = len(names)
+        self._plausibility: PlausibilityChecker | None = None
         self._pos = np.zeros(size)
         self._vel = np.zeros(size)
+        if self._legged:
+            self._plausibility = PlausibilityChecker(self._meta, layout.needed(), self._period_s)
+            # Angles and speeds of the latest reading; other robots keep zeros
+            self._pos = self._plausibility.pos
+            self._vel = self._plausibility.vel
+        self._targets: NDArray[np.float64] | None = None
+        """Targets that the joints have; None until a command was sent."""
         self._asked = np.zeros(size)
         """The command that the policy's latest action stands for."""
         self._blend_start = np.zeros(size)
@@ -205,6 +214,9 @@ class Controller:
                 reason = self._run_trials()
         except TimeIsOverError as e:
             reason = str(e)
+        except OperatorStopError as e:
+            reason = str(e)
+            self.gate.damp(reason, fault=False)
         except BridgeError as e:
             reason = str(e)
             # An operator's stop is no fault; the gate knows the difference
@@ -266,6 +278,9 @@ class Controller:
 
         # The restart took time and may have moved the robot's clock
         self._readings.reset()
+        self._targets = None
+        if self._plausibility is not None:
+            self._plausibility.begin()
         self._timer.restart()
         self.gate.pause(RESTART_PATIENCE_S)
         self._watch_until(lambda: bool(self._readings.latest), watched=False)
@@ -281,7 +296,8 @@ class Controller:
         while done < steps or not self._adaptation_is_finished():
             self._begin_tick()
             if done == 0:
-                self._read_joints()
+                if self._plausibility is not None and self._targets is None:
+                    self._plausibility.check_start()
                 self._blend_start[:] = self._pos
                 self._limiter.begin(self._pos)
                 # From here on the robot depends on commands, so they must not stop
@@ -295,6 +311,8 @@ class Controller:
         """Read without commanding until ``condition`` holds, for one tick at least."""
         while True:
             self._begin_tick(watched)
+            # The guard process must not take a robot that holds itself for one without controller
+            self.gate.beat()
             self._end_tick()
             if condition():
                 return
@@ -455,6 +473,7 @@ class Controller:
             DampedError: the gate is closed.
             TimeIsOverError: the run's time is over.
             ReadingError: the reading must not be acted on.
+            ImplausibleReadingError: it cannot be true, or the robot has fallen.
         """
         late_s = self._timer.wait(self._await_reading)
         self.row.data.fill(np.nan)
@@ -469,6 +488,9 @@ class Controller:
         reading = self.robot.get_observation()
         now = self.clock.now()
         is_new = self._readings.accept(reading, now)
+        if is_new and self._plausibility is not None:
+            # A robot that restarts after a fall, as a simulated one, is judged by its layout alone
+            self._plausibility.check(reading, self._targets, fallen_is_fault=not self._restartable)
         if is_new and watched:
             self.gate.note_new_reading()
 
@@ -482,21 +504,14 @@ class Controller:
         self.row["reading"][:] = [latest.get(key, math.nan) for key in self.row.groups["reading"]]
         return latest
 
-    def _read_joints(self) -> None:
-        """Take angles and velocities from the latest reading; robots without joints keep zeros."""
-        if self._legged:
-            latest = self._readings.latest
-            self._pos[:] = [latest[key] for key in self._limiter.names]
-            self._vel[:] = [latest[key] for key in self._velocity_keys]
-
     def _limit_and_send(self, target: NDArray[np.float64]) -> None:
         """Move a command into its limits at the latest reading, and send it through the gate."""
-        self._read_joints()
         self.row["asked"][:] = target
         safe = self._limiter(target, self._pos, self._vel)
         sent = self.gate.send(dict(zip(self._limiter.names, safe.tolist(), strict=True)))
         self.row["sent"][:] = [sent.get(name, math.nan) for name in self._limiter.names]
         self.row["limited"][:] = self._limiter.bits()
+        self._targets = safe
 
     def _log_action(
         self,
@@ -555,30 +570,44 @@ class Controller:
         }
 
     def _damp_and_stop(self, reason: str) -> None:
-        """Damp the robot for a while, and only then clean up and complete the report."""
+        """Damp the robot for a while, and only then clean up and complete the report.
+
+        Nothing that fails in here keeps the robot from being damped: neither its driver, nor the
+        panel or the log. A robot that could not be damped in that time is damped until it succeeds,
+        or until somebody says to give up.
+        """
         # The watchdog need not end this process: the loop has come back
         self.gate.loop_noticed = True
         self.gate.damp(reason)
-        if self._machine.state in (
-            ControllerState.IDLE,
-            ControllerState.READY,
-            ControllerState.RUNNING,
-        ):
-            self._machine.enter(ControllerState.DAMPING, self.gate.reason)
+        if self._machine.state is not ControllerState.DAMPING:
+            self._enter_whatever_fails(ControllerState.DAMPING, self.gate.reason)
         self._timer.close()
 
         # Repeat, as a single damping command may get lost
         end = self.clock.now() + self.settings.damp_s
-        while (now := self.clock.now()) < end:
+        announced = False
+        while True:
+            now = self.clock.now()
+            if now >= end and (self.gate.damping_arrived or self.gate.give_up):
+                break
+            if now >= end and not announced:
+                announced = True
+                self._show_whatever_fails(
+                    f"the robot cannot be damped: {self.gate.damping_error}; trying on; "
+                    "any key, Ctrl-C or SIGTERM gives up"
+                )
             self.clock.sleep_until(now + self._period_s)
             self.gate.damp(reason)
-        self._machine.enter(ControllerState.STOPPED)
+        self._enter_whatever_fails(ControllerState.STOPPED)
 
         if self._adaptation is not None:
             self._adaptation.stop()
 
         report = self.report
         report.reason = self.gate.reason
+        if not self.gate.damping_arrived:
+            report.reason += f"; the robot could not be damped: {self.gate.damping_error}"
+            report.fault = True
         report.limited = self._limiter.report()
         report.pace = self._timer.report() | {"stolen_s": self._timer.stolen_s}
         report.sent = self.gate.sent
@@ -589,6 +618,15 @@ class Controller:
             self._log.write_event("report", **asdict(report))
             self._log.close()
             report.dropped = self._log.dropped
+
+    def _enter_whatever_fails(self, state: ControllerState, reason: str = "") -> None:
+        """Change the state; a panel or log that fails must not end the damping."""
+        with suppress(Exception):
+            self._machine.enter(state, reason)
+
+    def _show_whatever_fails(self, line: str) -> None:
+        with suppress(Exception):
+            self._show_message(line)
 
     def _on_state_change(self, state: ControllerState, reason: str) -> None:
         """Log a change of state; show those that end a run."""

@@ -10,3 +10,7 @@ class BridgeError(MetarobotError):
 
     Raised before the first command, nothing is sent. Raised later, the robot is damped.
     """
+
+
+class OperatorStopError(BridgeError):
+    """Somebody stops the run by the robot's own means, such as its remote: no fault."""

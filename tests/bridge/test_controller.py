@@ -15,8 +15,14 @@ from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.loop_timing import LoopTimer, MonotonicClock, SteppedClock
 from metarobot.bridge.run_report import RunSettings
-from metarobot.bridge.safety.command_gate import CommandGate, GateWatchdog, damping_bounds_s
+from metarobot.bridge.safety.command_gate import (
+    STOP_AGAIN_S,
+    CommandGate,
+    GateWatchdog,
+    damping_bounds_s,
+)
 from metarobot.bridge.safety.emergency_stop import stop_signals
+from metarobot.bridge.safety.guard_process import damp_until_done, watch_heartbeats
 from metarobot.bridge.state_machine import (
     ALLOWED_TRANSITIONS,
     ControllerState,
@@ -142,7 +148,9 @@ def test_a_fall_ends_the_episode_and_a_robot_that_cannot_get_up_is_damped():
         ),
         (lambda r: r | {"stamp": r["stamp"] + 1.0}, "ahead of this machine's"),
         (lambda r: r | {"stamp": r["stamp"] - 1.0}, "clock went back by 0.98 s"),
-        (lambda r: r | {"knee.pos": 3.0}, "joint knee is so far outside"),
+        (lambda r: r | {"knee.pos": 3.0}, "joint knee reads 3 rad, outside its range -1 to 1"),
+        (lambda r: r | {"hip.pos": r["hip.pos"] + 0.7}, "joint hip jumped by"),
+        (lambda r: r | {"hip.vel": 21.0}, "joint hip reads 21 rad/s, and can do 20 at most"),
     ],
 )
 def test_a_bad_reading_is_damped_in_the_same_step(spoil, reason):
@@ -431,3 +439,143 @@ def test_only_a_loop_that_does_not_come_back_is_given_up():
             gate.damp("a test")
             time.sleep(0.3)
         assert len(given_up) == (not noticed)
+
+
+class UndampableRobot(RecordingRobot):
+    """A robot whose driver raises whenever it should damp, until ``works``."""
+
+    works = False
+    failures = 0
+    errors = (RuntimeError, ValueError, KeyError, OSError, BridgeError, MemoryError, TypeError)
+
+    def damp(self) -> None:
+        if not self.works:
+            self.failures += 1
+            raise self.errors[self.failures % len(self.errors)]("a bug in the driver")
+        super().damp()
+
+
+def wait_until(condition: Any, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
+def test_a_driver_that_cannot_damp_is_asked_again_until_it_can():
+    robot = UndampableRobot(meta())
+    clock = SteppedClock()
+    one = controller(robot=robot, clock=clock)
+
+    def mend(deadline: float) -> None:
+        clock.time = max(clock.time, deadline)
+        robot.works = robot.failures >= 500
+
+    clock.sleep_until = mend
+    report = one.run()
+    assert robot.failures == 500
+    assert robot.damps
+    assert (report.reason, report.fault) == ("1 trials are over", False)
+
+
+def test_only_a_second_stop_gives_up_a_robot_that_cannot_be_damped():
+    reader, writer = os.pipe()
+    robot = UndampableRobot(meta(), MonotonicClock())
+    lines: list[str] = []
+    one = controller(robot=robot, clock=MonotonicClock(), damp_s=0.05)
+    one._show_message = lines.append
+    watchdog = GateWatchdog(one.gate, [(reader, lambda data: "a key was pressed")])
+    with watchdog:
+        thread = threading.Thread(target=one.run)
+        thread.start()
+        wait_until(lambda: robot.commands)
+        os.write(writer, b"q")
+        wait_until(lambda: one.gate.reason)
+        os.write(writer, b"q")  # a key that repeats is no second stop
+        wait_until(lambda: any("cannot be damped" in line for line in lines))
+        failures = robot.failures
+        wait_until(lambda: robot.failures > failures + 20)
+        assert thread.is_alive()
+        assert not one.gate.give_up
+        time.sleep(max(one.gate.damped_at + STOP_AGAIN_S + 0.05 - time.monotonic(), 0.0))
+        os.write(writer, b"q")
+        thread.join(10.0)
+        assert not thread.is_alive()
+    os.close(writer)
+    os.close(reader)
+    assert one.report.fault
+    assert one.report.reason.startswith("a key was pressed; the robot could not be damped: ")
+
+
+def test_neither_driver_nor_stop_source_ends_the_watchdog():
+    def explode(data: bytes) -> str:
+        raise ZeroDivisionError
+
+    for explodes in (False, True):
+        reader, writer = os.pipe()
+        robot = UndampableRobot(meta(), MonotonicClock())
+        gate = CommandGate(robot, MonotonicClock(), 0.02)
+        with GateWatchdog(gate, [(reader, explode)]):
+            if explodes:
+                os.write(writer, b"q")
+            else:
+                gate.note_new_reading()  # and no more
+            wait_until(lambda robot=robot: robot.failures > 10)
+            robot.works = True
+            wait_until(lambda robot=robot: robot.damps)
+        expected = "the watchdog failed: ZeroDivisionError" if explodes else "no new reading for"
+        assert gate.reason.startswith(expected)
+        os.close(writer)
+        os.close(reader)
+
+
+def test_a_panel_or_log_that_fails_does_not_end_the_damping():
+    def fail(line: str) -> None:
+        if line.startswith(("damping", "stopped")):
+            raise OSError("broken pipe")
+
+    one = controller(damp_s=0.2)
+    one._show_message = fail
+    one.run()
+    assert len(one.robot.damps) >= 10
+
+
+def guard_answers(heartbeats: bool) -> tuple[bool, int]:
+    """Return whether a guard took the run's end for a good one, and how often it answered."""
+    reader, writer = os.pipe()
+    answers: list[float] = []
+    result: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: result.append(
+            watch_heartbeats(reader, 0.2, lambda: answers.append(time.monotonic()))
+        )
+    )
+    thread.start()
+    time.sleep(0.3)  # before the first heartbeat there is no timeout
+    assert thread.is_alive()
+    os.write(writer, b"b")
+    for _ in range(20 if heartbeats else 0):
+        os.write(writer, b"b")
+        time.sleep(0.02)
+    if heartbeats:
+        os.write(writer, b"o")
+    thread.join(10.0)
+    os.close(writer)
+    os.close(reader)
+    return result[0], len(answers)
+
+
+def test_the_guard_answers_heartbeats_and_notices_their_end():
+    ended_well, answers = guard_answers(True)
+    assert ended_well
+    assert answers >= 20
+    ended_well, _ = guard_answers(False)
+    assert not ended_well
+
+
+def test_the_guard_damps_whatever_the_driver_raises():
+    robot = UndampableRobot(meta(), MonotonicClock())
+    threading.Timer(0.2, lambda: setattr(robot, "works", True)).start()
+    damp_until_done(robot, 0.3)
+    assert robot.failures > 2
+    assert robot.damps[-1] - robot.damps[0] > 0.2

@@ -15,9 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.policy.metadata import JointLimit
 from metarobot.bridge.robots.lerobot import LeRobotAdapter, MotorConversion
 
-META = SimpleNamespace(joint_names=("pan", "grip"), layout="direct")
+META = SimpleNamespace(
+    joint_names=("pan", "grip"),
+    layout="direct",
+    limits={
+        "pan": JointLimit(-2.0, 2.0, velocity=5.0, torque=2.0),
+        "grip": JointLimit(0.0, 1.5, velocity=5.0, torque=2.0),
+    },
+)
 TABLE = {
     "grip": MotorConversion.ranged("gripper.pos", 0.0, 1.5, span=(0.0, 100.0)),
     "pan": MotorConversion.degrees("shoulder_pan.pos", sign=-1, zero=0.5),
@@ -151,14 +159,14 @@ def test_without_a_bus_damping_holds() -> None:
     assert limp == [True]
 
 
-def test_a_reading_that_is_no_number_is_not_held() -> None:
+@pytest.mark.parametrize("number", [math.nan, math.inf, 300.0])
+def test_a_reading_that_cannot_be_is_not_held_but_the_last_good_one(number: float) -> None:
     arm = Arm()
     robot = connected(arm)
-    arm.at["gripper.pos"] = math.nan
-    assert math.isnan(robot.get_observation()["grip.pos"])
+    arm.at["gripper.pos"] = number
+    assert robot.get_observation()["grip.pos"] == pytest.approx(0.015 * number, nan_ok=True)
     arm.at["gripper.pos"] = 50.0
-    with pytest.raises(BridgeError, match="not finite, and are not sent"):
-        robot.damp()
+    robot.damp()
     assert arm.at["gripper.pos"] == 50.0
 
 
@@ -274,9 +282,8 @@ def test_a_real_lerobot_arm_on_its_serial_bus(tmp_path: Path) -> None:
     arm = so.SO101Follower(
         so.SO101FollowerConfig(port=servos.port, id="left", calibration_dir=tmp_path)
     )
-    joints = SimpleNamespace(joint_names=("pan", "grip"), layout="direct")
     robot = LeRobotAdapter(
-        arm, joints, {"pan": MotorConversion.degrees("shoulder_pan.pos"), "grip": TABLE["grip"]}
+        arm, META, {"pan": MotorConversion.degrees("shoulder_pan.pos"), "grip": TABLE["grip"]}
     )
     robot.connect()
     reading = robot.get_observation()
@@ -296,3 +303,62 @@ def test_a_real_lerobot_arm_on_its_serial_bus(tmp_path: Path) -> None:
     assert not any(memory[Servos.torque] for memory in servos.memory.values())
     assert robot.send_action({"pan.pos": 0.0, "grip.pos": 0.0}) == {}
     robot.disconnect()
+
+
+class ReportingBus(Bus):
+    """A bus whose motors tell their temperature and error bits, as Feetech's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registers = {
+            "Present_Temperature": {"shoulder_pan": 40, "gripper": 41},
+            "Status": {"shoulder_pan": 0, "gripper": 0},
+        }
+        self.reads: list[str] = []
+
+    def sync_read(
+        self, data_name: str, motors: Any = None, *, normalize: bool = True
+    ) -> dict[str, int]:
+        assert not normalize
+        self.reads.append(data_name)
+        self.use()
+        return self.registers[data_name]
+
+
+@pytest.mark.parametrize(
+    ("register", "motor", "number", "message"),
+    [
+        ("Present_Temperature", "gripper", 66, "the motor gripper is at 66 °C, more than 65"),
+        ("Status", "shoulder_pan", 32, "the motor shoulder_pan reports an error: Status is 32"),
+    ],
+)
+def test_what_the_motors_report_of_themselves_ends_the_run(
+    register: str, motor: str, number: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("metarobot.bridge.robots.lerobot.HEALTH_INTERVAL_S", 0.0)
+    bus = ReportingBus()
+    robot = LeRobotAdapter(Arm(bus), META, TABLE)
+    robot.connect()
+    for _ in range(4):
+        robot.get_observation()
+    # The register that this bus lacks was asked for once
+    assert bus.reads.count("Hardware_Error_Status") == 1
+    assert bus.reads.count("Status") >= 2
+    bus.registers[register][motor] = number
+    with pytest.raises(BridgeError, match=message):
+        for _ in range(2):
+            robot.get_observation()
+    robot.damp()
+    assert not bus.torque
+    with pytest.raises(BridgeError, match=message):
+        LeRobotAdapter(Arm(bus), META, TABLE).connect()
+
+
+def test_motors_are_asked_how_they_are_once_a_second() -> None:
+    bus = ReportingBus()
+    robot = LeRobotAdapter(Arm(bus), META, TABLE)
+    robot.connect()
+    before = len(bus.reads)
+    for _ in range(50):
+        robot.get_observation()
+    assert len(bus.reads) <= before + 1

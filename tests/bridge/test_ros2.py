@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from wires import FakeRos2Controller, domain, head, meta, until
 
 from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.robots import ros2_messages as ros
 from metarobot.bridge.robots.ros2 import Ros2Robot
 from metarobot.bridge.robots.ros2_messages import JointState
 
@@ -143,12 +144,13 @@ def test_damping_is_the_last_word(far: FakeRos2Controller) -> None:
     assert far.commanded() is None
 
 
-def test_damping_holds_what_was_finite_last(far: FakeRos2Controller) -> None:
+@pytest.mark.parametrize("number", [math.nan, 1e6, -31.0])
+def test_damping_holds_what_was_plausible_last(far: FakeRos2Controller, number: float) -> None:
     robot = near(far)
     far.publish(100.0, position=[0.0, 20.0, 10.0])
     sees(robot, 100.0)
-    far.publish(101.0, position=[0.0, math.nan, 11.0])
-    assert math.isnan(sees(robot, 101.0)["b.pos"])
+    far.publish(101.0, position=[0.0, number, 11.0])
+    assert sees(robot, 101.0)["b.pos"] == pytest.approx(number, nan_ok=True)
     robot.damp()
     assert until(far.commanded) == [10.0, 20.0]
 
@@ -223,6 +225,65 @@ def test_joints_that_change_are_an_error_at_once(far: FakeRos2Controller, other:
     far.publish(100.0, **other)
     with pytest.raises(BridgeError, match=r"no joint b|1 numbers for 3 joints"):
         sees(robot, 100.0)
+
+
+def diagnosis(level: int, name: str = "motor driver", text: str = "hot\nvery") -> Any:
+    status = [ros.DiagnosticStatus(level, name, text, "", [ros.KeyValue("a", "b")])]
+    return ros.DiagnosticArray(head(1.0), status)
+
+
+@pytest.mark.parametrize(("level", "kind"), [(2, "an error"), (3, "a component that is silent")])
+def test_an_error_among_the_diagnostics_ends_the_run(
+    far: FakeRos2Controller, level: int, kind: str
+) -> None:
+    diagnostics = far.link.writer("rt/diagnostics", ros.DiagnosticArray)
+    robot = near(far, ignore="wifi,camera")
+    until(lambda: diagnostics.listeners)
+    # Several nodes publish at once, and none of their messages may get lost
+    for harmless in (diagnosis(0), diagnosis(1), diagnosis(2, "camera 3")):
+        diagnostics.send(harmless)
+    diagnostics.send(diagnosis(level))
+    message = f"diagnostics reports {kind}: motor driver: hot very"
+    with pytest.raises(BridgeError, match=message):
+        until(lambda: robot.get_observation() and False)
+
+
+def test_warnings_end_no_run(far: FakeRos2Controller) -> None:
+    diagnostics = far.link.writer("rt/diagnostics", ros.DiagnosticArray)
+    robot = near(far)
+    until(lambda: diagnostics.listeners)
+    diagnostics.send(diagnosis(1))
+    far.publish(100.0)
+    sees(robot, 100.0)
+
+
+def activity(controller: int, hardware: int, other: int = 3) -> Any:
+    def named(name: str, state: int) -> Any:
+        return ros.NamedLifecycleState(name, ros.LifecycleState(state, "inactive"))
+
+    controllers = [named("fwd", controller), named("gripper", other)]
+    return ros.ControllerManagerActivity(head(1.0), controllers, [named("leg board", hardware)])
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [((2, 3), "fwd is not active any more: inactive"), ((3, 2), "leg board is not active")],
+)
+def test_a_controller_that_is_deactivated_ends_the_run(
+    far: FakeRos2Controller, states: tuple[int, int], message: str
+) -> None:
+    about = "rt/controller_manager/activity"
+    writer = far.link.writer(about, ros.ControllerManagerActivity, latched=True)
+    writer.send(activity(3, 3))
+    robot = near(far)
+    far.publish(100.0)
+    sees(robot, 100.0)
+    writer.send(activity(3, 3, other=2))
+    far.publish(100.5)
+    sees(robot, 100.5)
+    writer.send(activity(*states))
+    with pytest.raises(BridgeError, match=message):
+        until(lambda: robot.get_observation() and False)
 
 
 def test_a_network_interface_must_be_there_and_up() -> None:

@@ -209,6 +209,9 @@ class LegOdometry:
         # gravity is constant in the world, so in the trunk's frame d(up)/dt = up × ω
         predicted = add(self._up, scale(dt, cross(self._up, gyro)))
         corrected = add(predicted, scale(TILT_GAIN, subtract(up, self._up)))
+        if dot(up, self._up) < 0:
+            # Between opposite directions there is no mean: the estimate would never leave its own
+            corrected = up
         self._up = scale(1 / math.sqrt(dot(corrected, corrected)), corrected)
 
         # velocity of each foot relative to the trunk, v_rel = ṗ − p × ω: from the positions of the

@@ -32,6 +32,9 @@ OPERATOR_COMMAND = ("command.x", "command.y", "command.turn")
 rate, rad/s."""
 MAX_READING_GAP_S = 0.2
 """A longer time between two readings counts as this long, s."""
+RAW_UP_MARGIN = 0.15
+"""How much lower than in the filtered attitude the vertical's z component must be in the raw one to
+count as a fall: three times the IMU's noise in training."""
 JOINTS_PER_LEG = 3
 JOINTS = 12
 LEGS = 4
@@ -159,8 +162,14 @@ class LeggedLayout:
 
     def ended(self, reading: Reading) -> bool:
         """Return whether the robot has fallen: its trunk is tilted, or low between its feet."""
-        motion = self._update(reading).motion
-        return bool(motion.up[2] < self._rules["upright"] or motion.depth < self._rules["lowest"])
+        now = self._update(reading)
+        motion = now.motion
+        upright = self._rules["upright"]
+        return bool(
+            motion.up[2] < upright
+            or now.up[2] < upright - RAW_UP_MARGIN
+            or motion.depth < self._rules["lowest"]
+        )
 
     def _update(self, reading: Reading) -> LeggedReading:
         """Return a reading in parts; a new one updates the odometry first."""

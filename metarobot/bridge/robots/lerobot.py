@@ -10,16 +10,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, runtime_checkable
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot_interface import Command
-from metarobot.bridge.safety.command_checks import validated_command
+from metarobot.bridge.safety.command_checks import may_be_held, validated_command
 
 if TYPE_CHECKING:
     from metarobot.bridge.policy.metadata import PolicyMetadata
 
+MAX_MOTOR_C = 65.0
+"""Hottest motor, °C: Feetech's servos switch themselves off at 70, Dynamixel's at 72 or 80."""
+HEALTH_INTERVAL_S = 1.0
+"""How often a register of ``HEALTH_REGISTERS`` is read; each read takes a few ms of the bus."""
+TEMPERATURE_REGISTER = "Present_Temperature"
+HEALTH_REGISTERS = (TEMPERATURE_REGISTER, "Hardware_Error_Status", "Status")
+"""Registers that are read where a bus has them: the temperature, °C, and error bits, which are 0 on
+a motor that is well (Dynamixel's and Feetech's)."""
 DAMP_RETRY_S = 0.2
 """How long ``damp`` tries when another thread is using the robot's bus, s."""
 RETRY_INTERVAL_S = 0.001
@@ -61,6 +70,14 @@ class HasMotorBus(Protocol):
     """A LeRobot robot with a motor bus."""
 
     bus: Any
+
+
+@runtime_checkable
+class ReadsRegisters(Protocol):
+    """A motor bus of LeRobot that can read a register of all motors."""
+
+    def sync_read(self, data_name: str, *, normalize: bool) -> Mapping[str, Any]:
+        """Return motor -> number in the register."""
 
 
 @runtime_checkable
@@ -124,6 +141,7 @@ class LeRobotAdapter:
         table: Joint -> conversion, for each joint of the policy; other motors are left alone.
         limp: Function that makes the robot limp; ``robot.bus.disable_torque`` if there is that.
             Without either, ``damp`` commands each motor to where it is, and it stays there, stiff.
+        max_motor_c: Hottest motor with which the robot is driven, °C; read where the bus tells it.
 
     Raises:
         BridgeError: The table's joints are not the policy's, or the robot lacks a motor.
@@ -138,6 +156,7 @@ class LeRobotAdapter:
         meta: PolicyMetadata,
         table: Mapping[str, MotorConversion],
         limp: Callable[[], object] | None = None,
+        max_motor_c: float = MAX_MOTOR_C,
     ) -> None:
         if table.keys() != set(meta.joint_names):
             policy_joints = ", ".join(meta.joint_names) or "none"
@@ -162,6 +181,11 @@ class LeRobotAdapter:
         if limp is None and isinstance(bus, HasTorqueSwitch):
             limp = bus.disable_torque
         self._limp = limp
+        self._max_motor_c = max_motor_c
+        self._registers = bus if isinstance(bus, ReadsRegisters) else None
+        self._health_registers: list[str] = []
+        self._joints = meta.joint_names
+        self._limits = meta.limits
         self._connected = False
         self._damped = False
 
@@ -176,21 +200,29 @@ class LeRobotAdapter:
         self._connected = True
         self._damped = False
         self._angles = [math.nan] * len(self._motors)
+        self._held_angles = self._angles
+        """The last angles at which the robot may be held, rad; NaN is never sent."""
         self._stamp = 0.0
         self._seq = 0
         self._latest: dict[str, float] = {}
         if not self._robot.is_calibrated:
             self.disconnect()
             raise BridgeError(f"{self._robot.name} is not calibrated; run lerobot-calibrate first")
+        self._find_health_registers()
         self.get_observation()
 
     def get_observation(self) -> dict[str, float]:
         """Read all motors now; speeds are 0 in the first reading.
 
         After ``damp``, which needs the bus, this is the last reading again.
+
+        Raises:
+            BridgeError: The link is lost, a motor is too hot or reports an error.
         """
         if self._damped:
             return dict(self._latest)
+        if self._health_registers and time.monotonic() >= self._next_health_at:
+            self._check_health()
         angles = _call(self._read_angles)
         stamp = time.monotonic()
 
@@ -201,6 +233,8 @@ class LeRobotAdapter:
             speeds = [(new - old) / passed_s for new, old in pairs]
 
         self._angles = angles
+        if may_be_held(dict(zip(self._joints, angles, strict=True)), self._limits):
+            self._held_angles = angles
         self._stamp = stamp
         self._seq += 1
         self._latest = {
@@ -237,7 +271,7 @@ class LeRobotAdapter:
                 if self._limp is not None:
                     _call(self._limp)
                 else:
-                    self._send_angles(self._angles)
+                    self._send_angles(self._held_angles)
             except BridgeError:
                 if time.monotonic() > end:
                     raise
@@ -250,6 +284,41 @@ class LeRobotAdapter:
         if self._connected:
             self._connected = False
             _call(self._robot.disconnect)
+
+    def _find_health_registers(self) -> None:
+        """Check every register that the bus has; the others are not asked for again.
+
+        Raises:
+            BridgeError: A motor is too hot or reports an error.
+        """
+        self._health_registers = []
+        self._next_health_at = 0.0
+        if self._registers is None:
+            return
+        for register in HEALTH_REGISTERS:
+            # A bus without it raises, each kind another error
+            with suppress(Exception):
+                self._registers.sync_read(register, normalize=False)
+                self._health_registers.append(register)
+        for _ in range(len(self._health_registers)):
+            self._check_health()
+
+    def _check_health(self) -> None:
+        """Read the next register of all motors, and judge it."""
+        assert self._registers is not None
+        registers = self._registers
+        register = self._health_registers.pop(0)
+        self._health_registers.append(register)
+        self._next_health_at = time.monotonic() + HEALTH_INTERVAL_S
+        numbers = _call(lambda: registers.sync_read(register, normalize=False))
+
+        for motor, number in numbers.items():
+            if register != TEMPERATURE_REGISTER and number:
+                raise BridgeError(f"the motor {motor} reports an error: {register} is {number}")
+            if register == TEMPERATURE_REGISTER and not number <= self._max_motor_c:
+                raise BridgeError(
+                    f"the motor {motor} is at {number} °C, more than {self._max_motor_c:g}"
+                )
 
     def _read_angles(self) -> list[float]:
         numbers = self._robot.get_observation()

@@ -1,7 +1,8 @@
 """A robot behind ROS 2's forward_command_controller, over DDS and without a ROS installation.
 
 Read are ``/joint_states``, whose joints are matched by name, and for robots with legs ``/imu/data``
-and the feet's forces. Written are the joints' target angles, on ``/<controller>/commands``.
+and the feet's forces. Written are the joints' target angles, on ``/<controller>/commands``. Where
+somebody publishes ``/diagnostics`` or ``/controller_manager/activity``, a fault there ends the run.
 
 That controller drops a message with a number that is not finite, is deactivated by one of the wrong
 length, and holds the last one for ever. So neither of these is sent, and somebody must send a last
@@ -18,18 +19,30 @@ from typing import TYPE_CHECKING, Any
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.robot_interface import GYRO, QUAT, Command
 from metarobot.bridge.robots.dds_robot import DdsRobot
-from metarobot.bridge.safety.command_checks import validated_command
+from metarobot.bridge.safety.command_checks import may_be_held, validated_command
 
 if TYPE_CHECKING:
     from metarobot.bridge.policy.metadata import PolicyMetadata
     from metarobot.bridge.robots.dds import DdsConnection
     from metarobot.bridge.robots.ros2_messages import (
+        ControllerManagerActivity,
+        DiagnosticArray,
         Float64,
         Float64MultiArray,
         Header,
         Imu,
         JointState,
     )
+
+
+BAD_LEVELS = {2: "an error", 3: "a component that is silent"}
+"""Level of a DiagnosticStatus that ends a run -> its meaning; a warning does not."""
+ACTIVE_STATE = 3
+"""Number of the lifecycle state ``active``."""
+DIAGNOSTICS_KEPT = 32
+"""Diagnoses that wait to be read, one in each control step: several nodes publish at once."""
+LONGEST_TEXT = 80
+"""Characters of the robot's own words that are passed on."""
 
 
 class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
@@ -51,6 +64,12 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
         feet: Topic of the feet's forces, N, a std_msgs/Float64MultiArray in the policy's order of
             legs; read if the policy's reward needs it.
         reward: Topic of the reward, a std_msgs/Float64; read if given.
+        diagnostics: Topic of a diagnostic_msgs/DiagnosticArray, heard if anybody publishes it; a
+            status of level ERROR or STALE ends the run. Empty: not heard.
+        ignore: Beginnings of names of statuses that do not end the run, separated by commas.
+        activity: Topic of ros2_control's ControllerManagerActivity, heard if anybody publishes it;
+            the run ends when ``controller`` or a hardware component is not active any more. Empty:
+            not heard.
         timeout: How long ``connect`` waits for each thing it needs, s.
         guard: Whether this is the guard process beside a controller.
 
@@ -72,6 +91,9 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
         imu: str = "imu/data",
         feet: str = "foot_forces",
         reward: str = "",
+        diagnostics: str = "diagnostics",
+        ignore: str = "",
+        activity: str = "controller_manager/activity",
         timeout: float = 5.0,
         guard: bool = False,
     ) -> None:
@@ -86,6 +108,8 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
                 f"the policy's joints {policy_joints} are not {controller}'s: {robot_joints}"
             )
 
+        self._limits = meta.limits
+
         # keys of a reading
         self._position_keys = [f"{joint}.pos" for joint in self._joints]
         self._velocity_keys = [f"{joint}.vel" for joint in self._joints]
@@ -98,6 +122,10 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
         self._imu_topic = f"rt/{imu}" if meta.layout == "legged" else ""
         self._feet_topic = f"rt/{feet}" if self._force_keys else ""
         self._reward_topic = f"rt/{reward}" if reward else ""
+        self._diagnostics_topic = f"rt/{diagnostics}" if diagnostics else ""
+        self._activity_topic = f"rt/{activity}" if activity else ""
+        self._controller = controller
+        self._ignored = tuple(name for name in ignore.split(",") if name)
 
     def _open(self) -> DdsConnection[JointState, Float64MultiArray]:
         from metarobot.bridge.robots import dds, ros2_messages
@@ -123,11 +151,25 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
             reward = participant.reader(self._reward_topic, ros2_messages.Float64)
             self._sources[self._reward_topic] = (reward.newest, _read_reward)
 
+        # What the robot says of itself; the guard process damps whatever it says
+        self._reports: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+        if self._diagnostics_topic and not self._guard:
+            diagnoses = participant.reader(
+                self._diagnostics_topic, ros2_messages.DiagnosticArray, depth=DIAGNOSTICS_KEPT
+            )
+            self._reports.append((diagnoses.newest, self._check_diagnosis))
+        if self._activity_topic and not self._guard:
+            activities = participant.reader(
+                self._activity_topic, ros2_messages.ControllerManagerActivity, latched=True
+            )
+            self._reports.append((activities.newest, self._check_activity))
+        self._were_active: set[str] = set()
+
         self._parts: dict[str, dict[str, float]] = {}
         """Topic -> its newest contribution to the reading."""
         self._ros_joint_names: Sequence[str] = ()
         self._measured_positions: list[float] = []
-        """The last finite joint angles, rad."""
+        """The last joint angles at which the robot may be held, rad."""
         self._seq = 0
         return connection
 
@@ -139,14 +181,22 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
             lambda: f"nothing on {', '.join(sorted(awaited - self._parts.keys()))}",
         )
         if not self._measured_positions:
-            raise BridgeError(f"the joints' positions on {self._states_topic} are not finite")
+            raise BridgeError(
+                f"the joints' positions on {self._states_topic} are not finite, or out of range"
+            )
 
     def get_observation(self) -> dict[str, float]:
         """Return the newest readings of all topics.
 
         ``stamp`` is the older one of joints and IMU, so that neither can stop unnoticed.
+
+        Raises:
+            BridgeError: The link is lost, or the robot reports a fault of its own.
         """
         self._connected().check()
+        for newest, check in self._reports:
+            if (report := newest()) is not None:
+                check(report)
         parts = self._receive().values()
         reading = {key: value for part in parts for key, value in part.items()}
         reading["stamp"] = min(part["stamp"] for part in parts if "stamp" in part)
@@ -164,7 +214,8 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
         connection = self._connection
         if connection is None:
             return
-        with suppress(BridgeError):
+        # Whatever is wrong with what comes in, the last good angles are commanded
+        with suppress(Exception):
             self._receive()
         # an empty command, before the first reading, would deactivate the controller
         if self._measured_positions:
@@ -200,7 +251,7 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
             reading.update(zip(keys, ordered, strict=True))
 
         positions = [reading.get(key, math.nan) for key in self._position_keys]
-        if all(map(math.isfinite, positions)):
+        if may_be_held(dict(zip(self._joints, positions, strict=True)), self._limits):
             self._measured_positions = positions
         self._seq += 1
         return reading
@@ -212,6 +263,33 @@ class Ros2Robot(DdsRobot["JointState", "Float64MultiArray"]):
                 f"for {len(self._force_keys)} feet"
             )
         return dict(zip(self._force_keys, message.data, strict=True))
+
+    def _check_diagnosis(self, message: DiagnosticArray) -> None:
+        """Raise if a component has an error, or has not reported for too long."""
+        for status in message.status:
+            if status.level in BAD_LEVELS and not status.name.startswith(self._ignored):
+                raise BridgeError(
+                    f"{self._diagnostics_topic.removeprefix('rt/')} reports "
+                    f"{BAD_LEVELS[status.level]}: {_one_line(status.name)}: "
+                    f"{_one_line(status.message)}"
+                )
+
+    def _check_activity(self, message: ControllerManagerActivity) -> None:
+        """Raise if the controller or a part of the hardware was active and is not any more."""
+        parts = [part for part in message.controllers if part.name == self._controller]
+        for part in [*parts, *message.hardware_components]:
+            if part.state.id == ACTIVE_STATE:
+                self._were_active.add(part.name)
+            elif part.name in self._were_active:
+                raise BridgeError(
+                    f"{_one_line(part.name)} is not active any more: "
+                    f"{_one_line(part.state.label) or part.state.id}"
+                )
+
+
+def _one_line(text: str) -> str:
+    """Return a text of the robot's as a short line of printable characters."""
+    return "".join(c if c.isprintable() else " " for c in text)[:LONGEST_TEXT]
 
 
 def _find_joints(joints: Sequence[str], ros_names: Sequence[str]) -> list[int]:

@@ -13,6 +13,10 @@ On the wire this gives two bounds (``damping_bounds_s``), 10 ms of each for thre
 
     last command      -> damping:  2 Δt + 20 ms
     last good reading -> damping:  3 Δt + 20 ms, as a reading may lie one period until it is read.
+
+Damping may fail: a driver may raise anything, once or for ever. No exception of a driver leaves
+``CommandGate.damp`` or ends the watchdog's thread, and damping is repeated until it has succeeded,
+or until somebody says to give up (``CommandGate.give_up``).
 """
 
 from __future__ import annotations
@@ -42,6 +46,12 @@ WATCHDOG_LONGEST_SLEEP_S = 0.05
 """The watchdog looks at least this often, because the gate's deadlines may move meanwhile."""
 WATCHDOG_AFTER_DEADLINE_S = 1e-4
 """The watchdog wakes so long after the deadline: a wake-up just before it would be useless."""
+
+
+STOP_AGAIN_S = 1.0
+"""A stop so long after the first damping means: give up a robot that cannot be damped.
+
+Earlier ones are a key that repeats, or the same Ctrl-C by another way."""
 
 
 class DampedError(BridgeError):
@@ -95,6 +105,14 @@ class CommandGate:
         """Time of the first damping, s."""
         self.loop_noticed = False
         """Whether the control loop has returned and knows of the damping."""
+        self.damping_arrived = False
+        """Whether the driver has taken a damping command without an error."""
+        self.damping_failures = 0
+        """How often the driver failed to damp."""
+        self.damping_error = ""
+        """Why it failed the last time."""
+        self.give_up = False
+        """Whether somebody has said not to try any longer to damp a robot that cannot be."""
         self.sent = 0
         """Number of commands sent."""
         self._heartbeat = heartbeat
@@ -146,6 +164,14 @@ class CommandGate:
         self._heartbeat()
         return sent
 
+    def beat(self) -> None:
+        """Tell the guard process that this process is alive, although it sends no command.
+
+        Raises:
+            BridgeError: the guard process is not alive.
+        """
+        self._heartbeat()
+
     def check(self) -> None:
         """Close the gate if a reading or command is overdue.
 
@@ -175,10 +201,25 @@ class CommandGate:
             if locked:
                 self._send_lock.release()
 
+    def stop(self, reason: str) -> None:
+        """Damp because an operator asks for it; asked again later, give up what cannot be damped.
+
+        See ``STOP_AGAIN_S``; a robot that has taken damping is damped in any case.
+        """
+        if self.reason and self.clock.now() - self.damped_at > STOP_AGAIN_S:
+            self.give_up = True
+        self.damp(reason, fault=False)
+
     def _damp_robot(self) -> None:
-        # Over a lost connection no damping arrives: only the robot's own watchdog helps then
-        with suppress(BridgeError, OSError):
+        # Over a lost connection no damping arrives: only the robot's own watchdog helps then.
+        # Whatever a driver raises, the caller must go on and try again.
+        try:
             self.robot.damp()
+        except Exception as e:
+            self.damping_failures += 1
+            self.damping_error = str(e) or type(e).__name__
+        else:
+            self.damping_arrived = True
 
 
 class GateWatchdog:
@@ -217,24 +258,36 @@ class GateWatchdog:
         os.close(self._wake_writer)
 
     def _run(self) -> None:
-        # Open gate: sleep until the earliest time at which it may have to close
-        while not self.gate.reason:
-            left_s = max(self.gate.due - self.gate.clock.now(), 0.0)
-            sleep_s = min(left_s + WATCHDOG_AFTER_DEADLINE_S, WATCHDOG_LONGEST_SLEEP_S)
-            if self._wait(sleep_s):
-                return
-            with suppress(DampedError):
-                self.gate.check()
-
-        # Closed gate: keep damping, and report a loop that does not come back
+        """Watch until told to end; an error in here must not end the thread."""
         reported = False
-        damped_since = self.gate.clock.now()
-        while not self._wait(DAMPING_REPEAT_S):
-            self.gate.damp(self.gate.reason)
-            waited_s = self.gate.clock.now() - damped_since
-            if not reported and not self.gate.loop_noticed and waited_s > self.loop_hung_s:
-                reported = True
-                self.on_loop_hung()
+        while True:
+            try:
+                if self._wait(self._sleep_s()):
+                    return
+                if not self.gate.reason:
+                    with suppress(DampedError):
+                        self.gate.check()
+                    continue
+
+                # Closed gate: keep damping, and report a loop that does not come back
+                self.gate.damp(self.gate.reason)
+                damped_for_s = self.gate.clock.now() - self.gate.damped_at
+                hung = not self.gate.loop_noticed and damped_for_s > self.loop_hung_s
+                if hung and not reported:
+                    reported = True
+                    self.on_loop_hung()
+            except Exception as e:
+                # Without a watchdog nobody would notice a loop that hangs. A source of stops that
+                # cannot be read would fail again at once, so none is read any more.
+                self._stop_sources.clear()
+                self.gate.damp(f"the watchdog failed: {str(e) or type(e).__name__}")
+
+    def _sleep_s(self) -> float:
+        """Return how long to sleep: until the gate may have to close, or to damp once more."""
+        if self.gate.reason:
+            return DAMPING_REPEAT_S
+        left_s = max(self.gate.due - self.gate.clock.now(), 0.0)
+        return min(left_s + WATCHDOG_AFTER_DEADLINE_S, WATCHDOG_LONGEST_SLEEP_S)
 
     def _wait(self, seconds: float) -> bool:
         """Wait; damp if a stop source says so. Return true when the watchdog is to end."""
@@ -243,12 +296,16 @@ class GateWatchdog:
         for file in ready:
             if file == self._wake_reader:
                 return True
-            data = os.read(file, 1024)
+            try:
+                data = os.read(file, 1024)
+            except OSError:
+                # A terminal that was hung up
+                data = b""
             if not data:
                 # End of file: the terminal is gone, and would be ready for ever
                 del self._stop_sources[file]
                 continue
             reason = self._stop_sources[file](data)
             if reason:
-                self.gate.damp(reason, fault=False)
+                self.gate.stop(reason)
         return False

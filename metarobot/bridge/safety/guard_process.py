@@ -7,6 +7,10 @@ command. It damps when
 - the pipe ends: the controller process died, even of ``kill -9``;
 - no heartbeat came for the gate's patience: the process hangs or was stopped, watchdog included.
 
+It answers with heartbeats of its own. If they stop, the guard died or was stopped, and nobody would
+damp the robot if the controller died too: the controller damps it within ``GUARD_SILENCE_S`` and
+two control periods.
+
 At the end of a run the controller tells it that all is over, and it leaves without damping. The
 class of a guarded robot takes a keyword argument ``guard``, true in the guard process: there it
 must tolerate another controller beside it.
@@ -15,6 +19,7 @@ must tolerate another controller beside it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -38,9 +43,20 @@ CLOSE_TIMEOUT_S = 2.0
 DAMPING_S = 5.0
 """For how long the guard sends damping: long enough for a connection that drops packets."""
 
+GUARD_SILENCE_S = 0.5
+"""How long the guard's heartbeats may be missing.
+
+Longer than the gate's patience, as a guard that is late harms only if the controller dies as well:
+a busy computer may hold it up for a while."""
+GUARD_BEAT_S = 0.05
+"""How often the guard sends a heartbeat when it gets none; otherwise it answers each."""
+RETRY_S = 0.1
+"""How often a guard tries again to damp a robot that could not be damped in ``DAMPING_S``."""
+
 HEARTBEAT = b"b"
 RUN_IS_OVER = b"o"
 READY_LINE = b"ready\n"
+GUARD_DUTY = "the guard process, which damps the robot if this process dies,"
 
 
 @contextmanager
@@ -58,7 +74,8 @@ def guard_process(
     Raises:
         BridgeError: the guard does not start or cannot connect; nothing has been commanded.
     """
-    arguments = (folder, spec, json.dumps(settings), str(patience_s(period_s)))
+    patience = str(patience_s(period_s))
+    arguments = (folder, spec, json.dumps(settings), patience, robots.module_folder(spec))
     child = ChildProcess("safety.guard_process", *arguments, answers=True)
     try:
         assert child.process.stdout is not None
@@ -68,13 +85,26 @@ def guard_process(
             problem = answer.decode(errors="replace").strip() or "it prints nothing"
             raise BridgeError(f"the guard process does not start: {problem}")
 
+        answers = child.process.stdout.fileno()
+        os.set_blocking(answers, False)
+        last_answer_at = time.monotonic()
+
         def heartbeat() -> None:
             # A full pipe drops the heartbeat, which is harmless as more lie in it; a dead guard is
             # not: without it the robot would run on if this process died
+            nonlocal last_answer_at
             if not child.send(HEARTBEAT) and not child.alive:
-                raise BridgeError(
-                    "the guard process, which damps the robot if this process dies, has died"
-                )
+                raise BridgeError(f"{GUARD_DUTY} has died")
+
+            now = time.monotonic()
+            try:
+                if os.read(answers, 4096):
+                    last_answer_at = now
+            except BlockingIOError:
+                pass
+            silent_s = now - last_answer_at
+            if silent_s > GUARD_SILENCE_S:
+                raise BridgeError(f"{GUARD_DUTY} has been silent for {silent_s:.2f} s")
 
         yield heartbeat
     finally:
@@ -82,26 +112,77 @@ def guard_process(
         child.close(CLOSE_TIMEOUT_S)
 
 
-def watch_heartbeats(source: int, timeout_s: float) -> bool:
+def watch_heartbeats(
+    source: int, timeout_s: float, answer: Callable[[], None] = lambda: None
+) -> bool:
     """Read heartbeats until they end; return whether the run ended as it should.
 
     False means that the controller process died or stopped sending heartbeats. Before the first
     heartbeat there is no timeout, and an end of the pipe is no fault: nothing was commanded yet.
+
+    Args:
+        source: The pipe from the controller.
+        timeout_s: How long heartbeats may be missing.
+        answer: Called for each heartbeat, and every ``GUARD_BEAT_S`` at least.
     """
     started = False
+    last_at = math.inf
     while True:
-        ready, _, _ = select.select([source], [], [], timeout_s if started else None)
-        data = os.read(source, 4096) if ready else b""
-        if RUN_IS_OVER in data:
-            return True
-        if not data:
-            # Timeout, or end of the pipe
-            return not started
-        started = True
+        left_s = max(last_at + timeout_s - time.monotonic(), 0.0)
+        ready, _, _ = select.select([source], [], [], min(left_s, GUARD_BEAT_S))
+        answer()
+        if ready:
+            data = os.read(source, 4096)
+            if RUN_IS_OVER in data:
+                return True
+            if not data:
+                return not started
+            started = True
+            last_at = time.monotonic()
+        elif time.monotonic() >= last_at + timeout_s:
+            return False
 
 
-def main(folder: str, spec: str, settings: str, timeout_s: str) -> None:
+def answer_heartbeat() -> None:
+    """Write a heartbeat to standard output, unless the pipe is full or nobody reads it."""
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), HEARTBEAT)
+
+
+def damp_until_done(robot: Robot, seconds: float) -> None:
+    """Damp a robot for so long after the first success, whatever its driver raises.
+
+    If it does not succeed in that time, SIGTERM ends this process: the robot may be gone for good.
+    """
+    end = time.monotonic() + seconds
+    arrived = False
+    while True:
+        try:
+            robot.damp()
+        except Exception as e:
+            # Standard error may be gone as well
+            with suppress(OSError):
+                print(f"damping failed: {e}", file=sys.stderr, flush=True)
+        else:
+            if not arrived:
+                arrived = True
+                end = time.monotonic() + seconds
+
+        is_over = time.monotonic() >= end
+        if is_over and arrived:
+            return
+        if is_over:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(RETRY_S if is_over else DAMPING_REPEAT_S)
+
+
+def main(folder: str, spec: str, settings: str, timeout_s: str, robot_folder: str = "") -> None:
     """Guard a robot until the pipe on standard input ends, or says that the run is over."""
+    # A robot's own module may lie where only the controller's module path leads. Its folder comes
+    # last: no file of it takes the place of a module of Python or of this package
+    if robot_folder:
+        sys.path.append(robot_folder)
+
     # Whoever terminates the whole process group must not take the guard along with the controller
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -115,12 +196,10 @@ def main(folder: str, spec: str, settings: str, timeout_s: str) -> None:
     sys.stdout.buffer.write(READY_LINE)
     sys.stdout.buffer.flush()
 
-    if not watch_heartbeats(sys.stdin.fileno(), float(timeout_s)):
-        end = time.monotonic() + DAMPING_S
-        while time.monotonic() < end:
-            with suppress(BridgeError, OSError):
-                robot.damp()
-            time.sleep(DAMPING_REPEAT_S)
+    # A controller that was stopped reads no answers, and must not hold the guard up
+    os.set_blocking(sys.stdout.fileno(), False)
+    if not watch_heartbeats(sys.stdin.fileno(), float(timeout_s), answer_heartbeat):
+        damp_until_done(robot, DAMPING_S)
     robot.disconnect()
 
 
