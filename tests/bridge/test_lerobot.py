@@ -345,9 +345,9 @@ def test_what_the_motors_report_of_themselves_ends_the_run(
     assert bus.reads.count("Hardware_Error_Status") == 1
     assert bus.reads.count("Status") >= 2
     bus.registers[register][motor] = number
+    # One register a reading
     with pytest.raises(BridgeError, match=message):
-        for _ in range(2):
-            robot.get_observation()
+        [robot.get_observation() for _ in range(2)]
     robot.damp()
     assert not bus.torque
     with pytest.raises(BridgeError, match=message):

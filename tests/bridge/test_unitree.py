@@ -4,20 +4,24 @@ import os
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import bridging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wires import beating, domain, meta, until
 
-from metarobot.bridge.errors import BridgeError
+from metarobot.bridge.controller import Controller
+from metarobot.bridge.errors import BridgeError, OperatorStopError
 from metarobot.bridge.robots import unitree_messages as go
 from metarobot.bridge.robots.dds import DdsParticipant
 from metarobot.bridge.robots.unitree import JOINTS, POS_STOP, VEL_STOP, UnitreeRobot
+from metarobot.bridge.robots.unitree_health import Go2Health
+from metarobot.bridge.run_report import RunSettings
 
 idl = pytest.importorskip("cyclonedds.idl")
 
@@ -26,6 +30,10 @@ ZEROS = {go.LowCmd: 0x4B5A4880, go.LowState: 0x85F11EA6}
 unitree_sdk2_python)."""
 ROOT = Path(__file__).parents[2]
 HEADER = b"\0\1\0\0"
+TEMPERATURES = slice(23 + 8, 23 + 12 * 12, 12)
+MODES = range(23, 23 + 12 * 12, 12)
+WELL = dict.fromkeys(MODES, 1) | {266: 80, 337: 0}
+"""Index of a number -> value on a robot that is well: servo mode, charge, no flags."""
 
 
 @cache
@@ -127,11 +135,17 @@ class Go2:
         self._states = self.link.writer("rt/lowstate", plain(go.LowState))
         self._commands = self.link.reader("rt/lowcmd", plain(go.LowCmd))
 
-    def publish(self, stamp: float, spoilt: int = 0, **parts: list[float]) -> None:
-        """Publish a state of numbers that count up, but for its tick; ``spoilt`` is added to its
-        checksum."""
+    def publish(self, stamp: float, spoilt: int = 0, changes: Mapping[int, int] = WELL) -> None:
+        """Publish a state of numbers that count up, but for its tick, the remote's buttons and the
+        motors' temperatures; ``spoilt`` is added to its checksum.
+
+        ``changes``: index of a number -> another value."""
         state = [k % 100 for k in range(349)]
         state[296] = round(stamp * 1000)
+        state[299:301] = [0, 0]
+        state[TEMPERATURES] = [40] * 12
+        for index, value in changes.items():
+            state[index] = value
         message = sealed(state)
         message.crc ^= spoilt
         self._states.send(message)
@@ -153,9 +167,11 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Iterator[Go2]:
     robot.link.close()
 
 
-def near(far: Go2, joints: tuple[str, ...] = JOINTS, **settings: Any) -> UnitreeRobot:
+def near(
+    far: Go2, joints: tuple[str, ...] = JOINTS, changes: Mapping[int, int] = WELL, **settings: Any
+) -> UnitreeRobot:
     robot = UnitreeRobot(meta(joints), domain=far.number, timeout=10.0, **settings)
-    with far.alive():
+    with far.alive(changes=changes):
         robot.connect()
     return robot
 
@@ -244,6 +260,107 @@ def test_unsound_readings_are_dropped_and_counted(far: Go2) -> None:
     lenient = UnitreeRobot(meta(JOINTS), domain=far.number, timeout=10.0, checksums=False)
     with far.alive(spoilt=1):
         lenient.connect()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({299: 0x20, 300: 0x02}, r"L2\+B was pressed on the robot's remote"),
+        ({299: 0x21, 300: 0x82}, r"L2\+B was pressed on the robot's remote"),
+        ({23 + 12 * 4 + 8: 86}, "the motor FL_thigh is at 86 °C, more than 85"),
+        ({23 + 12 * 11: 0}, "the motor RL_calf follows commands no more: its mode is 0"),
+        ({23 + 9: 32 + 101}, "lost 101 packets of the motor FR_hip within 1 s, more than 100"),
+        ({266: 4}, "the battery is at 4 %, less than 5"),
+        ({337: 0x80}, r"board reports a fault: motors silent \(0x80\)"),
+        ({337: 0x40}, "microcontroller silent"),
+    ],
+)
+def test_what_the_robot_reports_of_itself_ends_the_run_at_once(
+    far: Go2, changes: dict[int, int], message: str
+) -> None:
+    robot = near(far)
+    far.publish(100.0)
+    sees(robot, 100.0)
+    far.publish(100.1, changes=WELL | changes)
+    with pytest.raises(BridgeError, match=message) as caught:
+        sees(robot, 100.1)
+    assert isinstance(caught.value, OperatorStopError) == ("remote" in message)
+    robot.damp()
+    assert until(far.commanded).crc == 0x205D641E
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {299: 0x20},  # L2 alone
+        {300: 0x02},  # B alone
+        {23 + 9: 32 + 100},
+        {337: 0x20},  # the remote was switched off
+        {TEMPERATURES.start: 85},
+    ],
+)
+def test_what_is_no_fault_goes_on(far: Go2, changes: dict[int, int]) -> None:
+    robot = near(far)
+    far.publish(100.0)
+    sees(robot, 100.0)
+    far.publish(100.1, changes=WELL | changes)
+    sees(robot, 100.1)
+
+
+def test_a_robot_that_is_not_well_is_not_connected_to(far: Go2) -> None:
+    hot = {TEMPERATURES.start: 90}
+    with pytest.raises(BridgeError, match="the motor FR_hip is at 90 °C"):
+        near(far, changes=hot)
+    near(far, changes=hot, max_motor_c=95).disconnect()
+    with pytest.raises(BridgeError, match="min_charge must be between 0 and 200, not nan"):
+        UnitreeRobot(meta(JOINTS), min_charge=math.nan)
+
+
+def test_packets_lost_slowly_and_a_silent_battery_are_no_fault() -> None:
+    health = Go2Health(JOINTS, 85.0, 5.0)
+    numbers = [0.0] * 349
+    for second in range(20):
+        numbers[296] = 1000.0 * second
+        numbers[23 + 9] = 100.0 * second
+        health.check(numbers)
+    numbers[23 + 9] += 101
+    with pytest.raises(BridgeError, match="lost 101 packets"):
+        health.check(numbers)
+
+
+def test_bit_errors_in_number_end_the_run() -> None:
+    health = Go2Health(JOINTS, 85.0, 5.0)
+    for i in range(200):
+        health.note_checksum(is_right=i % 10 != 0)
+    health.note_checksum(is_right=False)
+    with pytest.raises(BridgeError, match="bit errors: 6 of the last 50 readings"):
+        health.note_checksum(is_right=False)
+
+
+def test_the_remote_damps_within_one_tick_and_is_no_fault() -> None:
+    """The whole controller, on a robot whose third reading comes with the remote's stop."""
+    about = bridging.meta()
+
+    def stop_at_third(number: int, reading: dict[str, float]) -> dict[str, float]:
+        if number >= 3:
+            raise OperatorStopError("L2+B was pressed on the robot's remote")
+        return reading
+
+    robot = bridging.RecordingRobot(about, spoil=stop_at_third)
+    controller = Controller(
+        bridging.WavePolicy(about),
+        robot,
+        bridging.PlainLayout(about),
+        RunSettings(hz=50.0, seconds=5.0, damp_s=0.1),
+        clock=robot.clock,
+    )
+    report = controller.run()
+    assert report.reason == "L2+B was pressed on the robot's remote"
+    assert not report.fault
+    assert robot.order.count("command") == 2
+    assert "command" not in robot.order[2:]
+    # The third reading was read 3 ticks after the start, and damping went out in that tick
+    assert robot.damps[0] == pytest.approx(3 / 50)
 
 
 def test_a_policy_for_another_robot_is_refused() -> None:

@@ -67,7 +67,7 @@ class _OpenDomain:
 
 
 class DdsReader(Generic[MessageT]):
-    """The newest message of a topic; older ones are overwritten unread."""
+    """The newest messages of a topic; older ones are overwritten unread."""
 
     def __init__(self, reader: DataReader[Any]) -> None:
         self._reader = reader
@@ -153,20 +153,44 @@ class DdsParticipant:
         """Leave the domain, which the other participants are told; a second call does nothing."""
 
     def reader(
-        self, topic: str, message_type: type[MessageT], foreign: bool = False
+        self,
+        topic: str,
+        message_type: type[MessageT],
+        foreign: bool = False,
+        depth: int = 1,
+        latched: bool = False,
     ) -> DdsReader[MessageT]:
-        """Subscribe to a topic; with ``foreign``, leave out what this participant publishes."""
-        policies = [Policy.History.KeepLast(1)]
+        """Subscribe to a topic.
+
+        Args:
+            topic: Its name.
+            message_type: Its type.
+            foreign: Leave out what this participant publishes.
+            depth: Messages that are kept until they are read, one at a time from the oldest.
+            latched: Get the last message of before this reader was there.
+        """
+        policies = [Policy.History.KeepLast(depth)]
         if foreign:
             policies.append(Policy.IgnoreLocal.Participant)
+        if latched:
+            policies.append(Policy.Durability.TransientLocal)
+            policies.append(Policy.Reliability.Reliable(duration(milliseconds=1)))
         dds_topic = Topic(self._participant, topic, message_type)
         return DdsReader(DataReader(self._participant, dds_topic, Qos(*policies)))
 
-    def writer(self, topic: str, message_type: type[MessageT]) -> DdsWriter[MessageT]:
-        """Publish on a topic, reliably, as subscribers to commands ask for."""
-        qos = Qos(Policy.Reliability.Reliable(duration(milliseconds=1)), Policy.History.KeepLast(1))
+    def writer(
+        self, topic: str, message_type: type[MessageT], latched: bool = False
+    ) -> DdsWriter[MessageT]:
+        """Publish on a topic, reliably, as subscribers to commands ask for.
+
+        With ``latched``, whoever comes later gets the last message.
+        """
+        reliable = Policy.Reliability.Reliable(duration(milliseconds=1))
+        policies = [reliable, Policy.History.KeepLast(1)]
+        if latched:
+            policies.append(Policy.Durability.TransientLocal)
         dds_topic = Topic(self._participant, topic, message_type)
-        return DdsWriter(DataWriter(self._participant, dds_topic, qos))
+        return DdsWriter(DataWriter(self._participant, dds_topic, Qos(*policies)))
 
     def wait(self, ready: Callable[[], bool], timeout: float, missing: Callable[[], str]) -> None:
         """Poll a condition until it is true.

@@ -8,7 +8,7 @@ Names and fields are those of ROS 2's own packages (common_interfaces 5, Apache-
 from dataclasses import dataclass
 
 from cyclonedds.idl import IdlStruct
-from cyclonedds.idl.types import array, float64, int32, sequence, uint32
+from cyclonedds.idl.types import array, float64, int32, sequence, uint8, uint32
 
 
 @dataclass
@@ -100,3 +100,59 @@ class Float64(IdlStruct, typename="std_msgs::msg::dds_::Float64_"):
     """A number."""
 
     data: float64
+
+
+@dataclass
+class KeyValue(IdlStruct, typename="diagnostic_msgs::msg::dds_::KeyValue_"):
+    """A detail of a diagnosis."""
+
+    key: str
+    value: str
+
+
+@dataclass
+class DiagnosticStatus(IdlStruct, typename="diagnostic_msgs::msg::dds_::DiagnosticStatus_"):
+    """How one component is: level 0 is well, 1 a warning, 2 an error, 3 stale."""
+
+    level: uint8
+    name: str
+    message: str
+    hardware_id: str
+    values: sequence[KeyValue]
+
+
+@dataclass
+class DiagnosticArray(IdlStruct, typename="diagnostic_msgs::msg::dds_::DiagnosticArray_"):
+    """How some components are, as published on ``/diagnostics``."""
+
+    header: Header
+    status: sequence[DiagnosticStatus]
+
+
+@dataclass
+class LifecycleState(IdlStruct, typename="lifecycle_msgs::msg::dds_::State_"):
+    """State of a lifecycle node: 1 unconfigured, 2 inactive, 3 active, 4 finalized."""
+
+    id: uint8
+    label: str
+
+
+@dataclass
+class NamedLifecycleState(
+    IdlStruct, typename="controller_manager_msgs::msg::dds_::NamedLifecycleState_"
+):
+    """State of a controller or of a hardware component."""
+
+    name: str
+    state: LifecycleState
+
+
+@dataclass
+class ControllerManagerActivity(
+    IdlStruct, typename="controller_manager_msgs::msg::dds_::ControllerManagerActivity_"
+):
+    """States of ros2_control's controllers and hardware, on ``/controller_manager/activity``."""
+
+    header: Header
+    controllers: sequence[NamedLifecycleState]
+    hardware_components: sequence[NamedLifecycleState]
