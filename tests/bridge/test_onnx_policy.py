@@ -447,3 +447,88 @@ def by_hand(policy: OnnxPolicy, ended: Any, reward: Any, obs: Any) -> Any:
         new = step == episode == 0
         yield policy.act(o, 0.0 if new else float(r), over and not new)
         step += 1
+
+
+LOOP_METADATA = {
+    "actions": "2",
+    "action.low": "-1,-0.5",
+    "action.high": "1,0.5",
+    "default_joint_pos": "0.3,-0.2",
+    "action_scale": "2,3",
+    "trial.horizon": "7",
+    "trial.episodes": "3",
+    "control_hz": "50",
+    "context.h.begin": "0.5,0.25,1",
+}
+
+
+@pytest.fixture(scope="module")
+def loop_over_stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """docs/loop.cpp over a stub of onnxruntime, whose model is a file of metadata."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    program = tmp_path_factory.mktemp("loop") / "loop"
+    stub = Path(__file__).parent / "onnxruntime_stub"
+    source = ROOT / "docs" / "loop.cpp"
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=address", f"-I{stub}"]
+    subprocess.run(["g++", *options, str(source), "-o", str(program)], check=True)
+    return program
+
+
+def run_loop(program: Path, readings: str, **changed: str) -> tuple[int, str, str]:
+    metadata = {**LOOP_METADATA, **changed}
+    model = program.with_name("model")
+    model.write_text("\n".join(f"{key}={value}" for key, value in metadata.items()))
+    done = subprocess.run(
+        [program, model, "0"], input=readings, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_loop_in_cpp_clips_and_scales(loop_over_stub: Path) -> None:
+    code, out, err = run_loop(loop_over_stub, "0 0 0.25 2\n1 1 -3 0\n")
+    assert (code, err) == (0, "")
+    np.testing.assert_allclose(
+        [[float(x) for x in line.split()] for line in out.splitlines()],
+        [[0.3 + 2 * 0.25, -0.2 + 3 * 0.5], [0.3 - 2, -0.2]],
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("readings", "changed", "line"),
+    [
+        ("0 0 1 1 x", {}, "'x' where a number belongs"),
+        ("0 0 1 1e999", {}, "where a number belongs"),
+        ("0 nan 1 1", {}, "where a number belongs"),
+        ("0 0 1 1 1", {}, "obs has 3 numbers, not 2"),
+        ("0 0 1", {}, "obs has 1 numbers, not 2"),
+        ("2 0 1 1", {}, "not 0 or 1"),
+        ("0 0 1 1\n\n", {}, "not 0 or 1"),
+        ("0 0 1 1", {"default_joint_pos": "0.3,-0.2,1"}, "default_joint_pos has 3 numbers, not 2"),
+        ("0 0 1 1", {"default_joint_pos": "0.3"}, "default_joint_pos has 1 numbers, not 2"),
+        ("0 0 1 1", {"action_scale": ""}, "action_scale has 0 numbers, not 2"),
+        ("0 0 1 1", {"action_scale": "1,1e36"}, "out of its bounds"),
+        ("0 0 1 1", {"action_scale": "1,2x"}, "'2x' where a number belongs"),
+        ("0 0 1 1", {"action_scale": "1,,2"}, "'' where a number belongs"),
+        ("0 0 1 1", {"action.low": "-1"}, "action.low has 1 numbers, not 2"),
+        ("0 0 1 1", {"action.high": "-2,1"}, "no room"),
+        ("0 0 1 1", {"action.high": "nan,1"}, "where a number belongs"),
+        ("0 0 1 1", {"actions": "0"}, "no fixed shape"),
+        ("0 0 1 1", {"actions": "-1"}, "no fixed shape"),
+        ("0 0 1 1", {"actions": "99999999999"}, "too large"),
+        ("0 0 1 1", {"trial.horizon": ""}, "trial.horizon has 0 numbers, not 1"),
+        ("0 0 1 1", {"trial.horizon": "1.5"}, "no whole number"),
+        ("0 0 1 1", {"trial.episodes": "0"}, "out of its bounds"),
+        ("0 0 1 1", {"context.h.begin": "1,2"}, "h_in has 2 numbers, not 3"),
+        ("0 0 1 1", {"context.h.begin": "1,2,inf"}, "where a number belongs"),
+        ("0 0 1 1", {"nan": "yes"}, "the policy's answer is not finite"),
+    ],
+)
+def test_the_loop_in_cpp_refuses_in_one_line(
+    loop_over_stub: Path, readings: str, changed: dict[str, str], line: str
+) -> None:
+    code, out, err = run_loop(loop_over_stub, readings, **changed)
+    assert (code, err.count("\n")) == (1, 1)
+    assert line in err
+    assert "inf" not in out
