@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import run
 
-from metarobot.env.factory import SIMS
+from metarobot.env.factory import SIMS, choose_simulator
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
 from metarobot.learning.optimiser_state import move_to_device
@@ -153,7 +153,7 @@ def test_a_family_that_warp_cannot_run_is_refused(tmp_path: Path) -> None:
 def test_without_warp_or_a_gpu_the_cpu_is_chosen_and_why_is_said() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    sim, why = worlds.choose(families.get("CheetahVel"), "", "cuda")
+    sim, why = choose_simulator(families.get("CheetahVel"), "", "cuda")
     assert sim == "cpu"
     assert why.startswith("physics: cpu, as Warp cannot: Warp finds no CUDA device")
 
@@ -167,10 +167,10 @@ def test_memory_that_runs_out_is_said_in_a_line(
         tmp_path / "x",
     )
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
 
-    monkeypatch.setattr(module, "_iterate", full)
+    monkeypatch.setattr(module, "collect", full)
     with pytest.raises(
         MetarobotError, match=r"out of memory .CUDA out of memory.; take fewer --worlds"
     ):
