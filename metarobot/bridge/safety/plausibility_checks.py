@@ -19,14 +19,12 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.layouts.leg_odometry import up_direction
 from metarobot.bridge.policy.metadata import PolicyMetadata
 from metarobot.bridge.robot_interface import GYRO, QUAT, Reading
-
-Float64Array = NDArray[np.float64]
+from metarobot.bridge.safety.command_limits import Float64Array
 
 # In every reading
 
