@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from metarobot.learning.agent_interface import AgentKind, Context, Dimensions, FeedforwardPolicy
+from metarobot.learning.agent_interface import (
+    AgentKind,
+    Context,
+    Dimensions,
+    FeedforwardParts,
+    FeedforwardPolicy,
+)
 from metarobot.learning.networks import RunningNorm, copy_into_larger, linears, mlp
 from metarobot.learning.ppo_core import (
     ActorCritic,
@@ -85,6 +91,10 @@ class PPOAgent(ActorCritic):
         value = self.critic(torch.cat([x, critic_obs], -1))
         return self.actor(x), value[..., 0], None
 
+    def feedforward_parts(self) -> FeedforwardParts:
+        """Return actor, normaliser and log-deviation; see ``FeedforwardPolicy``."""
+        return FeedforwardParts(self.actor, self.norm, self.log_std)
+
 
 class PPO(PPOLearner):
     """Train a ``PPOAgent`` by PPO; minibatches are drawn among single steps."""
@@ -122,9 +132,10 @@ class PPO(PPOLearner):
 
         Inputs that ``policy`` does not have start with no influence on the action.
         """
-        for mine, theirs in zip(linears(self.agent.actor), linears(policy.actor), strict=True):
+        parts = policy.feedforward_parts()
+        for mine, theirs in zip(linears(self.agent.actor), linears(parts.actor), strict=True):
             copy_into_larger(mine, theirs)
-        self.agent.norm.copy_from(policy.norm)
+        self.agent.norm.copy_from(parts.norm)
 
 
 ppo = AgentKind(

@@ -178,6 +178,10 @@ class PrototypeAgent(nn.Module):
         """The normaliser of what the policy observes."""
         return self.policy.norm
 
+    def task_bank(self) -> PrototypeBank:
+        """Return the bank of prototypes; see ``EmbedsTasks``."""
+        return self.bank
+
     def begin(self, worlds: int, task: Tensor | None = None) -> Context:
         """Return a zero observation, no evidence, and its embedding."""
         evidence = self.encoder.begin(worlds)

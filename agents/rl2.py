@@ -126,7 +126,8 @@ class RL2(TrialPPOLearner):
 
         The memory starts with no influence on the action, and gains it by training.
         """
-        first, *rest = linears(policy.actor)
+        parts = policy.feedforward_parts()
+        first, *rest = linears(parts.actor)
         agent = self.agent
         width = first.out_features
 
@@ -136,7 +137,7 @@ class RL2(TrialPPOLearner):
             agent.recall.bias[:width] = first.bias
         for mine, theirs in zip(linears(agent.actor), rest, strict=True):
             copy_into_larger(mine, theirs)
-        agent.norm.copy_from(policy.norm)
+        agent.norm.copy_from(parts.norm)
 
 
 rl2 = AgentKind(

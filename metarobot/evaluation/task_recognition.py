@@ -94,9 +94,9 @@ def recognise(
     support, query = _embed_held_out_tasks(agent, run, tasks, config, tick)
 
     # Prototypes of training tasks: embedding (prototype, embedding), task (prototype, parameter).
-    count = len(agent.bank)
-    prototypes = agent.bank.prototype[:count].cpu()
-    prototype_tasks = agent.bank.task[:count].cpu()
+    count = len(agent.task_bank())
+    prototypes = agent.task_bank().prototype[:count].cpu()
+    prototype_tasks = agent.task_bank().task[:count].cpu()
     windows = agent.embedded(config.transitions).cpu()
     held_out_tasks = space.encode(tasks)
 
@@ -124,7 +124,7 @@ def recognise(
         prototype_rows.append(
             {
                 "task": prototype_values[i],
-                "transitions": int(agent.bank.lived[i].sum()),
+                "transitions": int(agent.task_bank().lived[i].sum()),
                 "within": float(distance_within[i]),
                 "xy": prototype_xy[i],
             }
@@ -216,9 +216,9 @@ def _load_embedding_agent(run: Run, config: RecognitionConfig) -> EmbedsTasks:
         raise RecognitionError(
             f"{run.folder} keeps no prototypes: its agent is {run.agent!r}; train one as prototype"
         )
-    if config.neighbours > len(agent.bank):
+    if config.neighbours > len(agent.task_bank()):
         raise RecognitionError(
-            f"{run.folder} keeps {len(agent.bank)} prototypes, "
+            f"{run.folder} keeps {len(agent.task_bank())} prototypes, "
             f"fewer than {config.neighbours} neighbours"
         )
     return agent

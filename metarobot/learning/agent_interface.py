@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -116,6 +116,8 @@ class Learner(Stateful, Protocol):
 # ---------------------------------------------------------------------------------------------
 # What an agent or a learner may also do: one small protocol each, checked with isinstance
 # ---------------------------------------------------------------------------------------------
+# Members are methods or plain attributes: since Python 3.12 isinstance does not see the submodules
+# and parameters of an nn.Module.
 
 
 @runtime_checkable
@@ -144,19 +146,28 @@ class InfersPosterior(Protocol):
         """Return mean and variance of the encoded task, ``(task, parameter)`` each."""
 
 
-@runtime_checkable
-class FeedforwardPolicy(Protocol):
-    """A policy without memory from which another can be initialised, such as ``PPOAgent``."""
+class FeedforwardParts(NamedTuple):
+    """The modules of a policy without memory."""
 
     actor: nn.Sequential
     """Perceptron from the normalised observation to the mean action."""
     norm: RunningNorm
     """Normaliser of the observation."""
+    log_std: Tensor
+    """Logarithm of the standard deviation of each action, ``(act,)``."""
+
+
+@runtime_checkable
+class FeedforwardPolicy(Protocol):
+    """A policy without memory from which another can be initialised, such as ``PPOAgent``."""
+
+    def feedforward_parts(self) -> FeedforwardParts:
+        """Return the policy's own modules."""
 
 
 def is_memoryless(agent: Agent) -> bool:
     """Return whether an agent is a policy of the observation alone, which others can start from."""
-    return isinstance(agent, FeedforwardPolicy) and not agent.privileged and not agent.begin(1)
+    return isinstance(agent, FeedforwardPolicy) and not agent.privileged
 
 
 @runtime_checkable
@@ -187,8 +198,8 @@ class MeasuresDivergence(Protocol):
 class EmbedsTasks(Protocol):
     """An agent that embeds transitions in a space in which similar tasks are close."""
 
-    bank: Any
-    """Embeddings of training tasks (prototypes), and the tasks they belong to."""
+    def task_bank(self) -> Any:
+        """Return the embeddings of training tasks (prototypes) and the tasks they belong to."""
 
     def embed(self, episode: Rollout, steps: int = -1) -> Tensor:
         """Embed the first ``steps`` transitions of an episode, or all, ``(task, embedding)``."""

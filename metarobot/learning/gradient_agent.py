@@ -360,16 +360,20 @@ class GradientAgent(nn.Module):
         This is transfer learning by fine-tuning, with one step size ``rate`` for all weights.
 
         Args:
-            policy: A ``GaussianPolicy`` that shares this agent's normaliser, or an agent with
-                ``actor``, ``log_std`` and a normaliser ``norm`` of its own, as ``PPOAgent``.
+            policy: A ``GaussianPolicy`` that shares this agent's normaliser, or a
+                ``FeedforwardPolicy`` with a normaliser of its own.
             rate: Size of an inner step.
         """
         # a copy of the module that shares nothing that is set below
         agent = copy.copy(self)
         agent._modules = {}
         agent._parameters = {}
-        agent.norm = self.norm if isinstance(policy, GaussianPolicy) else policy.norm
-        agent.policy = GaussianPolicy(policy.actor, policy.log_std.detach().clone())
+        if isinstance(policy, GaussianPolicy):
+            actor, norm, log_std = policy.actor, self.norm, policy.log_std
+        else:
+            actor, norm, log_std = policy.feedforward_parts()
+        agent.norm = norm
+        agent.policy = GaussianPolicy(actor, log_std.detach().clone())
         agent.rates = nn.Parameter(torch.full((agent.weight_count,), rate), requires_grad=False)
         return agent
 

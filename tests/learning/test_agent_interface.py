@@ -1,5 +1,6 @@
 """What the registered agents declare that they can do."""
 
+import inspect
 from functools import cache
 from typing import get_type_hints
 
@@ -14,6 +15,7 @@ from metarobot.learning.agent_interface import (
     Dimensions,
     DrawsNoise,
     EmbedsTasks,
+    FeedforwardPolicy,
     FineTunes,
     InfersPosterior,
     Learner,
@@ -32,6 +34,7 @@ OF_AGENTS = {
     NamesContext: GRADIENT_BASED | {"imitation", "pearl", "varibad"},
     InfersPosterior: {"pearl", "varibad"},
     EmbedsTasks: {"prototype"},
+    FeedforwardPolicy: {"blind", "oracle", "ppo"},
     FineTunes: GRADIENT_BASED,
     MeasuresDivergence: GRADIENT_BASED,
 }
@@ -66,6 +69,16 @@ def has_sb3() -> bool:
 def test_exactly_the_right_agents_declare_a_capability(protocol: type) -> None:
     declared = {name for name in names() if isinstance(build(name).agent, protocol)}
     assert declared == OF_AGENTS[protocol]
+
+
+@pytest.mark.parametrize("protocol", OF_AGENTS)
+def test_capabilities_are_seen_without_the_attribute_hooks_of_modules(protocol: type) -> None:
+    """Since Python 3.12 isinstance looks members up statically: no submodules, no parameters."""
+    members = [name for name in {**protocol.__annotations__, **vars(protocol)} if name[0] != "_"]
+    assert members
+    for name in OF_AGENTS[protocol]:
+        for member in members:
+            inspect.getattr_static(build(name).agent, member)
 
 
 @pytest.mark.parametrize("protocol", OF_LEARNERS)
