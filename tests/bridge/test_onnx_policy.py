@@ -3,9 +3,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,11 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from bridging import ABOUT, LIMIT
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from policy_fuzzing import fuzz_policy
 
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.policy.metadata import (
@@ -28,7 +32,7 @@ from metarobot.bridge.policy.metadata import (
     model_properties,
 )
 from metarobot.bridge.policy.onnx_file_check import check_onnx_file
-from metarobot.bridge.policy.onnx_policy import OnnxPolicy
+from metarobot.bridge.policy.onnx_policy import OnnxPolicy, run_trial
 from metarobot.training.run_folder import Run
 
 ROOT = Path(__file__).parents[2]
@@ -329,6 +333,228 @@ def test_a_folder_with_a_fault_is_refused_in_one_line(folder: Path, fault: str) 
         OnnxPolicy.load(folder)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+LEG = {"hip": [0.2, 0.05, 0], "thigh": [0, 0.1, 0], "calf": [0, 0, -0.2], "foot": [0, 0, -0.2]}
+REWARD = {
+    "kind": "quadruped",
+    "legs": dict.fromkeys(("FR", "FL", "RR", "RL"), LEG),
+    "foot_radius": 0.02,
+    "step_height": 0.1,
+    "touch": 5.0,
+    "lowest": 0.1,
+    "upright": 0.5,
+    "weights": {"track": 1.0, "effort": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("joint_stiffness", [-1000.0, 40.0]),
+        ("joint_stiffness", [1e9, 40.0]),
+        ("joint_stiffness", [40.0]),
+        ("joint_stiffness", {"hip": 40.0}),
+        ("joint_damping", [1.0, -50.0]),
+        ("joint_damping", [math.nan, 1.0]),
+        ("default_joint_pos", [1e6, 0.0]),
+        ("default_joint_pos", [0.0, 1.5]),
+        ("action_scale", [0.25, math.inf]),
+        ("action_scale", [0.25, -0.25]),
+        ("action_scale", [0.25, True]),
+        ("control_hz", 1e6),
+        ("control_hz", "50"),
+        ("trial", {"horizon": 0, "episodes": 2}),
+        ("trial", {"horizon": 10, "episodes": 2.5}),
+        ("trial", {"horizon": 10**6, "episodes": 2, "rollouts": 10**4}),
+        ("trial", [10, 2]),
+        ("joint_names", ["hip", "hip"]),
+        ("joint_names", ["hip", ""]),
+        ("joint_names", ["hip", "kn\nee"]),
+        ("joint_names", "hk"),
+        ("observation_names", []),
+        ("command_names", ["speed"]),
+        ("limits", {}),
+        ("limits", {"hip": LIMIT, "knee": {**LIMIT, "torque": math.inf}}),
+        ("limits", {"hip": LIMIT, "knee": {**LIMIT, "torque": -1.0}}),
+        ("limits", {"hip": LIMIT, "knee": {**LIMIT, "velocity": 0}}),
+        ("limits", {"hip": LIMIT, "knee": {**LIMIT, "low": 2.0}}),
+        ("limits", {"hip": LIMIT, "knee": [-1, 1, 10, 20]}),
+        ("action", {"names": ["a"], "low": [-1], "high": [math.nan]}),
+        ("action", {"names": [], "low": [], "high": []}),
+        ("noise", -1),
+        ("noise", 10**17),
+        ("explores", "no"),
+        ("inputs", [{"name": "obs", "shape": [1, -4]}]),
+        ("inputs", [{"name": "obs", "shape": [10**9, 10**9]}]),
+        ("inputs", [{"name": "obs", "shape": [1, 4]}] * 2),
+        ("context", [{"name": "h", "in": None, "out": None, "shape": [-1], "begin": "zeros"}]),
+        ("context", [{"name": "h", "in": None, "out": None, "shape": [1], "begin": ["0"]}]),
+        ("context", [{"name": "h", "in": None, "out": None, "shape": [1], "begin": [1e300]}]),
+        ("reward", [1, 2]),
+        ("reward", {**REWARD, "upright": math.nan}),
+        ("reward", {**REWARD, "upright": 2}),
+        ("reward", {**REWARD, "step_height": 0}),
+        ("reward", {**REWARD, "weights": {"track": 1e300}}),
+        ("reward", {**REWARD, "weights": {"bribe": 1}}),
+        ("reward", {**REWARD, "legs": {"FR": LEG}}),
+        ("reward", {**REWARD, "legs": {leg: {**LEG, "hip": [0, 0]} for leg in "abcd"}}),
+        ("parity", {"tolerance": "small"}),
+        ("surprise", 1),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(BridgeError) as caught:
+        PolicyMetadata.parse_file("folder", {**ABOUT, "reward": REWARD, key: value})
+    assert re.search(r"damaged|contradicts", str(caught.value))
+    assert str(caught.value).isprintable()
+
+
+def test_values_within_their_bounds_are_read() -> None:
+    meta = PolicyMetadata.parse_file("folder", {**ABOUT, "reward": REWARD})
+    assert meta.reward == REWARD
+    assert meta.limits["hip"].torque == LIMIT["torque"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"kind": "metarobot-policy", "format": 1e999}', "is too large"),
+        ('{"kind": "metarobot-policy", "format": NaN}', "is not a number of JSON"),
+        ('{"kind": "metarobot-policy", "format": ' + "9" * 5000 + "}", "is too large"),
+        ('{"kind": "metarobot-policy", "kind": "metarobot-policy"}', "is there twice"),
+        ('{"kind": "metarobot-policy", "format": "2"}', "not an integer"),
+        ('{"kind": "metarobot-policy", "format": 2, "a": "\\ud800"}', "was changed"),
+        ("{}", "is not metarobot's"),
+        ("null", "is not metarobot's"),
+    ],
+)
+def test_odd_json_is_refused_in_one_line(tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "policy.json").write_text(text)
+    with pytest.raises(BridgeError, match=line) as caught:
+        OnnxPolicy.load(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["policy.json", "policy.onnx"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "large"])
+def test_only_regular_files_of_a_sane_size_are_read(folder: Path, name: str, kind: str) -> None:
+    path = folder / name
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 1 << 34)  # a sparse file
+    with pytest.raises(BridgeError, match=r"regular file|directory|larger than") as caught:
+        OnnxPolicy.load(folder)
+    assert name in str(caught.value)
+
+
+def sparse() -> onnx.ModelProto:
+    """A model whose sparse constant reads its numbers from another file."""
+    attacked = model(ADD)
+    attacked.graph.sparse_initializer.add().values.CopyFrom(outside())
+    return attacked
+
+
+def node(operator: str, *inputs: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(operator, list(inputs), ["actions"], **attributes)
+
+
+def declared(*names_and_shapes: tuple[str, list[int]]) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in names_and_shapes]
+
+
+def growing(shape: list[int]) -> onnx.ModelProto:
+    """A model that makes a matrix of 16 billion numbers, and declares another shape of it."""
+    row = helper.make_tensor("row", TensorProto.FLOAT, [1, 126_000], bytes(504_000), raw=True)
+    column = helper.make_tensor("col", TensorProto.FLOAT, [126_000, 1], bytes(504_000), raw=True)
+    index = helper.make_tensor("zero", TensorProto.INT64, [1], bytes(8), raw=True)
+    attacked = model(
+        helper.make_node("Mul", ["row", "col"], ["large"]),
+        helper.make_node("Gather", ["large", "zero"], ["line"], axis=0),
+        helper.make_node("Gather", ["line", "zero"], ["one"], axis=1),
+        node("Add", "one", "obs"),
+        tensors=(row, column, index),
+    )
+    shapes = declared(("large", shape), ("line", [1, 126_000]), ("one", [1, 1]))
+    attacked.graph.value_info.extend(shapes)
+    return attacked
+
+
+SHAPE = helper.make_tensor("n", TensorProto.INT64, [1], np.array([1 << 30]).tobytes(), raw=True)
+EMPTY = helper.make_graph([], "g", [], [])
+HOSTILE: dict[str, tuple[onnx.ModelProto, str]] = {
+    "sparse numbers elsewhere": (sparse(), "has sparse numbers"),
+    "4 GB of constants": (
+        model(node("ConstantOfShape", "n"), tensors=(SHAPE,)),
+        "uses the operator 'ConstantOfShape'",
+    ),
+    "a constant of its own": (
+        model(node("Constant", value=helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0]))),
+        "has numbers in an attribute",
+    ),
+    "an endless loop": (model(node("Loop", "", "", "obs", body=EMPTY)), "has a subgraph"),
+    "a loop without a body": (model(node("Loop", "", "", "obs")), "uses the operator 'Loop'"),
+    "noise of its own": (model(node("RandomNormalLike", "obs")), "uses the operator"),
+    "a shape that is computed": (model(node("Reshape", "obs", "obs")), "which is no constant"),
+    "no shapes": (
+        model(helper.make_node("Tanh", ["obs"], ["x"]), node("Tanh", "x")),
+        "does not declare the shape of 'x'",
+    ),
+    "16 billion numbers": (growing([126_000, 126_000]), "more than 16,000,000"),
+    "16 billion numbers, hidden": (growing([1, 126_000]), "onnxruntime cannot run the model"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_a_hostile_model_is_refused(folder: Path, attack: str) -> None:
+    attacked, line = HOSTILE[attack]
+    seal(folder, attacked.SerializeToString())
+    with pytest.raises(BridgeError) as caught:
+        OnnxPolicy.load(folder)
+    assert line in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_tag_of_more_than_32_bits_hides_nothing(folder: Path) -> None:
+    # field 7 of a model, its graph, with bit 32 set: some readers take the lower 32 bits
+    tag, size = (1 << 32) | (7 << 3) | 2, 0
+    varint = b""
+    while tag:
+        varint += bytes([(tag & 0x7F) | (0x80 if tag > 0x7F else 0)])
+        tag >>= 7
+    with pytest.raises(BridgeError, match="more than 32 bits"):
+        check_onnx_file((folder / "policy.onnx").read_bytes() + varint + bytes([size]))
+
+
+def test_metadata_in_the_model_must_be_those_of_the_folder(folder: Path) -> None:
+    data = content(folder)
+    data["trial"] = {**data["trial"], "episodes": 7}
+    data[HASH_KEY] = content_digest(data)
+    (folder / "policy.json").write_text(json.dumps(data))
+    with pytest.raises(BridgeError, match=r"'trial\.episodes' is '2', policy\.json says"):
+        OnnxPolicy.load(folder)
+
+
+def test_a_first_step_that_takes_too_long_is_ended(folder: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(BridgeError, match=r"took over 0\.01 s"):
+        run_trial((folder / "policy.onnx").read_bytes(), limit_s=0.01)
+    assert time.monotonic() - started < 5
+
+
+def test_damaged_folders_are_refused_or_mean_the_same(folder: Path, tmp_path: Path) -> None:
+    table = fuzz_policy(folder, tmp_path / "scratch", 300, seed=0)
+    assert table.broken == []
+    assert sum(table.refused.values()) > 100
 
 
 def test_a_context_that_begins_with_something_else_is_refused(folder: Path) -> None:

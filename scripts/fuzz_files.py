@@ -1,0 +1,62 @@
+"""Damage files that metarobot reads, and check that each is refused in one line or means the same.
+
+    python scripts/fuzz_files.py policy --count 10000 --seed 0
+
+Exit code 1 if one was not: a traceback, a hang, or a silent change.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+POLICY_AGENT = "QuadrupedMix-rl2"
+
+
+def fuzz_policy_folder(count: int, seed: int, tick: Callable[[], None]) -> int:
+    """Damage an export of an agent in the box; print a table, and return what was not refused."""
+    from policy_fuzzing import fuzz_policy
+
+    from metarobot.deploy.onnx_export import export
+    from metarobot.training.run_folder import open_run
+
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as scratch:
+        original = Path(scratch) / "original"
+        export(open_run(POLICY_AGENT), original, tasks=1)
+        table = fuzz_policy(original, Path(scratch), count, seed, tick)
+    print("\n".join(table.lines()))
+    for line in table.broken[:20]:
+        print(f"broken: {line}")
+    return len(table.broken)
+
+
+FUZZERS: dict[str, Callable[[int, int, Callable[[], None]], int]] = {
+    "policy": fuzz_policy_folder,
+}
+"""Kind of file -> (count, seed, function to call after each) -> how many promises were broken."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=FUZZERS, help="kind of file")
+    parser.add_argument("--count", type=int, default=10_000, help="files to damage")
+    parser.add_argument("--seed", type=int, default=0, help="draws the damage")
+    options = parser.parse_args()
+
+    with Progress() as progress:
+        task = progress.add_task(options.kind, total=options.count)
+        broken = FUZZERS[options.kind](options.count, options.seed, lambda: progress.advance(task))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
