@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.bounds import Count, CountOrZero, Fraction, NonNegative, check_bounds
+from metarobot.config_bounds import Count, CountOrZero, Fraction, NonNegative, check_bounds
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
-from metarobot.learning.gradient_agent import by_task
+from metarobot.learning.maml_agent import by_task
 from metarobot.learning.meta_gradient import (
     adapt_weights,
     call_with_weights,

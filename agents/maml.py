@@ -12,9 +12,9 @@ from functools import partial
 
 from torch import Tensor
 
-from metarobot.bounds import Count, Fraction, NonNegative
+from metarobot.config_bounds import Count, Fraction, NonNegative
 from metarobot.learning.agent_interface import AgentKind, Dimensions
-from metarobot.learning.gradient_agent import (
+from metarobot.learning.maml_agent import (
     GradientAgent,
     InnerBatch,
     InnerConfig,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metarobot.bounds import Bounds, Count, Fraction, NonNegative, check_bounds
+from metarobot.config_bounds import Bounds, Count, Fraction, NonNegative, check_bounds
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.gaussian_posterior import (

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from metarobot.bounds import Count, Fraction, NonNegative
+from metarobot.config_bounds import Count, Fraction, NonNegative
 from metarobot.learning.agent_interface import AgentKind, Dimensions
-from metarobot.learning.gradient_agent import (
+from metarobot.learning.maml_agent import (
     GradientAgent,
     InnerBatch,
     InnerConfig,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig
-from metarobot.bounds import Bounds, Count, NonNegative
+from metarobot.config_bounds import Bounds, Count, NonNegative
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions, FeedforwardPolicy
 from metarobot.learning.metric_losses import (

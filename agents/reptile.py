@@ -13,10 +13,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from metarobot.bounds import Bounds, Fraction, NonNegative
+from metarobot.config_bounds import Bounds, Fraction, NonNegative
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Dimensions
-from metarobot.learning.gradient_agent import GradientAgent, InnerConfig, ignored_rollouts
+from metarobot.learning.maml_agent import GradientAgent, InnerConfig, ignored_rollouts
 from metarobot.learning.meta_gradient import clip_and_step, set_ascent_gradients
 from metarobot.learning.optimiser_state import flatten_state, restore_state
 from metarobot.learning.ppo_core import decayed, set_learning_rate

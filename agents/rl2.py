@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from metarobot.bounds import NonNegative
+from metarobot.config_bounds import NonNegative
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions, FeedforwardPolicy
-from metarobot.learning.memories import make_memory
 from metarobot.learning.networks import RunningNorm, copy_into_larger, linears, mlp, orthogonal
 from metarobot.learning.ppo_core import RecurrentActorCritic, TrialPPOLearner, TrialPPOSettings
+from metarobot.learning.recurrent_memories import make_memory
 from metarobot.types import Percept
 
 

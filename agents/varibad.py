@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.bounds import Count
+from metarobot.config_bounds import Count
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.gaussian_posterior import (
     Gaussian,
@@ -29,7 +29,6 @@ from metarobot.learning.gaussian_posterior import (
     sample,
     standard_normal,
 )
-from metarobot.learning.memories import make_memory
 from metarobot.learning.networks import RunningNorm, mlp, orthogonal
 from metarobot.learning.ppo_core import (
     PPOBatch,
@@ -38,6 +37,7 @@ from metarobot.learning.ppo_core import (
     TrialPPOSettings,
     last_step,
 )
+from metarobot.learning.recurrent_memories import make_memory
 from metarobot.types import Percept, Trials, TrialSequence, join_episodes
 
 VARIANCE_UPDATE_RATE = 0.05

@@ -22,7 +22,7 @@ from metarobot.envs.cheetah import (
 from metarobot.envs.robots.model_files import make_inertias_explicit
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, Uniform
 from metarobot.tasks.family import WorldState
-from metarobot.tasks.mujoco_models import Edit
+from metarobot.tasks.model_edits import Edit
 from metarobot.tasks.space import Param, TaskSpace
 
 if TYPE_CHECKING:

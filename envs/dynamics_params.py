@@ -28,7 +28,7 @@ from metarobot.envs.robots.model_files import make_inertias_explicit, read_gymna
 from metarobot.lazy import lazy_module
 from metarobot.tasks.distributions import LogUniform, Mixture
 from metarobot.tasks.family import Display, Family, Interaction, WorldState
-from metarobot.tasks.mujoco_models import Edit
+from metarobot.tasks.model_edits import Edit
 from metarobot.tasks.space import Param, TaskSpace
 from metarobot.types import Floats
 

@@ -30,7 +30,7 @@ from metarobot.tasks.family import (
     Teaching,
     WorldState,
 )
-from metarobot.tasks.mujoco_models import Edit, compile_spec
+from metarobot.tasks.model_edits import Edit, compile_spec
 from metarobot.tasks.space import Param, SparseFaults, TaskSpace
 from metarobot.types import Floats, constant_like
 

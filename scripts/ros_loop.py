@@ -32,7 +32,7 @@ from cyclonedds.util import duration
 from metarobot.bridge.robots.ros2 import Ros2Robot
 from metarobot.bridge.robots.ros2_messages import Float64MultiArray, JointState
 from metarobot.envs.robots import go2
-from metarobot.tasks.mujoco_models import compile_spec
+from metarobot.tasks.model_edits import compile_spec
 
 ROOT = Path(__file__).parents[1]
 PEER_PYTHON = ROOT / ".ros/bin/python"

@@ -8,7 +8,7 @@ import torch
 from helpers import tiny_run
 
 from metarobot.learning.agent_interface import agents
-from metarobot.learning.memories import MEMORIES
+from metarobot.learning.recurrent_memories import MEMORIES
 from metarobot.render.opengl import VideoError, backend
 from metarobot.training.run_folder import Run, open_run
 

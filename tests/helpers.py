@@ -12,7 +12,7 @@ from torch import Tensor
 from metarobot.cli.main import main
 from metarobot.env.base import Env
 from metarobot.learning.agent_interface import Dimensions, Learner, agents
-from metarobot.learning.gradient_agent import GradientAgent, InnerBatch
+from metarobot.learning.maml_agent import GradientAgent, InnerBatch
 from metarobot.tasks.family import families
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig

@@ -33,7 +33,7 @@ from metarobot.agents.sb3.policies import (
     TrialPolicy,
 )
 from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv
-from metarobot.bounds import Count, Fraction, NonNegative
+from metarobot.config_bounds import Count, Fraction, NonNegative
 from metarobot.env.sb3_vec_env import PPO, SAC, BaseCallback, Logger
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Dimensions, TrainingStep
@@ -41,8 +41,8 @@ from metarobot.learning.networks import RunningNorm
 from metarobot.learning.optimiser_state import flatten_state, restore_state, with_prefix
 from metarobot.learning.ppo_core import PPOSettings, decayed
 from metarobot.learning.returns import discounted
-from metarobot.resources import check_replay_memory
 from metarobot.tasks.family import Family
+from metarobot.threads_and_memory import check_replay_memory
 from metarobot.types import Percept, Trials
 
 

@@ -16,7 +16,7 @@ import mujoco
 import numpy as np
 
 from metarobot.envs.robots import model_files
-from metarobot.tasks.mujoco_models import ModelError, compile_spec
+from metarobot.tasks.model_edits import ModelError, compile_spec
 
 LEGS = ("FR", "FL", "RR", "RL")
 LEG_PARTS = ("hip", "thigh", "calf")

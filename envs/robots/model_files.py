@@ -9,7 +9,7 @@ from typing import Any
 
 import mujoco
 
-from metarobot.tasks.mujoco_models import ModelError, compile_spec
+from metarobot.tasks.model_edits import ModelError, compile_spec
 
 
 def read_gymnasium_model(file: str) -> mujoco.MjSpec:

@@ -12,7 +12,7 @@ import mujoco
 import numpy as np
 
 from metarobot.envs.robots import model_files, panda
-from metarobot.tasks.mujoco_models import ModelError, compile_spec, strip
+from metarobot.tasks.model_edits import ModelError, compile_spec, strip
 from metarobot.types import Floats
 
 TIP_START = np.array([0.5, 0.0, 0.15])

@@ -15,8 +15,8 @@ from metarobot.bench.harness import (
 )
 from metarobot.env.base import Env
 from metarobot.learning.agent_interface import agents, comparable_agents
-from metarobot.resources import keep_freed_memory, single_torch_thread
 from metarobot.tasks.family import Family
+from metarobot.threads_and_memory import keep_freed_memory, single_torch_thread
 from metarobot.training.collect import collect
 from metarobot.training.config import rollouts_of
 from metarobot.training.run_folder import build_learner

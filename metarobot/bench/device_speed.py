@@ -16,7 +16,7 @@ from metarobot.bench.harness import (
     timed,
 )
 from metarobot.env.device import DeviceEnv, check_memory
-from metarobot.sim.protocol import WorldSelection
+from metarobot.sim.simulator import WorldSelection
 from metarobot.sim.warp import WarpSim
 from metarobot.tasks.family import Family
 

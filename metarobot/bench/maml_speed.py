@@ -16,9 +16,9 @@ from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
 from metarobot.learning.meta_gradient import loop_over_tasks
-from metarobot.resources import keep_freed_memory, restored_torch_threads
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
+from metarobot.threads_and_memory import keep_freed_memory, restored_torch_threads
 from metarobot.training.collect import collect
 from metarobot.training.run_folder import build_learner
 

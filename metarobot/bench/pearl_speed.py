@@ -20,8 +20,8 @@ from metarobot.bench.harness import (
 )
 from metarobot.env.base import Env
 from metarobot.learning.agent_interface import agents
-from metarobot.resources import keep_freed_memory, restored_torch_threads
 from metarobot.tasks.family import Family
+from metarobot.threads_and_memory import keep_freed_memory, restored_torch_threads
 from metarobot.training.collect import collect
 from metarobot.training.run_folder import build_learner
 

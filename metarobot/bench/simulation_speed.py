@@ -25,10 +25,10 @@ from metarobot.bench.harness import (
 from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.resources import keep_freed_memory, single_torch_thread
 from metarobot.sim.cpu import CpuSim, selected_ids
-from metarobot.sim.protocol import WorldSelection
+from metarobot.sim.simulator import WorldSelection
 from metarobot.tasks.family import Family
+from metarobot.threads_and_memory import keep_freed_memory, single_torch_thread
 
 
 @dataclass

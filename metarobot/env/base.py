@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.env.starts import StartSource, WorldStarts
+from metarobot.env.episode_starts import StartSource, WorldStarts
 from metarobot.errors import MetarobotError
 from metarobot.sim.cpu import CpuSim
-from metarobot.sim.protocol import Sim
+from metarobot.sim.simulator import Sim
 from metarobot.tasks.family import Family, WorldState, families
 from metarobot.tasks.space import Task
 from metarobot.tasks.task_models import TaskModels

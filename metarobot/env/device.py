@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env
-from metarobot.env.starts import EpisodeStart, StartSource
+from metarobot.env.episode_starts import EpisodeStart, StartSource
 from metarobot.sim.warp import BufferSizes, WarpError, WarpSim, free_memory, warp_device
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task

@@ -19,8 +19,8 @@ from gymnasium.vector.utils import batch_space
 
 from metarobot.env.autoreset import AutoresetEnv
 from metarobot.env.base import Env
-from metarobot.env.gym_common import Array as Array
-from metarobot.env.gym_common import (
+from metarobot.env.gymnasium_common import Array as Array
+from metarobot.env.gymnasium_common import (
     WorldSet,
     check_options,
     check_render_mode,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from metarobot.env.autoreset import AutoresetEnv
-from metarobot.env.gym_common import (
+from metarobot.env.gymnasium_common import (
     Array,
     WorldSet,
     check_options,

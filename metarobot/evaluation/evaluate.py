@@ -14,7 +14,7 @@ import numpy as np
 
 from metarobot.errors import MetarobotError
 from metarobot.evaluation.belief_calibration import BeliefRecorder
-from metarobot.evaluation.context_controls import CONTROLS, play_control
+from metarobot.evaluation.context_ablations import CONTROLS, play_control
 from metarobot.evaluation.fine_tuning import count_fine_tuning_trials, fine_tune
 from metarobot.evaluation.protocol import Evaluator, PlayedReturns, Protocol, stack_played
 from metarobot.evaluation.statistics import (

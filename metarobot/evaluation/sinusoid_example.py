@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from metarobot.bounds import Count, NonNegative
+from metarobot.config_bounds import Count, NonNegative
 from metarobot.learning.meta_gradient import (
     adapt_weights,
     call_with_weights,

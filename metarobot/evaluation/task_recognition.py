@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarobot.bounds import Count, CountOrZero, check_bounds
+from metarobot.config_bounds import Count, CountOrZero, check_bounds
 from metarobot.env.base import Env
 from metarobot.env.factory import make_env
 from metarobot.errors import MetarobotError

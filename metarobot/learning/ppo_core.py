@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.bounds import Count, Fraction, NonNegative
+from metarobot.config_bounds import Count, Fraction, NonNegative
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Context, Dimensions
 from metarobot.learning.networks import RunningNorm, log_prob, normalise_leading

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Dimensions
-from metarobot.resources import check_replay_memory
+from metarobot.threads_and_memory import check_replay_memory
 from metarobot.types import Rollout, Trials
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from metarobot.render.opengl import backend
 from metarobot.render.scene import Pixels, Scene, apply_visual_style
-from metarobot.sim.protocol import Sim
+from metarobot.sim.simulator import Sim
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
 from metarobot.tasks.task_models import TaskModels

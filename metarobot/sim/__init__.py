@@ -3,8 +3,8 @@
 from typing import NoReturn
 
 _NEW_PLACES = {
-    "Sim": "metarobot.sim.protocol.Sim",
-    "Rows": "metarobot.sim.protocol.WorldSelection",
+    "Sim": "metarobot.sim.simulator.Sim",
+    "Rows": "metarobot.sim.simulator.WorldSelection",
 }
 """Names that this package had before; the hints go with the next release."""
 

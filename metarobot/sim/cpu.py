@@ -11,7 +11,7 @@ import torch
 from mujoco import batch
 from torch import Tensor
 
-from metarobot.sim.protocol import WorldSelection
+from metarobot.sim.simulator import WorldSelection
 
 
 class CpuSim:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metarobot.errors import MetarobotError
-from metarobot.sim.protocol import WorldSelection
+from metarobot.sim.simulator import WorldSelection
 
 try:
     import mujoco_warp as mjw

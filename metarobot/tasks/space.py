@@ -24,7 +24,7 @@ from metarobot.tasks.distributions import (
     from_data,
     to_data,
 )
-from metarobot.tasks.mujoco_models import Edit
+from metarobot.tasks.model_edits import Edit
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mujoco
 
 from metarobot.tasks.family import Family
-from metarobot.tasks.mujoco_models import ModelFactory
+from metarobot.tasks.model_edits import ModelFactory
 from metarobot.tasks.space import Task
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metarobot.env.base import Env, StepResult
 from metarobot.learning.agent_interface import Agent, Context, DrawsNoise
-from metarobot.resources import single_torch_thread
 from metarobot.tasks.space import Task
+from metarobot.threads_and_memory import single_torch_thread
 from metarobot.types import Percept, Rollout, Trials
 
 Watcher = Callable[[int, Env, StepResult], None]

@@ -10,7 +10,7 @@ import torch
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from metarobot.bounds import Bounds, Count, CountOrZero, check_bounds
+from metarobot.config_bounds import Bounds, Count, CountOrZero, check_bounds
 from metarobot.env.factory import SIMS
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents

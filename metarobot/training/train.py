@@ -22,7 +22,7 @@ import mujoco
 import numpy as np
 import torch
 
-from metarobot.bounds import check_bounds
+from metarobot.config_bounds import check_bounds
 from metarobot.env import factory
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
@@ -35,8 +35,8 @@ from metarobot.learning.agent_interface import (
     is_memoryless,
 )
 from metarobot.learning.optimiser_state import move_to_device
-from metarobot.resources import keep_freed_memory, restored_torch_threads
 from metarobot.tasks.family import Family, family_on
+from metarobot.threads_and_memory import keep_freed_memory, restored_torch_threads
 from metarobot.training.collect import collect
 from metarobot.training.config import (
     CHANGEABLE_ON_RESUME,

@@ -6,7 +6,7 @@ from trial_learners import FAMILY, SHAPES, TASKS, build, build_perturbed, collec
 
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
-from metarobot.learning.memories import MEMORIES
+from metarobot.learning.recurrent_memories import MEMORIES
 from metarobot.types import Percept, Rollout, join_episodes
 
 NAMES = (

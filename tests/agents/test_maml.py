@@ -31,7 +31,7 @@ from helpers import (
 from torch import Tensor, nn
 from torch.func import vmap
 
-from metarobot.learning.gradient_agent import InnerBatch, ignored_rollouts
+from metarobot.learning.maml_agent import InnerBatch, ignored_rollouts
 from metarobot.learning.meta_gradient import first_order_derivatives, per_task_gradients
 
 by_trust_region = pytest.mark.parametrize("name", ["maml", "fomaml"])

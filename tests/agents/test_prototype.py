@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metarobot.agents.ppo import PPO, PPOConfig
 from metarobot.agents.prototype import CollapseError, Prototype, PrototypeConfig
-from metarobot.bounds import check_bounds
+from metarobot.config_bounds import check_bounds
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Context, Dimensions

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metarobot.env.base import Env
-from metarobot.evaluation.context_controls import swap_contexts
+from metarobot.evaluation.context_ablations import swap_contexts
 from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.protocol import Protocol
 from metarobot.evaluation.sinusoid_example import SinusoidConfig, compare

@@ -11,7 +11,7 @@ from trial_learners import FAMILY, TASKS, build, build_perturbed, collect_trials
 from metarobot.cli.main import main
 from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.context_controls import swap_contexts
+from metarobot.evaluation.context_ablations import swap_contexts
 from metarobot.learning.agent_interface import Context, Learner, agents
 from metarobot.learning.gaussian_posterior import Gaussian, PosteriorError, standard_normal
 from metarobot.learning.ppo_core import last_step

@@ -18,7 +18,7 @@ from metarobot.deploy.sim_robot_body import SimulatedRobot
 from metarobot.env.base import Env
 from metarobot.envs.robots import go2
 from metarobot.tasks.family import Family, families
-from metarobot.tasks.mujoco_models import compile_spec
+from metarobot.tasks.model_edits import compile_spec
 from metarobot.training.run_folder import open_run
 from metarobot.types import Percept
 

@@ -11,7 +11,7 @@ from metarobot.env.base import Env
 from metarobot.envs.robots.model_files import read_gymnasium_model
 from metarobot.tasks.distributions import TaskError
 from metarobot.tasks.family import Family, WorldState, families
-from metarobot.tasks.mujoco_models import ModelFactory
+from metarobot.tasks.model_edits import ModelFactory
 from metarobot.tasks.task_models import TaskModels
 
 THEIRS = {

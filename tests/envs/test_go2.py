@@ -13,7 +13,7 @@ from helpers import written
 from metarobot.env.base import Env
 from metarobot.envs.robots import go2
 from metarobot.tasks.family import Family, family_on
-from metarobot.tasks.mujoco_models import ModelError, compile_spec
+from metarobot.tasks.model_edits import ModelError, compile_spec
 
 BODIES = [(leg, part) for leg in ("FL", "RL") for part in go2.LEG_PARTS]
 MIRROR = np.diag([1.0, -1.0, 1.0])

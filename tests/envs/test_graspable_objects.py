@@ -12,7 +12,7 @@ from metarobot.env.base import Env
 from metarobot.envs.scenery import graspable_objects
 from metarobot.errors import MetarobotError
 from metarobot.tasks.family import families
-from metarobot.tasks.mujoco_models import compile_spec
+from metarobot.tasks.model_edits import compile_spec
 from metarobot.tasks.task_models import TaskModels
 
 SHAPES, MIX = families.get("GraspShapes"), families.get("GraspMix")

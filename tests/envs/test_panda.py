@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from metarobot.envs.robots import panda
-from metarobot.tasks.mujoco_models import compile_spec
+from metarobot.tasks.model_edits import compile_spec
 
 MASSES = {
     f"link{i}": m

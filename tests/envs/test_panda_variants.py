@@ -16,7 +16,7 @@ from metarobot.envs.robots import arm_control, panda, panda_variants
 from metarobot.envs.robots.arm_control import ArmState
 from metarobot.envs.scenery import graspable_objects
 from metarobot.tasks.family import families, family_on
-from metarobot.tasks.mujoco_models import ModelError, compile_spec, strip
+from metarobot.tasks.model_edits import ModelError, compile_spec, strip
 from metarobot.training.collect import ExpertAgent, collect
 
 NAMES = ["GraspFragile", "GraspMix", "GraspShapes", "Placement", "PlacementShown"]

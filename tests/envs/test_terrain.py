@@ -8,7 +8,7 @@ from metarobot.env.base import Env
 from metarobot.envs.robots import go2
 from metarobot.envs.scenery import terrain
 from metarobot.tasks.family import families
-from metarobot.tasks.mujoco_models import compile_spec
+from metarobot.tasks.model_edits import compile_spec
 from metarobot.tasks.task_models import TaskModels
 
 KINDS = range(len(terrain.TERRAIN_KINDS))

@@ -4,7 +4,7 @@ import torch
 from helpers import tiny_run
 
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.context_controls import swap_contexts
+from metarobot.evaluation.context_ablations import swap_contexts
 from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.fine_tuning import STEP_SIZES
 from metarobot.evaluation.protocol import Evaluator, Protocol

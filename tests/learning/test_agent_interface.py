@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from metarobot.bounds import Bounds, check_bounds
+from metarobot.config_bounds import Bounds, check_bounds
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import (
     AgentKind,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from metarobot.learning.agent_interface import Dimensions
-from metarobot.learning.gradient_agent import (
+from metarobot.learning.maml_agent import (
     GaussianPolicy,
     GradientAgent,
     InnerBatch,

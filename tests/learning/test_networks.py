@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from metarobot.errors import MetarobotError
 from metarobot.learning.linear_recurrence import linear_scan
-from metarobot.learning.memories import MEMORIES, make_memory
 from metarobot.learning.networks import RunningNorm, log_prob, mlp
+from metarobot.learning.recurrent_memories import MEMORIES, make_memory
 
 
 def loop(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from metarobot.env.base import Env
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Dimensions
 from metarobot.learning.trial_replay import TrialReplay
-from metarobot.resources import available_memory
+from metarobot.threads_and_memory import available_memory
 from metarobot.training.collect import collect
 from metarobot.types import Rollout, Trials, join_episodes
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from metarobot.tasks.distributions import Choice, LogUniform, Mixture, TaskError, Uniform
 from metarobot.tasks.family import families
-from metarobot.tasks.mujoco_models import Edit
+from metarobot.tasks.model_edits import Edit
 from metarobot.tasks.space import Param, TaskSpace
 
 FAMILIES = families.names()
