@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 MAX_INTEGER_DIGITS = 18
 """Longer integers do not fit 64 bits, and Python's own grow without a limit."""
@@ -30,8 +30,8 @@ class BadValueError(ValueError):
     """A value that is not what it must be; the message is one line."""
 
 
-def read_regular_file(path: Path, max_bytes: int) -> bytes:
-    """Return the bytes of a regular file; never wait, and never read more than ``max_bytes``.
+def open_regular_file(path: Path, max_bytes: int) -> BinaryIO:
+    """Open a regular file for reading; never wait.
 
     Raises:
         OSError: The operating system refuses.
@@ -39,9 +39,27 @@ def read_regular_file(path: Path, max_bytes: int) -> bytes:
     """
     # a FIFO without a writer would hold up an open that may block
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise BadValueError("it is not a regular file")
+        if status.st_size > max_bytes:
+            raise BadValueError(f"it is larger than {max_bytes:,} bytes")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a regular file; never wait, and never read more than ``max_bytes``.
+
+    Raises:
+        OSError: The operating system refuses.
+        BadValueError: As of ``open_regular_file``.
+    """
+    with open_regular_file(path, max_bytes) as file:
+        # it may have grown since, or not tell its size, as files in /proc
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise BadValueError(f"it is larger than {max_bytes:,} bytes")
