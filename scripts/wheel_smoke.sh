@@ -13,24 +13,37 @@ import importlib
 import pkgutil
 
 import metarobot
-from metarobot.learning.agent_interface import agents
-from metarobot.training.run_folder import open_run, pretrained
-from metarobot.env.base import Env, families
+from metarobot.training.run_folder import pretrained_names
 
-extras = ("metarobot.env.sb3_vec_env", "metarobot.deploy.onnx_export", "metarobot.bridge.", "metarobot.bench.device_", "metarobot.env.device", "metarobot.sim.warp", "metarobot.scan_")
-names = [m.name for m in pkgutil.walk_packages(metarobot.__path__, "metarobot.")]
+optional = (
+    "metarobot.agents.sb3.",
+    "metarobot.bench.device_",
+    "metarobot.bridge.",
+    "metarobot.deploy.onnx_export",
+    "metarobot.env.device",
+    "metarobot.env.sb3_vec_env",
+    "metarobot.learning.linear_recurrence_kernels",
+    "metarobot.sim.warp",
+)
+names = [module.name for module in pkgutil.walk_packages(metarobot.__path__, "metarobot.")]
 for name in names:
-    if not name.startswith(extras):
+    if not name.startswith(optional):
         importlib.import_module(name)
 assert {"metarobot.envs.cheetah", "metarobot.agents.rl2", "metarobot.sim.cpu"} <= set(names), names
+
+from metarobot.learning.agent_interface import agents
+
 for name in agents.names():
     if not name.startswith("sb3:"):
         agents.get(name)
-for name in families.names():
-    Env(families.get(name), families.get(name).space.sample("train", 1))
-for name in pretrained():
-    open_run(name).load_agent()
-print(f"wheel: {len(names)} modules, {len(families.names())} families, {len(pretrained())} trained agents")
+for name in metarobot.families():
+    metarobot.make_env(name)
+for name in pretrained_names():
+    metarobot.load_agent(name)
+print(
+    f"wheel: {len(names)} modules, {len(metarobot.families())} families, "
+    f"{len(pretrained_names())} trained agents"
+)
 PY
 "$work/venv/bin/metarobot" families >/dev/null
 
