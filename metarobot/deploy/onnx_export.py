@@ -313,7 +313,6 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
     env = Env(family, family.space.sample("train", 1), threads=1)
     hardware = None if family.deployment.hardware is None else family.deployment.hardware()
 
-    is_pretrained = run.folder.parent == PRETRAINED_FOLDER
     reward = None
     if hardware is not None and hardware.reward:
         reward = {**hardware.reward, "weights": dict(family.weights)}
@@ -326,7 +325,7 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
         "kind": KIND,
         "agent": run.agent,
         "family": family.name,
-        "run_path": run.name if is_pretrained else str(run.folder.resolve()),
+        "run_path": _public_run_path(run),
         "versions": {name: version(name) for name in VERSIONED_PACKAGES},
         **_describe_joints(hardware),
         "observation_names": list(family.observations),
@@ -346,6 +345,18 @@ def describe(run: Run, agent: Any) -> dict[str, Any]:
         "explores": bool(agent.explores),
         "noise": noise,
     }
+
+
+def _public_run_path(run: Run) -> str:
+    """Return where the run folder is, from the working folder, without names of this machine.
+
+    It is the folder's name alone for an agent in the box, which is found by it, and for a run
+    outside the working folder, which ``metarobot run`` must be given as ``--run``.
+    """
+    folder = run.folder.resolve()
+    if run.folder.parent == PRETRAINED_FOLDER or not folder.is_relative_to(Path.cwd()):
+        return str(run.name)
+    return str(folder.relative_to(Path.cwd()))
 
 
 def _describe_joints(hardware: Hardware | None) -> dict[str, Any]:

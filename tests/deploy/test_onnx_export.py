@@ -1,4 +1,5 @@
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from metarobot.bridge.policy.metadata import HASH_KEY, PolicyMetadata, flatten
+from metarobot.bridge.policy.onnx_file_check import EXPORTED_OPERATORS
 from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.deploy import onnx_export as exporting
 from metarobot.deploy.onnx_export import (
@@ -30,6 +32,7 @@ from metarobot.files import read_json
 from metarobot.training.run_folder import Run, open_run
 from metarobot.types import Percept
 
+ROOT = Path(__file__).parents[2]
 Exported = Callable[[str], tuple[Run, Path]]
 ALL = ["obs", "action_in", "reward_in", "done_in", "first_in"]
 
@@ -253,7 +256,7 @@ def test_a_quadruped_tells_its_drives_what_it_was_trained_with() -> None:
 
 
 def test_metadata_in_the_model_say_the_same_at_full_precision(exported: Exported) -> None:
-    _, folder = exported("maml")
+    run, folder = exported("maml")
     told = read_json(folder / "policy.json")
     inside = {p.key: p.value for p in onnx.load(folder / "policy.onnx").metadata_props}
     assert {k.partition(".")[0] for k in inside} == told.keys() - {
@@ -265,7 +268,7 @@ def test_metadata_in_the_model_say_the_same_at_full_precision(exported: Exported
         "begin"
     ][0]
     weights = np.array(told["context"][0]["begin"], np.float32)
-    np.testing.assert_array_equal(weights, open_run(told["run_path"]).load_agent().begin(1)[0])
+    np.testing.assert_array_equal(weights, run.load_agent().begin(1)[0])
     assert inside["observation_names"].split(",") == told["observation_names"]
     assert (inside["control_hz"], inside["trial.horizon"], inside["explores"]) == (
         "20.0",
@@ -273,6 +276,33 @@ def test_metadata_in_the_model_say_the_same_at_full_precision(exported: Exported
         "true",
     )
     assert (inside["inputs.noise_in.shape"], inside["context.weights.out"]) == ("1,6", "null")
+
+
+def test_a_policy_folder_tells_nothing_of_the_machine(exported: Exported) -> None:
+    run, folder = exported("maml")
+    assert run.folder.is_absolute()
+    names = (str(Path.home()), str(run.folder.parent), socket.gethostname(), str(ROOT))
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        for name in names:
+            assert name.encode() not in data, (file.name, name)
+    assert read_json(folder / "policy.json")["run_path"] == run.folder.name
+
+
+def test_a_run_in_the_working_folder_is_found_from_there(
+    runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs["blind"]
+    monkeypatch.chdir(run.folder.parent.parent)
+    path = describe(run, run.load_agent())["run_path"]
+    assert path == f"{run.folder.parent.name}/{run.folder.name}"
+    assert open_run(path).folder.resolve() == run.folder.resolve()
+
+
+def test_the_exporter_uses_no_operator_that_the_robot_refuses(exported: Exported) -> None:
+    for name in ("lstm", "maml", "varibad"):
+        model = onnx.load(exported(name)[1] / "policy.onnx")
+        assert {node.op_type for node in model.graph.node} <= EXPORTED_OPERATORS
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
