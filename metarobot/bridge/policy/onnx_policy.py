@@ -275,7 +275,7 @@ def _make_session(model: bytes) -> Any:
             model, trial_step.session_options(), providers=["CPUExecutionProvider"]
         )
     except Exception as e:  # onnxruntime's errors share no base class
-        message = " ".join(str(e).split())[:200]
+        message = trial_step.error_line(e)
         raise BridgeError(f"onnxruntime cannot read the model: {message}") from e
 
 
@@ -301,7 +301,9 @@ def _check_nodes(what: str, nodes: Any, expected: Mapping[str, Shape]) -> None:
 
 
 def _list_entries(shapes: Mapping[str, Shape]) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+    # the names may be a stranger's
+    entries = [f"{ascii(name)[1:-1]} {shape}" for name, shape in shapes.items()]
+    return ", ".join(entries) or "nothing"
 
 
 def _initial_value(tensor: ContextTensor) -> Float32Array:

@@ -31,6 +31,12 @@ def session_options() -> onnxruntime.SessionOptions:
     return options
 
 
+def error_line(error: BaseException) -> str:
+    """Return an error of onnxruntime, which may hold anything of the model, as a short line."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return "".join(char if char.isprintable() and char.isascii() else "?" for char in text)
+
+
 def main() -> None:
     """Run the model on standard input once, on zeros."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_BYTES, MAX_ADDRESS_BYTES))
@@ -42,7 +48,7 @@ def main() -> None:
         inputs = {node.name: np.zeros(node.shape, np.float32) for node in session.get_inputs()}
         session.run(None, inputs)
     except BaseException as e:  # onnxruntime's errors share no base class, and any is a refusal
-        sys.stdout.write(" ".join(str(e).split())[:200] or type(e).__name__)
+        sys.stdout.write(error_line(e))
     else:
         sys.stdout.write("ok")
 
