@@ -1,7 +1,8 @@
 """A robot of two joints over UDP: its driver, a controller process, and the robot's own end.
 
 ``python udp_robot.py FOLDER PORT FAULT`` runs a controller with a guard process. ``FAULT`` is what
-its policy does wrong (``policy hangs``, ``policy nan``), or empty.
+its policy does wrong (``policy hangs``, ``policy nan``) or its driver (``damping raises``), or
+empty.
 """
 
 import os
@@ -36,10 +37,12 @@ READING = b"R"
 COMMAND = b"C"
 DAMP = b"D"
 KEYS = [*(f"{joint}.pos" for joint in JOINTS), *(f"{joint}.vel" for joint in JOINTS)]
-FAULTS = ("silence", "freeze", "nan", "older", "ahead")
+FAULTS = ("silence", "freeze", "nan", "older", "ahead", "jump", "out of range", "frozen values")
 """What the peer may do to its readings."""
 POLICY_FAULT_STEP = 30
 """The step in which a policy goes wrong."""
+DAMPING_FAILURES = 10
+"""How often damping fails with the fault ``damping raises``."""
 
 
 class UdpRobot:
@@ -55,6 +58,8 @@ class UdpRobot:
         self._number = 0
         self._latest: dict[str, float] = {}
         self._socket: socket.socket | None = None
+        self.failures_left = 0
+        """How often damping will still fail."""
 
     def connect(self) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -90,6 +95,9 @@ class UdpRobot:
         return dict(action)
 
     def damp(self) -> None:
+        if self.failures_left:
+            self.failures_left -= 1
+            raise RuntimeError("a bug in the driver")
         if self._socket is not None:
             self._socket.send(COMMAND_FRAME.pack(DAMP, 0, 0, 0, 0))
 
@@ -152,6 +160,7 @@ class UdpPeer:
         seq = 0
         due = time.monotonic()
         last_good = b""
+        last_values = (0.0,) * 4
         while not self._over.is_set():
             due += self.period_s
             self._listen(due)
@@ -173,7 +182,14 @@ class UdpPeer:
                     stamp -= 5.0
                 case "ahead":
                     stamp += 5.0
-            data = READING_FRAME.pack(READING, seq, stamp, *pos, *self._vel)
+                case "jump":
+                    pos[0] += -0.6 if pos[0] > 0 else 0.6
+                case "out of range":
+                    pos[1] = 1.3
+            values = (*pos, *self._vel)
+            if fault == "frozen values":
+                values = last_values
+            data = READING_FRAME.pack(READING, seq, stamp, *values)
             if fault == "freeze":
                 data = last_good
             if self._controller is not None and fault != "silence":
@@ -181,6 +197,7 @@ class UdpPeer:
                     self.socket.sendto(data, self._controller)
             if not fault:
                 last_good = data
+                last_values = values
                 self.last_good_at = now
 
     def _listen(self, until: float) -> None:
@@ -215,12 +232,14 @@ def control(folder: str, port: int, fault: str) -> int:
         if len(policy.inputs) == POLICY_FAULT_STEP:
             if fault == "policy hangs":
                 time.sleep(1000)
-            if fault == "policy nan":
+            if fault in ("policy nan", "damping raises"):
                 return np.array([np.nan, 0.0])
         return np.sin(0.2 * len(policy.inputs) + np.arange(2))
 
     meta = PolicyMetadata.load(folder)
     robot = UdpRobot(meta, port=port)
+    if fault == "damping raises":
+        robot.failures_left = DAMPING_FAILURES
     settings = RunSettings(hz=50, seconds=30, ready_s=0.1, soft_s=0.1, damp_s=0.3)
     with ExitStack() as stack:
         stack.enter_context(exclusive_control(robot.identity))

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from bridging import ABOUT, LIMIT, sealed
-from udp_robot import DAMP, FAULTS, UdpPeer
+from udp_robot import DAMP, DAMPING_FAILURES, FAULTS, UdpPeer
 
 from metarobot.bridge.safety.command_gate import damping_bounds_s
+from metarobot.bridge.safety.guard_process import GUARD_SILENCE_S
+from metarobot.bridge.safety.plausibility_checks import FROZEN_S
 
 TESTS_FOLDER = Path(__file__).parent
 SIGNALS = {
@@ -22,7 +24,17 @@ SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGINT": signal.SIGINT,
 }
-ALL_FAULTS = (*FAULTS, *SIGNALS, "policy hangs", "policy nan")
+GUARD_SIGNALS = {"guard kill -9": signal.SIGKILL, "guard SIGSTOP": signal.SIGSTOP}
+"""Signals to the guard process: the controller must notice."""
+CONTROLLER_FAULTS = ("policy hangs", "policy nan", "damping raises")
+ALL_FAULTS = (*FAULTS, *SIGNALS, *GUARD_SIGNALS, *CONTROLLER_FAULTS)
+NOTICED_AFTER_S = {
+    "frozen values": FROZEN_S,
+    "guard SIGSTOP": GUARD_SILENCE_S,
+    # Each failure is followed by another attempt, within a control period at most
+    "damping raises": DAMPING_FAILURES * 0.02,
+}
+"""Fault -> how long it takes in addition to the gate's bound."""
 PERIOD_S = 0.02
 SLACK_S = 1.0
 """How late a busy machine may make what is timed; ``scripts/fuzz_wire.py`` reports how late."""
@@ -36,6 +48,8 @@ class WireFaultResult:
     """From the last good reading's departure to damping's arrival."""
     after_command_s: float
     """From the last command's arrival to damping's."""
+    after_fault_s: float
+    """From a signal to damping's arrival; NaN for other faults."""
     exit_code: int
     """Of the controller process."""
     output: str
@@ -55,11 +69,18 @@ def start_controller(folder: Path, port: int, fault: str = "") -> subprocess.Pop
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+def guard_of(controller: int) -> int:
+    """Return the process number of a controller's guard, its only child."""
+    children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+    assert len(children) == 1
+    return int(children[0])
+
+
 def drive_and_break(folder: Path, fault: str, after_s: float = 0.5) -> WireFaultResult:
     """Let a controller drive for a while, break something, and wait for damping."""
     with UdpPeer() as peer:
-        policy_fault = fault if fault.startswith("policy") else ""
-        process = start_controller(folder, peer.port, policy_fault)
+        controller_fault = fault if fault in CONTROLLER_FAULTS else ""
+        process = start_controller(folder, peer.port, controller_fault)
         assert process.stdout is not None
         assert process.stdout.readline() == "driving\n"
         time.sleep(after_s)
@@ -70,6 +91,9 @@ def drive_and_break(folder: Path, fault: str, after_s: float = 0.5) -> WireFault
         elif fault in SIGNALS:
             since = time.monotonic()
             process.send_signal(SIGNALS[fault])
+        elif fault in GUARD_SIGNALS:
+            since = time.monotonic()
+            os.kill(guard_of(process.pid), GUARD_SIGNALS[fault])
 
         end = time.monotonic() + 20.0
         while np.isnan(damped_at := peer.first_damping_at(since)) and time.monotonic() < end:
@@ -91,6 +115,7 @@ def drive_and_break(folder: Path, fault: str, after_s: float = 0.5) -> WireFault
         return WireFaultResult(
             after_reading_s=damped_at - last_reading_at,
             after_command_s=damped_at - last_command_at,
+            after_fault_s=damped_at - since if since else float("nan"),
             exit_code=process.returncode,
             output=output.strip(),
         )

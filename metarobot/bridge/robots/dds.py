@@ -263,7 +263,7 @@ class DdsConnection(Generic[StateT, CommandT]):
         Raises:
             BridgeError: The robot has left, or somebody else commands it.
         """
-        if self._other_commands and self._other_commands.newest() is not None:
+        if self._somebody_else_commands():
             raise BridgeError(
                 f"another controller publishes {self._commands_topic} on "
                 f"{self.participant.place}; stop it first"
@@ -272,6 +272,15 @@ class DdsConnection(Generic[StateT, CommandT]):
             raise BridgeError(f"link lost: nobody publishes {self._states_topic} any more")
         if not self._writer.listeners:
             raise BridgeError(f"link lost: nobody listens to {self._commands_topic} any more")
+
+    def _somebody_else_commands(self) -> bool:
+        if self._other_commands is None:
+            return False
+        try:
+            return self._other_commands.newest() is not None
+        except BridgeError:
+            # What cannot be read was published all the same
+            return True
 
     def send(self, command: CommandT) -> bool:
         """Send a command and return True; after ``damp``, send nothing and return False."""
