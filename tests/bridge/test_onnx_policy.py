@@ -351,6 +351,9 @@ REWARD = {
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("family", "--publish-hz=1e9"),
+        ("run_path", "-x"),
+        ("agent", ""),
         ("joint_stiffness", [-1000.0, 40.0]),
         ("joint_stiffness", [1e9, 40.0]),
         ("joint_stiffness", [40.0]),

@@ -293,9 +293,9 @@ class PolicyMetadata:
             return check_numbers(data[key], key, low, high, length=joints)
 
         return cls(
-            agent=check_name(data["agent"], "agent"),
-            family=check_name(data["family"], "family"),
-            run_path=check_text(data["run_path"], "run_path"),
+            agent=_check_argument(check_name(data["agent"], "agent"), "agent"),
+            family=_check_argument(check_name(data["family"], "family"), "family"),
+            run_path=_check_argument(check_text(data["run_path"], "run_path"), "run_path"),
             sha256=check_text(data["sha256"], "sha256"),
             control_hz=check_number(
                 data["control_hz"], "control_hz", MIN_CONTROL_HZ, MAX_CONTROL_HZ
@@ -448,6 +448,13 @@ def _words(value: Any) -> Iterator[str]:
             yield from _words(element)
     else:
         yield value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_argument(text: str, place: str) -> str:
+    """Return a text that becomes an argument of another process, where it must be no option."""
+    if text.startswith("-"):
+        raise BadValueError(f"{place} is {show(text)}, which begins as an option does")
+    return text
 
 
 def _check_records(data: Mapping[str, Any]) -> None:
