@@ -26,20 +26,26 @@ from metarobot.bridge.safety.command_gate import GateWatchdog
 
 FOOT_FORCE_N = 50.0
 READING_NOISE = 0.01
+FOLLOWING_SHARE = 0.2
+"""How much of the way to its target a joint moves in a control period."""
 STEPPED_HZ = 50.0
 """Control rate of the memory test, on a stepped clock."""
 
 
 class FreeRobot:
-    """A robot that follows commands at once, and is always where an episode may begin."""
+    """A robot whose joints follow their targets, and that is always where an episode may begin."""
 
     name = "free"
     identity = "free"
     guarded = False
 
-    def __init__(self, meta: PolicyMetadata, needed: tuple[str, ...], clock: LoopClock) -> None:
+    def __init__(
+        self, meta: PolicyMetadata, needed: tuple[str, ...], clock: LoopClock, hz: float
+    ) -> None:
         self._clock = clock
+        self._hz = hz
         self._count = 0
+        self._targets: dict[str, float] = {}
         self._noise_rng = np.random.default_rng(0)
         self._reading = dict.fromkeys(needed, 0.0)
         for joint, angle in zip(meta.joint_names, meta.default_joint_pos, strict=True):
@@ -54,16 +60,22 @@ class FreeRobot:
         """Do nothing."""
 
     def get_observation(self) -> dict[str, float]:
-        """Return the state with a little noise."""
+        """Return the state a control period later, with a little noise."""
         self._count += 1
+        for key, target in self._targets.items():
+            moved = FOLLOWING_SHARE * (target - self._reading[key])
+            self._reading[key] += moved
+            # The commands of a robot without joints are no positions
+            if key.endswith(".pos"):
+                self._reading[f"{key.removesuffix('.pos')}.vel"] = moved * self._hz
         noise = self._noise_rng.uniform(-READING_NOISE, READING_NOISE, len(self._reading)).tolist()
         pairs = zip(self._reading.items(), noise, strict=True)
         reading = {key: value + shift for (key, value), shift in pairs}
         return reading | {"stamp": self._clock.now(), "seq": float(self._count)}
 
     def send_action(self, action: Mapping[str, float]) -> dict[str, float]:
-        """Move the joints to their targets at once."""
-        self._reading.update(action)
+        """Move the joints towards their targets from now on."""
+        self._targets = {key: value for key, value in action.items() if key in self._reading}
         return dict(action)
 
     def restart(self, episode: int) -> None:
@@ -89,7 +101,7 @@ def run_loop(
     layout = robots.make_layout(policy.meta)
     controller = Controller(
         policy,
-        FreeRobot(policy.meta, layout.needed(), clock),
+        FreeRobot(policy.meta, layout.needed(), clock, hz),
         layout,
         RunSettings(hz=hz, seconds=seconds, damp_s=0.1),
         clock=clock,

@@ -31,13 +31,14 @@ from cyclonedds.util import duration
 
 from metarobot.bridge.robots.ros2 import Ros2Robot
 from metarobot.bridge.robots.ros2_messages import Float64MultiArray, JointState
+from metarobot.bridge.robots.unitree import GO2_BOUNDS
 from metarobot.envs.robots import go2
 from metarobot.tasks.model_edits import compile_spec
 
 ROOT = Path(__file__).parents[1]
 PEER_PYTHON = ROOT / ".ros/bin/python"
 CONTROLLER = "forward_position_controller"
-META: Any = SimpleNamespace(joint_names=go2.JOINTS, layout="legged", reward=None)
+META: Any = SimpleNamespace(joint_names=go2.JOINTS, layout="legged", reward=None, limits=GO2_BOUNDS)
 
 KNEE_GAIN = 0.6
 """Knee angle per tilt, rad/rad."""

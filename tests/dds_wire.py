@@ -139,19 +139,19 @@ def go2_meta() -> Any:
             "calf": (0.0, 0.0, -0.213),
             "foot": (0.0, 0.0, -0.213),
         }
-    terms = [
-        "track",
-        "turn",
-        "swing",
-        "bounce",
-        "wobble",
-        "tilt",
-        "effort",
-        "jerk",
-        "slip",
-        "pose",
-        "limits",
-    ]
+    weights = {
+        "track": 2.0,
+        "turn": 0.3,
+        "swing": 0.8,
+        "bounce": 0.2,
+        "wobble": 0.1,
+        "tilt": 0.3,
+        "effort": 0.05,
+        "jerk": 0.1,
+        "slip": 0.25,
+        "pose": 0.2,
+        "limits": 0.1,
+    }
     return meta(
         joint_names=JOINTS,
         joint_stiffness=(KP,) * 12,
@@ -171,7 +171,7 @@ def go2_meta() -> Any:
             "touch": 1.0,
             "lowest": 0.1,
             "upright": 0.7,
-            "weights": dict.fromkeys(terms, 0.1),
+            "weights": weights,
             "legs": parts,
         },
     )

@@ -24,6 +24,8 @@ MAX_SHOWN_CHARS = 60
 MAX_TEXT_CHARS = 4096
 MAX_NAME_CHARS = 200
 MAX_NAMES = 4096
+PIECE_BYTES = 1 << 20
+"""How much of a file is read at once."""
 
 
 class BadValueError(ValueError):
@@ -59,11 +61,14 @@ def read_regular_file(path: Path, max_bytes: int) -> bytes:
         BadValueError: As of ``open_regular_file``.
     """
     with open_regular_file(path, max_bytes) as file:
-        # it may have grown since, or not tell its size, as files in /proc
-        data = file.read(max_bytes + 1)
+        # it may have grown since, or not tell its size, as files in /proc; in pieces, as reading
+        # ``max_bytes`` at once would reserve that much memory
+        data = bytearray()
+        while len(data) <= max_bytes and (piece := file.read(PIECE_BYTES)):
+            data += piece
     if len(data) > max_bytes:
         raise BadValueError(f"it is larger than {max_bytes:,} bytes")
-    return data
+    return bytes(data)
 
 
 def parse_json(data: bytes) -> Any:
