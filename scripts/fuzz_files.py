@@ -37,8 +37,21 @@ def fuzz_policy_folder(count: int, seed: int, tick: Callable[[], None]) -> int:
     return len(table.broken)
 
 
+def fuzz_run_log(count: int, seed: int, tick: Callable[[], None]) -> int:
+    """Damage the log of a run; print a table, and return what was not refused."""
+    from log_fuzzing import fuzz_log
+
+    with tempfile.TemporaryDirectory() as scratch:
+        table = fuzz_log(Path(scratch), count, seed, tick)
+    print("\n".join(table.lines()))
+    for line in table.broken[:20]:
+        print(f"broken: {line}")
+    return len(table.broken)
+
+
 FUZZERS: dict[str, Callable[[int, int, Callable[[], None]], int]] = {
     "policy": fuzz_policy_folder,
+    "log": fuzz_run_log,
 }
 """Kind of file -> (count, seed, function to call after each) -> how many promises were broken."""
 

@@ -32,11 +32,18 @@ from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.policy.metadata import PolicyMetadata
 from metarobot.bridge.tools.python_command import child_environment, python_command
 
-DEFAULT_KL_BOUND = 100.0
-"""Largest KL divergence of an adapted policy from the one it came from.
+DEFAULT_KL_BOUND = 60.0
+"""Largest KL divergence of an adapted policy from the one it came from: a third above the largest
+honest one.
 
-After 20 rollouts, one gradient step of the trained ProMP agents gives a divergence of 5 to 50, and
-helps. After a single rollout, from which it learns mostly noise, it gives up to 340."""
+One gradient step on the 20 rollouts of 20 test tasks gives CheetahDir100-promp a divergence of 30
+(median) and 45 at most, CheetahVel100-promp one of 11 and 18 at most. After 2 rollouts, from which
+an agent learns mostly noise, it is 64 and up to 190, and 24 and up to 44."""
+JUDGED_EPISODES = 3
+"""Episodes with the new context before it may be found worse than the old one, or as many as are
+collected for an adaptation, if these are fewer."""
+CLEARLY_WORSE_ERRORS = 2.0
+"""Standard errors by which the mean return must have fallen to give the new context up early."""
 CONTEXT_PREFIX = "context_"
 """Keys of the context's tensors in both files, with a number behind it."""
 KL_KEY = "kl"
@@ -121,12 +128,26 @@ class AdaptationClient:
         self._collected = 0
         self._step = 0
 
+        # What it takes to give up a context that turns out worse than the one before
+        self._returns: list[float] = []
+        """Returns of the episodes collected."""
+        self._returns_before: list[float] = []
+        """Returns of the episodes from which the new context came."""
+        self._context_before: dict[str, NDArray[np.float32]] = {}
+        self._judging = False
+        """Whether the context is new, and not known yet to be no worse than the one before."""
+
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._started_at = 0.0
 
     def clear(self) -> None:
-        """Discard the episodes collected."""
+        """Discard the episodes collected, at the end of a trial."""
+        self._judging = False
+        self._discard()
+
+    def _discard(self) -> None:
+        self._returns = []
         self._collected = 0
         self._step = 0
         for array in self._arrays.values():
@@ -170,6 +191,7 @@ class AdaptationClient:
         ending = "terminated" if failed else "truncated"
         self._arrays[ending][self._step - 1, self._collected] = True
         self._final_obs[self._collected] = final_obs
+        self._returns.append(float(self._arrays["reward"][: self._step, self._collected].sum()))
         self._collected += 1
         self._step = 0
 
@@ -179,6 +201,36 @@ class AdaptationClient:
             for array in self._arrays.values():
                 array[:, self._collected] = 0
         self._step = 0
+
+    def review(self) -> AdaptationResult | None:
+        """Return the context to go back to, or None if the new one is not found to be worse.
+
+        To be called between episodes. The new context is worse if the mean return of its episodes
+        is below that of the episodes it was made from: clearly, after a few of them, or at all,
+        after as many as were collected before. The episodes collected with it are discarded then.
+        """
+        if not self._judging:
+            return None
+        new = np.array(self._returns)
+        old = np.array(self._returns_before)
+        is_complete = len(new) >= self.rollouts
+        if not is_complete and len(new) < JUDGED_EPISODES:
+            return None
+
+        fall = float(old.mean() - new.mean())
+        # standard error of the difference of two means: sqrt(s₁²/n₁ + s₂²/n₂)
+        error = float(np.sqrt(old.var() / len(old) + new.var() / len(new)))
+        # Written as "not <=" so that NaN counts as worse
+        if not fall <= CLEARLY_WORSE_ERRORS * error or (is_complete and fall > 0):
+            reason = (
+                f"the mean return fell from {old.mean():.1f} to {new.mean():.1f} in {len(new)} "
+                "episodes"
+            )
+            context = self._context_before
+            self.clear()
+            return AdaptationResult(context, reason, np.nan, 0.0)
+        self._judging = not is_complete
+        return None
 
     def start(self, context: Mapping[str, Any]) -> None:
         """Write the log and start the process; the collected episodes are then discarded.
@@ -220,6 +272,10 @@ class AdaptationClient:
                 )
         except OSError as e:
             raise BridgeError(f"adapting cannot start {command[0]}: {e.strerror}") from e
+        self._returns_before = self._returns
+        self._context_before = {
+            part.name: np.array(context[part.name]) for part in self.meta.context
+        }
         self.clear()
 
     def poll(self) -> AdaptationResult | None:
@@ -288,6 +344,7 @@ class AdaptationClient:
         # Written as "not <=" so that NaN is refused
         if not kl <= self.kl:
             raise ValueError(f"a KL divergence of {kl:g}, more than {self.kl:g}")
+        self._judging = True
         return AdaptationResult(context, "", kl, seconds)
 
 

@@ -198,7 +198,9 @@ class Controller:
                 "robot": robot.name,
             }
             about |= {name: str(value) for name, value in asdict(settings).items()}
-            self._log = RunLog(log, self.row, about)
+            self._log = RunLog(
+                log, self.row, about, settings.log_part_mb, settings.log_max_mb
+            )
 
     def run(self) -> RunReport:
         """Run trials until the time is over or something is wrong, damp the robot, and report.
@@ -335,12 +337,18 @@ class Controller:
         return True
 
     def _start_adaptation(self, trial_is_over: bool) -> None:
-        """Begin to adapt if enough episodes are collected.
+        """Begin to adapt if enough episodes are collected; undo an adaptation that was no good.
 
         At the end of a trial they are discarded: the next trial begins with a new context.
         """
         if self._adaptation is None:
             return
+        undone = self._adaptation.review()
+        if undone is not None:
+            self.policy.set_context(undone.context)
+            line = f"rolled back to the old weights: {undone.reason}"
+            self.report.adapted.append(line)
+            self._announce(line, "adapted", context=undone.context)
         if trial_is_over:
             self._adaptation.clear()
         elif self._adaptation.ready:
@@ -540,6 +548,8 @@ class Controller:
         self.row["tick"][WORK_MS] = 1e3 * self._timer.finish_tick()
         if self._log is not None:
             self._log.write_tick()
+            # A log that was asked for and cannot be written, as when the disk is full, ends the run
+            self._log.check()
         now = self.clock.now()
         if now - self._status_shown_at >= STATUS_INTERVAL_S:
             self._status_shown_at = now
@@ -618,6 +628,7 @@ class Controller:
             self._log.write_event("report", **asdict(report))
             self._log.close()
             report.dropped = self._log.dropped
+            report.log_failure = self._log.failure
 
     def _enter_whatever_fails(self, state: ControllerState, reason: str = "") -> None:
         """Change the state; a panel or log that fails must not end the damping."""

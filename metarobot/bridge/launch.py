@@ -91,6 +91,8 @@ def run(folder: str, options: RunOptions) -> RunReport:
                 soft_s=options.soft_s,
                 rate=options.rate,
                 seed=options.seed,
+                log_part_mb=options.log_part_mb,
+                log_max_mb=options.log_max_mb,
             ),
             clock=clock,
             heartbeat=heartbeat,
@@ -183,12 +185,17 @@ def print_report(report: RunReport) -> None:
         print(line)
     for joint, counts in report.limited.items():
         print(f"limited {joint}: {', '.join(f'{kind} {n}' for kind, n in counts.items())}")
-    if report.dropped:
-        print(f"{report.dropped} steps are not in the log: the disk is too slow")
+    if report.log_failure:
+        print(f"the log is not complete: {report.log_failure}")
+    elif report.dropped:
+        print(f"{report.dropped} steps are not in the log: its writer could not keep up")
 
 
 def exit_code(report: RunReport) -> int:
-    """Return the exit code of a run: 1 after a fault, 128 + n after signal n, otherwise 0."""
-    if report.fault:
+    """Return the exit code of a run: 1 after a fault, 128 + n after signal n, otherwise 0.
+
+    A log that is not complete is a fault too.
+    """
+    if report.fault or report.log_failure:
         return 1
     return SIGNAL_EXIT_CODES.get(report.reason, 0)

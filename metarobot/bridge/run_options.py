@@ -34,11 +34,15 @@ class RunOptions:
     """For walking robots: forward and sideways velocity, m/s, and turn rate, rad/s."""
     log: Path | None = None
     """MCAP file to which every step is written."""
+    log_part_mb: float = 64.0
+    """Size at which the log goes on in another file: run.mcap, run.part2.mcap, ..."""
+    log_max_mb: float = 2000.0
+    """Size of all these files at which the oldest but the first are deleted."""
     adapt: bool = False
     """Let an agent that adapts between episodes do so, in a second process, which needs torch."""
     rollouts: int = 0
     """Episodes to collect before each adaptation; 0: as many as the agent was trained with."""
-    kl: float = 100.0
+    kl: float = 60.0
     """Largest KL divergence of the adapted policy from the old one; a larger one is rejected."""
     run: str = ""
     """Run folder of the agent that adapts; by default the one the policy was exported from."""
@@ -55,7 +59,7 @@ class RunOptions:
 
     def check(self) -> None:
         """Raise ``BridgeError`` for values that make no sense."""
-        positive = {"seconds": self.seconds, "rate": self.rate}
+        positive = {"seconds": self.seconds, "rate": self.rate, "log_part_mb": self.log_part_mb}
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise BridgeError(f"{name} must be above 0, not {value:g}")
@@ -71,6 +75,12 @@ class RunOptions:
         for name, value in not_negative.items():
             if not 0 <= value < math.inf:
                 raise BridgeError(f"{name} must be at least 0, not {value:g}")
+
+        if not 3 * self.log_part_mb <= self.log_max_mb < math.inf:
+            raise BridgeError(
+                f"log_max_mb must be at least three times log_part_mb, which is "
+                f"{self.log_part_mb:g}, not {self.log_max_mb:g}"
+            )
 
         if not all(map(math.isfinite, self.command)):
             raise BridgeError(f"command must be three numbers, not {self.command}")

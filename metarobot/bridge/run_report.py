@@ -56,6 +56,9 @@ class EpisodeAdaptation(Protocol):
     def clear(self) -> None:
         """Discard the episodes collected."""
 
+    def review(self) -> Any:
+        """Return an ``AdaptationResult`` with the context to go back to, or None to go on."""
+
     def start(self, context: Mapping[str, Any]) -> None:
         """Begin to adapt."""
 
@@ -90,6 +93,10 @@ class RunSettings:
     """How long damping is sent at the end."""
     seed: int = 0
     """Seed of the exploration noise of policies that need it."""
+    log_part_mb: float = 64.0
+    """Size at which the log's next part begins, MB."""
+    log_max_mb: float = 2000.0
+    """Size of all parts at which old ones are deleted, MB."""
 
 
 @dataclass
@@ -116,3 +123,5 @@ class RunReport:
     """Commands sent."""
     dropped: int = 0
     """Ticks and events missing in the log, as its writer could not keep up."""
+    log_failure: str = ""
+    """Why the log is not complete, if it is not."""

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,21 @@ from metarobot.bridge.adaptation_client import CONTEXT_PREFIX, DEFAULT_KL_BOUND,
 from metarobot.errors import MetarobotError
 from metarobot.files import atomic_path
 from metarobot.learning.agent_interface import Context, MeasuresDivergence, agents
+from metarobot.learning.maml_agent import GradientAgent
+from metarobot.learning.networks import RunningNorm
 from metarobot.training.run_folder import open_run
 from metarobot.types import Percept, Rollout
 
+MAX_REWARD = 1000.0
+"""Largest size of a step's reward; those of the families in the box are below 20."""
+MAX_OBS_DEVIATION = 100.0
+"""Standard deviations, of training, by which an observation may differ from the mean of training.
+Networks see 10 at most; in simulation it is about 5."""
+MAX_ACTION_DEVIATION = 10.0
+"""Standard deviations by which an action may differ from the policy's mean. A normal distribution
+gives 5 in a million samples."""
+MAX_ACTION = 100.0
+"""Largest action of an agent of which only that can be said; bounds of actions are 1 or so."""
 NICENESS = 10
 """Lowers this process's priority: the controller comes first."""
 
@@ -68,6 +81,74 @@ def rollout_from_log(log: Mapping[str, Any]) -> Rollout:
         faulted=torch.zeros(worlds, dtype=torch.bool),
         teacher_action=empty,
     )
+
+
+def usable_rollouts(episode: Rollout) -> Rollout:
+    """Return the rollouts without those that are not whole and finite: these have no valid step.
+
+    Raises:
+        AdaptationError: Fewer are left than ``quorum`` says.
+    """
+    steps, count = episode.valid.shape
+    lengths = episode.valid.sum(0)
+    # Valid steps are the first ones, and the last of them ended the episode
+    is_prefix = (episode.valid == (torch.arange(steps)[:, None] < lengths)).all(0)
+    last = (lengths - 1).clamp_min(0)
+    ended = (episode.terminated | episode.truncated).gather(0, last[None])[0]
+    finite = episode.final_obs.isfinite().all(-1)
+    for values in (episode.obs, episode.action, episode.reward[..., None]):
+        finite &= (values.isfinite().all(-1) | ~episode.valid).all(0)
+    usable = is_prefix & ended & finite & (lengths > 0)
+
+    found = int(usable.sum())
+    if found < quorum(count):
+        raise AdaptationError(
+            f"there was nothing to learn from: {found} of {count} rollouts are whole and finite, "
+            f"fewer than {quorum(count)}"
+        )
+    return replace(episode, valid=episode.valid & usable)
+
+
+def quorum(rollouts: int) -> int:
+    """Return how many of so many rollouts must be usable: half, and two at least if there are."""
+    return max(math.ceil(rollouts / 2), min(rollouts, 2))
+
+
+@torch.no_grad()
+def check_plausible(agent: Any, old: Context, episode: Rollout) -> None:
+    """Check that the agent may have chosen the actions, and the robot given the rest.
+
+    Raises:
+        AdaptationError: A number is out of its range.
+    """
+    valid = episode.valid
+    reward = float(episode.reward[valid].abs().max())
+    if reward > MAX_REWARD:
+        raise AdaptationError(f"a step's reward of {reward:.3g}, more than {MAX_REWARD:g}")
+
+    obs = episode.obs[valid]
+    for norm in agent.modules() if isinstance(agent, torch.nn.Module) else ():
+        if isinstance(norm, RunningNorm) and len(norm.mean) == obs.shape[-1]:
+            deviation = float(((obs - norm.shift) * norm.scale).abs().max())
+            if deviation > MAX_OBS_DEVIATION:
+                raise AdaptationError(
+                    f"an observation {deviation:.3g} standard deviations from the mean of those "
+                    f"in training, more than {MAX_OBS_DEVIATION:g}"
+                )
+
+    action = episode.action[valid]
+    if isinstance(agent, GradientAgent):
+        mean, log_std = agent.distribution(old[0][0], agent.norm(obs)[None])
+        deviation = float(((action - mean[0]).abs() * (-log_std).exp()).max())
+        if deviation > MAX_ACTION_DEVIATION:
+            raise AdaptationError(
+                f"an action {deviation:.3g} standard deviations from what the policy would have "
+                f"chosen, more than {MAX_ACTION_DEVIATION:g}"
+            )
+    elif float(action.abs().max()) > MAX_ACTION:
+        raise AdaptationError(
+            f"an action of {float(action.abs().max()):.3g}, more than {MAX_ACTION:g}"
+        )
 
 
 @torch.no_grad()
@@ -127,17 +208,16 @@ def adapt(run_name: str, log: Mapping[str, Any], max_kl: float) -> tuple[Context
     old = tuple(
         torch.from_numpy(np.asarray(log[f"{CONTEXT_PREFIX}{i}"])) for i in range(len(initial))
     )
-    episode = rollout_from_log(log)
     _check_context_shapes(old, initial)
+    episode = usable_rollouts(rollout_from_log(log))
+    check_plausible(agent, old, episode)
 
     new = agent.adapt(old, episode)
     if not all(bool(x.isfinite().all()) for x in new):
         raise AdaptationError("adapting diverged: the new context is not finite")
     # an agent that finds no valid rollout, or whose step diverged, returns the old context
     if all(torch.equal(a, b) for a, b in zip(new, old, strict=True)):
-        raise AdaptationError(
-            "there was nothing to learn from: no rollout is whole and finite, or its step diverged"
-        )
+        raise AdaptationError("there was nothing to learn from, or the step diverged")
 
     kl = divergence(agent, old, new, episode)
     # not "kl > max_kl": NaN must be refused too

@@ -28,7 +28,7 @@ from metarobot.bridge.state_machine import (
     ControllerState,
     ControllerStateMachine,
 )
-from metarobot.bridge.tools.run_log import read_log
+from metarobot.bridge.tools.read_log import read_log
 
 BASE = {"hz": 50.0, "seconds": 60.0, "trials": 1, "ready_s": 0.2, "soft_s": 0.1, "damp_s": 0.1}
 
@@ -267,6 +267,8 @@ class FakeAdaptation:
 
     def __init__(self, contexts: list[Any]) -> None:
         self.contexts = contexts
+        self.undo: list[Any] = []
+        """Answers of ``review``."""
         self.ready = False
         self.busy = False
         self.polls = 0
@@ -286,6 +288,9 @@ class FakeAdaptation:
 
     def clear(self) -> None:
         self.ready = False
+
+    def review(self) -> Any:
+        return self.undo.pop(0) if self.undo else None
 
     def start(self, context: Any) -> None:
         self.ready = False

@@ -19,8 +19,9 @@ from metarobot.bridge.policy.onnx_policy import OnnxPolicy
 from metarobot.bridge.robots import lookup as robots
 from metarobot.bridge.tools import terminal_panel as panel
 from metarobot.bridge.tools.child_process import ChildProcess
+from metarobot.bridge.tools.read_log import read_log
 from metarobot.bridge.tools.replay_log import replay
-from metarobot.bridge.tools.run_log import LogRow, RunLog, read_log
+from metarobot.bridge.tools.run_log import LogRow, RunLog
 from metarobot.training.run_folder import Run
 
 TESTS_FOLDER = Path(__file__).parents[1]

@@ -92,8 +92,18 @@ class ChildProcess:
         self.send(kind, payload)
         self._write_rest_until(end)
 
-    def close(self, timeout_s: float = 60.0) -> None:
-        """Finish the frame that was begun, close the pipe, and wait for the process to end."""
+    def read_answer(self) -> bytes:
+        """Return what came on the process's standard output since the last read; never wait."""
+        if self.process.stdout is None:
+            return b""
+        os.set_blocking(self.process.stdout.fileno(), False)
+        return self.process.stdout.read() or b""
+
+    def close(self, timeout_s: float = 60.0) -> bytes:
+        """Finish the frame that was begun, close the pipe, and wait for the process to end.
+
+        After ``timeout_s`` it is killed. Returns what it answered last.
+        """
         end = time.monotonic() + timeout_s
         while self._unwritten and self.alive and time.monotonic() < end:
             self._write_rest()
@@ -103,12 +113,14 @@ class ChildProcess:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
-            self.process.wait(timeout_s)
+            self.process.wait(max(end - time.monotonic(), RETRY_S))
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        answer = self.read_answer()
         if self.process.stdout is not None:
             self.process.stdout.close()
+        return answer
 
     def _write_rest_until(self, end: float) -> None:
         while self._unwritten and time.monotonic() < end:

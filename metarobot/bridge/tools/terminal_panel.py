@@ -180,7 +180,8 @@ def _figures(status: dict[str, Any]) -> Any:
         f"{readings['repeated']} repeated, {readings['disordered']} of them out of order",
     )
     if status["dropped"]:
-        table.add_row("log", f"[yellow]{status['dropped']} steps lost: the disk is too slow[/]")
+        lost = f"{status['dropped']} steps lost: its writer is stopped, or the disk too slow"
+        table.add_row("log", f"[yellow]{lost}[/]")
 
     adaptations = list(status["adapted"])
     if status["adapting"]:
