@@ -10,7 +10,7 @@ format itself. A model passes only if
   shape depends on anything but shapes and constants;
 - the shape of each tensor stands in the file, and all of them together hold at most
   ``MAX_NUMBERS`` numbers. onnxruntime computes the shapes itself, and is asked to refuse a model
-  whose declared ones differ (``STRICT_SHAPES``). So the memory that a step takes is bounded.
+  whose declared ones differ (``trial_step.STRICT_SHAPES``). So the memory of a step is bounded.
 
 Wire format: https://protobuf.dev/programming-guides/encoding. Messages: onnx.proto3.
 """
@@ -29,8 +29,6 @@ MAX_NODES = 2_000
 MAX_NUMBERS = 16_000_000
 """Most numbers of all tensors together, constants and what is computed; 64 MB of float32."""
 MAX_DIMENSIONS = 6
-STRICT_SHAPES = ("session.strict_shape_type_inference", "1")
-"""Setting of an onnxruntime session on which the bound on memory rests."""
 
 # protobuf's wire types
 _VARINT = 0
@@ -369,6 +367,8 @@ def _parse(data: memoryview, kind: str) -> Message:
                 raise ValueError("it is cut off")
             content = data[position : position + size]
             value = _parse(content, field.message) if field.message else content
+            if wire_type == _BYTES and not field.message and field.name != "raw_data":
+                _check_text(content, f"{kind}.{field.name}")
             position += size
 
         values = message.setdefault(field.name, [])
@@ -377,6 +377,13 @@ def _parse(data: memoryview, kind: str) -> Message:
             raise ValueError(f"{kind}.{field.name} is there twice")
         values.append(value)
     return message
+
+
+def _check_text(content: memoryview, place: str) -> None:
+    """Raise ``ValueError`` unless a text may stand in a message; its encoding is UTF-8."""
+    text = bytes(content).decode("utf-8")
+    if not text.isprintable():
+        raise ValueError(f"{place} is {show(text)}, not a line of text")
 
 
 def _read_varint(data: memoryview, position: int) -> tuple[int, int]:

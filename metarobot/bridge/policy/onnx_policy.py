@@ -32,8 +32,6 @@ from metarobot.bridge.robot_interface import Float32Array
 from metarobot.bridge.tools.python_command import child_environment, python_script
 
 try:
-    import onnxruntime
-
     from metarobot.bridge.policy import trial_step
 except ImportError as e:
     raise BridgeError("a policy needs onnxruntime: pip install onnxruntime") from e
@@ -254,7 +252,7 @@ def run_trial(model: bytes, limit_s: float = TRIAL_LIMIT_S) -> None:
     except OSError as e:
         raise BridgeError(f"cannot start {command[0]}: {e.strerror or e}") from e
     if done.stdout != b"ok":
-        message = done.stdout.decode(errors="replace") or f"it ended with {done.returncode}"
+        message = done.stdout.decode("ascii", "replace") or f"it ended with {done.returncode}"
         raise BridgeError(f"onnxruntime cannot run the model: {message}")
 
 
@@ -271,9 +269,7 @@ def _compare_properties(found: Mapping[str, str], expected: Mapping[str, str]) -
 def _make_session(model: bytes) -> Any:
     """Return an onnxruntime session on one CPU thread."""
     try:
-        return onnxruntime.InferenceSession(
-            model, trial_step.session_options(), providers=["CPUExecutionProvider"]
-        )
+        return trial_step.make_session(model)
     except Exception as e:  # onnxruntime's errors share no base class
         message = trial_step.error_line(e)
         raise BridgeError(f"onnxruntime cannot read the model: {message}") from e

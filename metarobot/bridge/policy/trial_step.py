@@ -19,16 +19,25 @@ MAX_ADDRESS_BYTES = 8 << 30
 MAX_CPU_S = 60
 
 ONNXRUNTIME_FATAL = 4
+"""Log severity at which onnxruntime prints nothing: errors are raised."""
+STRICT_SHAPES = ("session.strict_shape_type_inference", "1")
+"""Setting of a session on which the bound on memory rests, see ``onnx_file_check``."""
 
 
-def session_options() -> onnxruntime.SessionOptions:
-    """Return the settings of a session: one thread, no printing, and shapes as declared."""
+def make_session(model: bytes) -> onnxruntime.InferenceSession:
+    """Return a session on one CPU thread, which prints nothing and takes shapes as declared."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = ONNXRUNTIME_FATAL
-    options.add_session_config_entry("session.strict_shape_type_inference", "1")
-    return options
+    options.add_session_config_entry(*STRICT_SHAPES)
+    return onnxruntime.InferenceSession(
+        model,
+        options,
+        providers=["CPUExecutionProvider"],
+        # else it prints an error and tries again
+        enable_fallback=0,
+    )
 
 
 def error_line(error: BaseException) -> str:
@@ -42,9 +51,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_BYTES, MAX_ADDRESS_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
     try:
-        session = onnxruntime.InferenceSession(
-            sys.stdin.buffer.read(), session_options(), providers=["CPUExecutionProvider"]
-        )
+        session = make_session(sys.stdin.buffer.read())
         inputs = {node.name: np.zeros(node.shape, np.float32) for node in session.get_inputs()}
         session.run(None, inputs)
     except BaseException as e:  # onnxruntime's errors share no base class, and any is a refusal
