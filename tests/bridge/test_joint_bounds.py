@@ -81,6 +81,11 @@ def test_a_policy_that_asks_a_go2_for_more_is_refused_by_name(
     assert line in str(caught.value)
 
 
+def test_commands_by_name_do_not_pass_a_go2s_limits_by() -> None:
+    with pytest.raises(BridgeError, match="robot unitree needs a policy of layout 'legged'"):
+        make_robot("unitree", go2_policy(layout="direct"))
+
+
 @pytest.mark.parametrize("robot", ["sim", "ros2", "bridging:RecordingRobot"])
 def test_unknown_robots_have_general_bounds(robot: str) -> None:
     assert make_robot(robot, meta()).name

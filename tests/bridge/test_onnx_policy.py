@@ -413,6 +413,15 @@ def test_a_value_out_of_its_bounds_is_refused_by_name(key: str, value: Any) -> N
     assert str(caught.value).isprintable()
 
 
+def test_a_direct_policy_reaches_no_further_than_its_joints() -> None:
+    data = {**ABOUT, "layout": "direct"}
+    action = {"names": ["hip.pos", "lamp"], "low": [-1, 0], "high": [1, 9]}
+    assert PolicyMetadata.parse_file("folder", {**data, "action": action}).layout == "direct"
+    action["high"] = [1.1, 9]
+    with pytest.raises(BridgeError, match=r"the action 'hip\.pos' reaches -1 to 1\.1, beyond"):
+        PolicyMetadata.parse_file("folder", {**data, "action": action})
+
+
 def test_values_within_their_bounds_are_read() -> None:
     meta = PolicyMetadata.parse_file("folder", {**ABOUT, "reward": REWARD})
     assert meta.reward == REWARD

@@ -337,6 +337,18 @@ class PolicyMetadata:
         # layout
         if self.layout == "legged" and joints != actions:
             return f"layout 'legged' of {joints} joints and {actions} actions"
+        # a "direct" policy commands by name: no name may reach further than its joint
+        bounds = zip(self.action.names, self.action.low, self.action.high, strict=True)
+        for name, low, high in bounds:
+            reached = self.limits.get(name.removesuffix(".pos"))
+            if (
+                self.layout == "direct"
+                and reached
+                and not reached.low <= low < high <= reached.high
+            ):
+                return (
+                    f"the action {show(name)} reaches {low:g} to {high:g}, beyond its joint's range"
+                )
         if not self.observation_names:
             return "observation_names is empty"
         if unknown := set(self.command_names) - set(self.observation_names):

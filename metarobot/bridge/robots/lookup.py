@@ -58,6 +58,11 @@ def make_robot(spec: str, meta: PolicyMetadata, **settings: Any) -> Robot:
             f"robot {spec} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}"
         )
     bounds = robot_class.joint_bounds if isinstance(robot_class, HasJointBounds) else {}
+    if bounds and meta.layout == "direct":
+        raise BridgeError(
+            f"robot {spec} needs a policy of layout 'legged', not 'direct': "
+            "only its commands have limits of speed and torque"
+        )
     check_joint_bounds(spec, bounds, meta)
     try:
         robot: Robot = robot_class(meta, **settings)
