@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.policy.metadata import PolicyMetadata
 from metarobot.bridge.tools.python_command import child_environment, python_command
+from metarobot.privacy import without_folders
 
 DEFAULT_KL_BOUND = 60.0
 """Largest KL divergence of an adapted policy from the one it came from: a third above the largest
@@ -313,6 +314,8 @@ class AdaptationClient:
         if code != 0:
             lines = self._errors_path.read_text(errors="replace").strip().splitlines()
             message = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+            # The message goes into the log, which may leave this machine
+            message = without_folders(message)
             failed = f"adapting failed: {message[:LONGEST_MESSAGE]}"
             return AdaptationResult(None, failed, np.nan, seconds)
 
@@ -324,7 +327,7 @@ class AdaptationClient:
                 return AdaptationResult(None, str(answer[REASON_KEY]), np.nan, seconds)
             return self._validated(answer, seconds)
         except Exception as e:
-            message = " ".join(str(e).split())
+            message = without_folders(" ".join(str(e).split()))
             garbage = f"adapting wrote garbage: {message[:LONGEST_MESSAGE]}"
             return AdaptationResult(None, garbage, np.nan, seconds)
 

@@ -138,7 +138,7 @@ def check_plausible(agent: Any, old: Context, episode: Rollout) -> None:
 
     action = episode.action[valid]
     if isinstance(agent, GradientAgent):
-        mean, log_std = agent.distribution(old[0][0], agent.norm(obs)[None])
+        mean, log_std = agent.distribution(old[0], agent.norm(obs)[None])
         deviation = float(((action - mean[0]).abs() * (-log_std).exp()).max())
         if deviation > MAX_ACTION_DEVIATION:
             raise AdaptationError(

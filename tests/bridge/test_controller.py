@@ -310,6 +310,20 @@ class FakeAdaptation:
         self.busy = False
 
 
+def test_an_adapted_context_that_turns_out_worse_is_rolled_back():
+    old = {"weights": np.zeros(3)}
+    new = {"weights": np.ones(3)}
+    adaptation = FakeAdaptation([new, new])
+    fell = SimpleNamespace(context=old, reason="the mean return fell from 5.0 to 1.0 in 3 episodes")
+    adaptation.undo = [None, fell]
+    one = controller(adaptation=adaptation, episodes=3)
+    report = one.run()
+    assert one.policy.contexts[:2] == [new, old]
+    assert report.adapted[1] == (
+        "rolled back to the old weights: the mean return fell from 5.0 to 1.0 in 3 episodes"
+    )
+
+
 def test_an_adapted_context_is_used_from_the_next_episode_on_or_refused():
     adaptation = FakeAdaptation([{"weights": np.ones(3)}, None])
     one = controller(adaptation=adaptation, episodes=3)
