@@ -62,6 +62,21 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert python("-c", code).stdout.strip() == "set()"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_that_wait_give_way_unless_the_user_chose(
+    chosen: dict[str, str], spins: str
+) -> None:
+    usual = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import metarobot, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=usual | chosen, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == spins
+
+
 def test_listing_the_families_does_without_torch() -> None:
     list_all = "import metarobot as mr, sys; [mr.family(name) for name in mr.families()]; "
     done = python("-c", list_all + "print('torch' in sys.modules)")
