@@ -18,7 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.config_bounds import Count, CountOrZero, Fraction, NonNegative, check_bounds
+from metarobot.config_bounds import (
+    Count,
+    CountOrZero,
+    Fraction,
+    LayerSize,
+    NonNegative,
+    check_bounds,
+)
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.maml_agent import by_task
@@ -48,7 +55,7 @@ class ImitationConfig:
     """Demonstrations of a task to adapt to: shots times the variants of its episodes."""
     episodes: Count = 2
     """Support and query."""
-    width: Count = 128
+    width: LayerSize = 128
     """Width of the two hidden layers."""
     inner_lr: NonNegative = 0.05
     """Initial size of every weight's inner step; the rates are learned (Meta-SGD, Li et al.

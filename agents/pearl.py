@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from metarobot.config_bounds import Bounds, Count, Fraction, NonNegative, check_bounds
+from metarobot.config_bounds import Bounds, Count, Fraction, LayerSize, NonNegative, check_bounds
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.gaussian_posterior import (
@@ -51,9 +51,9 @@ class PEARLConfig:
     """Episodes a trial: the first acts on the prior, the others on the posterior so far."""
     replay: Count = 1_000_000
     """Capacity of the replay, in transitions."""
-    latent: Count = 5
+    latent: LayerSize = 5
     """Dimensions of z."""
-    width: Count = 128
+    width: LayerSize = 128
     """Width of the two hidden layers of encoder, actor and critics."""
     gradient_steps: Count = 500
     """Gradient steps an iteration."""

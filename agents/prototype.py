@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metarobot.agents.ppo import PPO, PPOAgent, PPOConfig
-from metarobot.config_bounds import Bounds, Count, NonNegative
+from metarobot.config_bounds import Bounds, Count, LayerSize, NonNegative
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions, FeedforwardPolicy
 from metarobot.learning.metric_losses import (
@@ -48,9 +48,9 @@ class PrototypeConfig(DistilledPPOSettings):
     """Metric loss of the embedding: prototypical, contrastive or siamese."""
     distance: NonNegative = 5.0
     """Weight of the squared error of distances between embeddings to those between tasks."""
-    embedding: Count = 8
+    embedding: LayerSize = 8
     """Dimensions of the embedding."""
-    summary: Count = 64
+    summary: LayerSize = 64
     """Features of a transition, whose weighted mean is embedded."""
     window: Count = 50
     """Transitions in a window."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.config_bounds import Count
+from metarobot.config_bounds import Count, LayerSize
 from metarobot.learning.agent_interface import AgentKind, Context, Dimensions
 from metarobot.learning.gaussian_posterior import (
     Gaussian,
@@ -50,7 +50,7 @@ MIN_ERROR_VARIANCE = 1e-4
 class VariBADConfig(TrialPPOSettings):
     """Settings of VariBAD; those that it shares with RL² have the same defaults."""
 
-    latent: Count = 8
+    latent: LayerSize = 8
     """Dimensions of the Gaussian over tasks."""
     through: bool = False
     """Let the policy's gradient reach the encoder too."""

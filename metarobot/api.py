@@ -167,7 +167,7 @@ def train(
         TrainingStopped: A signal stopped the training; everything is saved.
     """
     from metarobot.training.config import KEPT_ON_RESUME, TrainConfig, whole_number
-    from metarobot.training.run_folder import open_run
+    from metarobot.training.run_folder import read_train_config
     from metarobot.training.train import (
         TrainingStopped,
         open_training,
@@ -194,7 +194,7 @@ def train(
         config = TrainConfig(family=family, agent=agent, **own)
         if resume:
             # As on the command line: steps and device stay as they were unless they are given.
-            held = open_run(out or default_folder(config)).train_config
+            held = read_train_config(out or default_folder(config))
             kept = {k: getattr(held, k) for k in KEPT_ON_RESUME if k not in own}
             config = replace(config, **kept)
 
@@ -453,11 +453,16 @@ def export(
 
 
 def _open(run: OneRun, robot: str = "") -> Run:
+    """Open a run, and warn in a line if it was made from something else than is here."""
+    from metarobot.training.identity import warn_of_differences
     from metarobot.training.run_folder import Run, open_run
 
-    if not isinstance(run, Run):
-        return open_run(run, robot)
-    return open_run(run.folder, robot) if robot else run
+    if isinstance(run, Run):
+        opened = open_run(run.folder, robot) if robot else run
+    else:
+        opened = open_run(run, robot)
+    warn_of_differences(opened, other_robot=bool(robot))
+    return opened
 
 
 def _open_all(runs: Runs, robot: str) -> list[Run]:

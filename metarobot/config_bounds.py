@@ -17,18 +17,25 @@ class Bounds:
     high: float | None = None
     reason: str = ""
     """Why there is a lower bound, as a message says it after the bound."""
+    most: float | None = None
+    """The largest value that a memory can be expected to hold."""
 
 
-Count = Annotated[int, Bounds(1)]
+Count = Annotated[int, Bounds(1, most=1e7)]
 """A whole number of at least 1."""
-CountOrZero = Annotated[int, Bounds(0)]
+CountOrZero = Annotated[int, Bounds(0, most=1e15)]
 """A whole number of at least 0."""
+LayerSize = Annotated[int, Bounds(1, most=4096)]
+"""Units of a network's layer; a matrix between two of the largest takes 67 MB."""
 NonNegative = Annotated[float, Bounds(0)]
 """A finite number of at least 0."""
 Fraction = Annotated[float, Bounds(0, 1)]
 """A number between 0 and 1."""
 
-UNSTATED_INT = Bounds(1)
+LONG_NUMBER = 10**20
+"""Whole numbers from here on are not written out in messages."""
+
+UNSTATED_INT = Bounds(1, most=1e7)
 """Bounds of a whole number whose field states none."""
 UNSTATED_FLOAT = Bounds(0)
 """Bounds of a float whose field states none."""
@@ -61,7 +68,8 @@ def _stated_bounds(hint: Any) -> Bounds | None:
 def _check_number(name: str, value: float, bounds: Bounds) -> None:
     low = bounds.low
     high = bounds.high
-    if not math.isfinite(value):
+    # Python's whole numbers may be larger than any float.
+    if isinstance(value, float) and not math.isfinite(value):
         least = "" if low is None else f" of at least {low:g}"
         raise MetarobotError(f"{name} must be a finite number{least}, not {value}")
     if low is not None and high is not None and not low <= value <= high:
@@ -70,5 +78,11 @@ def _check_number(name: str, value: float, bounds: Bounds) -> None:
         finite = "a finite number of " if isinstance(value, float) else ""
         reason = f", {bounds.reason}" if bounds.reason else ""
         raise MetarobotError(f"{name} must be {finite}at least {low:g}{reason}, not {value}")
-    if high is not None and value > high:
-        raise MetarobotError(f"{name} must be at most {high:g}, not {value}")
+    largest = bounds.most if high is None else high
+    if largest is not None and value > largest:
+        raise MetarobotError(f"{name} must be at most {largest:,.12g}, not {_shorten(value)}")
+
+
+def _shorten(value: float) -> str:
+    is_long = isinstance(value, int) and value >= LONG_NUMBER
+    return "a larger number" if is_long else str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any
 from metarobot.errors import MetarobotError
 
 FILE_MODE = 0o644
+MAX_JSON_BYTES = 500_000_000
+"""Reports with the returns of every task are large; nothing of ours is larger."""
 
 
 class FileError(MetarobotError):
@@ -87,14 +90,24 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON.
+    """Read JSON from a regular file; never wait, and never read more than ``MAX_JSON_BYTES``.
 
     Raises:
-        FileError: The file cannot be read, or is not JSON.
+        FileError: The file cannot be read, is too large, or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        # A FIFO without a writer would hold up an open that may block.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_JSON_BYTES:
+                raise FileError(
+                    f"{path} is damaged: it is no regular file of at most {MAX_JSON_BYTES:,} bytes"
+                )
+            return json.loads(file.read())
     except OSError as e:
         raise FileError(f"cannot read {path}: {e.strerror or e}") from e
+    except RecursionError:
+        raise FileError(f"{path} is damaged: it is nested too deeply") from None
     except ValueError as e:
         raise FileError(f"{path} is damaged: {e}") from e

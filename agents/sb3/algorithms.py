@@ -33,7 +33,7 @@ from metarobot.agents.sb3.policies import (
     TrialPolicy,
 )
 from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv
-from metarobot.config_bounds import Count, Fraction, NonNegative
+from metarobot.config_bounds import Count, Fraction, LayerSize, NonNegative
 from metarobot.env.sb3_vec_env import PPO, SAC, BaseCallback, Logger
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Dimensions, TrainingStep
@@ -60,7 +60,7 @@ class SB3PPOConfig(PPOSettings):
 class RecurrentPPOConfig(SB3PPOConfig):
     """Settings of sb3-contrib's RecurrentPPO; ``episodes`` are those of a trial."""
 
-    width: Count = 128
+    width: LayerSize = 128
     """Width of the LSTMs of actor and critic, and of a hidden layer over each."""
     epochs: Count = 5
     """Passes over the trials of an iteration."""
@@ -76,7 +76,7 @@ class SACConfig:
     """Worlds that are stepped side by side."""
     episodes: Count = 1
     """Episodes an iteration in each world."""
-    width: Count = 256
+    width: LayerSize = 256
     """Width of the two hidden layers of actor and critics."""
     lr: NonNegative = 1e-3
     """Adam's learning rate at the start."""

@@ -23,8 +23,8 @@ def families() -> None:
 
 def agents() -> None:
     """List the kinds of agent that can be trained, and the trained agents in the box."""
-    from metarobot.files import read_json
     from metarobot.learning.agent_interface import agents as registry
+    from metarobot.training.run_files import read_card
     from metarobot.training.run_folder import PRETRAINED_FOLDER, pretrained_names
 
     for name in api.agents():
@@ -33,5 +33,7 @@ def agents() -> None:
         except MetarobotError as e:  # a package that it needs is not installed
             print(f"{name}: {e}")
     for name in pretrained_names():
-        card = read_json(PRETRAINED_FOLDER / name / "card.json")
-        print(f"{name}: {card['summary']}")
+        try:
+            print(f"{name}: {read_card(PRETRAINED_FOLDER / name / 'card.json')['summary']}")
+        except (MetarobotError, KeyError) as e:
+            print(f"{name}: its card is damaged: {e}")

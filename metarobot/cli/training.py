@@ -15,7 +15,7 @@ from metarobot import api
 from metarobot.cli.main import INTERRUPTED, parse_and_call
 from metarobot.learning.agent_interface import agents as registry
 from metarobot.training.config import KEPT_ON_RESUME, TrainConfig
-from metarobot.training.run_folder import open_run
+from metarobot.training.run_folder import open_run, read_train_config
 from metarobot.training.train import TrainingStopped
 
 
@@ -35,7 +35,7 @@ def train(arguments: Sequence[str]) -> None:
     parsed = _parse_train(arguments, defaults)
     if parsed.resume:
         # What a run keeps unless it is given becomes the default, and the arguments are read again.
-        held = open_run(parsed.out).train_config
+        held = read_train_config(parsed.out)
         kept: dict[str, Any] = {name: getattr(held, name) for name in KEPT_ON_RESUME}
         parsed = _parse_train(arguments, replace(defaults, **kept))
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from metarobot.files import atomic_path
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import CheckpointError, Run
+from metarobot.training.run_files import CheckpointError
+from metarobot.training.run_folder import Run
 
 AGENT_COLOUR = "#1f6feb"
 ORACLE_COLOUR = "#2da44e"

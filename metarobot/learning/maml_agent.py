@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.config_bounds import Bounds, Count, Fraction, check_bounds
+from metarobot.config_bounds import Bounds, Count, Fraction, LayerSize, check_bounds
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Context, Dimensions
 from metarobot.learning.meta_gradient import (
@@ -52,7 +52,7 @@ class InnerConfig:
     """Rollouts a task and episode: the data of one adaptation."""
     episodes: Annotated[int, Bounds(2, reason="one to adapt to and one to show it")] = 2
     """Episodes a trial; the agent adapts after each but the last, which measures the result."""
-    width: Count = 64
+    width: LayerSize = 64
     """Width of the policy's two hidden layers."""
     std: Annotated[float, Bounds(1e-3, 10.0)] = 1.0
     """Initial standard deviation of the policy's actions."""

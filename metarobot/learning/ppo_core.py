@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarobot.config_bounds import Count, Fraction, NonNegative
+from metarobot.config_bounds import Count, Fraction, LayerSize, NonNegative
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Context, Dimensions
 from metarobot.learning.networks import RunningNorm, log_prob, normalise_leading
@@ -37,7 +37,7 @@ class PPOSettings:
     """Tasks an iteration, one per world."""
     episodes: Count = 2
     """Episodes per task."""
-    width: Count = 128
+    width: LayerSize = 128
     """Width of the two hidden layers of actor and critic."""
     lr: NonNegative = 1e-3
     """Adam's learning rate at the start."""
@@ -82,7 +82,7 @@ class TrialPPOSettings(DistilledPPOSettings):
     """Episodes per trial."""
     memory: str = "linear"
     """Kind of memory: linear (trains in parallel over time), gru or lstm."""
-    width: Count = 128
+    width: LayerSize = 128
     """Width of the memory, and of the two hidden layers of actor and critic."""
     lr: NonNegative = 2e-3
     """Adam's learning rate at the start."""

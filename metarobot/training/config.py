@@ -10,7 +10,7 @@ import torch
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from metarobot.config_bounds import Bounds, Count, CountOrZero, check_bounds
+from metarobot.config_bounds import Bounds, Count, CountOrZero, NonNegative, check_bounds
 from metarobot.env.factory import SIMS
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents
@@ -75,10 +75,14 @@ class TrainConfig:
     """CPU threads; 0 takes all there are."""
     save_every: Count = 20
     """Iterations between checkpoints."""
+    save_every_s: NonNegative = 60.0
+    """Seconds after which a checkpoint is also written, so that a kill costs no more."""
 
 
 CHANGEABLE_ON_RESUME = ("device", "sim")
 """Settings that may change when a run is continued: where it is simulated and learned."""
+HARMLESS_SETTINGS = ("threads", "save_every", "save_every_s")
+"""Settings that may also change then; of another count of threads a line warns."""
 KEPT_ON_RESUME = ("steps", "device")
 """Settings that a continued run takes from its folder unless they are given."""
 

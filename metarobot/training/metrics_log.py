@@ -6,6 +6,7 @@ Names are Stable-Baselines3's where it has them, and ours.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import suppress
@@ -18,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from metarobot.files import atomic_path
-from metarobot.training.run_folder import CheckpointError
+from metarobot.learning.finite_check import DivergedError
+from metarobot.training.run_files import CheckpointError
 
 LINE_EVERY_S = 20.0
 """Seconds between two lines where standard error is no terminal."""
@@ -30,7 +32,10 @@ def summary_line(metrics: dict[str, float]) -> str:
     if "train/loss_before" in metrics:
         error = f"{metrics['train/loss_before']:.4f} → {metrics['train/loss']:.4f}"
         return f"{speed}  error {error}"
-    episodes = [v for k, v in sorted(metrics.items()) if k.startswith("meta/return_episode_")]
+    # By number: the tenth episode comes after the second.
+    episodes: list[float] = []
+    while (name := f"meta/return_episode_{len(episodes) + 1}") in metrics:
+        episodes.append(metrics[name])
     returns = " → ".join(f"{v:.1f}" for v in episodes)
     return f"{speed}  return {returns}"
 
@@ -82,6 +87,10 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: Any, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        # The log itself says why it ends.
+        if isinstance(error, DivergedError):
+            with suppress(OSError):
+                self._file.write(json.dumps({"error": str(error)}) + "\n")
         # A full disk was reported by the write that met it.
         with suppress(OSError):
             self._file.close()
@@ -96,7 +105,9 @@ class MetricsLog:
         """
         steps = int(metrics["time/total_timesteps"])
         try:
-            self._file.write(json.dumps(metrics) + "\n")
+            # JSON has no NaN: the norm of a gradient that was not followed is null.
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
             self._file.flush()  # a kill loses no iteration
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, steps)
@@ -120,16 +131,21 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read the rows of a ``metrics.jsonl``, one an iteration.
 
-    A last line that was cut short by a kill is left out; no file gives no rows.
+    A last line that was cut short by a kill is left out, and so is why a training diverged; no file
+    gives no rows.
     """
     rows: list[dict[str, float]] = []
     if not path.exists():
         return rows
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict):
+            break
+        if "error" not in row:
+            rows.append(row)
     return rows
 
 

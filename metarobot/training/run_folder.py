@@ -1,47 +1,56 @@
-"""Run folders and checkpoints: safetensors and JSON, written atomically.
+"""Run folders: what a training writes, and what trained agents are loaded from.
 
 A run folder holds ``config.json`` (the settings), ``tasks.json`` (the task space),
-``metrics.jsonl``, and ``checkpoint.json``, which names the weights file that belongs to it and its
-SHA-256. ``checkpoint.json`` is replaced last, so at any moment the folder holds one complete
-checkpoint. Loading a folder runs no code of it.
+``metrics.jsonl``, and checkpoints (see ``metarobot.training.checkpoints``). Loading a folder runs
+no code of it, and believes nothing in it unchecked.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from metarobot.env.base import Env
-from metarobot.files import FileError, atomic_path, read_json, write_json
+from metarobot.files import write_json
 from metarobot.learning.agent_interface import Dimensions, Learner, agents
+from metarobot.learning.finite_check import check_finite_weights
+from metarobot.privacy import public_settings, without_folders
+from metarobot.tasks.distributions import TaskError
 from metarobot.tasks.family import Family, family_on
 from metarobot.tasks.space import TaskSpace
+from metarobot.training.checkpoints import (
+    AGENT_PREFIX,
+    check_weights,
+    latest_entry,
+    read_checkpoint,
+    save_only_checkpoint,
+)
 from metarobot.training.config import TrainConfig, rollouts_of
+from metarobot.training.run_files import (
+    CheckpointError,
+    check_config,
+    checkpoint_data,
+    one_line,
+    read_sealed,
+    read_settings,
+    setting_entries,
+    write_sealed,
+)
+from metarobot.training.run_lock import RunLock
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had one checkpoint, and no hashes but that of its weights."""
 KIND = "metarobot-run"
 """What a run's ``config.json`` says it is."""
+PATH_SETTINGS = ("robot", "demos", "init")
+"""Settings of a training that may be paths; a published agent has their last names."""
 PRETRAINED_FOLDER = Path(str(resources.files("metarobot.agents"))) / "pretrained"
-
-_MAX_ERROR_LENGTH = 200
-_OTHER_ENTRIES = {"format", "kind", "agent_config", "versions", "machine"}
-"""Entries of ``config.json`` that are no settings of a training."""
-
-Settings = TypeVar("Settings")
-
-
-class CheckpointError(FileError):
-    """A run folder that is not one, is damaged, or cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -77,27 +86,19 @@ class Run:
         """Environment steps collected until the checkpoint."""
         return collected_steps(self.folder)
 
+    @property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights file that ``load_agent`` reads."""
+        return read_checkpoint(self.folder).entry.sha256
+
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read the checkpoint: named tensors, and counters.
+        """Read the newest sound checkpoint: named tensors, and counters.
 
         Raises:
-            CheckpointError: A file is missing or damaged.
+            CheckpointError: All are missing or damaged.
         """
-        counters = read_json(self.folder / "checkpoint.json")
-        try:
-            # Only the name: a damaged file must not lead out of the folder.
-            weights = self.folder / Path(counters["weights"]).name
-            data = weights.read_bytes()
-            if hashlib.sha256(data).hexdigest() != counters["sha256"]:
-                raise CheckpointError(
-                    f"{weights} is damaged (not the SHA-256 of checkpoint.json): restore it or "
-                    "train again"
-                )
-            return safetensors.torch.load(data), counters
-        except OSError as e:
-            raise CheckpointError(f"cannot read {weights}: {e.strerror or e}") from e
-        except (KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
-            raise CheckpointError(f"{self.folder / 'checkpoint.json'} is damaged: {e!r}") from e
+        stored = read_checkpoint(self.folder)
+        return stored.tensors(), checkpoint_data(stored.entry)
 
     def learner(self) -> Learner:
         """Build the untrained learner; the same seed gives the same initial weights."""
@@ -108,19 +109,21 @@ class Run:
 
         Raises:
             CheckpointError: The checkpoint is damaged or belongs to another agent.
+            DivergedError: It holds weights that are not finite.
         """
-        # A checkpoint holds the learner's optimiser and normalisers too: take the agent's tensors.
         agent = self.learner().agent
-        tensors, _ = self.checkpoint()
-        prefix = "agent."
-        weights = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(prefix)
-        }
+        stored = read_checkpoint(self.folder)
         try:
+            check_weights(stored.data, agent.state_dict())
+            # A checkpoint holds the learner's optimiser and normalisers too.
+            weights = {
+                name.removeprefix(AGENT_PREFIX): tensor
+                for name, tensor in stored.tensors().items()
+                if name.startswith(AGENT_PREFIX)
+            }
+            check_finite_weights(str(self.folder), weights)
             agent.load_state_dict(weights)
-        except RuntimeError as e:
+        except (CheckpointError, RuntimeError) as e:
             raise CheckpointError(
                 f"{self.folder} holds other weights than its config.json says: {one_line(e)}"
             ) from e
@@ -138,6 +141,23 @@ def open_run(where: str | Path, robot: str = "") -> Run:
     Raises:
         CheckpointError: There is no such run, it is damaged, or its task space has changed.
     """
+    folder = find_folder(where)
+    path = folder / "config.json"
+    config = read_config(folder)
+    family = family_on(config["family"], robot or config.get("robot", ""))
+    kind = agents.get(config["agent"])
+    agent_config = read_settings(path, kind.config, config["agent_config"])
+    train_config = read_train_config(folder)
+    _check_task_space(folder, family)
+    return Run(folder, train_config, agent_config, family, config)
+
+
+def find_folder(where: str | Path) -> Path:
+    """Return a run folder, or that of a trained agent in the box by its name.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
     # A folder of that name comes before an agent in the box.
     folder = Path(where)
     if not folder.exists() and (PRETRAINED_FOLDER / str(where)).is_dir():
@@ -147,50 +167,58 @@ def open_run(where: str | Path, robot: str = "") -> Run:
         raise CheckpointError(
             f"no run folder {str(where)!r}, and no pretrained agent; there are: {existing}"
         )
-
-    path = folder / "config.json"
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("kind") != KIND:
-        raise CheckpointError(f"{folder} is not a metarobot run: its config.json does not say so")
-    try:
-        if config["format"] > FORMAT:
-            raise CheckpointError(
-                f"{folder} is of format {config['format']}, this metarobot reads up to {FORMAT}: "
-                "upgrade metarobot"
-            )
-        family = family_on(config["family"], robot or config.get("robot", ""))
-        kind = agents.get(config["agent"])
-        agent_config = read_settings(path, kind.config, config["agent_config"])
-    except KeyError as e:
-        raise CheckpointError(f"{path} is damaged: it has no {e}") from e
-    settings = {k: v for k, v in config.items() if k not in _OTHER_ENTRIES}
-    # Runs of before there was a choice were simulated on the CPU.
-    train_config = read_settings(path, TrainConfig, {"sim": "cpu", **settings})
-
-    # The agent was trained on this task space: under another its results would mean nothing.
-    space = TaskSpace.from_json(read_json(folder / "tasks.json"))
-    if space.hash != family.space.hash:
-        raise CheckpointError(
-            f"{folder} was trained on task space {space.hash}, but {family.name}'s is "
-            f"{family.space.hash} now"
-        )
-    return Run(folder, train_config, agent_config, family, config)
+    return folder
 
 
-def read_settings(path: Path, kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Build a configuration from what a JSON file holds; what is missing has its default.
+def read_train_config(where: str | Path) -> TrainConfig:
+    """Read the settings of a run's training alone, without its robot.
 
     Raises:
-        CheckpointError: An entry that the configuration class does not have.
+        CheckpointError: There is no such run, or it is damaged.
     """
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
+    folder = find_folder(where)
+    settings = setting_entries(read_config(folder))
+    # Runs of before there was a choice were simulated on the CPU.
+    return read_settings(folder / "config.json", TrainConfig, {"sim": "cpu", **settings})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of a run folder; its settings are checked by ``read_settings``.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or of something else than a run.
+    """
+    path = folder / "config.json"
+    config = read_sealed(path)
+    if config.get("kind") != KIND:
+        raise CheckpointError(f"{folder} is not a metarobot run: its config.json does not say so")
+    check_config(path, config)
+    if config["format"] > FORMAT:
         raise CheckpointError(
-            f"{path} has settings that this metarobot does not know: {', '.join(unknown)}; "
-            f"it knows: {', '.join(known)}"
+            f"{folder} is of format {config['format']}, this metarobot reads up to {FORMAT}: "
+            "upgrade metarobot"
         )
-    return kind(**values)
+    return config
+
+
+def _check_task_space(folder: Path, family: Family) -> None:
+    """Check that a run was trained on the family's task space of today.
+
+    Under another one its results would mean nothing.
+    """
+    path = folder / "tasks.json"
+    try:
+        data = read_sealed(path)
+        space_hash = TaskSpace.from_json(data).hash
+    except TaskError as e:
+        raise CheckpointError(f"{path} is damaged: {one_line(e)}") from e
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is damaged: it is no task space") from e
+    if space_hash != family.space.hash:
+        raise CheckpointError(
+            f"{folder} was trained on task space {space_hash}, but {family.name}'s is "
+            f"{family.space.hash} now"
+        )
 
 
 def create_run(
@@ -198,13 +226,15 @@ def create_run(
 ) -> Run:
     """Write the run folder of a new training; ``about`` says what made it, as JSON data.
 
+    The caller holds the folder's lock.
+
     Raises:
         CheckpointError: The folder holds a run already.
     """
     check_unused(folder)
     family = family_on(config.family, config.robot)
     write_json(folder / "tasks.json", family.space.to_json())
-    write_json(
+    write_sealed(
         folder / "config.json",
         {
             "format": FORMAT,
@@ -230,36 +260,18 @@ def check_unused(folder: Path) -> None:
 
 
 def change_run(run: Run, changes: Mapping[str, Any]) -> Run:
-    """Write new values of training settings, such as more steps, into a run's ``config.json``."""
-    write_json(run.folder / "config.json", {**run.config, **changes})
+    """Write new values, such as more steps, into a run's ``config.json``.
+
+    The caller holds the folder's lock.
+    """
+    write_sealed(run.folder / "config.json", {**run.config, **changes, "format": FORMAT})
     return open_run(run.folder)
 
 
 def collected_steps(folder: Path) -> int:
-    """Return the environment steps of a run folder's checkpoint; 0 if there is none yet."""
-    path = folder / "checkpoint.json"
-    return int(read_json(path)["steps"]) if path.exists() else 0
-
-
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-    """Write a checkpoint: named tensors, and the counters that training continues from.
-
-    Raises:
-        FileError: The operating system refuses to write; the checkpoint before stays whole.
-    """
-    data = safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()})
-    # Weights of another content have another name, so those of the last checkpoint stay whole.
-    digest = hashlib.sha256(data).hexdigest()
-    weights = folder / f"checkpoint-{digest[:12]}.safetensors"
-    with atomic_path(weights) as temporary:
-        temporary.write_bytes(data)
-    # From here on the new checkpoint is the run's.
-    write_json(folder / "checkpoint.json", {**counters, "weights": weights.name, "sha256": digest})
-
-    for old in folder.glob("checkpoint-*.safetensors"):
-        if old != weights:
-            with suppress(OSError):
-                old.unlink()
+    """Return the environment steps of a run folder's newest checkpoint; 0 if there is none yet."""
+    entry = latest_entry(folder)
+    return 0 if entry is None else entry.steps
 
 
 def build_learner(
@@ -308,15 +320,25 @@ def pretrained_names() -> list[str]:
 
 
 def publish_agent(run: Run, folder: Path, card: dict[str, Any]) -> None:
-    """Copy a run's agent without its optimiser, with a card that says how it was made."""
+    """Copy a run's agent without its optimiser, with a card that says how it was made.
+
+    Raises:
+        CheckpointError: A training is writing the folder.
+    """
+    if folder.resolve() == run.folder.resolve():
+        raise CheckpointError(f"{folder} is the run itself: publish into another folder")
     tensors, counters = run.checkpoint()
-    agent_tensors = {k: v for k, v in tensors.items() if k.startswith("agent.")}
-    save_checkpoint(folder, agent_tensors, counters)
-    for name in ("config.json", "tasks.json"):
-        write_json(folder / name, read_json(run.folder / name))
-    write_json(folder / "card.json", card)
+    agent_tensors = {k: v for k, v in tensors.items() if k.startswith(AGENT_PREFIX)}
+    with RunLock(folder):
+        save_only_checkpoint(folder, agent_tensors, counters)
+        write_sealed(folder / "config.json", public_settings(run.config, PATH_SETTINGS))
+        write_json(folder / "tasks.json", run.family.space.to_json())
+        write_sealed(folder / "card.json", _public_card(card))
 
 
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line, cut to a readable length."""
-    return " ".join(str(error).split())[:_MAX_ERROR_LENGTH]
+def _public_card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a card whose texts hold no absolute path."""
+    return {
+        name: without_folders(value) if isinstance(value, str) else value
+        for name, value in card.items()
+    }

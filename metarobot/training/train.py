@@ -6,10 +6,12 @@ of a training is its learner and three counters, and a checkpoint holds all of i
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,12 +36,26 @@ from metarobot.learning.agent_interface import (
     agents,
     is_memoryless,
 )
+from metarobot.learning.finite_check import (
+    FiniteCheck,
+    finite_state,
+    mean_sound_returns,
+    valid_trials,
+)
 from metarobot.learning.optimiser_state import move_to_device
 from metarobot.tasks.family import Family, family_on
 from metarobot.threads_and_memory import keep_freed_memory, restored_torch_threads
+from metarobot.training.checkpoints import (
+    has_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    settle,
+    sweep_temporary_files,
+)
 from metarobot.training.collect import collect
 from metarobot.training.config import (
     CHANGEABLE_ON_RESUME,
+    HARMLESS_SETTINGS,
     TrainConfig,
     check_config,
     needs_teacher,
@@ -47,23 +63,38 @@ from metarobot.training.config import (
     rollouts_of,
 )
 from metarobot.training.demonstrations import read_demonstrations
-from metarobot.training.metrics_log import MetricsLog
+from metarobot.training.identity import (
+    describe_origin,
+    folder_digest,
+    robot_digest,
+    thread_count,
+    warn_of_differences,
+)
+from metarobot.training.metrics_log import MetricsLog, read_metrics
+from metarobot.training.run_files import CheckpointError, one_line, read_made_from
 from metarobot.training.run_folder import (
-    CheckpointError,
     Run,
     build_learner,
     change_run,
     check_unused,
     create_run,
     open_run,
-    save_checkpoint,
+    read_config,
+    read_train_config,
 )
+from metarobot.training.run_lock import RunLock
 from metarobot.training.task_sampling import TaskSource, make_task_source
 from metarobot.types import Trials
 
 Metrics = dict[str, float]
 TrialSource = Callable[[int], Trials]
 """Iteration -> the trials that it learns from."""
+
+
+RETURN_METRIC = "meta/post_adapt_return"
+"""Metric of the last episode's return."""
+RETURN_WINDOW = 10
+"""Iterations over which the return is averaged that tells the best checkpoint."""
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -88,6 +119,11 @@ class Training:
     learner: Learner
     iterate: TrainingStep
     counters: Counters
+    lock: RunLock
+    """Held until the training is done or stopped: no other process writes the folder."""
+
+    def __post_init__(self) -> None:
+        self.finite_check = FiniteCheck(self.learner)
 
     def train(
         self, *, show: bool = True, tick: Callable[[Metrics], None] = lambda metrics: None
@@ -100,12 +136,18 @@ class Training:
 
         Returns:
             Whether it is done; False if a signal stopped it, with everything saved.
+
+        Raises:
+            DivergedError: A loss, a weight or a statistic is not finite; the last checkpoint stays.
         """
         config = self.run.train_config
         counters = self.counters
         # Every iteration allocates the same tensors again.
         keep_freed_memory()
+        if not self.lock.is_held:
+            self.lock = RunLock(self.run.folder)
         with (
+            self.lock,
             MetricsLog(
                 self.run.folder, config.steps, counters.steps, counters.iteration, show=show
             ) as log,
@@ -113,16 +155,28 @@ class Training:
             restored_torch_threads(),
             out_of_memory_errors(),
         ):
+            recent_returns = _recent_returns(self.run.folder)
+            saved_s = time.monotonic()
             while counters.steps < config.steps and not signals:
                 metrics = self._run_iteration()
                 log.write(metrics)
                 tick(metrics)
 
-                # A signal that came during the iteration ends the loop: save before that.
-                is_due = counters.iteration % config.save_every == 0
+                if RETURN_METRIC in metrics:
+                    recent_returns.append(metrics[RETURN_METRIC])
+
+                # A kill must cost little, even before the first regular checkpoint.
+                is_due = (
+                    counters.iteration == 1
+                    or counters.iteration % config.save_every == 0
+                    or time.monotonic() - saved_s >= config.save_every_s
+                )
                 is_done = counters.steps >= config.steps
+                # A signal that came during the iteration ends the loop: save before that.
                 if is_due or is_done or signals:
-                    save_checkpoint(self.run.folder, self.learner.state(), asdict(counters))
+                    saved = {**asdict(counters), "score": _score(recent_returns)}
+                    save_checkpoint(self.run.folder, finite_state(self.learner), saved)
+                    saved_s = time.monotonic()
         return counters.steps >= config.steps
 
     def _run_iteration(self) -> Metrics:
@@ -131,7 +185,8 @@ class Training:
         counters = self.counters
 
         began_s = time.monotonic()
-        steps, metrics = self.iterate(
+        steps, metrics = self.finite_check.run(
+            self.iterate,
             counters.iteration,
             counters.steps / config.steps,
             _iteration_seed(config.seed, counters.iteration),
@@ -186,31 +241,49 @@ def start_training(
         _initialise(learner, family, config)
         iterate = _build_iteration(learner, family, config, agent_config, worlds)
 
-    about = {"versions": _versions(), "machine": _machine()}
-    run = create_run(out, config, agent_config, about)
-    return Training(run, learner, iterate, Counters())
+    about = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "made_from": describe_origin(config, family),
+    }
+    lock = RunLock(out)
+    try:
+        run = create_run(out, config, agent_config, about)
+    except BaseException:
+        lock.release()
+        raise
+    return Training(run, learner, iterate, Counters(), lock)
 
 
 def open_training(run: Run) -> Training:
     """Build learner and worlds of a run, to train on from its checkpoint if it has one.
 
     Raises:
-        MetarobotError: A setting that does not work on this machine, or a damaged checkpoint.
+        MetarobotError: A setting that does not work on this machine, a damaged checkpoint, or a
+            folder that another training writes.
     """
     config = run.train_config
-    agent_config = run.agent_config
     check_config(config)
 
-    with out_of_memory_errors():
-        worlds = _build_worlds(run.family, config, agent_config)
-        learner = _build_learner_on_device(run.family, config, agent_config, worlds)
-        if (run.folder / "checkpoint.json").exists():
-            counters = _restore(run, learner)
-        else:
-            _initialise(learner, run.family, config)
-            counters = Counters()
-        iterate = _build_iteration(learner, run.family, config, agent_config, worlds)
-    return Training(run, learner, iterate, counters)
+    # Locked before the checkpoint is read, so that nobody writes a newer one.
+    lock = RunLock(run.folder)
+    try:
+        warn_of_differences(run, training=True)
+        with out_of_memory_errors():
+            worlds = _build_worlds(run.family, config, run.agent_config)
+            learner = _build_learner_on_device(run.family, config, run.agent_config, worlds)
+            if has_checkpoint(run.folder):
+                counters = _restore(run, learner)
+            else:
+                sweep_temporary_files(run.folder)
+                _initialise(learner, run.family, config)
+                counters = Counters()
+            iterate = _build_iteration(learner, run.family, config, run.agent_config, worlds)
+        run = _record_threads(run)
+    except BaseException:
+        lock.release()
+        raise
+    return Training(run, learner, iterate, counters, lock)
 
 
 def start_run(
@@ -220,7 +293,9 @@ def start_run(
     say: Callable[[str], None] = lambda line: None,
 ) -> Run:
     """Make the run folder of a training that is trained later; see ``start_training``."""
-    return start_training(config, agent_config, out, say).run
+    training = start_training(config, agent_config, out, say)
+    training.lock.release()
+    return training.run
 
 
 def reopen_run(
@@ -243,24 +318,36 @@ def reopen_run(
     Raises:
         MetarobotError: A setting that differs from what the run was started with.
     """
-    run = open_run(out)
     config = resolve_paths(config)
-    before = run.train_config
+    held = read_train_config(out)
+    config, moved = _find_moved_paths(config, out)
+    run = open_run(out, moved.get("robot", ""))
     _check_unchanged(out, config, agent_config, run)
+    if not has_checkpoint(out):
+        say(f"{out} has no checkpoint yet: it begins anew")
 
     # An empty ``sim`` is not given, so the run stays where it was simulated.
-    changes: dict[str, Any] = {}
-    if config.device != before.device or config.sim not in ("", before.sim):
+    changes: dict[str, Any] = {**moved}
+    if config.device != held.device or config.sim not in ("", held.sim):
         check_config(config)
         now = choose_simulator(config, run.family, agent_config, say)
-        changes = {name: getattr(now, name) for name in CHANGEABLE_ON_RESUME}
+        changes |= {name: getattr(now, name) for name in CHANGEABLE_ON_RESUME}
         say(
-            f"goes on with {now.sim} physics and learning on {now.device}, after {before.sim} "
-            f"physics and learning on {before.device}: other roundings"
+            f"goes on with {now.sim} physics and learning on {now.device}, after {held.sim} "
+            f"physics and learning on {held.device}: other roundings"
         )
-    if config.steps > before.steps:
+    default = TrainConfig(family="")
+    for name in HARMLESS_SETTINGS:
+        value = getattr(config, name)
+        if value not in (getattr(default, name), getattr(held, name)):
+            changes[name] = value
+    if config.steps > held.steps:
         changes["steps"] = config.steps
-    return change_run(run, changes) if changes else run
+    if not changes:
+        return run
+    check_bounds(config)
+    with RunLock(out):
+        return change_run(run, changes)
 
 
 def train(
@@ -304,7 +391,7 @@ def _check_unchanged(out: Path, config: TrainConfig, agent_config: Any, run: Run
             name = field.name
             value = getattr(asked, name)
             before = getattr(held, name, None)
-            if name in CHANGEABLE_ON_RESUME or value == before:
+            if value == before or name in (*CHANGEABLE_ON_RESUME, *HARMLESS_SETTINGS):
                 continue
             if name == "steps" and asked is config and value > before:
                 continue  # the run is made longer
@@ -328,7 +415,7 @@ def _build_worlds(family: Family, config: TrainConfig, agent_config: Any) -> Tas
         sim=config.sim,
         device=config.device,
         pool=config.pool,
-        threads=_thread_count(config),
+        threads=thread_count(config),
     )
 
 
@@ -375,7 +462,7 @@ def _build_iteration(
     worlds: TaskSource | None,
 ) -> TrainingStep:
     """Return the function that gets trials and learns from them once."""
-    threads = _thread_count(config)
+    threads = thread_count(config)
     fit = agents.get(config.agent).fit
     if fit is not None:
         return fit(learner, family, threads)
@@ -393,7 +480,7 @@ def _build_iteration(
         began_s = time.monotonic()
         # Torch's worker threads would spin against the physics threads: one is faster here.
         torch.set_num_threads(1)
-        trials = get_trials(i)
+        trials = valid_trials(get_trials(i))
         steps = trials.steps()  # waits for the device, so the clock is read after it
         collected_s = time.monotonic()
 
@@ -463,8 +550,8 @@ def _no_metrics(trials: Trials) -> Metrics:
 
 def rollout_metrics(trials: Trials) -> Metrics:
     """Return the metrics of trials: returns, adaptation gain, reward terms, broken episodes."""
-    # Return of each episode of the trial, averaged over worlds: (episode,).
-    returns = trials.returns().mean(1)
+    # Return of each episode of the trial, averaged over worlds without a fault: (episode,).
+    returns = mean_sound_returns(trials)
     metrics = {
         "rollout/ep_rew_mean": float(returns.mean()),
         "rollout/ep_len_mean": trials.steps() / trials.returns().numel(),
@@ -483,15 +570,68 @@ def rollout_metrics(trials: Trials) -> Metrics:
 
 
 def _restore(run: Run, learner: Learner) -> Counters:
-    """Restore a learner from a run's checkpoint and return its counters."""
-    tensors, saved = run.checkpoint()
+    """Restore a learner from a run's newest sound checkpoint and return its counters."""
+    stored = read_checkpoint(run.folder)
     try:
-        learner.load(tensors)
-        return Counters(**{field.name: saved[field.name] for field in fields(Counters)})
-    except (KeyError, RuntimeError, ValueError) as e:
+        learner.load(stored.tensors())
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as e:
         raise CheckpointError(
-            f"{run.folder} holds no checkpoint to continue from: {' '.join(str(e).split())}"
+            f"{run.folder} holds no checkpoint to continue from: {one_line(e)}"
         ) from e
+    settle(run.folder, stored.entry)
+    return Counters(**{field.name: getattr(stored.entry, field.name) for field in fields(Counters)})
+
+
+def _recent_returns(folder: Path) -> deque[float]:
+    """Return the last episode's returns of the last iterations that a run's log holds."""
+    rows = read_metrics(folder / "metrics.jsonl")[-RETURN_WINDOW:]
+    returns = [row.get(RETURN_METRIC) for row in rows]
+    return deque((x for x in returns if x is not None), maxlen=RETURN_WINDOW)
+
+
+def _score(recent_returns: deque[float]) -> float | None:
+    """Return the mean return over the window; None until it is full, or if it is not finite."""
+    mean = sum(recent_returns) / RETURN_WINDOW
+    return mean if len(recent_returns) == RETURN_WINDOW and math.isfinite(mean) else None
+
+
+def _record_threads(run: Run) -> Run:
+    """Record the count of threads that a run is trained on with, if it is another one."""
+    made_from = read_made_from(run.config)
+    threads = thread_count(run.train_config)
+    if made_from is None or made_from.threads == threads:
+        return run
+    return change_run(run, {"made_from": {**asdict(made_from), "threads": threads}})
+
+
+def _find_moved_paths(config: TrainConfig, out: Path) -> tuple[TrainConfig, dict[str, str]]:
+    """Take the robot's file and the demonstrations where they are now, if they are the same.
+
+    Returns:
+        The settings with the paths that the run holds, and the paths that have changed, by name.
+    """
+    made_from = read_made_from(read_config(out))
+    held = read_train_config(out)
+    moved = {}
+    for name in ("robot", "demos"):
+        given = getattr(config, name)
+        before = getattr(held, name)
+        if not given or not before or given == before:
+            continue
+        digest = robot_digest(given) if name == "robot" else folder_digest(Path(given))
+        if digest and made_from is not None and digest == getattr(made_from, name):
+            moved[name] = given
+        elif Path(given).exists() or not _ends_with(before, given):
+            continue
+        # The same words in another working folder mean what they meant when the run began.
+        config = replace(config, **{name: before})
+    return config, moved
+
+
+def _ends_with(path: str, end: str) -> bool:
+    """Return whether a path ends with the parts of another, as /a/b/c does with b/c."""
+    parts = Path(end).parts
+    return Path(path).parts[-len(parts) :] == parts
 
 
 @contextmanager
@@ -539,10 +679,6 @@ def deferred_signals() -> Iterator[list[int]]:
 def _iteration_seed(seed: int, i: int) -> int:
     # A hash of both, so that neighbouring seeds and iterations share no random numbers.
     return int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
-
-
-def _thread_count(config: TrainConfig) -> int:
-    return config.threads or len(os.sched_getaffinity(0))
 
 
 def _versions() -> dict[str, str]:

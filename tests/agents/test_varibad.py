@@ -17,7 +17,8 @@ from metarobot.learning.gaussian_posterior import Gaussian, PosteriorError, stan
 from metarobot.learning.ppo_core import last_step
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
-from metarobot.training.run_folder import open_run, save_checkpoint
+from metarobot.training.checkpoints import save_checkpoint
+from metarobot.training.run_folder import open_run
 from metarobot.training.train import start_run, train
 from metarobot.types import Percept, Rollout, join_episodes
 

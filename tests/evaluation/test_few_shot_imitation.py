@@ -26,7 +26,8 @@ from metarobot.training.demonstrations import (
     record_demonstrations,
 )
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import Run, open_run, save_checkpoint
+from metarobot.training.checkpoints import save_checkpoint
+from metarobot.training.run_folder import Run, open_run
 from metarobot.training.train import start_run, train
 
 PLACEMENT, SHOWN = families.get("Placement"), families.get("PlacementShown")

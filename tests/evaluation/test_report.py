@@ -8,7 +8,7 @@ from metarobot.evaluation.evaluate import evaluate
 from metarobot.evaluation.protocol import Protocol
 from metarobot.evaluation.report import ComparisonReport, EvaluationReport
 from metarobot.files import read_json
-from metarobot.training.run_folder import CheckpointError
+from metarobot.training.run_files import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,11 @@ from helpers import tiny_run
 from metarobot.env.base import Env
 from metarobot.files import FileError, atomic_path, read_json
 from metarobot.learning.agent_interface import agents
-from metarobot.training import run_folder
+from metarobot.training import checkpoints
+from metarobot.training.checkpoints import save_checkpoint
 from metarobot.training.config import TrainConfig
-from metarobot.training.run_folder import (
-    CheckpointError,
-    open_run,
-    pretrained_names,
-    publish_agent,
-    save_checkpoint,
-)
+from metarobot.training.run_files import CONTENT_KEY, CheckpointError
+from metarobot.training.run_folder import open_run, pretrained_names, publish_agent
 from metarobot.types import Percept
 
 
@@ -34,7 +31,7 @@ def test_an_agent_comes_back_as_it_was(run: Path) -> None:
         assert torch.equal(value, tensors[f"agent.{name}"])
 
 
-def test_a_folder_holds_one_weights_file_and_nothing_temporary(run: Path) -> None:
+def test_a_folder_of_one_iteration_holds_one_weights_file_and_nothing_temporary(run: Path) -> None:
     assert len(list(run.glob("*.safetensors"))) == 1
     assert not [p for p in run.iterdir() if p.name.startswith(".")]
 
@@ -61,11 +58,24 @@ def drop_weights(run: Path) -> None:
 
 
 def cut_counters(run: Path) -> None:
-    (run / "checkpoint.json").write_text('{"iteration": 1')
+    for path in run.glob("checkpoint*.json"):
+        path.write_text('{"iteration": 1')
 
 
 def empty_counters(run: Path) -> None:
-    (run / "checkpoint.json").write_text("{}")
+    for path in run.glob("checkpoint*.json"):
+        path.write_text("{}")
+
+
+def change_counters(run: Path) -> None:
+    for path in run.glob("checkpoint*.json"):
+        path.write_text(path.read_text().replace('"steps": 8', '"steps": 9'))
+
+
+def fifo_for_weights(run: Path) -> None:
+    weights = next(run.glob("*.safetensors"))
+    weights.unlink()
+    os.mkfifo(weights)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,8 @@ def empty_counters(run: Path) -> None:
         (drop_weights, "cannot read .*safetensors: No such file"),
         (cut_counters, "checkpoint.json is damaged"),
         (empty_counters, "checkpoint.json is damaged"),
+        (change_counters, "checkpoint.json was changed or is damaged"),
+        (fifo_for_weights, "is damaged: it is not a regular file"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line(run: Path, harm, message: str) -> None:
@@ -88,7 +100,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(run: Path, harm, message: s
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 99, "is of format 99, this metarobot reads up to 1: upgrade"),
+        ("format", 99, "is of format 99, this metarobot reads up to 2: upgrade"),
         ("kind", "something-else", "is not a metarobot run"),
         ("family", "Gone", "no family called 'Gone'"),
         ("agent", "gone", "no agent called 'gone'"),
@@ -120,7 +132,7 @@ def test_settings_come_back_typed_and_what_is_missing_has_its_default(run: Path)
     assert isinstance(opened.agent_config, agents.get("rl2").config)
     assert (opened.train_config.steps, opened.agent_config.worlds) == (400, 4)
     config = json.loads((run / "config.json").read_text())
-    del config["pool"], config["sim"], config["agent_config"]["teach"]
+    del config["pool"], config["sim"], config["agent_config"]["teach"], config[CONTENT_KEY]
     (run / "config.json").write_text(json.dumps(config))
     assert open_run(run).train_config == opened.train_config  # an old run was simulated on the CPU
     assert open_run(run).agent_config == opened.agent_config
@@ -130,6 +142,7 @@ def test_settings_come_back_typed_and_what_is_missing_has_its_default(run: Path)
 def test_an_unknown_setting_is_refused_in_one_line(run: Path, where: str) -> None:
     config = json.loads((run / "config.json").read_text())
     (config[where] if where else config)["tempo"] = 1
+    del config[CONTENT_KEY]
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="does not know: tempo; it knows: ") as error:
         open_run(run)
@@ -166,7 +179,7 @@ def test_a_save_that_fails_midway_leaves_the_last_checkpoint_whole(run: Path, mo
         raise CheckpointError("cannot write: No space left on device")
 
     before, counters = open_run(run).checkpoint()
-    monkeypatch.setattr(run_folder, "write_json", full)
+    monkeypatch.setattr(checkpoints, "write_sealed", full)
     with pytest.raises(CheckpointError):
         save_checkpoint(run, {k: v + 1 for k, v in before.items()}, counters)
     monkeypatch.undo()
