@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.progress import Progress
@@ -49,7 +49,45 @@ def fuzz_run_log(count: int, seed: int, tick: Callable[[], None]) -> int:
     return len(table.broken)
 
 
+def fuzz_model_file(count: int, seed: int, tick: Callable[[], None]) -> int:
+    """Damage our arm's model file; one in fifty goes to a child process, as all would."""
+    from model_fuzzing import fuzz_models
+
+    from metarobot.envs.robots import panda
+
+    text = panda.panda().to_xml().encode()
+    with tempfile.TemporaryDirectory() as scratch:
+        happened, broken = fuzz_models(text, Path(scratch), count, seed, tick, child_share=0.02)
+    return _print_table(happened, broken)
+
+
+def fuzz_dataset(count: int, seed: int, tick: Callable[[], None]) -> int:
+    """Damage a Minari folder with recorded demonstrations of one task."""
+    from dataset_fuzzing import fuzz_datasets
+
+    from metarobot.tasks.family import families
+    from metarobot.training.demonstrations import record_demonstrations
+
+    with tempfile.TemporaryDirectory() as scratch:
+        original = Path(scratch) / "demos"
+        record_demonstrations(families.get("Placement"), original, tasks=1, shots=1)
+        happened, broken = fuzz_datasets(original, Path(scratch), count, seed, tick)
+    return _print_table(happened, broken)
+
+
+def _print_table(happened: Mapping[str, int], broken: Sequence[str]) -> int:
+    """Print what happened, and return how many promises were broken."""
+    for what, count in sorted(happened.items()):
+        print(f"{what}: {count}")
+    print(f"promises broken: {len(broken)}")
+    for line in broken[:20]:
+        print(f"broken: {line}")
+    return len(broken)
+
+
 FUZZERS: dict[str, Callable[[int, int, Callable[[], None]], int]] = {
+    "model": fuzz_model_file,
+    "dataset": fuzz_dataset,
     "policy": fuzz_policy_folder,
     "log": fuzz_run_log,
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import mujoco
 
+from metarobot.envs.robots import model_check
 from metarobot.tasks.model_edits import ModelError, compile_spec
 
 
@@ -39,7 +40,10 @@ def make_inertias_explicit(spec: mujoco.MjSpec) -> None:
 
 
 def read_model(robot: str, category: str, example: str) -> mujoco.MjSpec:
-    """Read the MJCF file of a robot.
+    """Read the MJCF file of a robot, which a stranger may have made.
+
+    A file given by its path is checked first (``model_check``): it may name files of its own folder
+    alone, no plugins, and must compile within limits of time, memory and size.
 
     Args:
         robot: A path, or ``menagerie:name``.
@@ -47,9 +51,10 @@ def read_model(robot: str, category: str, example: str) -> mujoco.MjSpec:
         example: A name in the Menagerie, for the error message.
 
     Raises:
-        ModelError: There is no such file or name, or MuJoCo does not read it.
+        ModelError: There is no such file or name, it is refused, or MuJoCo does not read it.
     """
-    if robot.startswith("menagerie:"):
+    is_published = robot.startswith("menagerie:")
+    if is_published:
         path = _menagerie_path(robot.removeprefix("menagerie:"), category)
     else:
         path = Path(robot)
@@ -58,8 +63,11 @@ def read_model(robot: str, category: str, example: str) -> mujoco.MjSpec:
             f"no robot model {robot!r}: give a path to an MJCF file, or menagerie:{example}"
         )
     try:
+        if not is_published:
+            identity = model_check.check_model_file(path)
+            model_check.try_model(path, identity)
         return mujoco.MjSpec.from_file(str(path))
-    except ValueError as e:
+    except (ModelError, ValueError, RuntimeError) as e:
         raise ModelError(f"{path} is no model that MuJoCo reads: {' '.join(str(e).split())}") from e
 
 

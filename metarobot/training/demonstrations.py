@@ -29,7 +29,8 @@ from metarobot.errors import MetarobotError
 from metarobot.tasks.family import Family, families
 from metarobot.tasks.space import Task
 from metarobot.training.collect import ExpertAgent, collect
-from metarobot.training.run_folder import agent_dimensions, one_line
+from metarobot.training.minari_folder import StoredEpisode, printable_line, read_minari_folder
+from metarobot.training.run_folder import agent_dimensions
 from metarobot.types import Rollout, Trials
 
 MAX_WORLDS = 256
@@ -338,7 +339,7 @@ def _episode_buffer(minari: Any, i: int, episode: RecordedEpisode) -> Any:
 
 
 def read_demonstrations(path: Path, family: Family | None = None) -> Demonstrations:
-    """Read a Minari dataset of demonstrations.
+    """Read a Minari dataset of demonstrations, which a stranger may have made.
 
     Args:
         path: Folder of the dataset.
@@ -351,11 +352,9 @@ def read_demonstrations(path: Path, family: Family | None = None) -> Demonstrati
     if not (path / "data").is_dir():
         raise DemosError(f"{path} holds no Minari dataset: it has no folder called data")
     try:
-        dataset = minari.MinariDataset(path / "data")
-        description = _parse_description(dataset.storage.metadata.get("description"))
-        episodes = list(dataset.iterate_episodes())
+        description, episodes = read_minari_folder(path, minari.supported_dataset_versions)
     except Exception as e:  # whatever a damaged file makes HDF5 raise
-        raise DemosError(f"{path} is no dataset that Minari reads: {one_line(e)}") from e
+        raise DemosError(f"{path} is no dataset that Minari reads: {printable_line(e)}") from e
 
     family_name = str(description.get("family", ""))
     if family is None:
@@ -365,22 +364,13 @@ def read_demonstrations(path: Path, family: Family | None = None) -> Demonstrati
     if not episodes:
         raise DemosError(f"{path} holds no demonstrations")
 
-    groups: dict[tuple[TaskValues, int], list[Any]] = defaultdict(list)
+    groups: dict[tuple[TaskValues, int], list[StoredEpisode]] = defaultdict(list)
     for episode in episodes:
         groups[_check_episode(path, episode, family)].append(episode)
     return _stack_episodes(path, family, str(description.get("split", "")), groups)
 
 
-def _parse_description(text: Any) -> dict[str, Any]:
-    """Return what we wrote about a dataset; other people's descriptions are plain words."""
-    try:
-        description = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return description if isinstance(description, dict) else {}
-
-
-def _check_episode(path: Path, episode: Any, family: Family) -> tuple[TaskValues, int]:
+def _check_episode(path: Path, episode: StoredEpisode, family: Family) -> tuple[TaskValues, int]:
     """Return an episode's task values and variant.
 
     Raises:
@@ -390,15 +380,14 @@ def _check_episode(path: Path, episode: Any, family: Family) -> tuple[TaskValues
     observation_space, action_space = _spaces(family.name)
     obs = episode.observations
     action = episode.actions
-    infos = episode.infos or {}
+    infos = episode.infos
 
     columns = (("observations", obs, observation_space), ("actions", action, action_space))
     for name, array, space in columns:
         width = space.shape[0]
-        if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] != width:
-            found = array.shape if isinstance(array, np.ndarray) else type(array).__name__
+        if array.ndim != 2 or array.shape[1] != width:
             raise DemosError(
-                f"{where}: {name} of {family.name} have {width} columns, these are {found}"
+                f"{where}: {name} of {family.name} have {width} columns, these are {array.shape}"
             )
         if not np.isfinite(array).all():
             raise DemosError(f"{where}: not all {name} are finite numbers")
@@ -410,10 +399,10 @@ def _check_episode(path: Path, episode: Any, family: Family) -> tuple[TaskValues
 
     for key in ("task", "variant"):
         if key not in infos:
-            existing = ", ".join(infos) or "nothing"
+            existing = printable_line(", ".join(episode.info_names)) or "nothing"
             raise DemosError(f"{where}: infos lack {key!r}; they have: {existing}")
-    task = np.asarray(infos["task"])
-    variant = np.asarray(infos["variant"])
+    task = infos["task"]
+    variant = infos["variant"]
     if task.ndim != 2 or variant.ndim != 1 or not len(task) or not len(variant):
         raise DemosError(
             f"{where}: infos hold a task and a variant a step, these are {task.shape} and "
@@ -432,7 +421,10 @@ def _check_episode(path: Path, episode: Any, family: Family) -> tuple[TaskValues
 
 
 def _stack_episodes(
-    path: Path, family: Family, split: str, groups: dict[tuple[TaskValues, int], list[Any]]
+    path: Path,
+    family: Family,
+    split: str,
+    groups: dict[tuple[TaskValues, int], list[StoredEpisode]],
 ) -> Demonstrations:
     """Stack episodes by task and variant, as many of each as the rarest has.
 

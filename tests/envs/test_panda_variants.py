@@ -12,7 +12,7 @@ from helpers import tiny_run, written
 
 from metarobot.cli.main import main
 from metarobot.env.base import Env
-from metarobot.envs.robots import arm_control, panda, panda_variants
+from metarobot.envs.robots import arm_control, model_check, panda, panda_variants
 from metarobot.envs.robots.arm_control import ArmState
 from metarobot.envs.scenery import graspable_objects
 from metarobot.tasks.family import families, family_on
@@ -31,6 +31,12 @@ each_published = pytest.mark.parametrize(
     [pytest.param(p, marks=published) for p in (FRANKA, ROBOTIQ)],
     ids=["Franka's hand", "Robotiq"],
 )
+
+
+@pytest.fixture(autouse=True)
+def published_models_share_their_meshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with a Robotiq hand take the arm's meshes from a folder beside their own."""
+    monkeypatch.setenv(model_check.FOLDERS_VARIABLE, str(ASSETS))
 
 
 def bare() -> ET.Element:

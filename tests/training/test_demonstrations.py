@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import minari
 import numpy as np
 import pytest
 import torch
+from dataset_fuzzing import fuzz_datasets
 from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
 from torch import Tensor
@@ -503,3 +505,237 @@ def test_where_there_is_no_dataset_it_says_so(tmp_path: Path) -> None:
             lambda path=path: read_demonstrations(path),
             f"{path} holds no Minari dataset: it has no folder called data",
         )
+
+
+# Datasets from strangers
+
+
+def edited(path: Path, **changes: Any) -> Path:
+    """Change a dataset's metadata."""
+    file = path / "data" / "metadata.json"
+    metadata = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in metadata.items() if v is not None}))
+    return path
+
+
+def data_of(path: Path) -> h5py.File:
+    """Open a dataset's HDF5 file to change it."""
+    return h5py.File(path / "data" / "main_data.hdf5", "a")
+
+
+SPEC = {
+    "id": "Planted-v0",
+    "entry_point": "planted_module:Env",
+    "reward_threshold": None,
+    "nondeterministic": False,
+    "max_episode_steps": 5,
+    "order_enforce": True,
+    "disable_env_checker": False,
+    "kwargs": {},
+    "additional_wrappers": [],
+    "vector_entry_point": None,
+}
+
+
+def test_no_module_that_a_dataset_names_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted_module.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = edited(
+        foreign(tmp_path, GOOD),
+        env_spec=json.dumps(SPEC),
+        eval_env_spec=json.dumps(SPEC),
+        observation_space=None,
+        action_space=None,
+        dataset_id="../../planted_module:x-v0",
+    )
+    # Minari itself runs it: the attack is a real one
+    with pytest.raises(Exception, match="planted_module"):
+        minari.MinariDataset(path / "data")
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    sys.modules.pop("planted_module")
+
+    assert len(read_demonstrations(path).tasks) == 1
+    assert not (tmp_path / "ran").exists()
+    assert "planted_module" not in sys.modules
+
+
+@pytest.mark.parametrize("where", ["observations", "infos", "infos/task", ""])
+@pytest.mark.parametrize("link", [h5py.ExternalLink("other.h5", "/x"), h5py.SoftLink("/other")])
+def test_links_in_a_dataset_are_not_followed(tmp_path: Path, where: str, link: Any) -> None:
+    path = foreign(tmp_path, GOOD)
+    with h5py.File(path / "data" / "other.h5", "w") as other:
+        other["x"] = np.zeros((6, 35))
+    with data_of(path) as file:
+        place = f"episode_2/{where}".rstrip("/")
+        file.move(place, "other")
+        file[place] = link
+    refused(lambda: read_demonstrations(path), "links are not followed")
+
+
+def external(group: h5py.Group) -> None:
+    group.create_dataset("actions", (5, 6), "f4", external=[("/etc/passwd", 0, 120)])
+
+
+def virtual(group: h5py.Group) -> None:
+    layout = h5py.VirtualLayout((5, 6), "f4")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", (5, 6), "f4")
+    group.create_virtual_dataset("actions", layout)
+
+
+def with_filter(number: int) -> Callable[[h5py.Group], None]:
+    def create(group: h5py.Group) -> None:
+        settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        settings.set_chunk((5, 6))
+        settings.set_filter(number, h5py.h5z.FLAG_OPTIONAL, ())
+        space = h5py.h5s.create_simple((5, 6))
+        h5py.h5d.create(group.id, b"actions", h5py.h5t.IEEE_F32LE, space, settings)
+
+    return create
+
+
+def strings(group: h5py.Group) -> None:
+    group["actions"] = ["a", "b"]
+
+
+def references(group: h5py.Group) -> None:
+    group.create_dataset("actions", (5, 6), h5py.ref_dtype)
+
+
+def bomb(group: h5py.Group) -> None:
+    group.create_dataset("actions", (10**12, 6), "f4", chunks=(1000, 6), compression="gzip")
+
+
+def wide(group: h5py.Group) -> None:
+    group.create_dataset("actions", (5, 10**12), "f4", chunks=(5, 1000))
+
+
+def unwritten(group: h5py.Group) -> None:
+    group.create_dataset("actions", (20, 90_000), "f8", chunks=(1, 1000))
+    group.file.attrs["x"] = 1
+
+
+def large_chunk(group: h5py.Group) -> None:
+    group.create_dataset("actions", (5, 6), "f4", chunks=(10**7, 6), maxshape=(None, 6))
+
+
+def long(group: h5py.Group) -> None:
+    group.create_dataset("actions", (30, 6), "f4")
+
+
+def deep(group: h5py.Group) -> None:
+    group.create_dataset("actions", (1,) * 30, "f4")
+
+
+ODD_ARRAYS: dict[str, tuple[Callable[[h5py.Group], None], str]] = {
+    "external": (external, "episode_2/actions has its data in other files"),
+    "virtual": (virtual, "episode_2/actions has its data in other files"),
+    "bzip2's filter": (with_filter(307), "stored with the filter 307; allowed are: gzip"),
+    "strings": (strings, "episode_2/actions holds no numbers"),
+    "references": (references, "episode_2/actions holds no numbers"),
+    "a trillion rows": (bomb, "episode_2/actions has the shape (1000000000000, 6)"),
+    "a trillion columns": (wide, "episode_2/actions has the shape (5, 1000000000000)"),
+    "more steps than stated": (long, "at most 10 rows"),
+    "larger than the file": (unwritten, "episode_2/actions has the shape"),
+    "a chunk of 240 MB": (large_chunk, "its arrays are far larger than the file"),
+    "thirty dimensions": (deep, "it takes rows of numbers"),
+    "nothing": (lambda group: None, "main_data.hdf5 lacks episode_2/actions"),
+    "a group": (
+        lambda group: group.create_group("actions"),
+        "episode_2/actions is a Group, not a Dataset",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_ARRAYS)
+def test_only_plain_arrays_of_a_fitting_size_are_read(tmp_path: Path, case: str) -> None:
+    create, message = ODD_ARRAYS[case]
+    path = foreign(tmp_path, GOOD)
+    with data_of(path) as file:
+        del file["episode_2/actions"]
+        create(file["episode_2"])
+    refused(lambda: read_demonstrations(path), message)
+
+
+@pytest.mark.parametrize("dtype", [">f4", "f8", "f2", "i8"])
+def test_other_numbers_are_read_as_numbers(tmp_path: Path, dtype: str) -> None:
+    path = foreign(tmp_path, GOOD)
+    with data_of(path) as file:
+        for i in range(len(GOOD)):
+            array = file[f"episode_{i}/actions"][()]
+            del file[f"episode_{i}/actions"]
+            file[f"episode_{i}/actions"] = array.astype(dtype)
+    expected = GOOD[1]["actions"].astype(dtype).astype(np.float32)
+    assert np.array_equal(read_demonstrations(path).action[0, 1, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_episodes": -1}, "its total_episodes must be from 0 to"),
+        ({"total_episodes": 10**30}, "its total_episodes must be from 0 to"),
+        ({"total_episodes": "4"}, "its total_episodes must be from 0 to"),
+        ({"total_episodes": 5}, "lacks episode_4"),
+        ({"total_steps": 7}, "at most 2 rows"),
+        ({"total_steps": None}, "its total_steps must be from 0 to"),
+        ({"data_format": "arrow"}, "its data_format is 'arrow'; it must be 'hdf5'"),
+        ({"data_format": "a\nb"}, "its data_format is"),
+        ({"minari_version": ["0.5.4"]}, "The installed Minari version"),
+    ],
+)
+def test_odd_metadata_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = edited(foreign(tmp_path, GOOD), **changes)
+    refused(lambda: read_demonstrations(path), message)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "", "\0", "1e999", '{"a":' * 100_000])
+def test_metadata_that_are_no_object_are_refused(tmp_path: Path, text: str) -> None:
+    path = foreign(tmp_path, GOOD)
+    (path / "data" / "metadata.json").write_text(text)
+    refused(lambda: read_demonstrations(path), f"{path} is no dataset that Minari reads: ")
+
+
+def test_a_deep_description_is_plain_words(tmp_path: Path) -> None:
+    path = edited(foreign(tmp_path, GOOD), description="[" * 100_000)
+    assert read_demonstrations(path, PLACEMENT).split == ""
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "main_data.hdf5"])
+def test_the_files_of_a_dataset_are_regular_files_within_it(tmp_path: Path, name: str) -> None:
+    path = foreign(tmp_path, GOOD)
+    file = path / "data" / name
+    file.rename(tmp_path / "outside")
+    refused(lambda: read_demonstrations(path), f"{name}: No such file")
+    file.symlink_to(tmp_path / "outside")
+    refused(lambda: read_demonstrations(path), f"{name} is a link out of the folder")
+    file.unlink()
+    os.mkfifo(file)
+    refused(lambda: read_demonstrations(path), f"{name} is no regular file")
+
+
+def test_a_number_too_large_for_float32_is_not_finite(tmp_path: Path) -> None:
+    path = foreign(tmp_path, GOOD)
+    with data_of(path) as file:
+        del file["episode_2/actions"]
+        file["episode_2/actions"] = np.full((5, 6), 1e300)
+    refused(lambda: read_demonstrations(path), "episode 2: not all actions are finite")
+
+
+def test_names_from_a_dataset_are_printed_on_one_line(tmp_path: Path) -> None:
+    path = foreign(tmp_path, GOOD)
+    with data_of(path) as file:
+        del file["episode_2/infos/task"]
+        file["episode_2/infos/\x1b[31mred\nalert"] = np.zeros(3)
+    with pytest.raises(DemosError, match="they have: ") as caught:
+        read_demonstrations(path)
+    assert str(caught.value).isprintable()
+
+
+def test_damaged_datasets_are_refused_in_one_line(tmp_path: Path) -> None:
+    happened, broken = fuzz_datasets(foreign(tmp_path, GOOD), tmp_path, 60, seed=0)
+    assert happened["refused"] > 10
+    assert not broken
