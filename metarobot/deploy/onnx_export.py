@@ -351,10 +351,12 @@ def _public_run_path(run: Run) -> str:
     """Return where the run folder is, from the working folder, without names of this machine.
 
     It is the folder's name alone for an agent in the box, which is found by it, and for a run
-    outside the working folder, which ``metarobot run`` must be given as ``--run``.
+    outside the working folder, which ``metarobot run`` must be given as ``--run``. So it is where
+    the working folder lies above the home folder: the path would name the user.
     """
     folder = run.folder.resolve()
-    if run.folder.parent == PRETRAINED_FOLDER or not folder.is_relative_to(Path.cwd()):
+    is_near = folder.is_relative_to(Path.cwd()) and Path.cwd() not in Path.home().parents
+    if run.folder.parent == PRETRAINED_FOLDER or not is_near:
         return str(run.name)
     return str(folder.relative_to(Path.cwd()))
 
