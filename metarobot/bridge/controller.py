@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metarobot.bridge.errors import BridgeError, OperatorStopError
-from metarobot.bridge.loop_timing import LoopClock, LoopTimer, MonotonicClock, without_gc_pauses
+from metarobot.bridge.loop_timing import (
+    LoopClock,
+    LoopTimer,
+    MonotonicClock,
+    collect_garbage,
+    without_gc_pauses,
+)
 from metarobot.bridge.robot_interface import (
     BlockingRobot,
     Float32Array,
@@ -177,11 +184,13 @@ class Controller:
 
         # The log's row is filled in any case: without a log it costs little, and a loop that times
         # the same with and without one is easier to reason about
-        reading_keys = ("stamp", "seq", *layout.needed(), *OPTIONAL_KEYS)
+        needed = dict.fromkeys(("stamp", "seq", *layout.needed()))
+        needed_keys = [key for key in needed if key not in OPTIONAL_KEYS]
+        self._needed_values = itemgetter(*needed_keys)
         self.row = LogRow(
             {
                 "tick": TICK_COLUMNS,
-                "reading": list(dict.fromkeys(reading_keys)),
+                "reading": [*needed_keys, *OPTIONAL_KEYS],
                 "obs": self._meta.observation_names,
                 "noise": [f"noise_{i}" for i in range(self._meta.noise)],
                 "action": self._meta.action.names,
@@ -244,6 +253,7 @@ class Controller:
                 self._go_to_start()
                 last_reward = self._run_episode(last_reward)
                 self._start_adaptation(trial_is_over=episode + 1 == episodes)
+                collect_garbage()
             self._trial += 1
         return f"{wanted} trials are over"
 
@@ -509,7 +519,11 @@ class Controller:
         tick[EPISODE] = self._episode
         tick[STEP] = self._step
         tick[NEW] = is_new
-        self.row["reading"][:] = [latest.get(key, math.nan) for key in self.row.groups["reading"]]
+        # Before the first reading after a restart there is none; the row then keeps NaN
+        if latest:
+            logged = self.row["reading"]
+            logged[: -len(OPTIONAL_KEYS)] = self._needed_values(latest)
+            logged[-len(OPTIONAL_KEYS) :] = [latest.get(key, math.nan) for key in OPTIONAL_KEYS]
         return latest
 
     def _limit_and_send(self, target: NDArray[np.float64]) -> None:

@@ -172,10 +172,15 @@ class PlausibilityChecker:
         self._last_imu: tuple[float, ...] = ()
         self._quat_unchanged_s = 0.0
         self._gyro_unchanged_s = 0.0
-        self._frozen_s = 0.0
-        self._frozen_travel = 0.0
         self._mean_mismatch[:] = 0.0
         self._mean_tracking[:] = 0.0
+        self._forget_unchanged()
+
+    def _forget_unchanged(self) -> None:
+        """Every number has just changed: nothing stands still."""
+        self._was_unchanged = False
+        self._frozen_s = 0.0
+        self._frozen_travel = 0.0
         self._unchanged_s[:] = 0.0
         self._unchanged_travel[:] = 0.0
 
@@ -203,16 +208,15 @@ class PlausibilityChecker:
         self._numbers[:] = values
         with np.errstate(all="ignore"):
             self._use_limits(dt, target)
-        # Written as "not <=" so that NaN, after an overflow, is refused as well
-        if not self.used.max() <= 1.0:
+        # NaN, after an overflow, is not <= 1 and is refused as well. Counting is much faster than
+        # ``max`` and ``all`` on arrays that are so small.
+        if np.count_nonzero(self.used <= 1.0) < self.used.size:
             raise ImplausibleReadingError(self._describe_excess(dt, target))
-        if self._has_last and not self._change.all():
+        if self._has_last and np.count_nonzero(self._change) < self._change.size:
+            self._was_unchanged = True
             self._check_unchanged(dt, target)
-        elif self._frozen_s or self._unchanged_s.any():
-            self._frozen_s = 0.0
-            self._frozen_travel = 0.0
-            self._unchanged_s[:] = 0.0
-            self._unchanged_travel[:] = 0.0
+        elif self._was_unchanged:
+            self._forget_unchanged()
 
         self._has_last_target = target is not None
         if target is not None:
@@ -346,10 +350,15 @@ class PlausibilityChecker:
                     f"in {1e3 * dt:.0f} ms"
                 )
             # Counted while commands are sent: a simulated robot that is held does not move
-            unchanged = commanded and imu[:4] == self._last_imu[:4]
-            self._quat_unchanged_s = self._quat_unchanged_s + dt if unchanged else 0.0
-            unchanged = commanded and imu[4:] == self._last_imu[4:]
-            self._gyro_unchanged_s = self._gyro_unchanged_s + dt if unchanged else 0.0
+            last = self._last_imu
+            if not commanded or (imu[0] != last[0] and imu[4] != last[4]):
+                self._quat_unchanged_s = 0.0
+                self._gyro_unchanged_s = 0.0
+            else:
+                unchanged = imu[:4] == last[:4]
+                self._quat_unchanged_s = self._quat_unchanged_s + dt if unchanged else 0.0
+                unchanged = imu[4:] == last[4:]
+                self._gyro_unchanged_s = self._gyro_unchanged_s + dt if unchanged else 0.0
             if max(self._quat_unchanged_s, self._gyro_unchanged_s) >= IMU_FROZEN_S:
                 raise ImplausibleReadingError(
                     f"the IMU's numbers have not changed for {IMU_FROZEN_S:g} s: it is frozen"
