@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -598,3 +599,28 @@ def test_the_guard_damps_whatever_the_driver_raises():
     damp_until_done(robot, 0.3)
     assert robot.failures > 2
     assert robot.damps[-1] - robot.damps[0] > 0.2
+
+
+def test_reference_cycles_of_a_driver_are_freed_between_episodes():
+    """Collections are off while the loop runs: a leaking driver would fill the memory in an hour."""
+    alive = weakref.WeakSet()
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+            self.data = bytearray(10_000)
+            alive.add(self)
+
+    most = 0
+
+    def leak(number: int, reading: dict[str, float]) -> dict[str, float]:
+        nonlocal most
+        Cycle()
+        most = max(most, len(alive))
+        return reading
+
+    one = controller(robot=RestartingRobot(meta(), SteppedClock(), leak), episodes=50)
+    one.run()
+    assert one.robot.reads > 500
+    assert most < 100
+
