@@ -602,7 +602,7 @@ def test_the_guard_damps_whatever_the_driver_raises():
 
 
 def test_reference_cycles_of_a_driver_are_freed_between_episodes():
-    """Collections are off while the loop runs: a leaking driver would fill the memory in an hour."""
+    """Collections are off while the loop runs: a leaking driver would fill the memory in time."""
     alive = weakref.WeakSet()
 
     class Cycle:
