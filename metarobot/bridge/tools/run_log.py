@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -300,7 +300,9 @@ class LogParts:
 
         self._file = file
         # With checksums over all data, so that damage is noticed when it is read
-        self._writer: Any = Writer(file, chunk_size=CHUNK_BYTES, enable_data_crcs=True)
+        self._writer: Any = Writer(
+            cast(BinaryIO, file), chunk_size=CHUNK_BYTES, enable_data_crcs=True
+        )
         self._writer.start(profile="", library="metarobot")
         self._channels: dict[str, int] = {}
         for topic, schema in ((TICK_TOPIC, TICK_SCHEMA), (EVENT_TOPIC, EVENT_SCHEMA)):
