@@ -13,6 +13,7 @@ import pytest
 import zstandard
 from log_fuzzing import entries_of_a_run, fuzz_log, policy, write_entries
 
+from metarobot.bridge.adaptation_client import DEFAULT_KL_BOUND
 from metarobot.bridge.controller import Controller
 from metarobot.bridge.errors import BridgeError
 from metarobot.bridge.launch import exit_code, print_report
@@ -163,6 +164,17 @@ def test_the_oldest_parts_but_the_first_are_deleted(tmp_path: Path) -> None:
     assert [topic for topic, _ in read_log(path)].count(GAP) == 1
     with pytest.raises(BridgeError, match="log_max_mb must be at least three times log_part_mb"):
         RunOptions(log_part_mb=1.0, log_max_mb=2.0).check()
+
+
+def test_the_command_lines_defaults_are_those_of_the_parts_behind_it() -> None:
+    options = RunOptions()
+    settings = RunSettings(hz=50.0)
+    assert options.kl == DEFAULT_KL_BOUND
+    for name, value in (
+        ("log_part_mb", run_log.DEFAULT_PART_MB),
+        ("log_max_mb", run_log.DEFAULT_MAX_MB),
+    ):
+        assert vars(options)[name] == vars(settings)[name] == value
 
 
 def test_a_replay_leaves_out_the_trial_of_which_a_part_is_missing(tmp_path: Path) -> None:
