@@ -85,10 +85,25 @@ def _print_table(happened: Mapping[str, int], broken: Sequence[str]) -> int:
     return len(broken)
 
 
+def fuzz_run_folder(count: int, seed: int, tick: Callable[[], None]) -> int:
+    """Damage a published agent; print a table, and return what was not refused."""
+    from run_fuzzing import fuzz_run, make_folder
+
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as scratch:
+        original = make_folder(Path(scratch))
+        table = fuzz_run(original, Path(scratch), count, seed, tick)
+    print("\n".join(table.lines()))
+    for line in table.broken[:20]:
+        print(f"broken: {line}")
+    return len(table.broken)
+
+
 FUZZERS: dict[str, Callable[[int, int, Callable[[], None]], int]] = {
     "model": fuzz_model_file,
     "dataset": fuzz_dataset,
     "policy": fuzz_policy_folder,
+    "run": fuzz_run_folder,
     "log": fuzz_run_log,
 }
 """Kind of file -> (count, seed, function to call after each) -> how many promises were broken."""

@@ -102,6 +102,9 @@ def mutate_json(data: Any, rng: Rng) -> tuple[str, Any]:
     fitting = [
         (holder, key) for holder, key in _places(copy) if isinstance(holder[key], kinds[kind])
     ]
+    if not fitting:  # a list is changed where there is none
+        kind = "odd value"
+        fitting = _places(copy)
     holder, key = fitting[int(rng.integers(len(fitting)))]
     value = holder[key]
 

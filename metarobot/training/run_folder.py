@@ -144,7 +144,10 @@ def open_run(where: str | Path, robot: str = "") -> Run:
     folder = find_folder(where)
     path = folder / "config.json"
     config = read_config(folder)
-    family = family_on(config["family"], robot or config.get("robot", ""))
+    try:
+        family = family_on(config["family"], robot or config.get("robot", ""))
+    except OSError as e:  # a path that no file can have
+        raise CheckpointError(f"cannot read the robot of {folder}: {e.strerror or e}") from e
     kind = agents.get(config["agent"])
     agent_config = read_settings(path, kind.config, config["agent_config"])
     train_config = read_train_config(folder)

@@ -15,8 +15,8 @@ from metarobot.learning.agent_interface import Dimensions
 from metarobot.learning.gaussian_posterior import PosteriorError
 from metarobot.learning.trial_replay import Transitions
 from metarobot.tasks.family import Family, families
-from metarobot.training.collect import collect
 from metarobot.training.checkpoints import save_checkpoint
+from metarobot.training.collect import collect
 from metarobot.training.run_folder import agent_dimensions, build_learner, open_run
 from metarobot.types import Percept, Trials, join_episodes
 

@@ -15,9 +15,9 @@ from metarobot.evaluation.context_ablations import swap_contexts
 from metarobot.learning.agent_interface import Context, Learner, agents
 from metarobot.learning.gaussian_posterior import Gaussian, PosteriorError, standard_normal
 from metarobot.learning.ppo_core import last_step
+from metarobot.training.checkpoints import save_checkpoint
 from metarobot.training.collect import collect
 from metarobot.training.config import TrainConfig
-from metarobot.training.checkpoints import save_checkpoint
 from metarobot.training.run_folder import open_run
 from metarobot.training.train import start_run, train
 from metarobot.types import Percept, Rollout, join_episodes
