@@ -24,7 +24,7 @@ from metarobot.bridge.safety.plausibility_checks import PlausibilityChecker
 from metarobot.deploy.onnx_export import export
 from metarobot.training.run_folder import open_run
 
-LIMITS = ("angle", "speed", "torque", "jump", "mean speed mismatch", "mean tracking error")
+LIMITS = ("angle", "speed", "torque", "mean speed mismatch", "mean tracking error", "jump")
 """Rows of ``PlausibilityChecker.used``."""
 
 

@@ -109,8 +109,8 @@ def test_true_readings_pass_for_long():
         (tilted(180), "fallen: it is tilted by 180 degrees"),
         (tilted(45), "the IMU's attitude jumped by 4. degrees in 20 ms"),
         (dict.fromkeys(QUAT, 0.0), "a quaternion of zeros"),
-        ({"hip.pos": 1e300}, "outside its range"),
-        ({"knee.vel": -1.7e308}, "can do 20 at most"),
+        ({"hip.pos": 1e300}, r"hip.pos reads 1e\+300: no number of a robot is that large"),
+        ({"knee.vel": -1.7e308}, "knee.vel reads .* no number of a robot"),
         ({"imu.quat.x": 1e200}, "fallen|attitude"),
     ],
 )

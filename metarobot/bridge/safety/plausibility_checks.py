@@ -82,6 +82,10 @@ START_TILT_DEG = 30.0
 START_SPEED = 0.25
 """Fastest joint with which a run may begin, as a share of its speed limit."""
 
+LARGEST_NUMBER = 1e9
+"""No number of a robot is this large; beyond it the arithmetic below could overflow."""
+JUMP_DT_SHARE = 0.1
+"""The limit of a jump is computed anew when the time between two readings changes by more."""
 SHORTEST_STEP = 0.25
 """Stamps may be coarse: two readings count as at least this share of a control period apart."""
 
@@ -108,7 +112,8 @@ class PlausibilityChecker:
             keys += torque_keys
         self._has_imu = {*QUAT, *GYRO} <= set(needed)
         imu_keys = (*QUAT, *GYRO) if self._has_imu else ()
-        self._values = itemgetter(*keys, *imu_keys)
+        self._keys = (*keys, *imu_keys)
+        self._values = itemgetter(*self._keys)
         self._imu_start = len(keys)
         self._joints = joints
         self._period_s = period_s
@@ -142,25 +147,36 @@ class PlausibilityChecker:
         self._last_state = np.zeros((signals, size))
         self._last_target = np.zeros(size)
 
-        # What is known over a while
-        self._mean_mismatch = np.zeros(size)
-        self._mean_tracking = np.zeros(size)
+        # What is known over a while: exponential means of the mismatch of speeds and of the
+        # tracking error, ``(2, joint)``, the share of a new value in them, and their limits
+        self._means = np.zeros((2, size))
+        self._mean_mismatch = self._means[0]
+        self._mean_tracking = self._means[1]
+        self._new_share = np.array([[period_s / MEAN_MISMATCH_S], [period_s / TRACKING_S]])
+        self._inverse_mean_limit = np.full((2, size), 1 / TRACKING_ERROR)
+        self._inverse_mean_limit[0] = 1 / self._mean_mismatch_limit
         self._unchanged_s = np.zeros((2, size))
         self._unchanged_travel = np.zeros((2, size))
 
         self.used = np.zeros((signals + 3, size))
         """Share of each limit that the latest reading uses, at most 1, ``(limit, joint)``: of
-        angle, speed and torque, of a jump, of the mean mismatch of speeds, of the mean tracking
-        error."""
+        angle, speed and torque, of the mean mismatch of speeds, of the mean tracking error, and of
+        a jump."""
         self._used_signals = self.used[:signals]
-        self._jump = self.used[signals]
-        self._used_mismatch = self.used[signals + 1]
-        self._used_tracking = self.used[signals + 2]
+        self._used_means = self.used[signals : signals + 2]
+        self._used_absolute = self.used[: signals + 2]
+        self._jump = self.used[signals + 2]
+        self._inverse_half = 1 / self._half
+        self._jump_dt = math.nan
+        self._inverse_jump_limit = np.zeros(size)
 
         # Work space
         self._change = np.zeros((signals, size))
+        self._new = np.zeros((2, size))
+        self._mismatch = self._new[0]
+        self._error = self._new[1]
+        self._half_change = np.zeros(size)
         self._speed = np.zeros(size)
-        self._step = np.zeros(size)
         self.begin()
 
     def begin(self) -> None:
@@ -172,8 +188,9 @@ class PlausibilityChecker:
         self._last_imu: tuple[float, ...] = ()
         self._quat_unchanged_s = 0.0
         self._gyro_unchanged_s = 0.0
-        self._mean_mismatch[:] = 0.0
-        self._mean_tracking[:] = 0.0
+        self._means[:] = 0.0
+        self._new[:] = 0.0
+        self._jump[:] = 0.0
         self._forget_unchanged()
 
     def _forget_unchanged(self) -> None:
@@ -206,10 +223,13 @@ class PlausibilityChecker:
 
         self._last_state[:] = self._state
         self._numbers[:] = values
-        with np.errstate(all="ignore"):
-            self._use_limits(dt, target)
-        # NaN, after an overflow, is not <= 1 and is refused as well. Counting is much faster than
-        # ``max`` and ``all`` on arrays that are so small.
+        if not math.hypot(*values) < LARGEST_NUMBER:
+            i = max(range(len(values)), key=lambda k: abs(values[k]))
+            raise ImplausibleReadingError(
+                f"{self._keys[i]} reads {values[i]:.3g}: no number of a robot is that large"
+            )
+        self._use_limits(dt, target)
+        # Counting is much faster than ``max`` and ``all`` on arrays that are so small
         if np.count_nonzero(self.used <= 1.0) < self.used.size:
             raise ImplausibleReadingError(self._describe_excess(dt, target))
         if self._has_last and np.count_nonzero(self._change) < self._change.size:
@@ -253,56 +273,57 @@ class PlausibilityChecker:
         """Compute ``used``, the share of each limit that is used."""
         used = self._used_signals
         np.subtract(self._state, self._middle, out=used)
-        used /= self._half
+        used *= self._inverse_half
 
         if self._has_last:
+            if not abs(dt - self._jump_dt) < JUMP_DT_SHARE * dt:
+                self._jump_dt = dt
+                limit = self._mismatch_speed + POSITION_NOISE_RAD / dt
+                np.divide(1.0, limit, out=self._inverse_jump_limit)
             change = self._change
             np.subtract(self._state, self._last_state, out=change)
-            moved, sped = change[0], change[1]
 
             # How much the joint's mean speed differs from the mean of both measured ones:
             # m = (q₁ − q₀) / dt − (v₀ + v₁) / 2
-            step = self._step
-            np.multiply(sped, 0.5, out=step)
-            speed = self._speed
-            np.subtract(self.vel, step, out=speed)
-            mismatch = self._jump
-            np.divide(moved, dt, out=mismatch)
-            mismatch -= speed
-
-            # Exponential mean of m
-            np.subtract(mismatch, self._mean_mismatch, out=speed)
-            speed *= min(dt / MEAN_MISMATCH_S, 1.0)
-            self._mean_mismatch += speed
-            np.divide(self._mean_mismatch, self._mean_mismatch_limit, out=self._used_mismatch)
+            half_change = self._half_change
+            np.multiply(change[1], 0.5, out=half_change)
+            np.subtract(self.vel, half_change, out=self._speed)
+            mismatch = self._mismatch
+            np.divide(change[0], dt, out=mismatch)
+            mismatch -= self._speed
 
             # Between two readings a joint is no faster than at both, but for a margin:
-            # |m| ≤ |v₁ − v₀| / 2 + margin + noise / dt
-            np.abs(step, out=step)
-            step += self._mismatch_speed
-            step += POSITION_NOISE_RAD / dt
-            mismatch /= step
+            # |m| − |v₁ − v₀| / 2 ≤ margin + noise / dt
+            jump = self._jump
+            np.abs(mismatch, out=jump)
+            np.abs(half_change, out=half_change)
+            jump -= half_change
+            jump *= self._inverse_jump_limit
         else:
-            self._jump[:] = 0.0
-            self._used_mismatch[:] = 0.0
-
+            self._mismatch[:] = 0.0
+        error = self._error
         if target is not None:
-            # Exponential mean of (target − q) / reach
-            error = self._speed
             np.subtract(target, self.pos, out=error)
             error *= self._inverse_reach
-            error -= self._mean_tracking
-            error *= self._period_s / TRACKING_S
-            self._mean_tracking += error
-        np.multiply(self._mean_tracking, 1 / TRACKING_ERROR, out=self._used_tracking)
-        np.abs(self.used, out=self.used)
+        else:
+            error[:] = 0.0
+
+        # mean += share · (new − mean), of both; ``new`` is free after it
+        new = self._new
+        new -= self._means
+        new *= self._new_share
+        self._means += new
+        np.multiply(self._means, self._inverse_mean_limit, out=self._used_means)
+        np.abs(self._used_absolute, out=self._used_absolute)
 
     def _describe_excess(self, dt: float, target: Float64Array | None) -> str:
         """Return which limit is exceeded, the first one that is, and by which joint."""
-        kind = int(np.argmax(~(self.used <= 1.0).all(1)))
-        i = int(np.argmax(~(self.used[kind] <= 1.0)))
-        joint = self._joints[i]
+        # A jump moves the means as well, so it comes before them
         signals = len(self._state)
+        order = [*range(signals), signals + 2, signals, signals + 1]
+        kind = next(kind for kind in order if (self.used[kind] > 1.0).any())
+        i = int(self.used[kind].argmax())
+        joint = self._joints[i]
         if kind == 0:
             return (
                 f"joint {joint} reads {self.pos[i]:.3g} rad, outside its range "
@@ -314,12 +335,12 @@ class PlausibilityChecker:
                 f"joint {joint} reads {self._state[kind, i]:.3g} {unit}, "
                 f"and can do {self._half[kind, i]:.3g} at most"
             )
-        if kind == signals:
+        if kind == signals + 2:
             return (
                 f"joint {joint} jumped by {self._change[0, i]:.3g} rad in {1e3 * dt:.0f} ms at a "
                 f"measured {self.vel[i]:.3g} rad/s: a wrong sensor, or a second publisher"
             )
-        if kind == signals + 1:
+        if kind == signals:
             return (
                 f"joint {joint}'s speed and angles differ by {abs(self._mean_mismatch[i]):.3g} "
                 f"rad/s over {MEAN_MISMATCH_S:g} s; at most {self._mean_mismatch_limit[i]:.3g}"
