@@ -74,7 +74,7 @@ class Reptile:
 
         return {
             # "way" is the metric's name since the first logs
-            "train/way": float(norm.nan_to_num(0.0, 0.0)),
+            "train/way": float(norm),
             "train/std": float(agent.policy.log_std.detach().exp().mean()),
             "train/ignored_rollouts": ignored_rollouts(trials),
         }

@@ -212,6 +212,7 @@ class SB3PPOLearner(SB3Learner):
     def __init__(self, config: SB3PPOConfig, shapes: Dimensions) -> None:
         super().__init__(config, shapes)
         self.return_norm = RunningNorm(1)
+        self.optimiser = self.model.policy.optimizer
 
     def make_algorithm(self, shapes: Dimensions) -> Any:
         """Make PPO."""
@@ -258,13 +259,11 @@ class SB3PPOLearner(SB3Learner):
 
     def state(self) -> dict[str, Tensor]:
         """Return weights, normalisers and optimiser state."""
-        optimiser = self.model.policy.optimizer
-        return flatten_state(optimiser, agent=self.agent, spread=self.return_norm)
+        return flatten_state(self.optimiser, agent=self.agent, spread=self.return_norm)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore what ``state`` returned."""
-        optimiser = self.model.policy.optimizer
-        restore_state(state, optimiser, agent=self.agent, spread=self.return_norm)
+        restore_state(state, self.optimiser, agent=self.agent, spread=self.return_norm)
 
 
 class SB3RecurrentPPOLearner(SB3PPOLearner):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from gymnasium.spaces import Box
 
 from metarobot.env.gymnasium_envs import Array
 from metarobot.env.sb3_vec_env import SB3VecEnv
+from metarobot.learning.finite_check import CHECK_FAMILY, DivergedError
 from metarobot.tasks.family import Family
 from metarobot.tasks.space import Task
 from metarobot.types import Percept
@@ -42,7 +44,10 @@ class EpisodeVecEnv(SB3VecEnv):
         self.rewards: list[Array] = []
         """Rewards of each step, ``(world,)``."""
         self.finished_episodes: list[tuple[int, dict[str, Any]]] = []
-        """Place of each finished episode in its trial, and SB3's record of it."""
+        """Place of each finished episode in its trial, and SB3's record of it, without faulted
+        ones."""
+        self.faults = 0
+        """Episodes that ended because the physics broke down."""
         self.episode_counts = np.zeros(self.num_envs, int)
         """Finished episodes of each world."""
         return obs
@@ -55,22 +60,54 @@ class EpisodeVecEnv(SB3VecEnv):
         super().step_async(robot_actions)
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Step every world, and record the step."""
+        """Step every world, and record the step.
+
+        Raises:
+            DivergedError: A reward is not finite.
+        """
         obs, reward, done, infos = super().step_wait()
+        for world in np.flatnonzero(~np.isfinite(reward)).tolist():
+            raise DivergedError(f"reward is {reward[world]} in world {world}: {CHECK_FAMILY}")
         for world in np.flatnonzero(done).tolist():
+            episode = infos[world]["episode"]
+            if infos[world]["faulted"]:
+                self.faults += 1
+                reward[world] -= self._charge(self._returns, episode)
+                continue
             place = int(self.episode_counts[world]) % self.episodes_per_task
-            self.finished_episodes.append((place, infos[world]["episode"]))
+            self.finished_episodes.append((place, episode))
         self.episode_counts += done
         self.rewards.append(reward)
         self.observations.append(obs)
         return obs, reward * self.reward_scale, done, infos
 
+    def _charge(self, running_returns: Array, episode: Mapping[str, Any]) -> float:
+        """Return what to take off a step at which the physics broke down; see ``charge_faults``.
+
+        The worst return is that of the episodes finished so far. Before the first one it is that of
+        the worlds under way, if they go on as they began.
+        """
+        if self.finished_episodes:
+            worst = min(float(finished["r"]) for _, finished in self.finished_episodes)
+        else:
+            worst = float(running_returns.min()) * self.env.family.horizon / episode["l"]
+        return max(float(episode["r"]) - worst, 0.0)
+
     def metrics(self) -> dict[str, float]:
-        """Return metrics of the episodes since the reset, with returns by place in the trial."""
+        """Return metrics of the episodes since the reset, with returns by place in the trial.
+
+        Raises:
+            DivergedError: None ended without a fault.
+        """
+        if not self.finished_episodes:
+            raise DivergedError(
+                f"the physics broke down in all {self.faults} episodes: {CHECK_FAMILY}"
+            )
         returns_by_place: dict[int, list[float]] = {}
         for place, episode in self.finished_episodes:
             returns_by_place.setdefault(place, []).append(episode["r"])
-        returns = [float(np.mean(returns_by_place[k])) for k in sorted(returns_by_place)]
+        places = sorted(returns_by_place)
+        returns = [float(np.mean(returns_by_place[k])) for k in places]
 
         episodes = [episode for _, episode in self.finished_episodes]
         metrics = {
@@ -79,8 +116,9 @@ class EpisodeVecEnv(SB3VecEnv):
             "meta/pre_adapt_return": returns[0],
             "meta/post_adapt_return": returns[-1],
             "meta/adaptation_gain": returns[-1] - returns[0],
+            "sim/faults": float(self.faults),
         }
-        for k, mean_return in enumerate(returns):
+        for k, mean_return in zip(places, returns, strict=True):
             metrics[f"meta/return_episode_{k + 1}"] = mean_return
         return metrics
 

@@ -146,6 +146,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc,unused-ignore]
             }
             infos[i]["terminal_observation"] = to_numpy(step.final_obs[i]).copy()
             infos[i]["TimeLimit.truncated"] = bool(truncated[i])
+            infos[i]["faulted"] = bool(step.faulted[i])
             self._tasks[i] = self.env.tasks[i].as_dict()
             self.reset_infos[i] = {"task": self._tasks[i]}
             self._returns[i] = 0.0

@@ -17,8 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.fine_tuning import count_fine_tuning_trials, fine_tune
-from metarobot.evaluation.protocol import Evaluator, Protocol
+from metarobot.evaluation.fine_tuning import count_fine_tuning_trials, play_fine_tuned
+from metarobot.evaluation.protocol import (
+    Evaluator,
+    PlayedReturns,
+    Protocol,
+    check_faults,
+    fault_counts,
+    stack_played,
+)
 from metarobot.evaluation.statistics import (
     LOWER_REFERENCE,
     UPPER_REFERENCE,
@@ -35,13 +42,14 @@ from metarobot.learning.agent_interface import (
 from metarobot.tasks.family import families
 from metarobot.training.config import TrainConfig, check_config
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.run_folder import Run, collected_steps, open_run
+from metarobot.training.run_files import read_card
+from metarobot.training.run_folder import Run, collected_steps, open_run, read_config
+from metarobot.training.run_lock import RunLock
 from metarobot.training.train import open_training, start_training
-from metarobot.types import Floats
 
 FINE_TUNED_NAMES = {"pretrained": "fine-tuning", "from scratch": "fine-tuning from scratch"}
 """Weights that are fine-tuned from -> what the comparison calls them."""
-IRRELEVANT_SETTINGS = ("device", "sim", "threads", "save_every")
+IRRELEVANT_SETTINGS = ("device", "sim", "threads", "save_every", "save_every_s")
 """Settings of a training in which a run may differ and still be the same experiment."""
 MOST_OLD_RUNS = 1000
 """Runs of other settings that may be moved aside in one folder."""
@@ -286,7 +294,7 @@ def _read_configs(folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any
                 continue
             config = read_json(candidate / "config.json")
             if isinstance(config, dict) and config.get("kind") == "metarobot-run":
-                yield candidate, config
+                yield candidate, read_config(candidate)
 
 
 def _train_job(
@@ -298,9 +306,11 @@ def _train_job(
     """Train a run, going on where it was stopped; return None if it is stopped now."""
     folder = plan.out / job.name
     config_file = folder / "config.json"
-    if config_file.exists() and difference(read_json(config_file), job):
+    if config_file.exists() and difference(read_config(folder), job):
         old = _unused_name(folder)
-        folder.rename(old)
+        # Nobody may be training what is moved.
+        with RunLock(folder):
+            folder.rename(old)
         report_line(f"{job.title}: what was in {folder} is in {old} now")
 
     done = collected_steps(folder)
@@ -334,7 +344,7 @@ def last_metrics(run: Run) -> Mapping[str, float]:
     if rows:
         return rows[-1]
     card_file = run.folder / "card.json"
-    card = read_json(card_file) if card_file.exists() else {}
+    card = read_card(card_file) if card_file.exists() else {}
     return {"time/total_timesteps": run.steps, "time/time_elapsed": float(card.get("wall_s", 0.0))}
 
 
@@ -368,18 +378,24 @@ def compare_runs(
     evaluator = Evaluator(families.get(plan.family), protocol, tick)
     cache = plan.out / "played"
 
-    entries = {}
-    for name, group in runs.items():
-        entries[name] = _agent_entry(group, _play_runs(evaluator, group, cache))
+    played = {name: _play_runs(evaluator, group, cache) for name, group in runs.items()}
+    tuned: dict[str, PlayedReturns] = {}
 
     pair = _fine_tuning_pair(runs, protocol)
     if pair is not None:
         method_runs = runs[pair.method]
         policy_runs = runs[pair.policy]
-        tuned_returns = _play_fine_tuned(evaluator, method_runs, policy_runs, cache)
-        for name, returns in zip(FINE_TUNED_NAMES.values(), tuned_returns, strict=True):
-            # The policy itself needs no exploration noise; the method that tunes it does.
-            entries[name] = {**_agent_entry(policy_runs, returns), "explores": True}
+        tuned = _play_fine_tuned(evaluator, method_runs, policy_runs, cache)
+
+    # A faulted episode is worth the worst return that any agent got.
+    worst = min(results.worst for results in [*played.values(), *tuned.values()])
+    entries = {}
+    for name, results in played.items():
+        entries[name] = _agent_entry(runs[name], results.with_worst(worst))
+    for name, results in tuned.items():
+        entry = _agent_entry(policy_runs, results.with_worst(worst))
+        # The policy itself needs no exploration noise; the method that tunes it does.
+        entries[name] = {**entry, "explores": True}
 
     _add_ranks(entries)
     _add_scores(entries)
@@ -395,10 +411,11 @@ def compare_runs(
     }
 
 
-def _agent_entry(runs: Sequence[Run], returns: Floats) -> dict[str, Any]:
-    """Describe an agent and its returns ``(run, episode, task)``."""
+def _agent_entry(runs: Sequence[Run], played: PlayedReturns) -> dict[str, Any]:
+    """Describe an agent and its results ``(run, episode, task)``."""
     metrics = [last_metrics(run) for run in runs]
     agent = runs[0].load_agent()
+    returns = played.returns
     episodes = returns.shape[1]
     return {
         "runs": [run.name for run in runs],
@@ -411,6 +428,7 @@ def _agent_entry(runs: Sequence[Run], returns: Floats) -> dict[str, Any]:
         "agent_config": runs[0].config["agent_config"],
         "episodes": [{"episode": k, **summarise(returns[:, k])} for k in range(episodes)],
         "returns": returns.round(3).tolist(),
+        "faults": fault_counts(played),
     }
 
 
@@ -438,16 +456,22 @@ def _add_scores(entries: Mapping[str, dict[str, Any]]) -> None:
             row.update(adaptation_score(returns[:, k], upper[:, k], lower[:, k]))
 
 
-def _play_runs(evaluator: Evaluator, runs: Sequence[Run], cache: Path) -> Floats:
-    """Play with every run, or read what it earned before: ``(run, episode, task)``."""
-    returns = []
+def _play_runs(evaluator: Evaluator, runs: Sequence[Run], cache: Path) -> PlayedReturns:
+    """Play with every run, or read what it earned before: arrays ``(run, episode, task)``.
+
+    Raises:
+        EvaluationError: Actions that are not finite, or too many faulted episodes.
+    """
+    results = []
     for run in runs:
 
-        def play(run: Run = run) -> Floats:
-            return evaluator.play(run.load_agent(), run.rollouts).returns
+        def play(run: Run = run) -> list[PlayedReturns]:
+            return [evaluator.play(run.load_agent(), run.rollouts, name=run.name)]
 
-        returns.append(_play_once(cache, evaluator, [run], play))
-    return np.stack(returns)
+        results += _play_once(cache, evaluator, [run], play)
+    stacked = stack_played(results)
+    check_faults(stacked, ", ".join(run.name for run in runs))
+    return stacked
 
 
 class FineTuningPair(NamedTuple):
@@ -474,32 +498,56 @@ def _fine_tuning_pair(
 
 def _play_fine_tuned(
     evaluator: Evaluator, method_runs: Sequence[Run], policy_runs: Sequence[Run], cache: Path
-) -> Floats:
-    """Play with fine-tuned policies: ``(pretrained or from scratch, run, episode, task)``."""
+) -> dict[str, PlayedReturns]:
+    """Play with fine-tuned policies: name in the comparison -> results ``(run, episode, task)``."""
 
-    def play() -> Floats:
-        tuned = fine_tune(method_runs, policy_runs, evaluator)
-        return np.array([tuned[name]["returns"] for name in FINE_TUNED_NAMES])
+    def play() -> list[PlayedReturns]:
+        tuned = play_fine_tuned(method_runs, policy_runs, evaluator)
+        results = [tuned[name].played for name in FINE_TUNED_NAMES]
+        return [played._replace(returns=played.returns.round(3)) for played in results]
 
-    return _play_once(cache, evaluator, [*method_runs, *policy_runs], play)
+    results = _play_once(cache, evaluator, [*method_runs, *policy_runs], play)
+    return dict(zip(FINE_TUNED_NAMES.values(), results, strict=True))
 
 
 def _play_once(
-    cache: Path, evaluator: Evaluator, runs: Sequence[Run], play: Callable[[], Floats]
-) -> Floats:
-    """Return what ``play`` returns, kept in a file under the checkpoints and the protocol."""
+    cache: Path, evaluator: Evaluator, runs: Sequence[Run], play: Callable[[], list[PlayedReturns]]
+) -> list[PlayedReturns]:
+    """Return what ``play`` returns, kept in a file under the checkpoints and the protocol.
+
+    Success rates are not kept. A file of before faults were counted is written anew.
+    """
     key = [
         evaluator.family.name,
         evaluator.family.space.hash,
         protocol_key(evaluator.protocol),
-        [read_json(run.folder / "checkpoint.json")["sha256"] for run in runs],
+        [run.weights_sha256 for run in runs],
         [run.rollouts for run in runs],
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     path = cache / f"{digest[:16]}.json"
-    if not path.exists():
-        write_json(path, {"key": key, "returns": play().tolist()})
-    return np.array(read_json(path)["returns"])
+    if not path.exists() or "played" not in read_json(path):
+        write_json(path, {"key": key, "played": [_to_json(played) for played in play()]})
+    return [_from_json(entry) for entry in read_json(path)["played"]]
+
+
+def _to_json(played: PlayedReturns) -> dict[str, Any]:
+    return {
+        "returns": played.returns.tolist(),
+        "faults": played.faults.tolist(),
+        "fault_share": played.fault_share.tolist(),
+        "worst": played.worst,
+    }
+
+
+def _from_json(entry: Mapping[str, Any]) -> PlayedReturns:
+    return PlayedReturns(
+        returns=np.array(entry["returns"]),
+        success=None,
+        faults=np.array(entry["faults"]),
+        fault_share=np.array(entry["fault_share"]),
+        worst=float(entry["worst"]),
+    )
 
 
 def protocol_key(protocol: Protocol) -> dict[str, Any]:

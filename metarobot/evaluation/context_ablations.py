@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from metarobot.evaluation.protocol import Evaluator
+from metarobot.evaluation.protocol import Evaluator, check_faults, stack_played
 from metarobot.evaluation.statistics import episode_rows
 from metarobot.learning.agent_interface import Agent, Context
 from metarobot.tasks.space import Task
@@ -24,7 +23,7 @@ CONTROLS = ("cleared", "swapped")
 
 def play_control(control: str, runs: Sequence[Run], evaluator: Evaluator) -> list[dict[str, Any]]:
     """Play with the context changed after each episode, and summarise episode by episode."""
-    returns = []
+    played = []
     for run in runs:
         agent = run.load_agent()
 
@@ -33,8 +32,11 @@ def play_control(control: str, runs: Sequence[Run], evaluator: Evaluator) -> lis
                 return clear_context(agent, context)
             return swap_contexts(evaluator.tasks, context)
 
-        returns.append(evaluator.play(agent, run.rollouts, change).returns)
-    return episode_rows(np.stack(returns))
+        name = f"{run.name}, contexts {control}"
+        played.append(evaluator.play(agent, run.rollouts, change, name))
+    stacked = stack_played(played)
+    check_faults(stacked, f"contexts {control}")
+    return episode_rows(stacked.with_worst(evaluator.worst_return).returns)
 
 
 def clear_context(agent: Agent, context: Context) -> Context:

@@ -16,7 +16,14 @@ from metarobot.errors import MetarobotError
 from metarobot.evaluation.belief_calibration import BeliefRecorder
 from metarobot.evaluation.context_ablations import CONTROLS, play_control
 from metarobot.evaluation.fine_tuning import count_fine_tuning_trials, fine_tune
-from metarobot.evaluation.protocol import Evaluator, PlayedReturns, Protocol, stack_played
+from metarobot.evaluation.protocol import (
+    Evaluator,
+    PlayedReturns,
+    Protocol,
+    check_faults,
+    fault_counts,
+    stack_played,
+)
 from metarobot.evaluation.statistics import (
     LOWER_REFERENCE,
     UPPER_REFERENCE,
@@ -60,6 +67,7 @@ def evaluate(
 
     Raises:
         MetarobotError: Runs of different families, or an oracle that is not shown the task.
+        EvaluationError: Actions that are not finite, or more than 5 % of an agent's episodes fault.
     """
     family = _common_family([*runs, *oracle, *blind, *finetune])
     for run in oracle:
@@ -70,7 +78,14 @@ def evaluate(
 
     evaluator = Evaluator(family, protocol, tick)
     beliefs = BeliefRecorder(family.space, evaluator.tasks)
-    returns, success = evaluator.play_all(runs, beliefs.watch)
+    agent = evaluator.play_all(runs, beliefs.watch)
+    references = _play_references(evaluator, oracle, blind)
+
+    # A faulted episode is worth the worst return of the family that anybody got.
+    worst = evaluator.worst_return
+    agent = agent.with_worst(worst)
+    references = {name: played.with_worst(worst) for name, played in references.items()}
+    returns = agent.returns
 
     report: dict[str, Any] = {
         "family": family.name,
@@ -92,17 +107,12 @@ def evaluate(
     if belief_report:
         report["beliefs"] = belief_report
 
-    references: dict[str, PlayedReturns] = {}
-    if oracle:
-        references[UPPER_REFERENCE] = evaluator.play_all(oracle)
-    if blind:
-        references[LOWER_REFERENCE] = evaluator.play_all(blind)
-    if family.teaching.expert is not None:
-        expert = ExpertAgent(evaluator.env())
-        references[EXPERT_REFERENCE] = stack_played([evaluator.play(expert)])
+    report["faults"] = {"agent": fault_counts(agent)}
+    for name, played in references.items():
+        report["faults"][name] = fault_counts(played)
 
-    if success is not None:
-        report["success"] = {"agent": success_rows(success)}
+    if agent.success is not None:
+        report["success"] = {"agent": success_rows(agent.success)}
         for name, played in references.items():
             rates = [] if played.success is None else success_rows(played.success)
             report["success"][name] = rates
@@ -113,6 +123,23 @@ def evaluate(
     if controls:
         report["controls"] = {name: play_control(name, runs, evaluator) for name in CONTROLS}
     return report
+
+
+def _play_references(
+    evaluator: Evaluator, oracle: Sequence[Run], blind: Sequence[Run]
+) -> dict[str, PlayedReturns]:
+    """Play with the references, and with the family's expert if it has one."""
+    references: dict[str, PlayedReturns] = {}
+    if oracle:
+        references[UPPER_REFERENCE] = evaluator.play_all(oracle)
+    if blind:
+        references[LOWER_REFERENCE] = evaluator.play_all(blind)
+    if evaluator.family.teaching.expert is not None:
+        expert = ExpertAgent(evaluator.env())
+        played = stack_played([evaluator.play(expert, name=EXPERT_REFERENCE)])
+        check_faults(played, EXPERT_REFERENCE)
+        references[EXPERT_REFERENCE] = played
+    return references
 
 
 def count_trials(

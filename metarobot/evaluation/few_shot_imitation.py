@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metarobot.env.factory import make_env
+from metarobot.evaluation.protocol import check_actions, check_fault_count, faulted_episodes
 from metarobot.evaluation.statistics import bootstrap_interval
 from metarobot.learning.agent_interface import Agent, Context, agents
 from metarobot.training.collect import ExpertAgent, collect
@@ -92,7 +93,7 @@ def few_shot(
             chosen = torch.arange(count).expand(len(tasks), count)
             demonstrations = demos.rollout(tasks, chosen).to(str(stage.env.device))
             context = agent.adapt(context, demonstrations)
-        success = stage.success(AdaptedAgent(agent, context))
+        success = stage.success(AdaptedAgent(agent, context), run.name)
         rows.append({"shots": count, **success})
         tick()
 
@@ -105,7 +106,7 @@ def few_shot(
         "tasks": len(tasks),
         "chance": 1 / run.family.interaction.variants,
         "shots": rows,
-        "expert": stage.success(ExpertAgent(stage.env)),
+        "expert": stage.success(ExpertAgent(stage.env), "expert"),
     }
     if reference is None:
         return report
@@ -121,7 +122,8 @@ def few_shot(
         raise DemosError(
             f"{reference.folder} is no reference: {reference.agent} is told the task, or remembers"
         )
-    success = reference_stage.success(AdaptedAgent(policy, policy.begin(len(tasks))))
+    adapted = AdaptedAgent(policy, policy.begin(len(tasks)))
+    success = reference_stage.success(adapted, reference.name)
     report["reference"] = {"run": reference.name, **success}
     for row in rows:
         row["of_reference"] = row["mean"] / max(success["mean"], 1e-9)
@@ -168,8 +170,14 @@ class _VariantStage:
         if isinstance(agent, torch.nn.Module):
             agent.to(self.env.device)
 
-    def success(self, agent: Agent) -> dict[str, Any]:
-        """Return the success rate over variants and tasks, with its interval over tasks."""
+    def success(self, agent: Agent, name: str) -> dict[str, Any]:
+        """Return the success rate over variants and tasks, with its interval over tasks.
+
+        ``name`` is what the agent is called in messages.
+
+        Raises:
+            EvaluationError: Actions that are not finite, or too many faulted episodes.
+        """
         trials = collect(
             agent,
             self.env,
@@ -180,6 +188,17 @@ class _VariantStage:
             explore=False,
             variant=torch.arange(self.variants).repeat(len(self.tasks)),
         )
-        by_variant = trials.totals("success").view(1, len(self.tasks), self.variants)
+        check_actions(trials, name)
+        faulted = faulted_episodes(trials)
+        faults = int(faulted.sum())
+        check_fault_count(faults, faults / faulted.numel(), name)
+
+        # A faulted episode is a failure, whatever was reached before.
+        successes = torch.where(faulted, 0.0, trials.totals("success"))
+        by_variant = successes.view(1, len(self.tasks), self.variants)
         rates: Floats = by_variant.mean(2).double().cpu().numpy()
-        return {"mean": float(rates.mean()), "ci95": bootstrap_interval(rates, np.mean)}
+        return {
+            "mean": float(rates.mean()),
+            "ci95": bootstrap_interval(rates, np.mean),
+            "faults": faults,
+        }

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from metarobot.errors import MetarobotError
-from metarobot.evaluation.protocol import Evaluator, stack_played
+from metarobot.evaluation.protocol import (
+    EvaluationError,
+    Evaluator,
+    PlayedReturns,
+    check_faults,
+    fault_counts,
+    stack_played,
+)
 from metarobot.evaluation.statistics import episode_rows
 from metarobot.learning.agent_interface import FineTunes, is_memoryless
 from metarobot.training.run_folder import Run
-from metarobot.types import Floats
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Step sizes tried on training tasks."""
@@ -27,11 +34,41 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Adapt as the runs do, but from the weights of pretrained and of untrained policies.
 
-    They meet the same episodes and take the same gradient steps. The step size of each is that of
-    ``STEP_SIZES`` which earns most on training tasks.
+    They meet the same episodes and take the same gradient steps; see ``play_fine_tuned``.
 
     Returns:
         ``pretrained`` and ``from scratch`` -> its step size and its returns, as JSON data.
+    """
+    report = {}
+    for name, tuned in play_fine_tuned(runs, pretrained, evaluator).items():
+        played = tuned.played.with_worst(evaluator.worst_return)
+        report[name] = {
+            "inner_lr": tuned.step_size,
+            "episodes": episode_rows(played.returns),
+            "returns": played.returns.round(3).tolist(),
+            "faults": fault_counts(played),
+        }
+    return report
+
+
+class FineTuned(NamedTuple):
+    """A fine-tuned policy, and what it earned."""
+
+    step_size: float
+    """The step size that it was fine-tuned with."""
+    played: PlayedReturns
+    """Its results ``(policy, episode, task)``."""
+
+
+def play_fine_tuned(
+    runs: Sequence[Run], pretrained: Sequence[Run], evaluator: Evaluator
+) -> dict[str, FineTuned]:
+    """Play with the pretrained and with untrained policies, fine-tuned as the runs adapt.
+
+    The step size of each is that of ``STEP_SIZES`` which earns most on training tasks.
+
+    Returns:
+        ``pretrained`` and ``from scratch`` -> its results.
 
     Raises:
         MetarobotError: The runs do not adapt by gradient steps, or the policies have a memory.
@@ -58,7 +95,7 @@ def fine_tune(
     tuning_protocol = replace(evaluator.protocol, split="train", seed=evaluator.protocol.seed + 1)
     tuning_evaluator = Evaluator(evaluator.family, tuning_protocol, evaluator.tick)
 
-    report = {}
+    results = {}
     for name, policies in (
         ("pretrained", trained_policies),
         ("from scratch", untrained_policies),
@@ -66,17 +103,18 @@ def fine_tune(
 
         def return_after_adapting(step_size: float, policies: Sequence[Any] = policies) -> float:
             """Return the mean over all episodes after the first, on training tasks."""
-            returns = _play_tuned(tuning_evaluator, method, policies, rollouts, step_size)
-            return float(returns[:, 1:].mean())
+            try:
+                played = _play_tuned(tuning_evaluator, method, policies, rollouts, step_size)
+            except EvaluationError:
+                # A step size that breaks all episodes is not the best one.
+                return -math.inf
+            return float(played.returns[:, 1:].mean())
 
         best_step_size = max(STEP_SIZES, key=return_after_adapting)
-        returns = _play_tuned(evaluator, method, policies, rollouts, best_step_size)
-        report[name] = {
-            "inner_lr": best_step_size,
-            "episodes": episode_rows(returns),
-            "returns": returns.round(3).tolist(),
-        }
-    return report
+        played = _play_tuned(evaluator, method, policies, rollouts, best_step_size)
+        check_faults(played, f"fine-tuning, {name}")
+        results[name] = FineTuned(best_step_size, played)
+    return results
 
 
 def _play_tuned(
@@ -85,10 +123,10 @@ def _play_tuned(
     policies: Sequence[Any],
     rollouts: int,
     step_size: float,
-) -> Floats:
-    """Play with each policy fine-tuned; return ``(policy, episode, task)``."""
+) -> PlayedReturns:
+    """Play with each policy fine-tuned; return arrays ``(policy, episode, task)``."""
     played = []
     for policy in policies:
         agent = method.fine_tuned_from(policy, step_size)
-        played.append(evaluator.play(agent, rollouts))
-    return stack_played(played).returns
+        played.append(evaluator.play(agent, rollouts, name="fine-tuning"))
+    return stack_played(played)

@@ -87,6 +87,8 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         low, high = rates[-1]["ci95"]
         parts.append(f"success, {player}: {percentages} (95 %: {100 * low:.1f}…{100 * high:.1f})")
 
+    parts += _fault_lines(report["agent"], report.get("faults", {}))
+
     for name, returns in report["kinds"].items():
         means = " → ".join(f"{value:.1f}" for value in returns)
         parts.append(f"{name}: {means}")
@@ -94,6 +96,19 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     if "beliefs" in report:
         parts.append(_belief_table(report["beliefs"]))
     return "\n".join(parts)
+
+
+def _fault_lines(agent: str, faults: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return a line for each player that had faulted episodes: how many, episode by episode."""
+    lines = []
+    for name, counts in faults.items():
+        if any(counts):
+            player = agent if name == "agent" else name
+            listed = " → ".join(str(count) for count in counts)
+            lines.append(
+                f"faulted episodes, {player}: {listed}; each counts as the worst return of all"
+            )
+    return lines
 
 
 def _belief_table(beliefs: Mapping[str, Any]) -> str:
@@ -169,7 +184,11 @@ def few_shot_table(report: Mapping[str, Any]) -> str:
             f"{100 * low:.1f}…{100 * high:.1f}",
             share,
         )
-    return f"{render_table(table, SMALL_TABLE_WIDTH)}\nby chance {100 * report['chance']:.0f} %"
+    parts = [render_table(table, SMALL_TABLE_WIDTH), f"by chance {100 * report['chance']:.0f} %"]
+    for name, row in rows:
+        if row.get("faults"):
+            parts.append(f"faulted episodes, {name}: {row['faults']}; each counts as a failure")
+    return "\n".join(parts)
 
 
 def recognition_table(report: Mapping[str, Any], prototypes: bool = False) -> str:
@@ -220,6 +239,8 @@ def recognition_table(report: Mapping[str, Any], prototypes: bool = False) -> st
             f"{name}: {100 * rate['mean']:.1f} % (95 %: {100 * low:.1f}…{100 * high:.1f}) "
             f"of {report['queries']} episodes each"
         )
+    if report.get("faults"):
+        parts.append(f"faulted episodes: {report['faults']}, after these transitions")
     parts.append(f"by chance {100 * report['chance']:.1f} % would be recognised")
 
     ranks = report["rank_correlation"]
@@ -291,7 +312,13 @@ def comparison_table(report: Mapping[str, Any]) -> str:
         table.add_row(*row, style="dim" if row[0] == "–" else None)
 
     episode_columns = sum(column.startswith("after ") for column in header)
-    return render_table(table, 100 + 24 * episode_columns)
+    parts = [render_table(table, 100 + 24 * episode_columns), *_comparison_faults(report)]
+    return "\n".join(parts)
+
+
+def _comparison_faults(report: Mapping[str, Any]) -> list[str]:
+    """Return a line for each compared agent that had faulted episodes."""
+    return _fault_lines("", {name: e.get("faults", []) for name, e in report["agents"].items()})
 
 
 def comparison_markdown(report: Mapping[str, Any]) -> str:
@@ -301,6 +328,9 @@ def comparison_markdown(report: Mapping[str, Any]) -> str:
     alignment[1] = "---"
     lines = [_comparison_title(report), ""]
     lines += [f"| {' | '.join(cells)} |" for cells in (header, alignment, *rows)]
+    fault_lines = _comparison_faults(report)
+    if fault_lines:
+        lines += ["", *fault_lines]
     return "\n".join([*lines, ""])
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from metarobot.config_bounds import Count, CountOrZero, check_bounds
-from metarobot.env.base import Env
 from metarobot.env.factory import make_env
 from metarobot.errors import MetarobotError
+from metarobot.evaluation.protocol import check_actions, check_fault_count, faulted_episodes
 from metarobot.evaluation.statistics import bootstrap_interval
 from metarobot.learning.agent_interface import EmbedsTasks
 from metarobot.learning.metric_losses import (
@@ -30,6 +30,7 @@ from metarobot.tasks.distributions import Uniform
 from metarobot.tasks.space import Task, TaskSpace
 from metarobot.training.collect import collect
 from metarobot.training.run_folder import Run
+from metarobot.types import Trials
 
 
 class RecognitionError(MetarobotError):
@@ -91,7 +92,7 @@ def recognise(
         tasks = evenly_spaced_tasks(space, config.tasks)
     else:
         tasks = space.sample(config.split, config.tasks, config.seed)
-    support, query = _embed_held_out_tasks(agent, run, tasks, config, tick)
+    support, query, faults = _embed_held_out_tasks(agent, run, tasks, config, tick)
 
     # Prototypes of training tasks: embedding (prototype, embedding), task (prototype, parameter).
     count = len(agent.task_bank())
@@ -166,6 +167,7 @@ def recognise(
         "steps": run.steps,
         **asdict(config),
         "threshold": threshold,
+        "faults": faults,
         "recognised": _share(recognised),
         "chance": 1.0 / len(torch.unique(held_out_tasks, dim=0)),
         "new": _share(unknown),
@@ -230,28 +232,35 @@ def _embed_held_out_tasks(
     tasks: Sequence[Task],
     config: RecognitionConfig,
     tick: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Play fresh episodes of held-out tasks and embed their first transitions.
 
     Returns:
-        Prototypes of the tasks ``(task, embedding)``, and of other episodes the queries
-        ``(query, task, embedding)``.
+        Prototypes of the tasks ``(task, embedding)``; of other episodes the queries ``(query, task,
+        embedding)``; the number of episodes that faulted, all after these transitions.
+
+    Raises:
+        EvaluationError: Actions that are not finite, or too many faulted episodes.
     """
     env = make_env(run.family, tasks, sim=config.sim, device=config.device, threads=config.threads)
     agent.to(env.device)
     embeddings = []
+    faults = 0
     for k in range(config.support + config.queries):
-        embeddings.append(_embed_episode(agent, env, tasks, config, config.seed + k))
+        trials = collect(agent, env, tasks, episodes=1, seed=config.seed + k, explore=False)
+        check_actions(trials, run.name)
+        faults += int(faulted_episodes(trials).sum())
+        embeddings.append(_embed_start(agent, trials, tasks, config))
         tick()
     z = torch.stack(embeddings)
-    return z[: config.support].mean(0), z[config.support :]
+    check_fault_count(faults, faults / z[..., 0].numel(), run.name)
+    return z[: config.support].mean(0), z[config.support :], faults
 
 
-def _embed_episode(
-    agent: Any, env: Env, tasks: Sequence[Task], config: RecognitionConfig, seed: int
+def _embed_start(
+    agent: EmbedsTasks, trials: Trials, tasks: Sequence[Task], config: RecognitionConfig
 ) -> Tensor:
-    """Play one episode of every task and embed its first transitions, ``(task, embedding)``."""
-    trials = collect(agent, env, tasks, episodes=1, seed=seed, explore=False)
+    """Embed the first transitions of one episode of every task, ``(task, embedding)``."""
     episode = trials.episodes[0]
     lengths = episode.valid.sum(0)
     shortest = int(lengths.min())
@@ -261,6 +270,8 @@ def _embed_episode(
             f"{task.describe()}: the episode ended after {shortest} transitions; ask for fewer"
         )
     z: Tensor = agent.embed(episode, config.transitions)
+    if not bool(z.isfinite().all()):
+        raise RecognitionError("embeddings are not finite: there is nothing to recognise tasks by")
     return z.cpu()
 
 
