@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from metarobot import api
 from metarobot.cli.main import INTERRUPTED, parse_and_call
+from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import agents as registry
 from metarobot.training.config import KEPT_ON_RESUME, TrainConfig
 from metarobot.training.run_folder import open_run, read_train_config
@@ -144,7 +145,10 @@ def publish(
     from metarobot.training.run_folder import publish_agent
 
     opened = open_run(run)
-    last = read_metrics(opened.folder / "metrics.jsonl")[-1]
+    rows = read_metrics(opened.folder / "metrics.jsonl")
+    if not rows:
+        raise MetarobotError(f"{opened.folder} has no metrics.jsonl: it was not trained here")
+    last = rows[-1]
     card: dict[str, Any] = {
         "summary": summary,
         "command": command,
@@ -152,7 +156,8 @@ def publish(
         "wall_s": round(last["time/time_elapsed"], 1),
         "seed": opened.train_config.seed,
     }
-    if "meta/post_adapt_return" in last:
+    # Where no episode was without a fault there is no return.
+    if last.get("meta/post_adapt_return") is not None:
         card["return_last_episode"] = round(last["meta/post_adapt_return"], 1)
     if "machine" in opened.config:
         threads = opened.train_config.threads or "all"
