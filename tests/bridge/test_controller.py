@@ -624,3 +624,30 @@ def test_reference_cycles_of_a_driver_are_freed_between_episodes():
     assert one.robot.reads > 500
     assert most < 100
 
+
+def test_the_guard_hears_of_a_robot_that_holds_itself_between_commands():
+    about = meta(
+        layout="direct",
+        joint_names=(),
+        observation_names=("hip.pos", "knee.pos", "hip.vel", "knee.vel"),
+        action=meta().action.__class__(("hip.pos", "knee.pos"), (-1.0, -1.0), (1.0, 1.0)),
+    )
+    beats: list[float] = []
+    clock = SteppedClock()
+    robot = RecordingRobot(about, clock)
+    layout = PlainLayout(about)
+    layout.targets = lambda action: dict(zip(about.action.names, action.tolist(), strict=True))
+    one = Controller(
+        WavePolicy(about, act=lambda policy, obs: np.zeros(2)),
+        robot,
+        layout,
+        RunSettings(**BASE),
+        clock=clock,
+        heartbeat=lambda: beats.append(clock.now()),
+        adaptation=FakeAdaptation([{"weights": np.ones(3)}]),
+    )
+    report = one.run()
+    assert report.reason == "1 trials are over"
+    # 30 periods pass without a command while an adaptation goes on
+    assert max(np.diff([when for when, _, _ in robot.commands])) > 0.5
+    assert max(np.diff(beats)) <= one.gate.patience_s

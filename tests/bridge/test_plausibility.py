@@ -233,6 +233,15 @@ def test_a_robot_that_moves_is_not_stood_up():
     assert not robot.commands
 
 
+def test_a_robot_whose_joint_is_out_of_its_range_is_not_stood_up():
+    robot = RecordingRobot(meta(), SteppedClock(), with_imu(lambda count: 0))
+    robot.pos = np.array([1.3, 0.0])
+    report = run(robot)
+    assert "joint hip reads 1.3 rad, outside its range" in report.reason
+    assert not robot.commands
+    assert robot.damps
+
+
 @pytest.mark.parametrize("bad", [5, 15, 25])
 @pytest.mark.parametrize("degrees", [61, 120, 180])
 def test_a_fall_is_damped_in_its_tick_while_standing_up_and_running(bad, degrees):

@@ -156,13 +156,16 @@ def damp_until_done(robot: Robot, seconds: float) -> None:
     """
     end = time.monotonic() + seconds
     arrived = False
+    reported = False
     while True:
         try:
             robot.damp()
         except Exception as e:
-            # Standard error may be gone as well
-            with suppress(OSError):
-                print(f"damping failed: {e}", file=sys.stderr, flush=True)
+            if not reported:
+                reported = True
+                # Standard error may be gone as well
+                with suppress(OSError):
+                    print(f"damping failed, trying on: {e}", file=sys.stderr, flush=True)
         else:
             if not arrived:
                 arrived = True
