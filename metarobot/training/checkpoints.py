@@ -130,7 +130,7 @@ def latest_entry(folder: Path) -> CheckpointEntry | None:
     entries, faults = _read_entries(folder)
     if entries:
         return entries[0]
-    if faults:
+    if has_checkpoint(folder):
         raise faults[0]
     return None
 

@@ -19,6 +19,7 @@ from helpers import tiny_run
 import metarobot.evaluation.compare as module
 import metarobot.evaluation.fine_tuning as fine_tuning
 import metarobot.evaluation.statistics as stats
+from metarobot.errors import MetarobotError
 from metarobot.evaluation.compare import (
     Job,
     Plan,
@@ -36,6 +37,7 @@ from metarobot.learning.agent_interface import agents, comparable_agents
 from metarobot.training.config import TrainConfig
 from metarobot.training.metrics_log import read_metrics
 from metarobot.training.run_folder import Run, open_run
+from metarobot.training.run_lock import RunLock
 from metarobot.training.train import reopen_run
 
 SMALL = {
@@ -180,8 +182,10 @@ def test_another_setting_or_unfinished_is_trained_anew_and_the_setting_named(
                     f"rl2, seed 0: training in {tmp_path}/new/CheetahDir100-rl2-0"]  # fmt: skip
     assert again["rl2"][0].config["agent_config"]["epochs"] == 1
     shutil.copytree(folder, tmp_path / "half")
-    state = json.loads((tmp_path / "half" / "checkpoint.json").read_text())
-    (tmp_path / "half" / "checkpoint.json").write_text(json.dumps(state | {"steps": 800}))
+    for path in (tmp_path / "half").glob("checkpoint*.json"):
+        state = json.loads(path.read_text())
+        del state["content_sha256"]
+        path.write_text(json.dumps(state | {"steps": 800}))
     said = gathered(plan(tmp_path / "newer", "rl2", reuse=(tmp_path / "half",)))[1]
     assert said[0] == f"rl2, seed 0: {tmp_path}/half is not finished"
     assert "training in" in said[1]
@@ -194,6 +198,11 @@ def test_a_run_of_other_settings_in_the_plans_own_place_is_put_aside_not_lost(
     first, _ = gathered(asked)
     before = json.loads((first["blind"][0].folder / "checkpoint.json").read_text())["sha256"]
     settings = {"blind": SMALL["blind"] | {"lr": 0.01}}
+    with (
+        RunLock(first["blind"][0].folder),
+        pytest.raises(MetarobotError, match="CheetahDir100-blind-0 is being written by process"),
+    ):
+        gathered(plan(tmp_path, "blind", settings=settings))
     second, said = gathered(plan(tmp_path, "blind", settings=settings))
     aside = tmp_path / "CheetahDir100-blind-0.old1"
     assert any("lr 0.001, not 0.01" in line for line in said)

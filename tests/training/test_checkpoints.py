@@ -47,6 +47,11 @@ def test_the_last_three_and_the_best_are_kept(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path).entry.iteration == 7
 
 
+def test_a_folder_without_a_checkpoint_has_no_steps(tmp_path: Path) -> None:
+    assert latest_entry(tmp_path) is None
+    assert latest_entry(tmp_path / "missing") is None
+
+
 def test_without_scores_the_last_three_are_kept(tmp_path: Path) -> None:
     for iteration in range(1, 6):
         save(tmp_path, iteration)
