@@ -48,6 +48,8 @@ def main() -> None:
     except MemoryError:
         answer = {"error": "it takes too much memory"}
     except Exception as e:  # whatever MuJoCo raises
+        if "unknown exception" in str(e):  # as it calls a failed allocation
+            e = ValueError("it takes too much memory, or a number in it is far too large")
         answer = {"error": ascii(" ".join(str(e).split()))[1:-1][:500]}
     print(json.dumps(answer))
 

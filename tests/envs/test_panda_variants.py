@@ -333,7 +333,7 @@ def part(root: ET.Element, name: str) -> ET.Element:
 
 
 def loose(root: ET.Element) -> None:
-    ET.SubElement(part(root, "link1"), "freejoint")
+    ET.SubElement(part(root, "link1"), "joint", name="rail", type="slide", axis="1 0 0")
 
 
 def sliding(root: ET.Element) -> None:
