@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metarobot.config_bounds import Count, Fraction, LayerSize, NonNegative
+from metarobot.config_bounds import Bounds, Count, Fraction, LayerSize, NonNegative
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import Context, Dimensions
 from metarobot.learning.networks import RunningNorm, log_prob, normalise_leading
@@ -59,7 +59,7 @@ class PPOSettings:
     """Weight of the critic's squared error."""
     grad_norm: NonNegative = 1.0
     """Bound on the norm of the gradient."""
-    std: NonNegative = 0.6
+    std: Annotated[float, Bounds(1e-3, 10.0)] = 0.6
     """Standard deviation of the untrained policy's actions."""
 
 
