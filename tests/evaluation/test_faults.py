@@ -14,7 +14,6 @@ from helpers import run as command
 from helpers import tiny_run
 from torch import Tensor
 
-import metarobot.evaluation.compare as comparison
 from metarobot.env.base import Env
 from metarobot.evaluation.compare import Plan, compare_runs
 from metarobot.evaluation.evaluate import evaluate
@@ -256,6 +255,6 @@ def test_a_comparison_ranks_no_faulted_episode_above_others(
     assert compare_runs(plan, runs, protocol) == report
 
     plays = []
-    monkeypatch.setattr(comparison.Evaluator, "play", lambda *args, **more: plays.append(args))
+    monkeypatch.setattr(Evaluator, "play", lambda *args, **more: plays.append(args))
     assert compare_runs(plan, runs, protocol) == report
     assert not plays

@@ -17,6 +17,7 @@ from metarobot.evaluation.few_shot_imitation import few_shot
 from metarobot.learning.agent_interface import agents
 from metarobot.tasks.family import families
 from metarobot.training import train as training
+from metarobot.training.checkpoints import save_checkpoint
 from metarobot.training.collect import ExpertAgent
 from metarobot.training.config import TrainConfig
 from metarobot.training.demonstrations import (
@@ -26,7 +27,6 @@ from metarobot.training.demonstrations import (
     record_demonstrations,
 )
 from metarobot.training.metrics_log import read_metrics
-from metarobot.training.checkpoints import save_checkpoint
 from metarobot.training.run_folder import Run, open_run
 from metarobot.training.train import start_run, train
 
@@ -184,7 +184,7 @@ def test_a_report_says_what_was_measured(imitator: Run, guide: Run, demos: Demon
     assert report["expert"]["mean"] >= 0.9
     assert report["reference"]["run"] == "guide"
     for r in report["shots"]:
-        assert r.keys() == {"shots", "mean", "ci95", "of_reference"}
+        assert r.keys() == {"shots", "mean", "ci95", "faults", "of_reference"}
     assert json.loads(json.dumps(report)) == report
 
 
@@ -329,7 +329,7 @@ def test_any_agent_is_a_reference_or_is_told_in_one_line_that_it_cannot_be(
         ]
     except MetarobotError as e:
         found = str(e)
-    assert found == {"run": "x", "mean": 0.0, "ci95": [0.0, 0.0]} or (
+    assert found == {"run": "x", "mean": 0.0, "ci95": [0.0, 0.0], "faults": 0} or (
         agent in found and "\n" not in found
     )
 

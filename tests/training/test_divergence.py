@@ -134,7 +134,7 @@ def test_broken_weights_stop_training_within_the_iteration(name: str, value: flo
 
 @each_agent
 def test_a_huge_learning_rate_stops_training_before_anything_broken_is_kept(name: str) -> None:
-    rates = {"lr": 1e30, "inner_lr": 100.0, "kl": 1e30}
+    rates: dict[str, Any] = {"lr": 1e30, "inner_lr": 100.0, "kl": 1e30}
     learner, iterate = small_training(name, **rates)
     check = FiniteCheck(learner)
     try:
@@ -170,7 +170,7 @@ def test_broken_rewards_stop_training_before_anything_is_learned(name: str, valu
     def reward(before: Any, after: Any, dt: float) -> dict[str, Tensor]:
         terms = FAMILY.reward(before, after, dt)
         first = next(iter(terms))
-        return terms | {first: torch.full_like(terms[first], value)}
+        return {**terms, first: torch.full_like(terms[first], value)}
 
     learner, iterate = small_training(name, FAMILY.replace(reward=reward))
     with pytest.raises(DivergedError, match=r"^iteration 1: reward.* (nan|inf)"):
