@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from metarobot.agents.sb3.policies import (
     TrialPolicy,
 )
 from metarobot.agents.sb3.trial_envs import EpisodeVecEnv, TrialVecEnv
-from metarobot.config_bounds import Count, Fraction, LayerSize, NonNegative
+from metarobot.config_bounds import Bounds, Count, Fraction, LayerSize, NonNegative
 from metarobot.env.sb3_vec_env import PPO, SAC, BaseCallback, Logger
 from metarobot.errors import MetarobotError
 from metarobot.learning.agent_interface import AgentKind, Dimensions, TrainingStep
@@ -92,7 +92,7 @@ class SACConfig:
     """Share by which the target critics follow the critics at each gradient step."""
     start: Count = 10_000
     """Steps of random actions before learning begins."""
-    replay: Count = 1_000_000
+    replay: Annotated[int, Bounds(1)] = 1_000_000
     """Transitions in the replay."""
 
 

@@ -309,7 +309,7 @@ BAD = {
     ),
     "unwritable": (
         "train CheetahVel --out /proc/x",
-        "cannot write /proc/x/",
+        "cannot write /proc/x",
     ),
     "unwritable json": (
         "evaluate {run} --tasks 2 --json /proc/x.json",
