@@ -14,6 +14,7 @@ from metarobot.env.factory import make_env
 from metarobot.errors import MetarobotError
 from metarobot.evaluation import few_shot_imitation as module
 from metarobot.evaluation.few_shot_imitation import few_shot
+from metarobot.evaluation.protocol import EvaluationError
 from metarobot.learning.agent_interface import agents
 from metarobot.tasks.family import families
 from metarobot.training import train as training
@@ -514,3 +515,14 @@ def test_a_mistake_is_one_line_and_exit_code_two(
     assert err.startswith("error: ")
     assert err.strip().count("\n") == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_physics_that_break_down_are_no_success_and_too_many_fail(
+    imitator: Run, demos: Demonstrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate = Env._simulate
+    monkeypatch.setattr(
+        Env, "_simulate", lambda self, active: torch.ones_like(simulate(self, active))
+    )
+    with pytest.raises(EvaluationError, match=r"imitator: \d+ episodes faulted .* 100.0 %"):
+        few_shot(brief(imitator, 3), demos, shots=(), threads=1)
