@@ -49,7 +49,7 @@ class PEARLConfig:
     """Trials an iteration, each of a task of its own."""
     episodes: Annotated[int, Bounds(2)] = 3
     """Episodes a trial: the first acts on the prior, the others on the posterior so far."""
-    replay: Count = 1_000_000
+    replay: Annotated[int, Bounds(1)] = 1_000_000
     """Capacity of the replay, in transitions."""
     latent: LayerSize = 5
     """Dimensions of z."""
