@@ -147,7 +147,7 @@ def test_a_module_that_never_was_is_simply_missing() -> None:
         ("stable_baselines3", {"metarobot/env/sb3_vec_env.py"}),
         ("sb3_contrib", {"agents/sb3/policies.py"}),
         ("tensorboard", {"metarobot/training/metrics_log.py"}),
-        ("safetensors", {"metarobot/training/run_folder.py"}),
+        ("safetensors", {"metarobot/training/checkpoints.py"}),
     ],
 )
 def test_each_heavy_dependency_lives_in_one_file(package: str, homes: set[str]) -> None:
