@@ -207,9 +207,7 @@ class Controller:
                 "robot": robot.name,
             }
             about |= {name: str(value) for name, value in asdict(settings).items()}
-            self._log = RunLog(
-                log, self.row, about, settings.log_part_mb, settings.log_max_mb
-            )
+            self._log = RunLog(log, self.row, about, settings.log_part_mb, settings.log_max_mb)
 
     def run(self) -> RunReport:
         """Run trials until the time is over or something is wrong, damp the robot, and report.
