@@ -133,7 +133,7 @@ def test_tasks_that_share_a_model_are_drawn_as_on_the_cpu() -> None:
             ["--sim", "warp", "--agent", "sb3:ppo"],
             "does not collect trials on Warp; leave --sim out",
         ),
-        (["--sim", "warp", "--worlds", "100000000"], r"need .* GB free: about [\d,]+ would fit"),
+        (["--sim", "warp", "--worlds", "10000000"], r"need .* GB free: about [\d,]+ would fit"),
     ],
 )
 def test_what_cannot_be_had_is_said_before_anything_is_written(
