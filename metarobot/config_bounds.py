@@ -27,7 +27,7 @@ CountOrZero = Annotated[int, Bounds(0, most=1e15)]
 """A whole number of at least 0."""
 LayerSize = Annotated[int, Bounds(1, most=4096)]
 """Units of a network's layer; a matrix between two of the largest takes 67 MB."""
-NonNegative = Annotated[float, Bounds(0)]
+NonNegative = Annotated[float, Bounds(0, most=1e15)]
 """A finite number of at least 0."""
 Fraction = Annotated[float, Bounds(0, 1)]
 """A number between 0 and 1."""
@@ -37,7 +37,7 @@ LONG_NUMBER = 10**20
 
 UNSTATED_INT = Bounds(1, most=1e7)
 """Bounds of a whole number whose field states none."""
-UNSTATED_FLOAT = Bounds(0)
+UNSTATED_FLOAT = Bounds(0, most=1e15)
 """Bounds of a float whose field states none."""
 
 
