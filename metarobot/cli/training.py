@@ -63,7 +63,7 @@ def _parse_train(arguments: Sequence[str], defaults: TrainConfig) -> TrainArgume
         """Meta-train an agent over a family's training tasks.
 
         Ctrl-C saves; ``--resume`` continues, bit for bit as if never interrupted. Progress goes to
-        the terminal, metrics.jsonl and TensorBoard. The flags after --save-every are the chosen
+        the terminal, metrics.jsonl and TensorBoard. The flags after --save-every-s are the chosen
         agent's own settings.
 
         Args:
