@@ -20,7 +20,7 @@ from metarobot.types import Rollout, Trials
 
 REMEDY = "train again with a lower learning rate (--lr)"
 """What to do if a training diverged."""
-KEPT = "the last checkpoint is kept"
+KEPT = "checkpoints from before it are kept"
 CHECK_FAMILY = "check the physics and the rewards of the family"
 """What to do if the numbers were broken before anything was learned from them."""
 
